@@ -1,0 +1,5 @@
+"""`python -m sbft` is the `sbft` command."""
+
+from sbft.cli import main
+
+main()
