@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Run every check: lint, types, tests. Makes .venv and installs what the tests need if they are not there.
+#
+#   bash scripts/test.sh                     all of it
+#   bash scripts/test.sh tests/unit -k moment   the checks, then these tests; arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh test
+bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
+
+"$bin/ruff" check .
+"$bin/mypy"
+# Two workers on one thread each: the tests are many and small, and threads of several processes fight for the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+"$bin/python" -m pytest -n "${SBFT_TEST_WORKERS:-2}" --dist worksteal "$@"
