@@ -1,0 +1,135 @@
+"""Adafactor with averages measured in tokens: a whole model's optimizer state in a few thousandths of its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbft.optim.base import Average, TokenOptimizer
+from sbft.optim.kernels import backend_for
+
+_FACTORED_FROM = 128
+_SECOND_MOMENT = Average("second_moment_half_life", "beta2")
+_CLASSIC_EXPONENT = 0.8
+
+
+class Adafactor(TokenOptimizer):
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) without momentum, its second moment held constant in tokens.
+
+    The second moment is factored over a parameter's last two dimensions where both are at least 128 (leading dimensions kept
+    apart), else kept whole; always in float32. The update is scaled down until its RMS over the whole tensor is at most
+    `clip_threshold`, and with `relative_step` multiplied by the weight's RMS (at least 1e-3), so that `lr` is the relative
+    change of a weight in one step: start near 1e-4.
+
+    Args:
+        params: parameters or groups, float32 or bfloat16.
+        lr: learning rate.
+        second_moment_half_life: tokens after which a squared gradient weighs one half. Default: 221,000, which is
+            beta2 = 0.95 at 16 x 1024 tokens.
+        beta2: fixed decay factor per step instead; with `schedule="power"` the exponent (default 0.8).
+        schedule: "half_life" for a constant average with bias correction, or "power" for Adafactor's own decay factor
+            `1 - step ** -beta2`, which needs none.
+        relative_step: scale the step by the weight's RMS.
+        clip_threshold: largest RMS of an update before scaling.
+        eps: added to the squared gradient.
+        weight_decay: decoupled: a weight shrinks by `lr * weight_decay` per step.
+        stochastic_rounding: round bfloat16 weights stochastically instead of to nearest.
+        seed: of the rounding noise.
+
+    Raises:
+        ValueError: if a setting is out of its domain, or both a half-life and a decay factor are given.
+        TypeError: for weights that are neither float32 nor bfloat16.
+    """
+
+    averages = (_SECOND_MOMENT,)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        *,
+        second_moment_half_life: float | None = None,
+        beta2: float | None = None,
+        schedule: str = "half_life",
+        relative_step: bool = True,
+        clip_threshold: float = 1.0,
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if schedule == "power" and beta2 is None and second_moment_half_life is None:
+            beta2 = _CLASSIC_EXPONENT
+        defaults = {
+            "lr": lr,
+            "second_moment_half_life": second_moment_half_life,
+            "beta2": beta2,
+            "schedule": schedule,
+            "relative_step": relative_step,
+            "clip_threshold": clip_threshold,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        # What the last update left as a weight's sum of squares, and the weight's version then: spares a read per step.
+        self._weight_square_sums: dict[Tensor, tuple[int, Any]] = {}
+        super().__init__(params, defaults, seed)
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        if group["schedule"] not in ("half_life", "power"):
+            raise ValueError(f"schedule must be 'half_life' or 'power', got {group['schedule']!r}")
+        if group["schedule"] == "power" and group["second_moment_half_life"] is not None:
+            raise ValueError(
+                "schedule='power' has no half-life: drop second_moment_half_life, and give beta2 as the exponent if not 0.8"
+            )
+        for name in ("clip_threshold", "eps"):
+            if not (group[name] > 0 and math.isfinite(group[name])):
+                raise ValueError(f"{name} must be a positive, finite number, got {group[name]!r}")
+
+    def _second_moment_weight(self, group: dict[str, Any], state: dict[str, Tensor]) -> float:
+        if group["schedule"] == "half_life":
+            return self._average_weight(group, _SECOND_MOMENT)
+        return (self.clock.steps + 1.0) ** -group["beta2"]
+
+    def _update(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+    ) -> float | Tensor:
+        if not state:
+            _init_state(param, state)
+        version, square_sum = self._weight_square_sums.get(param, (-1, None))
+        settings = {
+            "average_weight": self._second_moment_weight(group, state),
+            "lr": float(group["lr"]),
+            "relative_step": group["relative_step"],
+            "clip_threshold": group["clip_threshold"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "key": key,
+        }
+        known = square_sum if version == param._version else None
+        kernels = backend_for(param.device)
+        if "row" in state:
+            grad_square_sum, square_sum = kernels.adafactor_factored(
+                param, grad, state["row"], state["column"], state["mass"], known, **settings
+            )
+        else:
+            grad_square_sum, square_sum = kernels.adafactor_full(
+                param, grad, state["second_moment"], state["mass"], known, **settings
+            )
+        self._weight_square_sums[param] = (param._version, square_sum)
+        return grad_square_sum
+
+
+def _init_state(param: Tensor, state: dict[str, Tensor]) -> None:
+    def zeros(shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=param.device)
+
+    if param.ndim >= 2 and min(param.shape[-2:]) >= _FACTORED_FROM:
+        state["row"] = zeros(param.shape[:-1])
+        state["column"] = zeros(param.shape[:-2] + param.shape[-1:])
+    else:
+        state["second_moment"] = zeros(param.shape)
+    state["mass"] = zeros(())

@@ -1,0 +1,348 @@
+"""What all optimizers here share: averages measured in tokens, one update per parameter, and a state that resumes exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbft.optim.release import GradientRelease
+from sbft.rounding import noise_key
+from sbft.tokens import FINE_TUNING_HALF_LIFE, debias
+
+_SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass
+class TokenClock:
+    """How far an optimizer has come: finished steps, the tokens in them, and the steps that were skipped."""
+
+    steps: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+
+
+class Average(NamedTuple):
+    """Names of the two settings of one moving average, and the decay factor where neither is given.
+
+    `default_beta=None` stands for the fine-tuning half-life.
+    """
+
+    half_life: str
+    beta: str
+    default_beta: float | None = None
+
+
+class TokenOptimizer(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` whose moving averages decay per token seen, not per step.
+
+    Set `tokens_per_step` to the number of tokens of the coming step (all ranks together) before backward runs; `step()`
+    consumes it. Every average takes a half-life in tokens or a fixed decay factor per step, never both.
+
+    A subclass names its `averages` and implements `_update`; everything else, the release of gradients included, is here.
+
+    Args:
+        params: parameters or parameter groups; float32 or bfloat16.
+        defaults: settings of a group.
+        seed: key of the rounding noise, with the step and the parameter's position.
+    """
+
+    averages: ClassVar[tuple[Average, ...]] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
+        self.seed = int(seed)
+        self.clock = TokenClock()
+        self._tokens_per_step: int | None = None
+        self._positions: dict[Tensor, tuple[int, int]] = {}
+        self._updated: set[Tensor] = set()
+        self._square_sums: list[float | Tensor] = []
+        self._grad_norm: Tensor | None = None
+        self._nonfinite: int | Tensor = 0
+        self._release: GradientRelease | None = None
+        for average in self.averages:
+            if defaults[average.half_life] is None and defaults[average.beta] is None:
+                name, value = (average.beta, average.default_beta)
+                if value is None:
+                    name, value = average.half_life, FINE_TUNING_HALF_LIFE
+                defaults[name] = value
+        super().__init__(params, defaults)
+
+    # Settings
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; while gradients are released its parameters are released too.
+
+        Raises:
+            ValueError: if a setting is out of its domain, or an average has both a half-life and a decay factor.
+            TypeError: if a parameter is neither float32 nor bfloat16.
+        """
+        for average in self.averages:  # a group that sets one of the pair replaces the default of the other
+            given = [name for name in (average.half_life, average.beta) if param_group.get(name) is not None]
+            if len(given) == 1:
+                other = average.beta if given[0] == average.half_life else average.half_life
+                param_group.setdefault(other, None)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_settings(group)
+            for average in self.averages:
+                _check_average(group, average)
+            self._validate(group)
+            for param in group["params"]:
+                _check_dtype(param)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        count = len(self._positions)
+        for i, param in enumerate(group["params"]):
+            self._positions[param] = (len(self.param_groups) - 1, count + i)
+        if self._release is not None:
+            self._release.attach(group["params"])
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Raise ValueError if a setting that only this optimizer has is out of its domain."""
+
+    # The token clock
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Tokens of the coming step, all ranks together; None until set."""
+        return self._tokens_per_step
+
+    @tokens_per_step.setter
+    def tokens_per_step(self, tokens: int) -> None:
+        if tokens != int(tokens) or tokens < 1:
+            raise ValueError(f"tokens_per_step must be a positive whole number, got {tokens!r}")
+        self._tokens_per_step = int(tokens)
+
+    @property
+    def steps(self) -> int:
+        """Finished steps, skipped ones not counted."""
+        return self.clock.steps
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens of all finished steps."""
+        return self.clock.tokens_seen
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps closed by `skip_step()`."""
+        return self.clock.skipped_steps
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Euclidean norm of the last step's whole gradient, float32 of shape (); None before the first step."""
+        return self._grad_norm
+
+    @property
+    def nonfinite_gradients(self) -> int:
+        """How many updates of single parameters were left out because their gradient held NaN or infinity."""
+        return int(self._nonfinite)
+
+    def _average_weight(self, group: dict[str, Any], average: Average) -> float:
+        """Weight of this step's value in a moving average: one minus its decay factor."""
+        half_life = group[average.half_life]
+        if half_life is None:
+            return 1.0 - float(group[average.beta])
+        assert self._tokens_per_step is not None
+        return debias(half_life, self._tokens_per_step)
+
+    # Updates
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, param: Tensor | None = None) -> Any:
+        """Update every parameter that has a gradient and close the step; or update `param` alone and leave the step open.
+
+        Args:
+            closure: evaluates the model and returns the loss; called once, with gradients enabled.
+            param: a single parameter to update now. Gradient release uses this from within backward.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: if `tokens_per_step` was not set, or a parameter would be updated twice in one step.
+        """
+        if hasattr(self, "grad_scale"):  # set by GradScaler.step on optimizers that claim to support it
+            raise RuntimeError(
+                "sbft optimizers train float32 or bfloat16 weights, which need no GradScaler: call backward() on the plain "
+                "loss and step() on the optimizer."
+            )
+        if param is not None:
+            self._update_one(param)
+            return None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._tokens_per_step is None:
+            raise RuntimeError(_TOKENS_NOT_SET)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update_one(p)
+        self._close_step()
+        return loss
+
+    _step_supports_amp_scaling = True  # makes GradScaler hand itself over, so that step() can refuse it in words
+
+    def skip_step(self) -> None:
+        """Close the coming step without an update: averages, tokens and noise stay, only `skipped_steps` advances."""
+        self.clock.skipped_steps += 1
+        self._begin_step()
+
+    def release_gradients(self) -> GradientRelease:
+        """Update each parameter within backward as soon as its gradient is complete, and free that gradient.
+
+        Returns:
+            A handle; `handle.remove()`, or leaving it as a context manager, restores the plain behaviour.
+
+        Raises:
+            RuntimeError: if gradients are released already, or several processes hold replicas of plain parameters.
+        """
+        if self._release is not None:
+            raise RuntimeError("this optimizer releases gradients already: call remove() on the earlier handle first")
+        self._release = GradientRelease(self)
+        return self._release
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether a `GradientRelease` is attached."""
+        return self._release is not None
+
+    def _update_one(self, param: Tensor) -> None:
+        if self._tokens_per_step is None:
+            raise RuntimeError(_TOKENS_NOT_SET)
+        if param in self._updated:
+            raise RuntimeError(
+                "a second backward ran before step(): with released gradients every backward is an update. Call step() after "
+                "each backward; to accumulate gradients, train without release_gradients()."
+            )
+        grad = param.grad
+        if grad is None or param.numel() == 0:
+            return
+        if grad.is_sparse:
+            raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
+        group_index, index = self._positions[param]
+        group = self.param_groups[group_index]
+        key = None
+        if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
+            key = noise_key(self.seed, self.clock.steps, index)
+        self._updated.add(param)
+        self._square_sums.append(self._update(param, grad, group, self.state[param], key))
+
+    def _update(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+    ) -> float | Tensor:
+        """Update one parameter in place; returns the sum of its squared gradient (no update if that is not finite)."""
+        raise NotImplementedError  # abstract
+
+    def _close_step(self) -> None:
+        assert self._tokens_per_step is not None
+        self._grad_norm, nonfinite = _norm(self._square_sums)
+        self._nonfinite = self._nonfinite + nonfinite
+        self.clock.steps += 1
+        self.clock.tokens_seen += self._tokens_per_step
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._tokens_per_step = None
+        self._updated.clear()
+        self._square_sums.clear()
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with the token clock and the seed under "clock"."""
+        return {**super().state_dict(), "clock": {**asdict(self.clock), "seed": self.seed}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state keeps its own dtype (torch casts float32 state to that of bfloat16 weights).
+
+        Raises:
+            ValueError: if the state comes from another kind of optimizer, or its groups do not fit.
+        """
+        if "clock" not in state_dict:
+            raise ValueError("this state holds no token clock, so it was not saved by an sbft optimizer")
+        super().load_state_dict({**state_dict, "state": {}})
+        clock = dict(state_dict["clock"])
+        self.seed = clock.pop("seed")
+        self.clock = TokenClock(**clock)
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        self.state.clear()
+        for i, param in zip(ids, params, strict=True):
+            saved = state_dict["state"].get(i)
+            if saved is not None:
+                self.state[param] = {name: value.to(param.device, copy=True) for name, value in saved.items()}
+        self._begin_step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "seed": self.seed, "clock": self.clock}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_positions" not in self.__dict__:  # unpickled, not load_state_dict
+            self._restore_transient()
+
+    def _restore_transient(self) -> None:
+        self._tokens_per_step = None
+        self._updated, self._square_sums = set(), []
+        self._grad_norm, self._nonfinite, self._release = None, 0, None
+        params = [(g, p) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        self._positions = {p: (g, i) for i, (g, p) in enumerate(params)}
+
+
+_TOKENS_NOT_SET = (
+    "tokens_per_step is not set: averages are measured in tokens, so say how many the coming step holds before backward, "
+    "for example `optimizer.tokens_per_step = batch['input_ids'].numel()`"
+)
+
+
+def _check_average(group: dict[str, Any], average: Average) -> None:
+    half_life, beta = group[average.half_life], group[average.beta]
+    if half_life is not None and beta is not None:
+        raise ValueError(
+            f"{average.half_life}={half_life!r} (tokens) and {average.beta}={beta!r} (per step) both set the same average: "
+            "give one of them"
+        )
+    if half_life is not None and not (half_life > 0 and math.isfinite(half_life)):
+        raise ValueError(f"{average.half_life} must be a positive number of tokens, got {half_life!r}")
+    if beta is not None and not 0 <= beta < 1:
+        raise ValueError(f"{average.beta} must be at least 0 and less than 1, got {beta!r}")
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay"):
+        value = float(group[name])
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]!r}")
+
+
+def _check_dtype(param: Tensor) -> None:
+    if param.dtype == torch.float16:
+        raise TypeError(
+            "float16 weights cannot be trained without a loss scaler, and their small exponent makes small updates vanish: "
+            "convert the model with model.to(torch.bfloat16)"
+        )
+    if param.dtype not in _SUPPORTED_DTYPES:
+        raise TypeError(f"weights must be float32 or bfloat16, got {param.dtype}")
+
+
+def _norm(square_sums: list[float | Tensor]) -> tuple[Tensor, int | Tensor]:
+    """Global norm (float32, shape ()) and count of non-finite entries, independent of the order of the entries on a CPU."""
+    numbers = [s for s in square_sums if not isinstance(s, Tensor)]
+    tensors = [s for s in square_sums if isinstance(s, Tensor)]
+    finite = [s for s in numbers if math.isfinite(s)]
+    total = math.fsum(finite) if len(finite) == len(numbers) else math.inf
+    if not tensors:
+        return torch.tensor(math.sqrt(total), dtype=torch.float32), len(numbers) - len(finite)
+    stacked = torch.stack([t.to(tensors[0].device) for t in tensors])
+    nonfinite = (~torch.isfinite(stacked)).sum() + (len(numbers) - len(finite))
+    return (stacked.sum() + total).sqrt().float(), nonfinite

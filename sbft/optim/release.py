@@ -1,0 +1,64 @@
+"""Gradient release: each parameter is updated within backward, and its gradient freed before the next one exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from sbft.optim.base import TokenOptimizer
+
+
+class GradientRelease:
+    """Hooks that hand every complete gradient to the optimizer; made by `TokenOptimizer.release_gradients()`.
+
+    A tied parameter is updated once, after all its uses have contributed. Parameters that are frozen, or that get no
+    gradient in a step, stay as they are. Settings of the groups are read when a hook runs, so schedulers and
+    `load_state_dict` work after attaching.
+    """
+
+    def __init__(self, optimizer: TokenOptimizer) -> None:
+        _refuse_replicas()
+        self._optimizer = optimizer
+        self._handles: list[RemovableHandle] = []
+        for group in optimizer.param_groups:
+            self.attach(group["params"])
+
+    def attach(self, params: Iterable[Tensor]) -> None:
+        """Release these parameters too (`add_param_group` calls this)."""
+        for param in params:
+            if param.requires_grad:
+                self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
+
+    def _on_gradient(self, param: Tensor) -> None:
+        with torch.no_grad():
+            self._optimizer._update_one(param)
+        param.grad = None
+
+    def remove(self) -> None:
+        """Take the hooks off; the optimizer works as without release from the next backward on. May be called again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._optimizer._release is self:
+            self._optimizer._release = None
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def _refuse_replicas() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "gradient release with several processes would update each replica from its own gradient, before "
+            "DistributedDataParallel averages them: shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), or train "
+            "without release_gradients()."
+        )

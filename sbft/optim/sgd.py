@@ -1,0 +1,74 @@
+"""Stochastic gradient descent, without momentum or with an average measured in tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbft.optim.base import Average, TokenOptimizer
+from sbft.optim.kernels import backend_for
+
+_MOMENTUM = Average("momentum_half_life", "momentum", default_beta=0.0)
+
+
+class SGD(TokenOptimizer):
+    """Stochastic gradient descent; without momentum it keeps no state at all (arXiv 2507.07101, section 4.2).
+
+    Momentum is a bias-corrected moving average of the gradient, float32 of the parameter's shape, so `lr` means the same with
+    and without it. (`torch.optim.SGD` adds gradients up instead: its rate is smaller by one minus the momentum.)
+
+    Args:
+        params: parameters or groups, float32 or bfloat16.
+        lr: learning rate.
+        momentum: fixed decay factor of the gradient's average per step. Default: 0, no momentum.
+        momentum_half_life: its half-life in tokens instead.
+        weight_decay: decoupled: a weight shrinks by `lr * weight_decay` per step.
+        stochastic_rounding: round bfloat16 weights stochastically instead of to nearest.
+        seed: of the rounding noise.
+
+    Raises:
+        ValueError: if a setting is out of its domain, or both a half-life and a decay factor are given.
+        TypeError: for weights that are neither float32 nor bfloat16.
+    """
+
+    averages = (_MOMENTUM,)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        *,
+        momentum: float | None = None,
+        momentum_half_life: float | None = None,
+        weight_decay: float = 0.0,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "momentum_half_life": momentum_half_life,
+            "weight_decay": weight_decay,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(params, defaults, seed)
+
+    def _update(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+    ) -> float | Tensor:
+        momentum_weight = self._average_weight(group, _MOMENTUM)
+        if momentum_weight < 1.0 and not state:
+            state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        return backend_for(param.device).sgd(
+            param,
+            grad,
+            state.get("momentum"),
+            state.get("mass"),
+            momentum_weight=momentum_weight,
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            key=key,
+        )

@@ -1,0 +1,111 @@
+"""Stochastic rounding of float32 to bfloat16: the definition that every backend follows bit for bit.
+
+A bfloat16 is the upper half of a float32. Adding 16 uniform random bits to the lower half and cutting it off rounds up
+with exactly the probability that the lower half stands for, so the expected value is the exact one. The bits come from
+a hash of (seed, step, parameter, global element index): there is no generator state, so resuming, the order of hooks,
+sharding and the device cannot change them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+_MULTIPLIER_1 = 0x7FEB352D
+_MULTIPLIER_2 = 0x846CA68B
+_HIGH_WORD_MULTIPLIER = 0x9E3779B9
+
+
+def _mix_64(x: int) -> int:
+    """The finalizer of splitmix64 (Steele et al., 2014): a bijection of 64-bit integers that mixes every bit."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK_64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return x ^ (x >> 31)
+
+
+def noise_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
+    """Two 32-bit words that key the noise of one parameter at one step.
+
+    Args:
+        seed: the run's seed, any integer.
+        step: how many steps the optimizer has finished.
+        parameter: position of the parameter among all parameters of the optimizer.
+
+    Returns:
+        Unsigned words (first, second) as Python integers.
+    """
+    key = _mix_64(_mix_64(_mix_64(seed & _MASK_64) ^ (step & _MASK_64)) ^ (parameter & _MASK_64))
+    return key & 0xFFFFFFFF, key >> 32
+
+
+def signed_32(word: int) -> int:
+    """The int32 that has the bits of an unsigned 32-bit `word`, as torch and Triton want it."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def noise_from_key(key: tuple[int, int], count: int, offset: int = 0, device: torch.device | None = None) -> Tensor:
+    """Noise of `count` consecutive elements from global element index `offset` on; int32 of shape (count,) in [0, 65535].
+
+    One 32-bit hash serves two elements, 16 apart, so that 16-lane vector units need no shuffles: element `i` takes counter
+    `16 * (i // 32) + i % 16`, and the low half of its hash if `i // 16` is even, the high half otherwise. The hash is two
+    multiply-xorshift rounds (the constants are Wellons' "lowbias32"), keyed before the first and between the two.
+    """
+    first_block, end_block = offset >> 5, (offset + count + 31) >> 5
+    counter = torch.arange(16 * first_block, 16 * end_block, dtype=torch.int64, device=device)
+    high = (counter >> 32).to(torch.int32) * signed_32(_HIGH_WORD_MULTIPLIER) if end_block >> 28 else 0
+    x = counter.to(torch.int32) + signed_32(key[0])  # keeps the low 32 bits: the conversion wraps
+    x ^= (x >> 16) & 0xFFFF
+    x *= _MULTIPLIER_1
+    x ^= ((x >> 15) & 0x1FFFF) ^ signed_32(key[1]) ^ high
+    x *= signed_32(_MULTIPLIER_2)
+    x ^= (x >> 16) & 0xFFFF
+    x = x.view(-1, 16)
+    pairs = torch.stack((x & 0xFFFF, (x >> 16) & 0xFFFF), dim=1).view(-1)
+    start = offset - 32 * first_block
+    return pairs[start : start + count]
+
+
+def noise(seed: int, step: int, parameter: int, shape: Sequence[int], offset: int = 0) -> Tensor:
+    """The 16 random bits of each element of a parameter.
+
+    Args:
+        seed: the run's seed.
+        step: how many steps the optimizer has finished.
+        parameter: position of the parameter among all parameters of the optimizer.
+        shape: shape of the part of the parameter that is wanted.
+        offset: global element index (row-major) of that part's first element, for rows of a shard.
+
+    Returns:
+        int32 of `shape`, uniform in [0, 65535].
+    """
+    count = 1
+    for size in shape:
+        count *= size
+    return noise_from_key(noise_key(seed, step, parameter), count, offset).reshape(tuple(shape))
+
+
+def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up in magnitude if the lower 16 bits plus `noise` carry.
+
+    Values that bfloat16 holds stay. NaN stays NaN and infinities stay; a finite value never becomes NaN (beyond the largest
+    bfloat16 it may become infinite, as under rounding to nearest).
+
+    Args:
+        values: float32, any shape.
+        noise: int32 of the same shape in [0, 65535]; a fresh, independent one for each rounded tensor.
+
+    Returns:
+        bfloat16 of the same shape.
+
+    Raises:
+        TypeError: if `values` is not float32 or `noise` is not int32.
+    """
+    if values.dtype != torch.float32 or noise.dtype != torch.int32:
+        raise TypeError(f"stochastic_round takes float32 values and int32 noise, got {values.dtype} and {noise.dtype}")
+    bits = values.contiguous().view(torch.int32)
+    rounded = ((bits + noise) & -65536).view(torch.float32).to(torch.bfloat16)  # exact: the lower half is zero
+    return torch.where(torch.isnan(values), torch.nan, rounded)
