@@ -1,0 +1,41 @@
+"""How a method's defaults complete a recipe that holds only what differs from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sbft.methods import METHODS
+
+EXCLUSIVE = [
+    ("optimizer", "second_moment_half_life", "beta2"),
+    ("optimizer", "first_moment_half_life", "beta1"),
+    ("optimizer", "momentum_half_life", "momentum"),
+    ("training", "max_steps", "num_train_epochs"),
+]
+"""Section and the two keys of it that say the same thing in two ways: giving one drops the default of the other."""
+
+
+def complete(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a recipe with its method's defaults where it says nothing."""
+    method = METHODS[content.get("method", "sbft")]
+    whole = method.defaults()
+    for section, one, other in EXCLUSIVE:
+        given = content.get(section) or {}
+        for key, rival in ((one, other), (other, one)):
+            if given.get(key) is not None:
+                whole[section].pop(rival, None)
+    merged = {**whole, **content}
+    for section in whole:
+        given = {key: value for key, value in (content.get(section) or {}).items() if value is not None}
+        merged[section] = {**whole[section], **given}
+    if merged.get("dtype") is None:
+        merged["dtype"] = method.dtype
+    if merged["dtype"] == "float32" and "stochastic_rounding" in merged["optimizer"]:
+        merged["optimizer"]["stochastic_rounding"] = False  # nothing is rounded
+    if merged["optimizer"].get("schedule") == "power":
+        merged["optimizer"].pop("second_moment_half_life", None)
+    if not merged.get("output_dir"):
+        data = merged["data"]["train"].removeprefix("generated:").rstrip("/")
+        merged["output_dir"] = f"runs/{Path(data).stem}-{merged.get('method', 'sbft')}"
+    return merged

@@ -1,0 +1,161 @@
+"""A recipe before it is checked: plain nested dicts, and for each key where it was written."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sbft.errors import RecipeError
+
+Key = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as its version 1.2 reads numbers: PyYAML alone takes 1e-4 for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text stands for.
+
+    Raises:
+        yaml.YAMLError: if it is not valid YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
+
+
+FLAGS: dict[str, Key] = {
+    "model": ("model",),
+    "method": ("method",),
+    "data": ("data", "train"),
+    "eval_data": ("data", "eval"),
+    "output_dir": ("output_dir",),
+}
+"""Flags of `sbft train` and the keys they set."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with sbft."""
+    folder = resources.files("sbft") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a recipe that ships with sbft.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    if name not in recipe_names():
+        near = difflib.get_close_matches(name, recipe_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise RecipeError(
+            f"There is no recipe {name!r}: expected a YAML file or one of {', '.join(recipe_names())}.{hint} "
+            "Type `sbft recipes ls` to see them all."
+        )
+    return (resources.files("sbft") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+class Draft:
+    """The content of a recipe as nested dicts, with the origin of each key."""
+
+    def __init__(self, content: dict[str, Any], name: str) -> None:
+        self.content = content
+        self.name = name
+        self.problems: list[str] = []
+        """What was already wrong with the reading."""
+        self._origins: dict[Key, str] = {}
+
+    @classmethod
+    def read(cls, source: str | Path) -> Draft:
+        """Read a YAML file, or a recipe that ships with sbft.
+
+        Raises:
+            RecipeError: if there is none, or it is not YAML, or not a mapping of keys to values.
+        """
+        path = Path(source)
+        if path.is_file():
+            text, name = path.read_text(encoding="utf-8"), str(source)
+        elif path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+            raise RecipeError(
+                f"There is no file {str(source)!r}. Type the path of a YAML file, or one of the recipes that ship with "
+                f"sbft: {', '.join(recipe_names())}."
+            )
+        else:
+            text, name = recipe_text(str(source)), f"recipe {source}"
+        try:
+            tree = yaml.compose(text, Loader=_Loader)
+            content = read_yaml(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from error
+        if not isinstance(content, dict):
+            raise RecipeError(
+                f"{name} holds {'nothing' if content is None else 'a ' + type(content).__name__}, expected keys and "
+                "values such as `model: builtin:smollm2-135m`. Type `sbft recipes show quickstart` to see a recipe."
+            )
+        draft = cls(content, name)
+        draft._note_lines(tree, ())
+        return draft
+
+    def _note_lines(self, node: yaml.Node | None, at: Key) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key_node, value_node in node.value:
+            key, line = (*at, str(key_node.value)), key_node.start_mark.line + 1
+            if key in self._origins:
+                self.problems.append(
+                    f"{self.name} line {line}: {'.'.join(key)} is given twice; it already stands in "
+                    f"{self._origins[key]}. Keep one."
+                )
+            self._origins[key] = f"{self.name} line {line}"
+            self._note_lines(value_node, key)
+
+    def origin(self, key: Key) -> str:
+        """Where the key, or the nearest one above it, was written: `my.yaml line 3`, `--set data.train`."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self._origins:
+                return self._origins[key[:length]]
+        return self.name
+
+    def apply_flags(self, flags: dict[str, Any]) -> None:
+        """Set what the flags of the command line say; None means not given."""
+        for flag, value in flags.items():
+            if value is not None:
+                self._set(FLAGS[flag], value, f"--{flag.replace('_', '-')}")
+
+    def apply_overrides(self, overrides: list[str]) -> None:
+        """Set what each `a.b=c` says, the value read as YAML; what cannot be read becomes a problem."""
+        for override in overrides:
+            path, equals, text = override.partition("=")
+            key = tuple(part.strip() for part in path.split("."))
+            if not equals or not all(key):
+                self.problems.append(f"--set {override}: expected KEY=VALUE, such as training.learning_rate=1e-4.")
+                continue
+            try:
+                value = read_yaml(text)
+            except yaml.YAMLError:
+                self.problems.append(f"--set {override}: {text!r} is not a YAML value; quote it if it is text.")
+                continue
+            self._set(key, value, f"--set {path.strip()}")
+
+    def _set(self, key: Key, value: Any, origin: str) -> None:
+        section = self.content
+        for depth, part in enumerate(key[:-1], 1):
+            inner = section.get(part)
+            if inner is None:
+                inner = section[part] = {}
+            if not isinstance(inner, dict):
+                self.problems.append(f"{origin}: {'.'.join(key[:depth])} is {inner!r}, and has no keys of its own.")
+                return
+            section = inner
+        section[key[-1]] = value
+        self._origins[key] = origin

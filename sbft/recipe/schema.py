@@ -1,0 +1,147 @@
+"""The schema of a recipe: every key, its type, and a sentence on what it does."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """Where the examples come from, and how they become token ids."""
+
+    train: str
+    """Training data: a hub id, a local .jsonl, .json, .csv, .parquet or .txt file, or generated:NAME."""
+    validation: str | None = None
+    """Data on which settings are chosen; never trained on, never reported as the result."""
+    eval: str | None = None
+    """Data that the reported figures are measured on."""
+    train_split: str = "train"
+    """Split of a hub data set to train on."""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    train_size: PositiveInt | None = None
+    """Keep this many training examples; a generated task makes this many."""
+    validation_size: PositiveInt | None = None
+    """Keep this many validation examples; without a validation source they are split off from training."""
+    eval_size: PositiveInt | None = None
+    """Keep this many evaluation examples; a generated task makes this many."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a generated task."""
+    prompt: str = "prompt"
+    """Column that holds the question."""
+    completion: str = "completion"
+    """Column that holds the answer; only its tokens count in the loss."""
+    messages: str = "messages"
+    """Column that holds a chat; only the assistant's turns count in the loss."""
+    text: str = "text"
+    """Column that holds plain text; every token counts in the loss."""
+    max_length: PositiveInt = 1024
+    """Longest example in tokens; the rest is cut off and counted."""
+    packing: bool = False
+    """Put several short examples into one row; they do not see one another."""
+    chat_template: bool = True
+    """Render prompt and completion as chat turns where the tokenizer has a template."""
+    system: str | None = None
+    """System message put before every chat."""
+    allow_overlap: bool = False
+    """Train although questions of the evaluation are also in the training data."""
+    seed: NonNegativeInt = 0
+    """Seed of shuffling, splitting and generated tasks."""
+
+
+class OptimizerConfig(_Section):
+    """The optimizer's own settings; a key that is left out takes the method's value."""
+
+    second_moment_half_life: FiniteFloat | None = Field(None, gt=0)
+    """Half-life of the second moment, in tokens."""
+    beta2: FiniteFloat | None = Field(None, ge=0, lt=1)
+    """Fixed decay of the second moment per step, instead of a half-life; with schedule power, its exponent."""
+    first_moment_half_life: FiniteFloat | None = Field(None, gt=0)
+    """Half-life of AdamW's first moment, in tokens."""
+    beta1: FiniteFloat | None = Field(None, ge=0, lt=1)
+    """Fixed decay of AdamW's first moment per step, instead of a half-life."""
+    momentum_half_life: FiniteFloat | None = Field(None, gt=0)
+    """Half-life of SGD's momentum, in tokens."""
+    momentum: FiniteFloat | None = Field(None, ge=0, lt=1)
+    """Fixed decay of SGD's momentum per step, instead of a half-life; 0: none."""
+    schedule: Literal["half_life", "power"] | None = None
+    """How Adafactor's second moment decays: per token, or classically by 1 - step ** -0.8."""
+    relative_step: bool | None = None
+    """Scale Adafactor's step by each parameter's RMS."""
+    clip_threshold: FiniteFloat | None = Field(None, gt=0)
+    """Largest RMS of one Adafactor update before the learning rate."""
+    eps: FiniteFloat | None = Field(None, ge=0)
+    """Keeps divisions by small second moments finite."""
+    weight_decay: FiniteFloat | None = Field(None, ge=0)
+    """Decoupled weight decay."""
+    stochastic_rounding: bool | None = None
+    """Round new bfloat16 weights stochastically; otherwise to the nearest, which loses small updates."""
+    gradient_release: bool | None = None
+    """Update each parameter inside the backward pass and free its gradient."""
+    max_skipped_steps: PositiveInt | None = None
+    """Stop after this many steps in a row whose loss is not finite."""
+    logits_free_loss: bool | None = None
+    """Compute the loss without holding the logits of all tokens."""
+    seed: NonNegativeInt | None = None
+    """Seed of stochastic rounding."""
+
+
+class LoraConfig(_Section):
+    """The adapter of method lora; a key that is left out takes the method's value."""
+
+    rank: PositiveInt | None = None
+    """Rank of the two factors."""
+    alpha: FiniteFloat | None = Field(None, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: FiniteFloat | None = Field(None, ge=0, lt=1)
+    """Dropout before the adapter."""
+    target_modules: str | list[str] | None = None
+    """Names of the layers that get an adapter, or all-linear."""
+
+
+class EvaluationConfig(_Section):
+    """What is measured before and after training."""
+
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of generated answers that ship with sbft, such as exact_match; loss and perplexity always come."""
+    max_new_tokens: PositiveInt = 16
+    """Longest answer in tokens."""
+    limit: PositiveInt | None = None
+    """Evaluate on the first so many examples only."""
+    batch_size: PositiveInt = 16
+    """Answers generated at once; it changes speed and memory of the evaluation, not of training."""
+    before: bool = True
+    """Evaluate before training too."""
+
+
+class Recipe(_Section):
+    """One training run."""
+
+    model: str
+    """Hub id, local folder, or builtin:NAME."""
+    method: str = "sbft"
+    """One of the methods of sbft.methods; what it sets can be overridden below."""
+    data: DataConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Names and values of transformers' TrainingArguments."""
+    lora: LoraConfig | None = None
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    output_dir: str | None = None
+    """Folder for the model, the record and the predictions; runs/DATA-METHOD where it is not given."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """What the weights are held in."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub id."""
+
+    def to_yaml(self) -> str:
+        """The recipe as the file that would load it again."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, width=100)

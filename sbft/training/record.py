@@ -1,0 +1,143 @@
+"""The record of a run, `run.json`: what was run, on what, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+FILE_NAME = "run.json"
+PACKAGES = ("sbft", "torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "liger-kernel")
+
+
+@dataclass
+class RunRecord:
+    """One training run. Bytes are ints, seconds end in `_s`, figures that were not measured are None."""
+
+    method: str
+    model: str
+    dataset: str
+    seed: int
+    status: str = "error"
+    """`ok`, `oom`, `error`, or `unsupported` where the machine or a missing package forbids the method."""
+    error: str | None = None
+    device: str = ""
+    dtype: str = ""
+    parameters: int = 0
+    trainable_parameters: int = 0
+    per_device_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    world_size: int = 1
+    steps: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0
+    """Tokens of the batches that were trained on, padding left out, all ranks together."""
+    second_moment_half_life: float | None = None
+    learning_rate: float = 0.0
+    train_loss: float | None = None
+    """Mean loss per step over the whole run."""
+    peak_memory_bytes: int | None = None
+    """Peak of the training loop alone."""
+    memory_kind: str = "resident"
+    """`cuda_allocated`, or `resident` on CPU."""
+    memory: dict[str, int | None] = field(default_factory=dict)
+    """weights, gradients, optimizer_state, baseline (held when the loop began), above_baseline, reserved_peak (CUDA),
+    evaluation_peak, predicted_peak; in bytes."""
+    step_s: dict[str, float | None] = field(default_factory=dict)
+    optimizer_s: dict[str, float | None] = field(default_factory=dict)
+    tokens_per_s: float | None = None
+    train_s: float | None = None
+    eval_s: float | None = None
+    data: dict[str, int | None] = field(default_factory=dict)
+    """Counts: examples, tokens, completion_tokens, truncated, dropped (no completion left), dropped_overlap (question
+    also in the evaluation), longest, packed_into, evaluation_examples."""
+    metrics_before: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    predictions: str | None = None
+    """File of the generated answers, relative to the record's folder."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+
+    def save(self, folder: Path) -> Path:
+        """Write `run.json` into a folder that exists; a reader never sees half of it."""
+        path = folder / FILE_NAME
+        part = path.with_suffix(".json.part")
+        content = _without_nan({"schema": SCHEMA, **asdict(self)})
+        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunRecord:
+        """Read the record in a folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it has another schema.
+        """
+        content = json.loads((Path(folder) / FILE_NAME).read_text(encoding="utf-8"))
+        schema = content.pop("schema")
+        if schema != SCHEMA:
+            raise ValueError(f"{folder}/{FILE_NAME} has schema {schema}, expected {SCHEMA}")
+        return cls(**content)
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
+    """Median and 90th percentile (nearest rank) of some durations; None of none."""
+    if not seconds:
+        return {"median": None, "p90": None}
+    ordered = sorted(seconds)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return {"median": median, "p90": ordered[math.ceil(0.9 * len(ordered)) - 1]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that this sbft runs from, `-dirty` if changed since; None if it is no checkout."""
+    folder = Path(__file__).parent
+    try:
+        top = _git(folder, "rev-parse", "--show-toplevel")
+        # An installed sbft may lie inside somebody else's repository, in its virtual environment.
+        if Path(top) != folder.parent.parent:
+            return None
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("-dirty" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinities: None stands for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return value
