@@ -11,7 +11,7 @@ from types import ModuleType
 
 import torch
 
-from sbft.optim.kernels import reference
+from sbft.optim.kernels import cpu, reference
 
 
 def backend_for(device: torch.device) -> ModuleType:
@@ -23,4 +23,8 @@ def backend_for(device: torch.device) -> ModuleType:
     choice = os.environ.get("SBFT_KERNELS", "")
     if choice not in ("", "reference"):
         raise ValueError(f"SBFT_KERNELS={choice!r} is not known: leave it unset, or set it to 'reference'")
+    if choice == "reference":
+        return reference
+    if device.type == "cpu":
+        return cpu
     return reference

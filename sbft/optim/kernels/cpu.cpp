@@ -1,0 +1,610 @@
+// The updates of reference.py for one contiguous CPU weight, compiled on first use by cpu.py.
+//
+// float32 arithmetic in the order of reference.py, without contraction to fused multiply-adds, so that given the same sums the
+// stored weights are equal bit for bit. Sums are taken over fixed parts of a tensor and then in order, so that no result
+// depends on the number of threads. Vectors are GCC's portable extension: AVX-512, AVX2 or NEON, whatever -march=native has.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int LANES = 16;
+typedef float F16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+typedef int32_t I16 __attribute__((vector_size(64)));
+typedef uint16_t H16 __attribute__((vector_size(32)));
+
+typedef uint16_t bf16;
+
+// Loads, stores, conversions
+
+inline F16 splat(float x) { return F16{} + x; }
+
+inline F16 load(const float* p) {
+    F16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline F16 load(const bf16* p) {
+    H16 h;
+    memcpy(&h, p, sizeof h);
+    return (F16)(__builtin_convertvector(h, U16) << 16);
+}
+
+template <class T>
+inline F16 load_part(const T* p, int64_t n) {  // n < LANES values, then zeros
+    T part[LANES] = {};
+    memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+
+template <class T>
+inline F16 load_any(const T* p, int64_t n) {
+    return n >= LANES ? load(p) : load_part(p, n);
+}
+
+inline float sum(F16 v) {
+    float part[LANES];
+    memcpy(part, &v, sizeof v);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return part[0];
+}
+
+inline F16 root(F16 v) {
+    float part[LANES];
+    memcpy(part, &v, sizeof v);
+    for (int i = 0; i < LANES; i++) part[i] = std::sqrt(part[i]);
+    memcpy(&v, part, sizeof v);
+    return v;
+}
+
+// Rounding
+
+struct Key {
+    uint32_t first, second;
+    int mode;  // 0: nearest, 1: stochastic
+};
+
+// 32-bit hashes of the 16 counters that start at `counter`, a multiple of 16: the noise of 32 elements, low halves first.
+inline U16 hashes(uint64_t counter, Key key) {
+    const U16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    U16 x = lanes + (uint32_t)counter + key.first;
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= (x >> 15) ^ (key.second ^ (uint32_t)(counter >> 32) * 0x9E3779B9u);
+    x *= 0x846CA68Bu;
+    x ^= x >> 16;
+    return x;
+}
+
+inline H16 round_with(F16 values, U16 noise) {
+    U16 bits = ((U16)values + noise) >> 16;
+    I16 is_nan = values != values;
+    bits = (bits & ~(U16)is_nan) | (0x7FC0u & (U16)is_nan);
+    return __builtin_convertvector(bits, H16);
+}
+
+inline U16 nearest_noise(F16 values) {  // ties to even
+    return 0x7FFFu + (((U16)values >> 16) & 1u);
+}
+
+// Stores 16 values whose global element index starts at a multiple of 16, given the hashes of their group of 32; returns what a
+// load would give back.
+inline F16 store(float* p, F16 values, U16, int, int) {
+    memcpy(p, &values, sizeof values);
+    return values;
+}
+
+inline F16 store(bf16* p, F16 values, U16 hash, int upper, int mode) {
+    U16 noise = mode ? (upper ? hash >> 16 : hash & 0xFFFFu) : nearest_noise(values);
+    H16 h = round_with(values, noise);
+    memcpy(p, &h, sizeof h);
+    return (F16)(__builtin_convertvector(h, U16) << 16);
+}
+
+// Applies `f(position, count, lanes)` -> new values to elements [begin, end) of a row that starts at global index `origin`, and
+// stores them; positions count from the row's start. Returns the sum of the squared new values.
+template <class T, class F>
+inline double store_row(T* row, int64_t count, int64_t origin, Key key, F values_at) {
+    F16 total = {};
+    int64_t j = 0;
+    while (j < count) {
+        uint64_t index = (uint64_t)(origin + j);
+        int within = index & 31;
+        U16 hash = hashes((index >> 5) * 16, key);
+        if (within == 0 && j + 32 <= count) {  // the common case: a whole aligned group
+            F16 low = store(row + j, values_at(j, LANES), hash, 0, key.mode);
+            F16 high = store(row + j + LANES, values_at(j + LANES, LANES), hash, 1, key.mode);
+            total += low * low;
+            total += high * high;
+            j += 32;
+            continue;
+        }
+        int lane = within & 15;
+        int64_t n = std::min<int64_t>(LANES - lane, count - j);
+        F16 values = values_at(j, n);
+        T shifted[2 * LANES] = {};
+        float source[2 * LANES] = {};  // move the values to the lanes their noise has
+        memcpy(source, &values, sizeof values);
+        float aligned[2 * LANES] = {};
+        memcpy(aligned + lane, source, n * sizeof(float));
+        F16 kept = store(shifted, load(aligned), hash, within >> 4, key.mode);
+        memcpy(row + j, shifted + lane, n * sizeof(T));
+        total += kept * kept;
+        j += n;
+    }
+    return sum(total);
+}
+
+// The same sum over values that are stored already, in the same order.
+template <class T>
+inline double square_sum_of_row(const T* row, int64_t count, int64_t origin) {
+    F16 total = {};
+    int64_t j = 0;
+    while (j < count) {
+        int within = (origin + j) & 31;
+        if (within == 0 && j + 32 <= count) {
+            F16 low = load(row + j), high = load(row + j + LANES);
+            total += low * low;
+            total += high * high;
+            j += 32;
+            continue;
+        }
+        int lane = within & 15;
+        int64_t n = std::min<int64_t>(LANES - lane, count - j);
+        T aligned[LANES] = {};
+        memcpy(aligned + lane, row + j, n * sizeof(T));
+        F16 v = load(aligned);
+        total += v * v;
+        j += n;
+    }
+    return sum(total);
+}
+
+// A (B, R, C) gradient of any strides. Rows that are not contiguous are gathered into a buffer, several at a time so that a
+// transposed gradient is read along its own rows.
+template <class G>
+struct Gradient {
+    const G* data;
+    int64_t stack_stride, row_stride, column_stride;
+
+    static constexpr int ROWS = 8;  // rows that are handed out at once
+
+    // Rows r .. r + n of matrix b; `buffer` holds ROWS * columns values and is used where rows are not contiguous.
+    void rows(int64_t b, int64_t r, int n, int64_t columns, G* buffer, const G** out) const {
+        const G* base = data + b * stack_stride + r * row_stride;
+        for (int i = 0; i < n; i++) out[i] = column_stride == 1 ? base + i * row_stride : buffer + i * columns;
+        if (column_stride == 1) return;
+        for (int64_t c = 0; c < columns; c++)
+            for (int i = 0; i < n; i++) buffer[i * columns + c] = base[i * row_stride + c * column_stride];
+    }
+};
+
+// Fixed parts of a tensor
+
+struct Parts {
+    int64_t per_matrix, rows_each, total;
+
+    // Up to 64 runs of rows (multiples of 8) a matrix, fewer where the column sums of all would outgrow `column_budget`.
+    static Parts of_matrices(int64_t stack, int64_t rows, int64_t columns, int64_t column_budget) {
+        int64_t most = std::max<int64_t>(1, std::min<int64_t>(64, column_budget / (4 * columns * stack)));
+        int64_t wanted = std::min(most, std::max<int64_t>(1, rows * columns / 16384));
+        int64_t rows_each = ((rows + wanted - 1) / wanted + 7) / 8 * 8;
+        int64_t per_matrix = (rows + rows_each - 1) / rows_each;
+        return {per_matrix, rows_each, per_matrix * stack};
+    }
+};
+
+struct Scratch {  // zeroed memory that goes with its owner
+    char* data;
+    explicit Scratch(size_t bytes) : data((char*)calloc(bytes ? bytes : 1, 1)) {}
+    ~Scratch() { free(data); }
+    template <class T>
+    T* take(size_t count) {
+        T* here = (T*)(data + used);
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return here;
+    }
+    size_t used = 0;
+};
+
+inline double ordered_sum(const double* values, int64_t count) {
+    double total = 0;
+    for (int64_t i = 0; i < count; i++) total += values[i];
+    return total;
+}
+
+inline void average(float* value, float target, float weight) { *value += (target - *value) * weight; }
+
+float step_size(float lr, int relative, float clip_threshold, double count, double update_sum, double weight_sum) {
+    float clip = std::max(std::sqrt((float)update_sum / (float)count) / clip_threshold, 1.0f);
+    float step = lr;
+    if (relative) step *= std::max(std::sqrt((float)weight_sum / (float)count), 1e-3f);
+    return step / clip;
+}
+
+struct Settings {
+    double average_weight, lr, clip_threshold, eps, weight_decay;
+    int32_t relative_step, threads;
+    Key key;
+};
+
+// One matrix or a stack of them, second moment factored
+
+template <class W, class G>
+double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* row,
+                          float* column, float* mass, double* weight_sum, const Settings& s) {
+    const int64_t count = stack * rows * columns;
+    const int64_t budget = std::max<int64_t>(512 << 10, count * (int64_t)sizeof(W) / 200);
+    const Parts parts = Parts::of_matrices(stack, rows, columns, budget);
+    const bool gathered = grad.column_stride != 1;
+    Scratch scratch(parts.total * (columns * 4 + 3 * 8 + 512) + stack * (rows + columns) * 4 * 2 + 1024);
+    float* column_parts = scratch.take<float>(parts.total * columns);
+    double* sums = scratch.take<double>(parts.total);
+    double* update_sums = scratch.take<double>(parts.total);
+    double* weight_sums = scratch.take<double>(parts.total);
+    float* row_factor = scratch.take<float>(stack * rows);  // holds the row sums first
+    float* column_factor = scratch.take<float>(stack * columns);
+    double grad_sum = 0, known_sum = *weight_sum;
+    float step = 0;
+    const float w_average = (float)s.average_weight, eps = (float)s.eps;
+    const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+
+#pragma omp parallel num_threads(s.threads)
+    {
+        G* buffer = gathered ? (G*)malloc(Gradient<G>::ROWS * columns * sizeof(G)) : nullptr;
+        const G* g[Gradient<G>::ROWS];
+
+        // Sums of the squared gradient over rows and columns, one read.
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < parts.total; p++) {
+            const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
+            const int64_t end = std::min(begin + parts.rows_each, rows);
+            float* columns_here = column_parts + p * columns;
+            for (int64_t r = begin; r < end; r += Gradient<G>::ROWS) {
+                const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
+                grad.rows(b, r, n, columns, buffer, g);
+                F16 row_total[Gradient<G>::ROWS] = {};
+                auto add = [&](int64_t c, int64_t width, int rows_now) __attribute__((always_inline)) {
+                    F16 column_total = {};
+                    for (int i = 0; i < rows_now; i++) {
+                        F16 v = load_any(g[i] + c, width);
+                        v *= v;
+                        row_total[i] += v;
+                        column_total += v;
+                    }
+                    column_total += load_any(columns_here + c, width);
+                    memcpy(columns_here + c, &column_total, std::min<int64_t>(width, LANES) * sizeof(float));
+                };
+                int64_t c = 0;
+                if (n == Gradient<G>::ROWS)
+                    for (; c + LANES <= columns; c += LANES) add(c, LANES, Gradient<G>::ROWS);
+                for (; c < columns; c += LANES) add(c, columns - c, n);
+                for (int i = 0; i < n; i++) {
+                    row_factor[b * rows + r + i] = sum(row_total[i]);
+                    sums[p] += row_factor[b * rows + r + i];
+                }
+            }
+        }
+
+#pragma omp single
+        grad_sum = (float)ordered_sum(sums, parts.total);
+
+        if (std::isfinite(grad_sum)) {
+            // The averages, and what a gradient is multiplied with.
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < stack * columns; i++) {
+                const float* from = column_parts + i / columns * parts.per_matrix * columns + i % columns;
+                float total = 0;
+                for (int64_t p = 0; p < parts.per_matrix; p++) total += from[p * columns];
+                column_factor[i] = total;
+            }
+#pragma omp single
+            {
+                average(mass, 1.0f, w_average);
+                for (int64_t i = 0; i < stack * columns; i++) {
+                    average(column + i, column_factor[i] / (float)rows + eps, w_average);
+                    column_factor[i] = 1.0f / std::sqrt(column[i] / *mass);
+                }
+                for (int64_t b = 0; b < stack; b++) {
+                    double total = 0;
+                    for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
+                        average(row + r, row_factor[r] / (float)columns + eps, w_average);
+                        total += row[r];
+                    }
+                    const float mean = (float)(total / (double)rows);
+                    for (int64_t r = b * rows; r < (b + 1) * rows; r++) row_factor[r] = 1.0f / std::sqrt(row[r] / mean);
+                }
+            }
+
+            // Sum of the squared update, and of the weights where the last update did not leave it.
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < parts.total; p++) {
+                const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
+                const int64_t end = std::min(begin + parts.rows_each, rows);
+                const float* cf = column_factor + b * columns;
+                for (int64_t r = begin; r < end; r += Gradient<G>::ROWS) {
+                    const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
+                    grad.rows(b, r, n, columns, buffer, g);
+                    F16 total[4] = {};
+                    for (int i = 0; i < n; i++) {
+                        const F16 rf = splat(row_factor[b * rows + r + i]);
+                        int64_t c = 0;
+                        for (; c + 4 * LANES <= columns; c += 4 * LANES)
+                            for (int k = 0; k < 4; k++) {
+                                F16 u = load(g[i] + c + k * LANES) * rf * load(cf + c + k * LANES);
+                                total[k] += u * u;
+                            }
+                        for (; c < columns; c += LANES) {
+                            F16 u = load_any(g[i] + c, columns - c) * rf * load_any(cf + c, columns - c);
+                            total[0] += u * u;
+                        }
+                        if (s.relative_step && known_sum < 0) {
+                            const int64_t origin = (b * rows + r + i) * columns;
+                            weight_sums[p] += square_sum_of_row(weight + origin, columns, origin);
+                        }
+                    }
+                    update_sums[p] += sum(total[0] + total[1] + (total[2] + total[3]));
+                }
+            }
+
+#pragma omp single
+            {
+                if (known_sum < 0) known_sum = ordered_sum(weight_sums, parts.total);
+                step = step_size((float)s.lr, s.relative_step, (float)s.clip_threshold, (double)count,
+                                 ordered_sum(update_sums, parts.total), known_sum);
+            }
+
+            // The new weights, rounded, and their sum of squares.
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < parts.total; p++) {
+                const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
+                const int64_t end = std::min(begin + parts.rows_each, rows);
+                const float* cf = column_factor + b * columns;
+                weight_sums[p] = 0;
+                for (int64_t r = begin; r < end; r += Gradient<G>::ROWS) {
+                    const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
+                    grad.rows(b, r, n, columns, buffer, g);
+                    for (int i = 0; i < n; i++) {
+                        const int64_t origin = (b * rows + r + i) * columns;
+                        const F16 rf = splat(row_factor[b * rows + r + i]), by = splat(step);
+                        W* w = weight + origin;
+                        const G* gi = g[i];
+                        weight_sums[p] += store_row(w, columns, origin, s.key, [&](int64_t c, int64_t m) {
+                            if (m == LANES) return load(w + c) * shrink - load(gi + c) * rf * load(cf + c) * by;
+                            return load_part(w + c, m) * shrink - load_part(gi + c, m) * rf * load_part(cf + c, m) * by;
+                        });
+                    }
+                }
+            }
+        }
+        free(buffer);
+    }
+    if (std::isfinite(grad_sum)) *weight_sum = s.relative_step ? ordered_sum(weight_sums, parts.total) : -1.0;
+    return grad_sum;
+}
+
+// Updates with a state per element
+
+// Calls `run(first, count, origin, grad_row)` in parallel over runs of consecutive elements; the runs depend on the shape alone.
+template <class G, class F>
+void for_runs(const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, int threads, F run) {
+    const bool flat = grad.column_stride == 1 && (rows == 1 || grad.row_stride == columns) &&
+                      (stack == 1 || grad.stack_stride == rows * columns);
+    const int64_t count = stack * rows * columns, length = 32768;
+    if (flat) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t p = 0; p < (count + length - 1) / length; p++)
+            run(p, std::min(length, count - p * length), p * length, grad.data + p * length);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        G* buffer = (G*)malloc(columns * sizeof(G));
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < stack * rows; r++) {
+            const G* g;
+            grad.rows(r / rows, r % rows, 1, columns, buffer, &g);
+            run(r, columns, r * columns, g);
+        }
+        free(buffer);
+    }
+}
+
+inline int64_t run_count(int64_t stack, int64_t rows, int64_t columns) {
+    return std::max(stack * rows, (stack * rows * columns + 32767) / 32768);
+}
+
+template <class G>
+double square_sum(const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, int threads, double* sums) {
+    for_runs(grad, stack, rows, columns, threads, [&](int64_t p, int64_t n, int64_t, const G* g) {
+        F16 total[2] = {};
+        int64_t j = 0;
+        for (; j + 2 * LANES <= n; j += 2 * LANES)
+            for (int k = 0; k < 2; k++) {
+                F16 v = load(g + j + k * LANES);
+                total[k] += v * v;
+            }
+        for (; j < n; j += LANES) {
+            F16 v = load_any(g + j, n - j);
+            total[0] += v * v;
+        }
+        sums[p] = sum(total[0] + total[1]);
+    });
+    return (float)ordered_sum(sums, run_count(stack, rows, columns));
+}
+
+template <class W, class G>
+double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* moment,
+                      float* mass, double* weight_sum, const Settings& s) {
+    const int64_t count = stack * rows * columns, runs = run_count(stack, rows, columns);
+    Scratch scratch(2 * (runs * 8 + 64));
+    double *sums = scratch.take<double>(runs), *weight_sums = scratch.take<double>(runs);
+    const double grad_sum = square_sum(grad, stack, rows, columns, s.threads, sums);
+    if (!std::isfinite(grad_sum)) return grad_sum;
+    average(mass, 1.0f, (float)s.average_weight);
+    const F16 w_average = splat((float)s.average_weight), eps = splat((float)s.eps), by_mass = splat(*mass);
+    const bool know = !s.relative_step || *weight_sum >= 0;
+    for_runs(grad, stack, rows, columns, s.threads, [&](int64_t p, int64_t n, int64_t origin, const G* g) {
+        float* v = moment + origin;
+        F16 total = {};
+        for (int64_t j = 0; j < n; j += LANES) {
+            const int64_t m = std::min<int64_t>(LANES, n - j);
+            const F16 gradient = load_any(g + j, m);
+            F16 value = load_any(v + j, m);
+            value += (gradient * gradient + eps - value) * w_average;
+            memcpy(v + j, &value, m * sizeof(float));
+            F16 u = gradient / root(value / by_mass);
+            if (m < LANES) u = load_part((float*)&u, m);
+            total += u * u;
+        }
+        sums[p] = sum(total);
+        if (!know) weight_sums[p] = square_sum_of_row(weight + origin, n, origin);
+    });
+    if (!know) *weight_sum = ordered_sum(weight_sums, runs);
+    const F16 by = splat(step_size((float)s.lr, s.relative_step, (float)s.clip_threshold, (double)count,
+                                   ordered_sum(sums, runs), *weight_sum));
+    const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    for_runs(grad, stack, rows, columns, s.threads, [&](int64_t p, int64_t n, int64_t origin, const G* g) {
+        W* w = weight + origin;
+        const float* v = moment + origin;
+        weight_sums[p] = store_row(w, n, origin, s.key, [&](int64_t j, int64_t m) {
+            const F16 u = load_any(g + j, m) / root(load_any(v + j, m) / by_mass);
+            return load_any(w + j, m) * shrink - u * by;
+        });
+    });
+    *weight_sum = s.relative_step ? ordered_sum(weight_sums, runs) : -1.0;
+    return grad_sum;
+}
+
+template <class W, class G>
+double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* first,
+             float* second, float* first_mass, float* second_mass, double first_weight, const Settings& s) {
+    Scratch scratch(run_count(stack, rows, columns) * 8 + 64);
+    double* sums = scratch.take<double>(run_count(stack, rows, columns));
+    const double grad_sum = square_sum(grad, stack, rows, columns, s.threads, sums);
+    if (!std::isfinite(grad_sum)) return grad_sum;
+    average(first_mass, 1.0f, (float)first_weight);
+    average(second_mass, 1.0f, (float)s.average_weight);
+    const F16 w1 = splat((float)first_weight), w2 = splat((float)s.average_weight), eps = splat((float)s.eps);
+    const F16 mass1 = splat(*first_mass), mass2 = splat(*second_mass), by = splat((float)s.lr);
+    const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    for_runs(grad, stack, rows, columns, s.threads, [&](int64_t, int64_t n, int64_t origin, const G* g) {
+        W* w = weight + origin;
+        float *m1 = first ? first + origin : nullptr, *m2 = second + origin;
+        store_row(w, n, origin, s.key, [&](int64_t j, int64_t m) {
+            const F16 gradient = load_any(g + j, m);
+            F16 v = load_any(m2 + j, m), mean = gradient;
+            v += (gradient * gradient - v) * w2;
+            memcpy(m2 + j, &v, m * sizeof(float));
+            if (m1) {
+                mean = load_any(m1 + j, m);
+                mean += (gradient - mean) * w1;
+                memcpy(m1 + j, &mean, m * sizeof(float));
+                mean = mean / mass1;
+            }
+            return load_any(w + j, m) * shrink - mean / (root(v / mass2) + eps) * by;
+        });
+    });
+    return grad_sum;
+}
+
+template <class W, class G>
+double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* momentum,
+           float* mass, const Settings& s) {
+    Scratch scratch(run_count(stack, rows, columns) * 8 + 64);
+    double* sums = scratch.take<double>(run_count(stack, rows, columns));
+    const double grad_sum = square_sum(grad, stack, rows, columns, s.threads, sums);
+    if (!std::isfinite(grad_sum)) return grad_sum;
+    if (momentum) average(mass, 1.0f, (float)s.average_weight);
+    const F16 by_mass = splat(momentum ? *mass : 1.0f), w_average = splat((float)s.average_weight);
+    const F16 by = splat((float)s.lr), shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    for_runs(grad, stack, rows, columns, s.threads, [&](int64_t, int64_t n, int64_t origin, const G* g) {
+        W* w = weight + origin;
+        float* m1 = momentum ? momentum + origin : nullptr;
+        store_row(w, n, origin, s.key, [&](int64_t j, int64_t m) {
+            F16 u = load_any(g + j, m);
+            if (m1) {
+                F16 mean = load_any(m1 + j, m);
+                mean += (u - mean) * w_average;
+                memcpy(m1 + j, &mean, m * sizeof(float));
+                u = mean / by_mass;
+            }
+            return load_any(w + j, m) * shrink - u * by;
+        });
+    });
+    return grad_sum;
+}
+
+}  // namespace
+
+// What cpu.py calls; mirrors its ctypes structures.
+
+extern "C" {
+
+struct Call {
+    void* weight;
+    const void* grad;
+    float *row, *column, *first, *second, *mass, *second_mass;
+    int64_t stack, rows, columns, stack_stride, row_stride, column_stride;
+    double weight_sum, average_weight, first_weight, lr, clip_threshold, eps, weight_decay;
+    int32_t is_bf16, relative_step, threads, stochastic;
+    uint32_t key_first, key_second;
+};
+
+static Settings settings(const Call& c) {
+    return {c.average_weight, c.lr, c.clip_threshold, c.eps, c.weight_decay, c.relative_step, c.threads,
+            {c.key_first, c.key_second, c.stochastic}};
+}
+
+#define FOR_DTYPES(CALL)                                    \
+    if (c->is_bf16) { CALL(bf16, bf16) } else { CALL(float, float) }
+#define GRADIENT(G) Gradient<G>{(const G*)c->grad, c->stack_stride, c->row_stride, c->column_stride}
+
+double sbft_adafactor_factored(Call* c) {
+#define CALL(W, G)                                                                                                     \
+    return adafactor_factored((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->row, c->column, c->mass,   \
+                              &c->weight_sum, settings(*c));
+    FOR_DTYPES(CALL)
+#undef CALL
+}
+
+double sbft_adafactor_full(Call* c) {
+#define CALL(W, G)                                                                                             \
+    return adafactor_full((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->second, c->mass,       \
+                          &c->weight_sum, settings(*c));
+    FOR_DTYPES(CALL)
+#undef CALL
+}
+
+double sbft_adamw(Call* c) {
+#define CALL(W, G)                                                                                               \
+    return adamw((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->first, c->second, c->mass,        \
+                 c->second_mass, c->first_weight, settings(*c));
+    FOR_DTYPES(CALL)
+#undef CALL
+}
+
+double sbft_sgd(Call* c) {
+#define CALL(W, G) \
+    return sgd((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->first, c->mass, settings(*c));
+    FOR_DTYPES(CALL)
+#undef CALL
+}
+
+// For tests: the noise of `count` elements from `offset` on.
+void sbft_noise(uint32_t first, uint32_t second, int64_t offset, int64_t count, int32_t* out) {
+    for (int64_t i = 0; i < count; i++) {
+        const uint64_t index = (uint64_t)(offset + i);
+        const U16 hash = hashes((index >> 5) * 16, {first, second, 1});
+        out[i] = (hash[index & 15] >> (index & 16)) & 0xFFFF;
+    }
+}
+}

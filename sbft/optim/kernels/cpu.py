@@ -1,0 +1,247 @@
+"""The updates on a CPU, compiled from cpu.cpp on first use and called without copies; arguments as in `reference`.
+
+The library is built by the machine's C++ compiler, into the user's cache, under a name that holds the source, the compiler's
+version, the flags and the processor, so that it is built once and never used where it does not fit. What the compiled code does
+not cover (weights that are not contiguous, gradients of another dtype) goes to the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbft.cache import cache_dir
+from sbft.optim.kernels import reference
+from sbft.optim.kernels.reference import Key
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = [
+    "-O2", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
+    "-shared", "-fPIC",
+]  # fmt: skip
+_RUNTIMES = ("libgomp", "libiomp5", "libomp")
+
+
+class _Call(ctypes.Structure):
+    """The argument of every compiled function; mirrors `struct Call` in cpu.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "row", "column", "first", "second", "mass")),
+        ("second_mass", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("stack", "rows", "columns")),
+        *((name, ctypes.c_int64) for name in ("stack_stride", "row_stride", "column_stride")),
+        *((name, ctypes.c_double) for name in ("weight_sum", "average_weight", "first_weight", "lr")),
+        *((name, ctypes.c_double) for name in ("clip_threshold", "eps", "weight_decay")),
+        *((name, ctypes.c_int32) for name in ("is_bf16", "relative_step", "threads", "stochastic")),
+        ("key_first", ctypes.c_uint32),
+        ("key_second", ctypes.c_uint32),
+    ]
+
+
+class CompilerMissing(Exception):
+    """No usable C++ compiler; the message says what was tried."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, built if need be; None, after one warning, where it cannot be built."""
+    try:
+        _share_openmp_runtime()
+        compiled = ctypes.CDLL(str(build()))
+    except (CompilerMissing, OSError) as error:
+        warnings.warn(
+            f"sbft's compiled CPU kernels are not available ({error}), so the optimizer step runs in plain torch, which is "
+            "about ten times slower; install g++ (Debian: apt-get install g++) to have them built",
+            stacklevel=2,
+        )
+        return None
+    for name in ("sbft_adafactor_factored", "sbft_adafactor_full", "sbft_adamw", "sbft_sgd"):
+        function = getattr(compiled, name)
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_double
+    compiled.sbft_noise.argtypes = [
+        ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    compiled.sbft_noise.restype = None
+    return compiled
+
+
+def build(folder: Path | None = None) -> Path:
+    """Compile cpu.cpp unless that was done before, and return the library's path.
+
+    Args:
+        folder: where built libraries lie; the user's cache by default. Two processes may build at once: each writes a file of
+            its own and renames it.
+
+    Raises:
+        CompilerMissing: if no compiler is found or it fails.
+    """
+    compiler = _compiler()
+    folder = cache_dir() / "kernels" if folder is None else folder
+    target = folder / f"cpu-{_fingerprint(compiler)}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
+    try:
+        run = subprocess.run(
+            [compiler, *_FLAGS, str(_SOURCE), "-o", temporary], capture_output=True, text=True, check=False
+        )
+        if run.returncode != 0:
+            raise CompilerMissing(f"{compiler} failed: {run.stderr.strip()[:500]}")
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            return name
+    raise CompilerMissing("no C++ compiler was found: neither $CXX nor g++, clang++ or c++")
+
+
+def _fingerprint(compiler: str) -> str:
+    path = Path(shutil.which(compiler) or compiler).resolve()
+    facts = [_SOURCE.read_text(), " ".join(_FLAGS), str(path), str(path.stat().st_mtime_ns), _processor()]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _share_openmp_runtime() -> None:
+    """Let our code use the OpenMP runtime that torch has loaded; a second one's threads would fight over the cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return
+    for line in maps.splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith(_RUNTIMES):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            return
+
+
+def _call(weight: Tensor, grad: Tensor, key: Key, **arguments: Any) -> _Call | None:
+    """The argument structure, or None where only the reference will do. Tensors are passed by address."""
+    if library() is None or not weight.is_contiguous() or grad.dtype != weight.dtype or weight.numel() == 0:
+        return None
+    g = reference.matrices(grad)
+    call = _Call(
+        weight=weight.data_ptr(), grad=grad.data_ptr(), is_bf16=weight.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(), stochastic=key is not None,
+    )  # fmt: skip
+    call.stack, call.rows, call.columns = g.shape
+    call.stack_stride, call.row_stride, call.column_stride = g.stride()
+    if call.columns == 1:
+        call.column_stride = 1
+    if key is not None:
+        call.key_first, call.key_second = key
+    for name, value in arguments.items():
+        setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    return call
+
+
+def _run(function: str, call: _Call, weight: Tensor) -> float:
+    grad_square_sum: float = getattr(library(), function)(ctypes.addressof(call))
+    torch.autograd.graph.increment_version(weight)
+    return grad_square_sum
+
+
+def adafactor_factored(
+    weight: Tensor,
+    grad: Tensor,
+    row: Tensor,
+    column: Tensor,
+    mass: Tensor,
+    weight_square_sum: float | None,
+    *,
+    key: Key,
+    **settings: Any,
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """See `reference.adafactor_factored`."""
+    known = -1.0 if weight_square_sum is None else weight_square_sum
+    call = _call(weight, grad, key, row=row, column=column, mass=mass, weight_sum=known, **settings)
+    if call is None:
+        return reference.adafactor_factored(weight, grad, row, column, mass, None, key=key, **settings)
+    return _run("sbft_adafactor_factored", call, weight), call.weight_sum if call.weight_sum >= 0 else None
+
+
+def adafactor_full(
+    weight: Tensor,
+    grad: Tensor,
+    second_moment: Tensor,
+    mass: Tensor,
+    weight_square_sum: float | None,
+    *,
+    key: Key,
+    **settings: Any,
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """See `reference.adafactor_full`."""
+    known = -1.0 if weight_square_sum is None else weight_square_sum
+    call = _call(weight, grad, key, second=second_moment, mass=mass, weight_sum=known, **settings)
+    if call is None:
+        return reference.adafactor_full(weight, grad, second_moment, mass, None, key=key, **settings)
+    return _run("sbft_adafactor_full", call, weight), call.weight_sum if call.weight_sum >= 0 else None
+
+
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    first_moment: Tensor | None,
+    second_moment: Tensor,
+    first_mass: Tensor,
+    second_mass: Tensor,
+    *,
+    second_weight: float,
+    key: Key,
+    **settings: Any,
+) -> float | Tensor:
+    """See `reference.adamw`."""
+    call = _call(
+        weight, grad, key, first=first_moment, second=second_moment, mass=first_mass, second_mass=second_mass,
+        average_weight=second_weight, **settings,
+    )  # fmt: skip
+    if call is None:
+        return reference.adamw(
+            weight, grad, first_moment, second_moment, first_mass, second_mass, second_weight=second_weight, key=key,
+            **settings,
+        )  # fmt: skip
+    return _run("sbft_adamw", call, weight)
+
+
+def sgd(
+    weight: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    mass: Tensor | None,
+    *,
+    momentum_weight: float,
+    key: Key,
+    **settings: Any,
+) -> float | Tensor:
+    """See `reference.sgd`."""
+    call = _call(weight, grad, key, first=momentum, mass=mass, average_weight=momentum_weight, **settings)
+    if call is None:
+        return reference.sgd(weight, grad, momentum, mass, momentum_weight=momentum_weight, key=key, **settings)
+    return _run("sbft_sgd", call, weight)
