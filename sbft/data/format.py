@@ -1,0 +1,298 @@
+"""From rows of text to token ids and labels: prompt and completion, chat messages, or plain text.
+
+What the model is asked at evaluation must be, token for token, what it saw before the answer in training. Both come
+from the same functions here: a text is cut into pieces where an answer begins and ends, each piece is tokenized by
+itself, and an answer's prompt is the pieces before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from datasets import Dataset
+
+from sbft.data.chat import Piece, end_of_turn, render_messages
+from sbft.data.packing import pack
+from sbft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that is not trained on; cross entropy leaves it out."""
+
+_CHUNK = 1_000
+
+
+@dataclass(frozen=True)
+class FormatReport:
+    """What became of the rows."""
+
+    examples: int
+    """Examples kept."""
+    tokens: int
+    """Tokens in them."""
+    completion_tokens: int
+    """Tokens among them that are trained on."""
+    truncated: int
+    """Kept examples that were cut at the maximal length."""
+    dropped: int
+    """Rows left out: nothing to train on was in them, or was left of them within the maximal length."""
+    longest: int
+    """Tokens of the longest kept example."""
+    packed_into: int | None
+    """Rows that the examples were packed into; None where they were not."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become text: the names of their columns, and whether and how the chat template is used."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
+    text: str = "text"
+    chat_template: bool = True
+    """Render prompt and completion as user's and assistant's turn, where the tokenizer has a chat template."""
+    system: str | None = None
+    """A system turn put before each conversation that has none; the template's own when None."""
+
+    def kind(self, columns: list[str]) -> str:
+        """Says how rows with these columns are read: "completion", "messages" or "text".
+
+        Raises:
+            DataError: none of the three; names the columns there are.
+        """
+        if self.prompt in columns and self.completion in columns:
+            return "completion"
+        if self.messages in columns:
+            return "messages"
+        if self.text in columns:
+            return "text"
+        half = [name for name in (self.prompt, self.completion) if name in columns]
+        missing = f"{half[0]!r} is there without its other half" if half else "none of them is there"
+        raise DataError(
+            f"The data has the columns {', '.join(map(repr, columns))}; expected {self.prompt!r} with "
+            f"{self.completion!r}, or {self.messages!r}, or {self.text!r}, and {missing}. Name your columns with "
+            "data.prompt and data.completion, data.messages, or data.text."
+        )
+
+    def pieces(self, row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+        """Cuts one row into pieces of text, those that are trained on marked; none where the row holds nothing."""
+        if kind == "messages":
+            messages = self._conversation(row)
+            return render_messages(messages, tokenizer) if messages else []
+        if kind == "text":
+            text = row[self.text]
+            return [Piece(str(text), True)] if text is not None and str(text).strip() else []
+        question, answer = row[self.prompt], row[self.completion]
+        if question is None or answer is None or not str(answer).strip():
+            return []
+        if self._uses_template(tokenizer):
+            turns = [*self._asked(str(question)), {"role": "assistant", "content": str(answer)}]
+            return render_messages(turns, tokenizer, markers=False)
+        return [Piece(str(question), False), Piece(str(answer), True)]
+
+    def question_pieces(self, row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+        """The pieces that come before the (last) answer of a row: what is given to the model to be answered."""
+        if kind == "messages":
+            return render_messages(self._without_answer(self._conversation(row)), tokenizer, ask=True)
+        if kind == "completion" and self._uses_template(tokenizer):
+            return render_messages(self._asked(str(row[self.prompt])), tokenizer, ask=True, markers=False)
+        return [Piece(str(row[self.prompt if kind == "completion" else self.text]), False)]
+
+    def question_and_answer(self, row: dict[str, Any], kind: str) -> tuple[str, str]:
+        """A row's question and right answer as plain text, for people to read and metrics to compare."""
+        if kind == "completion":
+            return str(row[self.prompt]), str(row[self.completion])
+        turns = self._conversation(row)
+        asked = self._without_answer(turns)
+        answer = turns[-1] if len(turns) > len(asked) else {"content": ""}
+        return str(asked[-1]["content"]) if asked else "", str(answer["content"])
+
+    def _uses_template(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return self.chat_template and bool(tokenizer.chat_template)
+
+    def _asked(self, question: str) -> list[dict[str, Any]]:
+        return self._with_system([{"role": "user", "content": question}])
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.system is None or (messages and messages[0]["role"] == "system"):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def _conversation(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        turns = []
+        for message in row[self.messages] or []:
+            if not isinstance(message, dict) or "role" not in message:
+                raise DataError(
+                    f"A value of {self.messages!r} holds {message!r}; expected a list of messages such as "
+                    '{"role": "user", "content": "..."}.'
+                )
+            # Tables fill the keys that a message lacks with None, which templates take for a value.
+            known = {key: value for key, value in message.items() if value is not None}
+            turns.append({"content": "", **known})
+        return self._with_system(turns) if turns else []
+
+    @staticmethod
+    def _without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
+def format_dataset(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    messages: str = "messages",
+    text: str = "text",
+    max_length: int = 1024,
+    chat_template: bool = True,
+    packing: bool = False,
+    system: str | None = None,
+) -> tuple[Dataset, FormatReport]:
+    """Turns rows of text into token ids and labels.
+
+    Trained on are completions, the assistant's turns of `messages`, or all of `text`. Each ends with the token that
+    ends a turn or a text. The first token of an example has no label, as nothing predicts it.
+
+    Args:
+        dataset: rows with the columns `prompt` and `completion`, or `messages`, or `text` (looked for in this order).
+        tokenizer: the model's tokenizer.
+        prompt, completion, messages, text: names of the columns.
+        max_length: tokens an example is cut to. A row of which then nothing is left to train on is dropped.
+        chat_template: render prompt and completion as turns of a chat, where the tokenizer has a template.
+        packing: put several examples into one row of at most `max_length` tokens, whose `position_ids` start again
+            at 0 with each example, so that attention does not reach from one into another.
+        system: a system turn for conversations that have none.
+
+    Returns:
+        The dataset with `input_ids` and `labels` (int lists of one length, -100 where nothing is trained on), and
+        `position_ids` when packed; and what became of the rows.
+
+    Raises:
+        DataError: no such columns, malformed messages, or no example left.
+    """
+    if max_length < 2:
+        raise DataError(f"data.max_length is {max_length}; expected at least 2 tokens, or nothing can be predicted.")
+    rendering = Rendering(prompt, completion, messages, text, chat_template, system)
+    kind = rendering.kind(dataset.column_names)
+    tables: list[pa.Table] = []
+    truncated = dropped = 0
+    for start in range(0, dataset.num_rows, _CHUNK):
+        rows = dataset.select(range(start, min(start + _CHUNK, dataset.num_rows)))
+        examples: list[tuple[list[int], list[int]]] = []
+        for ids, labels in _examples(rows, rendering, kind, tokenizer):
+            if all(label == IGNORED for label in labels[:max_length]):
+                dropped += 1
+                continue
+            truncated += len(ids) > max_length
+            examples.append((ids[:max_length], labels[:max_length]))
+        tables.append(_table(examples))
+    formatted = pa.concat_tables(tables) if tables else _table([])
+    if formatted.num_rows == 0:
+        raise DataError(
+            f"No example is left: of {dataset.num_rows} rows all were empty, or longer than data.max_length "
+            f"({max_length} tokens) before anything to train on began. Raise data.max_length, or check the columns."
+        )
+    report = _report(formatted, truncated, dropped)
+    if not packing:
+        return Dataset(formatted), report
+    packed = pack(formatted, max_length)
+    return Dataset(packed), FormatReport(**{**report.__dict__, "packed_into": packed.num_rows})
+
+
+def encode_prompts(
+    rows: Dataset | Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, rendering: Rendering | None = None
+) -> list[list[int]]:
+    """Tokenizes what comes before the (last) answer of each row, exactly as `format_dataset` does for training.
+
+    Args:
+        rows: rows with `prompt`, or with `messages`, whose last assistant turn is left out.
+        tokenizer: the model's tokenizer.
+        rendering: column names and chat template settings; the defaults when None.
+
+    Returns:
+        The prompts' token ids, without padding.
+    """
+    rendering = rendering or Rendering()
+    listed = list(rows)
+    if not listed:
+        return []
+    kind = "completion" if rendering.prompt in listed[0] else rendering.kind(list(listed[0]))
+    pieces = [rendering.question_pieces(row, kind, tokenizer) for row in listed]
+    return [ids for ids, _ in _tokenize(pieces, tokenizer, ends=False)]
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's end token and the one that ends a turn of its chat template."""
+    ends = [tokenizer.eos_token_id, end_of_turn(tokenizer) if tokenizer.chat_template else None]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
+def _examples(
+    rows: Dataset, rendering: Rendering, kind: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    return _tokenize([rendering.pieces(row, kind, tokenizer) for row in rows], tokenizer, ends=True)
+
+
+def _tokenize(
+    pieces: list[list[Piece]], tokenizer: PreTrainedTokenizerBase, *, ends: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields (ids, labels) of each row's pieces; all pieces go through the tokenizer in one call, for speed."""
+    flat = [piece.text for row in pieces for piece in row]
+    tokenized = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+    opening = _opening_tokens(tokenizer)
+    for row in pieces:
+        ids: list[int] = []
+        labels: list[int] = []
+        if row and not row[0].rendered:
+            ids, labels = list(opening), [IGNORED] * len(opening)
+        for piece in row:
+            tokens = next(tokenized)
+            ids += tokens
+            labels += tokens if piece.trained else [IGNORED] * len(tokens)
+        if ends and row and row[-1].trained and not row[-1].ended:
+            ids.append(tokenizer.eos_token_id)
+            labels.append(tokenizer.eos_token_id)
+        if labels:
+            labels[0] = IGNORED
+        yield ids, labels
+
+
+def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a plain text (the begin token of Llama, nothing for GPT-2)."""
+    with_special = tokenizer("a")["input_ids"]
+    without = tokenizer("a", add_special_tokens=False)["input_ids"]
+    for count in range(len(with_special) - len(without) + 1):
+        if with_special[count : count + len(without)] == without:
+            return list(with_special[:count])
+    return []
+
+
+def _table(examples: list[tuple[list[int], list[int]]]) -> pa.Table:
+    integers = pa.list_(pa.int32())
+    return pa.table(
+        {
+            "input_ids": pa.array([ids for ids, _ in examples], type=integers),
+            "labels": pa.array([labels for _, labels in examples], type=integers),
+        }
+    )
+
+
+def _report(table: pa.Table, truncated: int, dropped: int) -> FormatReport:
+    lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
+    labels = table["labels"].combine_chunks().flatten().to_numpy()
+    return FormatReport(
+        examples=table.num_rows,
+        tokens=int(lengths.sum()),
+        completion_tokens=int((labels != IGNORED).sum()),
+        truncated=truncated,
+        dropped=dropped,
+        longest=int(lengths.max()),
+        packed_into=None,
+    )

@@ -1,0 +1,83 @@
+"""Generated tasks: questions with one right answer, made from a seed by the package reasoning-gym."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from sbft.errors import DataError, MissingPackageError
+
+PREFIX = "generated:"
+
+# Most tasks draw question i from the seed `seed + i`, so that neighbouring seeds share questions. The parts of a data
+# set, and the data sets of different seeds, therefore lie millions of seeds apart; the sum stays below 2**31.
+_PART_START = {"train": 0, "validation": 700_000_000, "eval": 1_400_000_000}
+_SEED_STRIDE = 10_000_000
+_SEEDS = 60
+_CHUNK = 256
+
+
+def is_generated(source: str) -> bool:
+    """Says whether a source is written `generated:NAME`."""
+    return source.startswith(PREFIX)
+
+
+def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | None = None) -> Iterator[dict[str, str]]:
+    """Yields the questions of one part of a task, without end; the same arguments give the same questions.
+
+    Args:
+        source: `generated:NAME`, NAME being a task of reasoning-gym.
+        part: "train", "validation" or "eval"; their seeds lie far apart.
+        seed: which data set of this task; 0 to 59 are surely disjoint in their seeds.
+        options: settings of the task, for example {"min_digits": 2}.
+
+    Yields:
+        {"prompt": the question, "completion": the final answer as text}.
+
+    Raises:
+        MissingPackageError: reasoning-gym is not installed.
+        DataError: no such task, wrong options, or a task whose answer is not one text.
+    """
+    name = source.removeprefix(PREFIX)
+    start = _PART_START[part] + (seed % _SEEDS) * _SEED_STRIDE
+    done = 0
+    while True:
+        task = _create(name, seed=start + done, size=_CHUNK, options=options or {})
+        for index in range(_CHUNK):
+            item = task[index]
+            if not isinstance(item["answer"], str):
+                raise DataError(
+                    f"The task {source} gives no single right answer as text, so that exact match cannot score it. "
+                    "Choose another task, for example generated:chain_sum."
+                )
+            yield {"prompt": item["question"], "completion": item["answer"]}
+        done += _CHUNK
+
+
+def _create(name: str, *, seed: int, size: int, options: dict[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise MissingPackageError(
+            f"The data {PREFIX}{name} is made by the package reasoning-gym, which is not installed. "
+            'Type: pip install "sbft[tasks]"'
+        ) from error
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=3)
+        hint = f" Did you mean {' or '.join(PREFIX + one for one in near)}?" if near else ""
+        raise DataError(f"reasoning-gym has no task {name!r} (it has {len(DATASETS)} others).{hint}")
+    known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
+    if unknown := sorted(set(options) - known):
+        raise DataError(
+            f"The task {PREFIX}{name} has no option {', '.join(map(repr, unknown))}; "
+            f"it has {', '.join(sorted(known)) or 'none'}. Correct data.options."
+        )
+    try:
+        return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise DataError(
+            f"The task {PREFIX}{name} refuses its options {options}: {error}. Correct data.options."
+        ) from error

