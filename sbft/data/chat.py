@@ -55,12 +55,13 @@ def render_messages(
             "columns prompt and completion."
         )
     text = _render(messages, tokenizer, ask=ask)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    ends = _special_tokens(tokenizer)
     if markers and _MARKER.search(str(tokenizer.chat_template)):
-        spans = _marked_spans(messages, tokenizer, ask)
+        spans = _marked_spans(messages, tokenizer, ask, text, ends)
     else:
-        spans = _spans_by_prefixes(messages, answers, text, tokenizer) or _spans_by_content(messages, answers, text)
-    return _cut(text, spans, _special_tokens(tokenizer))
+        by_prefixes = _spans_by_prefixes(messages, tokenizer, text, ends)
+        spans = _spans_by_content(messages, text, ends) if by_prefixes is None else by_prefixes
+    return _cut(text, spans, ends)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -78,86 +79,109 @@ def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
     try:
         # Models that can think before they answer are trained and asked without: data has answers, not thoughts.
         # Templates that know no such switch take no notice.
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. Correct the data "
             "(many models want user and assistant in turn, and some know no system turn)."
         ) from error
-    return text
+    return str(text)
 
 
-def _marked_spans(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, ask: bool) -> list[Span]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    longest_first = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _marked_spans(
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    ask: bool,
+    text: str,
+    special: re.Pattern[str],
+) -> list[Span]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    _, spans = render_jinja_template(
+    variables: dict[str, Any] = {**tokenizer.special_tokens_map, "enable_thinking": False}
+    rendered: Any = render_jinja_template(
         conversations=[messages],
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         add_generation_prompt=ask,
-        enable_thinking=False,
-        **tokenizer.special_tokens_map,
+        **variables,
     )
-    return [(start, end) for start, end in spans[0]]
+    (spans,) = rendered[1]
+    return [(start, _without_space_after(text, start, end, special)) for start, end in spans]
+
+
+def _without_space_after(text: str, start: int, end: int, special: re.Pattern[str]) -> int:
+    """Where a span ends that closes with a special token and white space, without the white space."""
+    last = [match.end() for match in special.finditer(text, start, end)][-1:]
+    return last[0] if last and not text[last[0] : end].strip() else end
 
 
 def _spans_by_prefixes(
-    messages: list[dict[str, Any]], answers: list[int], text: str, tokenizer: PreTrainedTokenizerBase
-) -> list[Span]:
-    """Spans by what each answer adds; none where the template does not render prefixes of it as prefixes."""
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, text: str, special: re.Pattern[str]
+) -> list[Span] | None:
+    """Spans by what each answer adds; None where the template does not render a conversation's start as its start.
+
+    An answer ends with the first special token after its own words (Phi-3 adds a second one, gpt-oss has some before).
+    """
     spans = []
-    for index in answers:
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
         before = _render(messages[:index], tokenizer, ask=True)
         upto = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
         if not (upto.startswith(before) and text.startswith(upto)):
-            return []
-        spans.append((len(before), len(upto)))
+            return None
+        start, end = len(before), len(upto)
+        content = _content(message)
+        found = text.find(content, start, end)
+        after_words = special.search(text, found + len(content), end) if found >= 0 else None
+        spans.append((start, after_words.end() if after_words else _without_space_after(text, start, end, special)))
     return spans
 
 
-def _spans_by_content(messages: list[dict[str, Any]], answers: list[int], text: str) -> list[Span]:
+def _spans_by_content(messages: list[dict[str, Any]], text: str, special: re.Pattern[str]) -> list[Span]:
+    """Spans of the answers' own words, each with the special token that follows them."""
+    closing = re.compile(rf"\s*(?:{special.pattern})")
     spans = []
     place = 0
-    for index, message in enumerate(messages):
-        content = message["content"].strip() if isinstance(message["content"], str) else ""
+    for message in messages:
+        content = _content(message)
         start = text.find(content, place)
+        if start < 0 and message["role"] != "assistant":
+            continue
         if start < 0:
-            if index not in answers:
-                continue
             raise DataError(
                 f"The tokenizer's chat template does not render this answer as it stands: {content[:80]!r}. Use a "
                 "template with generation markers, or columns prompt and completion."
             )
         place = start + len(content)
-        if index in answers and content:
-            spans.append((start, len(text)))  # cut below, at the end of its turn
-    return [(start, min([end, *(later for later, _ in spans if later > start)])) for start, end in spans]
+        if message["role"] == "assistant" and content:
+            closed = closing.match(text, place)
+            place = closed.end() if closed else place
+            spans.append((start, place))
+    return spans
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+def _content(message: dict[str, Any]) -> str:
+    return message["content"].strip() if isinstance(message["content"], str) else ""
 
 
-def _cut(text: str, spans: list[Span], special: list[str]) -> list[Piece]:
-    """Pieces of a rendered text; an answer goes up to and with the first special token that follows its own words."""
+def _cut(text: str, spans: list[Span], special: re.Pattern[str]) -> list[Piece]:
     pieces = []
     place = 0
-    pattern = re.compile("|".join(map(re.escape, special))) if special else None
     for start, end in spans:
-        found = [match.end() for match in pattern.finditer(text, start, end)] if pattern else []
-        stop = found[0] if found else end
         if start > place:
             pieces.append(Piece(text[place:start], False, rendered=True))
-        pieces.append(Piece(text[start:stop], True, rendered=True, ended=bool(found)))
-        place = stop
-    if place < len(text) and (not pieces or not _only_space(text[place:])):
+        last = [match.end() for match in special.finditer(text, start, end)][-1:]
+        pieces.append(Piece(text[start:end], True, rendered=True, ended=last == [end]))
+        place = end
+    # The line end that templates put after the last turn is nobody's to learn.
+    if text[place:].strip() or not pieces:
         pieces.append(Piece(text[place:], False, rendered=True))
     return pieces
-
-
-def _only_space(text: str) -> bool:
-    return not text.strip()

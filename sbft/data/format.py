@@ -8,7 +8,7 @@ itself, and an answer's prompt is the pieces before it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -203,7 +203,7 @@ def format_dataset(
     if not packing:
         return Dataset(formatted), report
     packed = pack(formatted, max_length)
-    return Dataset(packed), FormatReport(**{**report.__dict__, "packed_into": packed.num_rows})
+    return Dataset(packed), replace(report, packed_into=packed.num_rows)
 
 
 def encode_prompts(
@@ -256,7 +256,8 @@ def _tokenize(
             tokens = next(tokenized)
             ids += tokens
             labels += tokens if piece.trained else [IGNORED] * len(tokens)
-        if ends and row and row[-1].trained and not row[-1].ended:
+        unended = bool(row) and row[-1].trained and not row[-1].ended
+        if ends and unended and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
         if labels:

@@ -201,7 +201,7 @@ def _generated_splits(
 def _split_off(
     dataset: Dataset, size: int, seed: int, columns: tuple[str, ...], part: str
 ) -> tuple[Dataset, Dataset, int]:
-    """Takes `size` random rows out; returns them, the rest without copies of their questions, and the copies' number."""
+    """Takes `size` random rows out; returns them, the rest without copies of their questions, and how many copies."""
     if size >= dataset.num_rows:
         raise DataError(
             f"The training data has {dataset.num_rows} rows, so that {size} cannot be split off from it for {part} "
@@ -226,8 +226,9 @@ def _refuse_overlap(train: Dataset, rows: Dataset, columns: tuple[str, ...], par
     if both:
         count = "1 question" if len(both) == 1 else f"{len(both)} questions"
         raise DataError(
-            f"The {part} data {source} shares {count} with the training data, the first: {both[0][:120]!r}. A model that trained on its own test proves "
-            "nothing: take them out of one of the two, or set data.allow_overlap: true."
+            f"The {part} data {source} shares {count} with the training data, the first: {both[0][:120]!r}. "
+            "A model that trained on its own test proves nothing: take them out of one of the two, or set "
+            "data.allow_overlap: true."
         )
 
 
