@@ -23,6 +23,8 @@ class DataConfig(_Section):
     """Data that the reported figures are measured on."""
     train_split: str = "train"
     """Split of a hub data set to train on."""
+    validation_split: str = "validation"
+    """Split of a hub data set to choose settings on."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""
     subset: str | None = None

@@ -61,6 +61,8 @@ class RunRecord:
     also in the evaluation), longest, packed_into, evaluation_examples."""
     metrics_before: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    evaluated_on: str | None = None
+    """`eval`, or `validation` where the recipe has no evaluation data."""
     predictions: str | None = None
     """File of the generated answers, relative to the record's folder."""
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,50 @@
+"""How the command line shows a mistake: one red paragraph and exit code 2, the traceback only when asked for."""
+
+from __future__ import annotations
+
+import sys
+import traceback as tracebacks
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from sbft.errors import SbftError
+
+USER_ERROR = 2
+FAULT = 1
+
+TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error was raised.")]
+
+
+@contextmanager
+def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
+    """Turn an error into a paragraph on stderr and an exit code: 2 if the user can mend it, 1 if sbft must."""
+    try:
+        yield
+    except SbftError as error:
+        _show(str(error), traceback)
+        raise typer.Exit(USER_ERROR) from error
+    except KeyboardInterrupt as interrupt:
+        _show("Stopped by Ctrl-C.", traceback)
+        raise typer.Exit(USER_ERROR) from interrupt
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has gone: there is nobody left to tell.
+        sys.stderr.close()
+        raise typer.Exit(FAULT) from None
+    except Exception as error:
+        if isinstance(error, typer.Exit):
+            raise
+        hint = "" if traceback else " This may be a fault of sbft: type the same command with --traceback to see where."
+        _show(f"{type(error).__name__}: {error}.{hint}", traceback)
+        raise typer.Exit(FAULT) from error
+
+
+def _show(message: str, traceback: bool) -> None:
+    if traceback:
+        tracebacks.print_exc()
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    console.print(f"Error: {message}", style="red", markup=False)

@@ -1,0 +1,40 @@
+"""`sbft generate`: put one question to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
+    prompt: Annotated[str, typer.Argument(help="The question.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    traceback: TracebackOption = False,
+) -> None:
+    """Print a model's answer to a prompt, put to it as in training; always the likeliest token."""
+    with shown_as_a_paragraph(traceback):
+        from sbft.cli.quiet import quiet_libraries
+        from sbft.recipe import load_recipe
+
+        quiet_libraries()
+        from datasets import Dataset
+
+        from sbft.cli.load import load_for_use
+        from sbft.data.format import encode_prompts
+        from sbft.evaluation import generate_answers
+
+        saved = Path(model) / "recipe.yaml"
+        recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
+        loaded, tokenizer = load_for_use(model, trust_remote_code=recipe.trust_remote_code)
+        encoded = encode_prompts(
+            Dataset.from_list([{"prompt": prompt}]),
+            tokenizer,
+            chat_template=recipe.data.chat_template,
+            system=recipe.data.system,
+        )
+        print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])

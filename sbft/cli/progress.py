@@ -1,0 +1,91 @@
+"""The progress of training on the terminal: a bar, or a line every so often where the output is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sbft.memory import current_peak_bytes
+
+_REDRAW_EVERY_S = 0.2
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows loss, tokens per second, peak memory and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._loss: float | None = None
+        self._began = 0.0
+        self._first_step = 0
+        self._drawn = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        if not state.is_world_process_zero:
+            return
+        self._began, self._first_step, self._loss = time.perf_counter(), state.global_step, None
+        if self._console.is_terminal:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar on."""
+        now = time.perf_counter()
+        if self._bar is not None and (now - self._drawn > _REDRAW_EVERY_S or state.global_step == state.max_steps):
+            self._drawn = now
+            self._bar.update(self._task, completed=state.global_step, figures=self._figures(state, kwargs["optimizer"]))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take over the loss; where there is no bar, print a line."""
+        if not state.is_world_process_zero or logs is None or "loss" not in logs:
+            return
+        self._loss = logs["loss"]
+        if self._bar is None:
+            figures = self._figures(state, kwargs["optimizer"])
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {figures}", markup=False, soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; harmless when there is no bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _figures(self, state: TrainerState, optimizer: Any) -> str:
+        elapsed = time.perf_counter() - self._began
+        done = state.global_step - self._first_step
+        left = elapsed / done * (state.max_steps - state.global_step) if done else 0.0
+        figures = [] if self._loss is None else [f"loss {self._loss:.3f}"]
+        figures += [f"peak {current_peak_bytes() / 2**30:.2f} GiB", f"{_clock(left)} left"]
+        return "  ".join(figures)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

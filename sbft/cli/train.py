@@ -1,0 +1,92 @@
+"""`sbft train`: fine-tune a model as a recipe, or the flags in its place, say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+
+if TYPE_CHECKING:
+    from sbft.training.record import RunRecord
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Data to measure the result on.")] = None,
+    method: Annotated[str | None, typer.Option(help="sbft, sgd, adam, adam-accum or lora.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder for the model and its record.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=100. May be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Fine-tune a model: sbft train RECIPE, or sbft train --model M --data D."""
+    with shown_as_a_paragraph(traceback):
+        from sbft.recipe import load_recipe, resolve
+
+        chosen = resolve(
+            load_recipe(
+                recipe,
+                overrides,
+                model=model,
+                data=data,
+                eval_data=eval_data,
+                method=method,
+                output_dir=output_dir,
+            )
+        )
+        from sbft.cli.quiet import quiet_libraries
+
+        quiet_libraries()
+        from rich.console import Console
+
+        from sbft.cli.progress import TrainingProgress
+        from sbft.training.run import run
+
+        console = Console(highlight=False)
+        console.print(chosen.to_yaml(), style="dim", markup=False)
+        progress = TrainingProgress(console)
+        record = run(
+            chosen,
+            resume=resume,
+            overwrite=overwrite,
+            callbacks=[progress],
+            say=lambda line: console.print(line, markup=False),
+        )
+        _summarize(record, str(chosen.output_dir))
+
+
+def _summarize(record: RunRecord, folder: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if record.metrics:
+        table = Table("", "before", "after", box=None, pad_edge=False)
+        for name, value in record.metrics.items():
+            before = record.metrics_before.get(name)
+            table.add_row(name, "" if before is None else f"{before:.4g}", f"{value:.4g}")
+        console.print()
+        console.print(table)
+    memory = (record.peak_memory_bytes or 0) / 2**30
+    above = (record.memory.get("above_baseline") or 0) / 2**30
+    kind = "allocated on the GPU" if record.memory_kind == "cuda_allocated" else "resident"
+    console.print(
+        f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s:.0f} s: {record.tokens_per_s:.0f} tokens/s. "
+        f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.\n"
+        f"The model lies in {folder}, its record in {folder}/run.json.\n"
+        f'Next: sbft generate {folder} "Your question"',
+        markup=False,
+        soft_wrap=True,
+    )

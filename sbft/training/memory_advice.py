@@ -1,0 +1,56 @@
+"""Out of memory: how it shows, what was largest, and the switch that lowers it most."""
+
+from __future__ import annotations
+
+import torch
+
+from sbft.recipe import Recipe
+
+_MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory, of the device or of the machine, ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in _MESSAGES)
+
+
+def advice(recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None, batch_size: int) -> str:
+    """Sentences that say which part was largest, and what to type.
+
+    Args:
+        recipe: the resolved recipe.
+        memory: the parts of a run record: weights, gradients, optimizer_state, in bytes.
+        peak_bytes: the highest that was seen before memory ran out; None if unknown.
+        batch_size: examples in the step that failed, on this device.
+    """
+    parts = {
+        "the weights": memory.get("weights") or 0,
+        "the gradients": memory.get("gradients") or 0,
+        "the optimizer's state": memory.get("optimizer_state") or 0,
+    }
+    known = sum(parts.values())
+    parts["the activations"] = max((peak_bytes or 0) - known, 0)
+    if recipe.training.get("gradient_checkpointing"):
+        activations = f"data.max_length={max(recipe.data.max_length // 2, 1)} (it cuts longer examples)"
+    else:
+        activations = "training.gradient_checkpointing=true (a third slower)"
+    if batch_size > 1:
+        activations = "training.per_device_train_batch_size=1 (training is as good at batch size 1)"
+    switches = {
+        "the weights": "dtype=bfloat16" if recipe.dtype == "float32" else "",
+        "the gradients": "" if recipe.optimizer.gradient_release or recipe.lora else "method=sbft",
+        "the optimizer's state": "" if recipe.method == "sbft" else "method=sbft",
+        "the activations": activations,
+    }
+    largest = max(parts, key=lambda part: parts[part])
+    figures = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in parts.items())
+    switch = next(
+        (switches[part] for part in sorted(parts, key=lambda part: -parts[part]) if switches[part]), activations
+    )
+    smaller = " or take a smaller model" if largest == "the weights" and not switches[largest] else ""
+    return (
+        f"Out of memory. Largest were {largest} (as far as seen before it ran out: {figures}). "
+        f"What lowers it most: add --set {switch}{smaller}."
+    )

@@ -1,0 +1,86 @@
+"""What a resolved recipe's method does: the training arguments it stands for, and the model it makes trainable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sbft.errors import MissingPackageError, ModelError
+from sbft.methods import METHODS, Method
+from sbft.models import load_model
+from sbft.recipe import Recipe
+from sbft.training.arguments import SmallBatchTrainingArguments
+
+__all__ = ["METHODS", "Method", "prepare_model", "training_arguments"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_TORCH_ADAMW_NAMES = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
+_OUR_NAMES = {"eps": "optimizer_eps", "seed": "rounding_seed"}
+
+
+def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingArguments:
+    """The arguments of the trainer for a resolved recipe.
+
+    Args:
+        recipe: as `sbft.recipe.resolve` returns it.
+        output_dir: where checkpoints go.
+    """
+    optimizer = METHODS[recipe.method].optimizer
+    settings = recipe.optimizer.model_dump(exclude_none=True)
+    if optimizer == "torch_adamw":
+        chosen: dict[str, Any] = {"token_optimizer": None, "optim": "adamw_torch"}
+        names = _TORCH_ADAMW_NAMES
+    else:
+        chosen = {"token_optimizer": optimizer}
+        names = _OUR_NAMES
+    chosen.update({names.get(key, key): value for key, value in settings.items()})
+    # The bar and the closing lines are sbft's own.
+    return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **chosen, **recipe.training)
+
+
+def prepare_model(recipe: Recipe) -> PreTrainedModel:
+    """Load the model of a resolved recipe in the recipe's dtype, with an adapter on it if the method has one.
+
+    Raises:
+        ModelError: if it cannot be loaded, or has no layers that the recipe's adapter names.
+        MissingPackageError: if the method's package is not installed.
+    """
+    model = load_model(
+        recipe.model, dtype=DTYPES[str(recipe.dtype)], trust_remote_code=recipe.trust_remote_code
+    )
+    return model if recipe.lora is None else _with_adapter(model, recipe)
+
+
+def _with_adapter(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Method {recipe.method} needs the package peft. Type: pip install 'sbft[lora]'"
+        ) from error
+    assert recipe.lora is not None
+    config = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(int(recipe.training.get("seed", 0)))  # the adapter starts from random numbers
+    try:
+        # PEFT holds the adapter of a bfloat16 model in float32 (autocast_adapter_dtype).
+        return get_peft_model(model, config)
+    except ValueError as error:
+        layers = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
+        raise ModelError(
+            f"The adapter cannot be put on {recipe.model}: lora.target_modules is {recipe.lora.target_modules!r}, and "
+            f"the model's linear layers are called {', '.join(layers)}. Write some of them, or all-linear. (PEFT: {error})"
+        ) from error
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"

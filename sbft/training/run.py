@@ -1,0 +1,294 @@
+"""One recipe, from data to `run.json`: the story of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from sbft.data.collate import Collator
+from sbft.data.format import FormatReport, format_dataset
+from sbft.data.sources import Splits, load_splits
+from sbft.errors import SbftError, TrainingError
+from sbft.evaluation import evaluate
+from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
+from sbft.models import load_tokenizer
+from sbft.recipe import Recipe, resolve
+from sbft.training.card import write_card
+from sbft.training.interrupt import StopBetweenSteps
+from sbft.training.memory_advice import advice, is_out_of_memory
+from sbft.training.methods import prepare_model, training_arguments
+from sbft.training.output import RECIPE_FILE, check_output_folder, make_output_folder
+from sbft.training.record import RunRecord, git_commit, quantiles, versions
+from sbft.training.trainer import SmallBatchTrainer
+
+PREDICTIONS_FILE = "predictions.jsonl"
+Say = Callable[[str], None]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Iterable[TrainerCallback] = (),
+    say: Say = lambda line: None,
+) -> RunRecord:
+    """Train as a recipe says, and leave the model, its record, its predictions and its card in `output_dir`.
+
+    What is wrong with the recipe, the data or the model is found before anything is written. From then on the record
+    is there, whatever happens.
+
+    Args:
+        recipe: as loaded; the method's defaults are filled in here.
+        resume: go on from the last checkpoint in the output folder.
+        overwrite: replace a former run in the output folder.
+        callbacks: further callbacks of the trainer, such as a progress bar.
+        say: told in a sentence what begins now.
+
+    Raises:
+        SbftError: if the run cannot begin, or ended early: out of memory, interrupted, no finite loss.
+    """
+    recipe = resolve(recipe)
+    folder = Path(str(recipe.output_dir))
+    check_output_folder(folder, resume=resume, overwrite=overwrite)
+    record = _begin(recipe)
+    arguments = training_arguments(recipe, folder)
+    say(f"Reading {recipe.data.train}")
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    splits = read_splits(recipe)
+    examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
+    say(_describe(report, splits))
+    with _failures_recorded(recipe, record, folder):
+        say(f"Loading {recipe.model}")
+        model = prepare_model(recipe)
+        stop = StopBetweenSteps()
+        trainer = SmallBatchTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            data_collator=Collator(tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            callbacks=[*callbacks, stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        _describe_in_record(record, recipe, trainer, report, splits)
+        if resume:
+            record.metrics_before = _former_metrics(folder)
+        checkpoint = make_output_folder(folder, resume=resume)
+        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        record.save(folder)
+        if recipe.evaluation.before and not record.metrics_before:
+            say("Measuring the untrained model")
+            record.metrics_before = _evaluate(recipe, trainer, tokenizer, splits, record)
+            record.save(folder)
+        _train(trainer, stop, checkpoint, record, say)
+        say("Measuring the trained model")
+        record.metrics = _evaluate(recipe, trainer, tokenizer, splits, record, folder / PREDICTIONS_FILE)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        record.status, record.error = "ok", None
+        write_card(record, folder)
+        record.save(folder)
+    return record
+
+
+def read_splits(recipe: Recipe) -> Splits:
+    """Training, validation and evaluation data of a resolved recipe.
+
+    Raises:
+        DataError: if they cannot be read, or a question of the evaluation is also in training.
+    """
+    data = recipe.data
+    return load_splits(
+        train=data.train,
+        validation=data.validation,
+        eval=data.eval,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        eval_split=data.eval_split,
+        subset=data.subset,
+        train_size=data.train_size,
+        validation_size=data.validation_size,
+        eval_size=data.eval_size,
+        seed=data.seed,
+        options=data.options,
+        prompt=data.prompt,
+        messages=data.messages,
+        text=data.text,
+        allow_overlap=data.allow_overlap,
+    )
+
+
+def rendering(recipe: Recipe) -> dict[str, Any]:
+    """How a recipe's rows become token ids: keyword arguments of `format_dataset` and `evaluate`."""
+    data = recipe.data
+    names = ("prompt", "completion", "messages", "text", "max_length", "chat_template", "system")
+    return {name: getattr(data, name) for name in names}
+
+
+def _begin(recipe: Recipe) -> RunRecord:
+    """A record of what will be run, of a run that has not finished."""
+    training = recipe.training
+    return RunRecord(
+        method=recipe.method,
+        model=recipe.model,
+        dataset=recipe.data.train,
+        seed=training["seed"],
+        error="the run has not finished",
+        dtype=str(recipe.dtype),
+        per_device_batch_size=training["per_device_train_batch_size"],
+        gradient_accumulation_steps=training["gradient_accumulation_steps"],
+        second_moment_half_life=recipe.optimizer.second_moment_half_life,
+        learning_rate=float(training["learning_rate"]),
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        versions=versions(),
+        git_commit=git_commit(),
+    )
+
+
+def _describe_in_record(
+    record: RunRecord, recipe: Recipe, trainer: SmallBatchTrainer, report: FormatReport, splits: Splits
+) -> None:
+    model = trainer.model
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.numel() * parameter.element_size() for parameter in trainable]
+    record.device = device_name()
+    record.parameters = sum(parameter.numel() for parameter in model.parameters())
+    record.trainable_parameters = sum(parameter.numel() for parameter in trainable)
+    record.world_size = trainer.args.world_size
+    # Released, a gradient lives until its own update, so the largest decides.
+    record.memory["gradients"] = max(gradients) if recipe.optimizer.gradient_release else sum(gradients)
+    record.memory["weights"] = model_bytes(model)
+    rows = evaluation_rows(splits)
+    record.data = {
+        **asdict(report),
+        "dropped_overlap": splits.dropped_overlap,
+        "evaluation_examples": None if rows is None else min(len(rows), recipe.evaluation.limit or len(rows)),
+    }
+
+
+def _describe(report: FormatReport, splits: Splits) -> str:
+    told = [f"{report.examples} examples, {report.tokens} tokens, the longest {report.longest}"]
+    if report.packed_into is not None:
+        told.append(f"packed into {report.packed_into} rows")
+    if report.truncated:
+        told.append(f"{report.truncated} cut off at data.max_length")
+    if report.dropped:
+        told.append(f"{report.dropped} left out, because no answer was left after the cut")
+    if splits.dropped_overlap:
+        told.append(f"{splits.dropped_overlap} left out, because the evaluation asks the same")
+    return "; ".join(told)
+
+
+def _train(
+    trainer: SmallBatchTrainer, stop: StopBetweenSteps, checkpoint: str | None, record: RunRecord, say: Say
+) -> None:
+    """The training loop, and everything about it that is measured."""
+    say("Training")
+    begin = time.perf_counter()
+    peak = PeakMemory()
+    try:
+        with peak, stop:
+            outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        record.train_s = time.perf_counter() - begin
+        record.steps = trainer.state.global_step
+        record.peak_memory_bytes, record.memory_kind = peak.peak_bytes, peak.kind
+        record.memory["baseline"] = peak.baseline_bytes
+        record.memory["above_baseline"] = peak.peak_bytes - peak.baseline_bytes
+        record.memory["reserved_peak"] = peak.reserved_peak_bytes
+        record.memory["predicted_peak"] = None
+        if trainer.optimizer is not None:
+            record.memory["optimizer_state"] = optimizer_state_bytes(trainer.optimizer)
+        record.tokens = trainer.tokens_seen
+        record.skipped_steps = trainer.skipped_steps
+        record.step_s = quantiles(trainer.step_seconds)
+        record.optimizer_s = quantiles(trainer.optimizer_seconds)
+    record.train_loss = outcome.training_loss
+    record.tokens_per_s = record.tokens / record.train_s
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        folder = trainer.args.output_dir
+        raise TrainingError(
+            f"Stopped by Ctrl-C after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies "
+            f"in {get_last_checkpoint(folder)}. To go on, type: sbft train {folder}/{RECIPE_FILE} --resume"
+        )
+
+
+def evaluation_rows(splits: Splits) -> Dataset | None:
+    """What the run is measured on: the evaluation data, or validation data where a recipe has only these."""
+    return splits.eval if splits.eval is not None else splits.validation
+
+
+def _evaluate(
+    recipe: Recipe,
+    trainer: SmallBatchTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    record: RunRecord,
+    predictions: Path | None = None,
+) -> dict[str, float]:
+    rows = evaluation_rows(splits)
+    if rows is None:
+        return {}
+    begin = time.perf_counter()
+    settings = recipe.evaluation
+    with PeakMemory() as peak:
+        metrics = evaluate(
+            trainer.model,
+            tokenizer,
+            rows,
+            metrics=settings.metrics,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            limit=settings.limit,
+            predictions_path=predictions,
+            **rendering(recipe),
+        )
+    record.eval_s = time.perf_counter() - begin
+    record.memory["evaluation_peak"] = max(peak.peak_bytes, record.memory.get("evaluation_peak") or 0)
+    record.evaluated_on = "eval" if splits.eval is not None else "validation"
+    if predictions is not None and predictions.exists():
+        record.predictions = predictions.name
+    return metrics
+
+
+def _former_metrics(folder: Path) -> dict[str, float]:
+    """What the untrained model was measured at before the run was interrupted."""
+    try:
+        return RunRecord.load(folder).metrics_before
+    except FileNotFoundError:
+        return {}
+
+
+@contextmanager
+def _failures_recorded(recipe: Recipe, record: RunRecord, folder: Path) -> Iterator[None]:
+    """Write into the record how the run ended early, and say what can be done about it."""
+    try:
+        yield
+        return
+    except (Exception, KeyboardInterrupt) as error:
+        if is_out_of_memory(error):
+            record.status = "oom"
+            batch = record.per_device_batch_size
+            told: Exception = TrainingError(advice(recipe, record.memory, record.peak_memory_bytes, batch))
+            folder.mkdir(parents=True, exist_ok=True)
+        elif isinstance(error, KeyboardInterrupt):
+            told = TrainingError("Stopped by Ctrl-C outside the training loop; type the command again to start over.")
+        else:
+            told = error
+        record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}"
+        # Before its folder is made, a run that cannot begin leaves nothing behind.
+        if folder.is_dir():
+            record.save(folder)
+        if told is error:
+            raise
+        raise told from error
