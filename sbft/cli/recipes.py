@@ -23,7 +23,7 @@ def ls() -> None:
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {recipe_text(name).splitlines()[1].lstrip('# ')}")
-    print(f"\nNext: sbft train quickstart, or sbft recipes cp quickstart my.yaml to change it first.")
+    print("\nNext: sbft train quickstart, or sbft recipes cp quickstart my.yaml to change it first.")
 
 
 @app.command("show")

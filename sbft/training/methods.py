@@ -78,7 +78,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
         layers = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
         raise ModelError(
             f"The adapter cannot be put on {recipe.model}: lora.target_modules is {recipe.lora.target_modules!r}, and "
-            f"the model's linear layers are called {', '.join(layers)}. Write some of them, or all-linear. (PEFT: {error})"
+            f"the model's linear layers are called {', '.join(layers)}. Write some of them, or all-linear. ({error})"
         ) from error
 
 

@@ -23,7 +23,7 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             nothing to resume; if `overwrite` would empty a folder that no run has made.
     """
     if resume and overwrite:
-        raise TrainingError("--resume and --overwrite are both given: one goes on with a run, one removes it. Keep one.")
+        raise TrainingError("--resume and --overwrite are both given: one goes on, one begins anew. Keep one.")
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"The output folder {folder} is a file. Type another --output-dir.")
     if resume:

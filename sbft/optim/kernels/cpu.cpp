@@ -9,7 +9,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
+
+#ifdef __AVX512F__
+#include <immintrin.h>  // for two conversions that g++ 12 makes of six instructions instead of one
+#endif
 
 namespace {
 
@@ -21,6 +24,9 @@ typedef uint16_t H16 __attribute__((vector_size(32)));
 
 typedef uint16_t bf16;
 
+#define INLINE __attribute__((always_inline))
+#define OUTLINE __attribute__((noinline))
+
 // Loads, stores, conversions
 
 inline F16 splat(float x) { return F16{} + x; }
@@ -31,14 +37,30 @@ inline F16 load(const float* p) {
     return v;
 }
 
+inline U16 widen(H16 h) {
+#ifdef __AVX512F__
+    return (U16)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+    return __builtin_convertvector(h, U16);
+#endif
+}
+
+inline H16 narrow(U16 u) {
+#ifdef __AVX512F__
+    return (H16)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+    return __builtin_convertvector(u, H16);
+#endif
+}
+
 inline F16 load(const bf16* p) {
     H16 h;
     memcpy(&h, p, sizeof h);
-    return (F16)(__builtin_convertvector(h, U16) << 16);
+    return (F16)(widen(h) << 16);
 }
 
 template <class T>
-inline F16 load_part(const T* p, int64_t n) {  // n < LANES values, then zeros
+OUTLINE F16 load_part(const T* p, int64_t n) {  // n < LANES values, then zeros
     T part[LANES] = {};
     memcpy(part, p, n * sizeof(T));
     return load(part);
@@ -58,18 +80,22 @@ inline float sum(F16 v) {
 }
 
 inline F16 root(F16 v) {
+#ifdef __AVX512F__
+    return (F16)_mm512_sqrt_ps((__m512)v);
+#else
     float part[LANES];
     memcpy(part, &v, sizeof v);
     for (int i = 0; i < LANES; i++) part[i] = std::sqrt(part[i]);
     memcpy(&v, part, sizeof v);
     return v;
+#endif
 }
 
 // Rounding
 
 struct Key {
     uint32_t first, second;
-    int mode;  // 0: nearest, 1: stochastic
+    bool stochastic;  // else to nearest
 };
 
 // 32-bit hashes of the 16 counters that start at `counter`, a multiple of 16: the noise of 32 elements, low halves first.
@@ -84,87 +110,99 @@ inline U16 hashes(uint64_t counter, Key key) {
     return x;
 }
 
-inline H16 round_with(F16 values, U16 noise) {
-    U16 bits = ((U16)values + noise) >> 16;
-    I16 is_nan = values != values;
-    bits = (bits & ~(U16)is_nan) | (0x7FC0u & (U16)is_nan);
-    return __builtin_convertvector(bits, H16);
-}
-
-inline U16 nearest_noise(F16 values) {  // ties to even
-    return 0x7FFFu + (((U16)values >> 16) & 1u);
+// Rounds to bfloat16 and stores; returns the stored values. `noise` is in [0, 65535]; NaN gets its usual pattern.
+inline F16 round_and_store(bf16* p, F16 values, U16 noise) {
+    U16 bits = ((U16)values + noise) & 0xFFFF0000u;
+    bits = (values != values) ? U16{} + 0x7FC00000u : bits;
+    H16 upper = narrow(bits >> 16);
+    memcpy(p, &upper, sizeof upper);
+    return (F16)bits;
 }
 
 // Stores 16 values whose global element index starts at a multiple of 16, given the hashes of their group of 32; returns what a
 // load would give back.
-inline F16 store(float* p, F16 values, U16, int, int) {
+template <bool STOCHASTIC>
+inline F16 store(float* p, F16 values, U16, int) {
     memcpy(p, &values, sizeof values);
     return values;
 }
 
-inline F16 store(bf16* p, F16 values, U16 hash, int upper, int mode) {
-    U16 noise = mode ? (upper ? hash >> 16 : hash & 0xFFFFu) : nearest_noise(values);
-    H16 h = round_with(values, noise);
-    memcpy(p, &h, sizeof h);
-    return (F16)(__builtin_convertvector(h, U16) << 16);
+template <bool STOCHASTIC>
+inline F16 store(bf16* p, F16 values, U16 hash, int upper) {
+    if (STOCHASTIC) return round_and_store(p, values, upper ? hash >> 16 : hash & 0xFFFFu);
+    return round_and_store(p, values, 0x7FFFu + (((U16)values >> 16) & 1u));  // nearest, ties to even
 }
 
-// Applies `f(position, count, lanes)` -> new values to elements [begin, end) of a row that starts at global index `origin`, and
-// stores them; positions count from the row's start. Returns the sum of the squared new values.
-template <class T, class F>
-inline double store_row(T* row, int64_t count, int64_t origin, Key key, F values_at) {
-    F16 total = {};
+// Walks a row of `count` elements from global index `origin`: whole aligned groups of 32 by `group(j)`, what lies before and
+// after in pieces of at most 16 by `piece(j, n)`.
+template <class P, class G>
+inline INLINE void walk_row(int64_t count, int64_t origin, P piece, G group) {
     int64_t j = 0;
-    while (j < count) {
-        uint64_t index = (uint64_t)(origin + j);
-        int within = index & 31;
-        U16 hash = hashes((index >> 5) * 16, key);
-        if (within == 0 && j + 32 <= count) {  // the common case: a whole aligned group
-            F16 low = store(row + j, values_at(j, LANES), hash, 0, key.mode);
-            F16 high = store(row + j + LANES, values_at(j + LANES, LANES), hash, 1, key.mode);
-            total += low * low;
-            total += high * high;
-            j += 32;
-            continue;
+    auto pieces_to = [&](int64_t end) INLINE {
+        while (j < end) {
+            const int64_t n = std::min<int64_t>(LANES - ((origin + j) & 15), end - j);
+            piece(j, n);
+            j += n;
         }
-        int lane = within & 15;
-        int64_t n = std::min<int64_t>(LANES - lane, count - j);
-        F16 values = values_at(j, n);
-        T shifted[2 * LANES] = {};
-        float source[2 * LANES] = {};  // move the values to the lanes their noise has
-        memcpy(source, &values, sizeof values);
-        float aligned[2 * LANES] = {};
-        memcpy(aligned + lane, source, n * sizeof(float));
-        F16 kept = store(shifted, load(aligned), hash, within >> 4, key.mode);
-        memcpy(row + j, shifted + lane, n * sizeof(T));
+    };
+    pieces_to(std::min<int64_t>(count, -origin & 31));
+    for (; j + 2 * LANES <= count; j += 2 * LANES) group(j);
+    pieces_to(count);
+}
+
+// The first n values, moved to the lanes that global index `index` has in its group of 16; zeros elsewhere.
+OUTLINE F16 to_lanes(F16 values, int64_t n, int64_t index) {
+    float moved[2 * LANES] = {};
+    memcpy(moved + (index & 15), &values, n * sizeof(float));
+    return load(moved);
+}
+
+template <bool STOCHASTIC, class T>
+OUTLINE F16 store_piece(T* to, F16 values, int64_t n, int64_t index, Key key) {
+    T rounded[LANES];
+    const U16 hash = hashes(((uint64_t)index >> 5) * 16, key);
+    const F16 kept = store<STOCHASTIC>(rounded, to_lanes(values, n, index), hash, (index >> 4) & 1);
+    memcpy(to, rounded + (index & 15), n * sizeof(T));
+    return kept;
+}
+
+// Stores `values_at(j, n)`, the n <= 16 new values from element j on, for a whole row; returns the sum of their squares.
+template <bool STOCHASTIC, class T, class F>
+inline INLINE double store_row_as(T* row, int64_t count, int64_t origin, Key key, F values_at) {
+    F16 total = {};
+    auto piece = [&](int64_t j, int64_t n) INLINE {
+        const F16 kept = store_piece<STOCHASTIC>(row + j, values_at(j, n), n, origin + j, key);
         total += kept * kept;
-        j += n;
-    }
+    };
+    auto group = [&](int64_t j) INLINE {
+        const U16 hash = hashes(((uint64_t)(origin + j) >> 5) * 16, key);
+        const F16 low = store<STOCHASTIC>(row + j, values_at(j, LANES), hash, 0);
+        const F16 high = store<STOCHASTIC>(row + j + LANES, values_at(j + LANES, LANES), hash, 1);
+        total += low * low + high * high;
+    };
+    walk_row(count, origin, piece, group);
     return sum(total);
+}
+
+template <class T, class F>
+inline INLINE double store_row(T* row, int64_t count, int64_t origin, Key key, F values_at) {
+    return key.stochastic ? store_row_as<true>(row, count, origin, key, values_at)
+                          : store_row_as<false>(row, count, origin, key, values_at);
 }
 
 // The same sum over values that are stored already, in the same order.
 template <class T>
 inline double square_sum_of_row(const T* row, int64_t count, int64_t origin) {
     F16 total = {};
-    int64_t j = 0;
-    while (j < count) {
-        int within = (origin + j) & 31;
-        if (within == 0 && j + 32 <= count) {
-            F16 low = load(row + j), high = load(row + j + LANES);
-            total += low * low;
-            total += high * high;
-            j += 32;
-            continue;
-        }
-        int lane = within & 15;
-        int64_t n = std::min<int64_t>(LANES - lane, count - j);
-        T aligned[LANES] = {};
-        memcpy(aligned + lane, row + j, n * sizeof(T));
-        F16 v = load(aligned);
+    auto piece = [&](int64_t j, int64_t n) INLINE {
+        const F16 v = to_lanes(load_any(row + j, n), n, origin + j);
         total += v * v;
-        j += n;
-    }
+    };
+    auto group = [&](int64_t j) INLINE {
+        const F16 low = load(row + j), high = load(row + j + LANES);
+        total += low * low + high * high;
+    };
+    walk_row(count, origin, piece, group);
     return sum(total);
 }
 
@@ -272,7 +310,7 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                 const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
                 grad.rows(b, r, n, columns, buffer, g);
                 F16 row_total[Gradient<G>::ROWS] = {};
-                auto add = [&](int64_t c, int64_t width, int rows_now) __attribute__((always_inline)) {
+                auto add = [&](int64_t c, int64_t width, int rows_now) INLINE {
                     F16 column_total = {};
                     for (int i = 0; i < rows_now; i++) {
                         F16 v = load_any(g[i] + c, width);
@@ -377,9 +415,8 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                         const F16 rf = splat(row_factor[b * rows + r + i]), by = splat(step);
                         W* w = weight + origin;
                         const G* gi = g[i];
-                        weight_sums[p] += store_row(w, columns, origin, s.key, [&](int64_t c, int64_t m) {
-                            if (m == LANES) return load(w + c) * shrink - load(gi + c) * rf * load(cf + c) * by;
-                            return load_part(w + c, m) * shrink - load_part(gi + c, m) * rf * load_part(cf + c, m) * by;
+                        weight_sums[p] += store_row(w, columns, origin, s.key, [=](int64_t c, int64_t m) INLINE {
+                            return load_any(w + c, m) * shrink - load_any(gi + c, m) * rf * load_any(cf + c, m) * by;
                         });
                     }
                 }
@@ -475,7 +512,7 @@ double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t
     for_runs(grad, stack, rows, columns, s.threads, [&](int64_t p, int64_t n, int64_t origin, const G* g) {
         W* w = weight + origin;
         const float* v = moment + origin;
-        weight_sums[p] = store_row(w, n, origin, s.key, [&](int64_t j, int64_t m) {
+        weight_sums[p] = store_row(w, n, origin, s.key, [=](int64_t j, int64_t m) INLINE {
             const F16 u = load_any(g + j, m) / root(load_any(v + j, m) / by_mass);
             return load_any(w + j, m) * shrink - u * by;
         });
@@ -499,7 +536,7 @@ double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, in
     for_runs(grad, stack, rows, columns, s.threads, [&](int64_t, int64_t n, int64_t origin, const G* g) {
         W* w = weight + origin;
         float *m1 = first ? first + origin : nullptr, *m2 = second + origin;
-        store_row(w, n, origin, s.key, [&](int64_t j, int64_t m) {
+        store_row(w, n, origin, s.key, [=](int64_t j, int64_t m) INLINE {
             const F16 gradient = load_any(g + j, m);
             F16 v = load_any(m2 + j, m), mean = gradient;
             v += (gradient * gradient - v) * w2;
@@ -529,7 +566,7 @@ double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int6
     for_runs(grad, stack, rows, columns, s.threads, [&](int64_t, int64_t n, int64_t origin, const G* g) {
         W* w = weight + origin;
         float* m1 = momentum ? momentum + origin : nullptr;
-        store_row(w, n, origin, s.key, [&](int64_t j, int64_t m) {
+        store_row(w, n, origin, s.key, [=](int64_t j, int64_t m) INLINE {
             F16 u = load_any(g + j, m);
             if (m1) {
                 F16 mean = load_any(m1 + j, m);
@@ -561,7 +598,7 @@ struct Call {
 
 static Settings settings(const Call& c) {
     return {c.average_weight, c.lr, c.clip_threshold, c.eps, c.weight_decay, c.relative_step, c.threads,
-            {c.key_first, c.key_second, c.stochastic}};
+            {c.key_first, c.key_second, c.stochastic != 0}};
 }
 
 #define FOR_DTYPES(CALL)                                    \
@@ -603,7 +640,7 @@ double sbft_sgd(Call* c) {
 void sbft_noise(uint32_t first, uint32_t second, int64_t offset, int64_t count, int32_t* out) {
     for (int64_t i = 0; i < count; i++) {
         const uint64_t index = (uint64_t)(offset + i);
-        const U16 hash = hashes((index >> 5) * 16, {first, second, 1});
+        const U16 hash = hashes((index >> 5) * 16, {first, second, true});
         out[i] = (hash[index & 15] >> (index & 16)) & 0xFFFF;
     }
 }

@@ -1,0 +1,216 @@
+"""Recipes: what is read, what the method fills in, and that every problem is found at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sbft.errors import RecipeError
+from sbft.methods import METHODS, OPTIMIZER_SETTINGS
+from sbft.recipe import Recipe, load_recipe, recipe_names, recipe_text, resolve
+from sbft.recipe.draft import read_yaml
+from sbft.recipe.schema import OptimizerConfig
+from sbft.tokens import FINE_TUNING_HALF_LIFE
+
+MINIMAL = {"model": "some-model", "data": {"train": "my.jsonl"}}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path | None = None, overrides: list[str] | None = None, **flags: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides, **flags)
+    return str(caught.value)
+
+
+def given(*overrides: str) -> Recipe:
+    return resolve(load_recipe(None, list(overrides), model="m", data="d.jsonl"))
+
+
+def test_flags_alone_make_a_recipe_that_the_method_completes() -> None:
+    recipe = given()
+    assert (recipe.model, recipe.method, recipe.data.train, recipe.dtype) == ("m", "sbft", "d.jsonl", "bfloat16")
+    assert recipe.optimizer.second_moment_half_life == pytest.approx(FINE_TUNING_HALF_LIFE, abs=1)
+    assert recipe.optimizer.gradient_release and recipe.optimizer.stochastic_rounding
+    assert recipe.training["per_device_train_batch_size"] == recipe.training["gradient_accumulation_steps"] == 1
+    assert recipe.training["learning_rate"] == 1e-4
+    assert recipe.output_dir == "runs/d-sbft"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resolves_and_a_saved_recipe_resolves_to_itself(method: str, tmp_path: Path) -> None:
+    recipe = given(f"method={method}")
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert resolve(recipe) == recipe
+    # What the method does not understand stays unset, so that nothing unknown reaches its optimizer.
+    set_keys = {key for key, value in recipe.optimizer.model_dump().items() if value is not None}
+    assert set_keys <= METHODS[method].settings
+
+
+def test_every_optimizer_key_of_the_schema_belongs_to_some_optimizer() -> None:
+    assert set(OptimizerConfig.model_fields) == set().union(*OPTIMIZER_SETTINGS.values())
+
+
+def test_the_file_wins_over_the_method_flags_over_the_file_and_set_over_flags(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: a\ndata: {train: t.jsonl}\ntraining: {learning_rate: 3.0e-5, max_steps: 7}\n")
+    recipe = resolve(load_recipe(path, ["training.max_steps=9", "model=c"], model="b", data=None))
+    assert (recipe.model, recipe.training["learning_rate"], recipe.training["max_steps"]) == ("c", 3e-5, 9)
+    assert recipe.data.train == "t.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "gone"),
+    [
+        ("optimizer.beta2=0.997", "optimizer", "second_moment_half_life"),
+        ("optimizer.schedule=power", "optimizer", "second_moment_half_life"),
+        ("training.max_steps=5", "training", "num_train_epochs"),
+    ],
+)
+def test_saying_it_one_way_drops_the_default_that_says_it_the_other_way(override: str, section: str, gone: str) -> None:
+    chosen = getattr(given(override), section)
+    assert (chosen.get(gone) if isinstance(chosen, dict) else getattr(chosen, gone)) is None
+
+
+def test_float32_weights_are_not_rounded() -> None:
+    assert given("dtype=float32").optimizer.stochastic_rounding is False
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "-2e+3", ".5e1", "1.0e-4"])
+def test_yaml_numbers_with_an_exponent_are_numbers(text: str) -> None:
+    assert read_yaml(text) == float(text)
+
+
+@pytest.mark.parametrize("text", ["e4", "1e", "v1e-4", "1e-4x"])
+def test_text_that_only_looks_like_a_number_stays_text(text: str) -> None:
+    assert read_yaml(text) == text
+
+
+def test_all_problems_come_at_once_each_with_its_line_key_and_nearest_right_key(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """model: m
+data:
+  train: my.jsonl
+  max_lenght: 10
+  packing: perhaps
+optimizer:
+  beta2: 0.9
+  second_moment_half_life: 1000
+training:
+  learning_rate: -1
+  learning_rat: 1
+  lr_scheduler_type: cosin
+  max_steps: many
+evaluatoin: {}
+dtype: float16
+""",
+    )
+    text = problems(path, ["training.gradient_accumulation_steps=4"])
+    expected = [
+        (4, "data.max_lenght", "max_length"),
+        (5, "data.packing", "boolean"),
+        (7, "optimizer.beta2", "optimizer.second_moment_half_life"),
+        (10, "training.learning_rate is -1", "at least 0"),
+        (11, "training.learning_rat ", "learning_rate"),
+        (12, "training.lr_scheduler_type", "the nearest is cosine"),
+        (13, "training.max_steps is 'many'", "integer"),
+        (14, "evaluatoin", "evaluation"),
+        (15, "dtype is float16", "overflows"),
+    ]
+    lines = text.splitlines()
+    for number, key, hint in expected:
+        assert [line for line in lines if f"{path} line {number}: {key}" in line and hint in line], (number, text)
+    assert [line for line in lines if "--set training.gradient_accumulation_steps" in line and "gradient_release" in line]
+    assert len(lines) == 1 + len(expected) + 1
+    assert lines[0] == "10 problems in the recipe:"
+
+
+@pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "-1e-9"])
+def test_a_learning_rate_that_is_negative_or_not_finite_is_refused(value: str) -> None:
+    text = problems(None, [f"training.learning_rate={value}"], model="m", data="d")
+    assert "training.learning_rate" in text and "finite number of at least 0" in text
+
+
+def test_accumulation_with_release_is_refused_with_both_ways_out() -> None:
+    text = problems(None, ["training.gradient_accumulation_steps=8"], model="m", data="d")
+    assert "Write 1" in text and "optimizer.gradient_release: false" in text
+    recipe = given("training.gradient_accumulation_steps=8", "optimizer.gradient_release=false")
+    assert recipe.training["gradient_accumulation_steps"] == 8
+
+
+def test_clipping_by_the_global_norm_with_release_is_refused() -> None:
+    assert "all gradients at once" in problems(None, ["training.max_grad_norm=1.0"], model="m", data="d")
+    assert given("training.max_grad_norm=1.0", "method=adam").training["max_grad_norm"] == 1.0
+
+
+def test_a_setting_that_the_method_has_no_use_for_is_refused() -> None:
+    text = problems(None, ["method=lora", "optimizer.clip_threshold=1.0"], model="m", data="d")
+    assert "optimizer.clip_threshold means nothing" in text and "sbft" in text
+    assert "trains all weights" in problems(None, ["lora.rank=4"], model="m", data="d")
+
+
+def test_what_stands_in_another_section_is_pointed_to() -> None:
+    text = problems(None, ["beta2=0.9", "training.optim=sgd", "learning_rate=1"], model="m", data="d")
+    assert "write optimizer.beta2" in text
+    assert "training.optim cannot be set here: the method decides" in text
+    assert "write training.learning_rate" in text
+
+
+def test_a_method_whose_package_is_missing_is_refused_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = problems(None, ["method=lora"], model="m", data="d")
+    assert "needs the package peft" in text and "pip install 'sbft[lora]'" in text
+
+
+def test_an_unknown_method_is_answered_with_the_nearest() -> None:
+    assert "the nearest is lora" in problems(None, ["method=lorra"], model="m", data="d")
+
+
+def test_what_is_missing_is_named_with_its_flag() -> None:
+    text = problems()
+    assert "--model M" in text and "--data D" in text
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    text = problems(write(tmp_path, "model: a\ndata: {train: d}\nmodel: b\n"))
+    assert "line 3: model is given twice" in text and "line 1" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("", "holds nothing"), ("- a\n- b\n", "holds a list"), ("model: [a\n", "not valid YAML"), ("a: b: c", "line 1")],
+)
+def test_a_file_that_is_no_recipe_is_refused(content: str, said: str, tmp_path: Path) -> None:
+    assert said in problems(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("override", ["training.max_steps", "=3", "training..x=3", "model.x=3", "data.options={"])
+def test_an_override_that_cannot_be_read_is_refused(override: str) -> None:
+    assert override.partition("=")[0] in problems(None, [override], model="m", data="d")
+
+
+def test_a_missing_recipe_names_the_ones_there_are(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no recipe 'quickstar'.*Did you mean quickstart"):
+        load_recipe("quickstar")
+    with pytest.raises(RecipeError, match="There is no file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_ships_resolves_and_begins_with_the_command_that_runs_it(name: str) -> None:
+    command, description = recipe_text(name).splitlines()[:2]
+    assert command.startswith(f"# sbft train {name}") and description.startswith("# ")
+    resolve(load_recipe(name))
+    # Comments apart, it holds nothing but keys: no YAML that only our loader reads.
+    assert isinstance(yaml.safe_load(recipe_text(name)), dict)
+
+
+def test_a_recipe_made_in_python_is_checked_when_it_is_resolved() -> None:
+    with pytest.raises(RecipeError, match="learning_rat"):
+        resolve(Recipe.model_validate({**MINIMAL, "training": {"learning_rat": 1}}))
