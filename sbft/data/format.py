@@ -207,23 +207,37 @@ def format_dataset(
 
 
 def encode_prompts(
-    rows: Dataset | Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, rendering: Rendering | None = None
+    rows: Dataset | Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    messages: str = "messages",
+    text: str = "text",
+    chat_template: bool = True,
+    system: str | None = None,
 ) -> list[list[int]]:
     """Tokenizes what comes before the (last) answer of each row, exactly as `format_dataset` does for training.
 
     Args:
-        rows: rows with `prompt`, or with `messages`, whose last assistant turn is left out.
+        rows: rows with the column `prompt` (a completion may be absent), or `messages`, whose last assistant turn is
+            left out, or `text`, which is to be continued.
         tokenizer: the model's tokenizer.
-        rendering: column names and chat template settings; the defaults when None.
+        prompt, completion, messages, text, chat_template, system: as for `format_dataset`.
 
     Returns:
         The prompts' token ids, without padding.
+
+    Raises:
+        DataError: no such columns, or malformed messages.
     """
-    rendering = rendering or Rendering()
+    rendering = Rendering(prompt, completion, messages, text, chat_template, system)
     listed = list(rows)
     if not listed:
         return []
-    kind = "completion" if rendering.prompt in listed[0] else rendering.kind(list(listed[0]))
+    columns = list(listed[0])
+    lone_prompt = prompt in columns and messages not in columns
+    kind = "completion" if lone_prompt else rendering.kind(columns)
     pieces = [rendering.question_pieces(row, kind, tokenizer) for row in listed]
     return [ids for ids, _ in _tokenize(pieces, tokenizer, ends=False)]
 

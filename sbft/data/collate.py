@@ -1,0 +1,67 @@
+"""From examples to batches: padding on the right for training and loss, on the left for generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right to the longest of their batch.
+
+    Packed examples (those with `position_ids`) get no attention mask: without one, transformers derives from the
+    positions, which start again at 0 with each document, a mask that keeps documents apart. Their padding has
+    position 0 throughout, so that each padding token is a document of its own.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Makes a batch.
+
+        Args:
+            examples: each with `input_ids` and `labels`, lists of one length, and `position_ids` when packed.
+
+        Returns:
+            int64 tensors of shape (batch, longest): `input_ids`, `labels` (-100 on padding), and `attention_mask`
+            (1 on tokens, 0 on padding), or `position_ids` when packed.
+        """
+        ids = [example["input_ids"] for example in examples]
+        batch = {
+            "input_ids": _right_pad(ids, self.pad_token_id),
+            "labels": _right_pad([example["labels"] for example in examples], IGNORED_LABEL),
+        }
+        if "position_ids" in examples[0]:
+            batch["position_ids"] = _right_pad([example["position_ids"] for example in examples], 0)
+        else:
+            batch["attention_mask"] = _right_pad([[1] * len(one) for one in ids], 0)
+        return batch
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pads prompts on the left, so that all end where generation begins.
+
+    Args:
+        sequences: token ids.
+        pad_token_id: what to pad with.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 tensors of shape (prompts, longest).
+    """
+    longest = max(map(len, sequences))
+    padding = [longest - len(one) for one in sequences]
+    return {
+        "input_ids": torch.tensor([[pad_token_id] * n + list(one) for n, one in zip(padding, sequences, strict=True)]),
+        "attention_mask": torch.tensor([[0] * n + [1] * (longest - n) for n in padding]),
+    }
+
+
+def _right_pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    longest = max(map(len, sequences))
+    return torch.tensor([[*one, *[value] * (longest - len(one))] for one in sequences], dtype=torch.int64)

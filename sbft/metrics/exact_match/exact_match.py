@@ -1,0 +1,74 @@
+"""Exact match: the share of answers whose final answer is the reference's, letter for letter.
+
+This file stands alone: the package `evaluate` copies it and loads the copy.
+"""
+
+import re
+
+import datasets
+import evaluate
+
+_DESCRIPTION = """
+The share of predictions whose final answer equals that of the reference. The final answer is what follows the last
+"####", else what the last \\boxed{} holds, else the whole text; white space at both ends is left out and white space
+within counts as one space.
+"""
+
+_INPUTS = """
+Args:
+    predictions (list of str): what the model answered.
+    references (list of str): the right answers.
+    ignore_case (bool): take upper and lower case for the same. Default False.
+    ignore_punctuation (bool): leave out punctuation at both ends, signs excepted. Default False.
+Returns:
+    exact_match (float): between 0 and 1.
+"""
+
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_PUNCTUATION = " .,;:!?\"'`*()[]"
+
+
+def final_answer(text: str) -> str:
+    """The part of an answer that counts, its white space made plain."""
+    if "####" in text:
+        text = text.rpartition("####")[2]
+    elif boxed := _BOXED.findall(text):
+        text = boxed[-1]
+    return " ".join(text.split())
+
+
+def is_match(prediction: str, reference: str, *, ignore_case: bool = False, ignore_punctuation: bool = False) -> bool:
+    """Whether one prediction's final answer is the reference's."""
+    answers = [final_answer(prediction), final_answer(reference)]
+    if ignore_case:
+        answers = [answer.casefold() for answer in answers]
+    if ignore_punctuation:
+        answers = [answer.strip(_PUNCTUATION) for answer in answers]
+    return answers[0] == answers[1]
+
+
+class ExactMatch(evaluate.Metric):
+    """The metric as `evaluate` loads it."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[str],
+        ignore_case: bool = False,
+        ignore_punctuation: bool = False,
+    ) -> dict[str, float]:
+        matches = [
+            is_match(prediction, reference, ignore_case=ignore_case, ignore_punctuation=ignore_punctuation)
+            for prediction, reference in zip(predictions, references, strict=True)
+        ]
+        return {"exact_match": sum(matches) / len(matches)}
