@@ -1,0 +1,346 @@
+"""The Triton programs of the updates that keep whole tensors as state: Adafactor on vectors, AdamW and SGD.
+
+A tensor is a line of elements here, cut into blocks; a program takes `blocks` consecutive ones. A short line is one program's
+(`ALONE`), and its whole update one launch.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sbft.optim.kernels.cuda_programs import COUNTS, average, is_last, step_size, store_weight, sum_partials
+
+
+@triton.jit
+def load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED: tl.constexpr):
+    """Float32 gradient of the elements `start + lane` of a (B, rows, columns) tensor; zero from `count` on."""
+    mask = start + lane < count
+    if STRIDED:
+        row = (start + lane) // columns
+        c = start + lane - row * columns
+        b = row // rows
+        pointers = grad + (b * stack_stride + (row - b * rows) * row_stride + c * column_stride)
+        return tl.load(pointers, mask, 0.0).to(tl.float32)
+    else:
+        return tl.load(grad + start + lane, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def square_sum_of_blocks(
+    grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED: tl.constexpr, BLOCK: tl.constexpr
+):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, blocks):
+        start = (first + block) * BLOCK
+        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        total += g * g
+    return tl.sum(total)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def grad_square_sums(
+    grad,
+    scratch,
+    count,
+    rows,
+    columns,
+    stack_stride,
+    row_stride,
+    column_stride,
+    blocks,
+    STRIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Each program's sum of the squared gradient, from `scratch[16]` on; `scratch[0]`, the arrivals, becomes zero."""
+    program = tl.program_id(0)
+    first = program.to(INDEX) * blocks
+    total = square_sum_of_blocks(
+        grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED, BLOCK
+    )
+    tl.store(scratch + 16 + program, total)
+    if program == 0:
+        tl.store(scratch, 0.0)
+
+
+@triton.jit
+def total_square_sum(
+    grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+    ALONE: tl.constexpr, STRIDED: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Sum of the squared gradient, known to every program and left in `scalars[0]`."""
+    if ALONE:
+        first = tl.program_id(0).to(INDEX)
+        total = square_sum_of_blocks(
+            grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED, BLOCK
+        )
+    else:
+        total = sum_partials(scratch + 16, partials)
+    if tl.program_id(0) == 0:
+        tl.store(scalars, total)
+    return total
+
+
+# Adafactor
+
+
+@triton.jit
+def full_moment_of_blocks(
+    grad, second_moment, mass, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+    write, average_weight, eps, STRIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Take the gradient into the second moment; returns the sum of the squared unscaled update."""
+    lane = tl.arange(0, BLOCK)
+    new_mass = average(tl.load(mass), 1.0, average_weight)
+    square_sum = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, blocks):
+        start = (first + block) * BLOCK
+        mask = start + lane < count
+        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        moment = average(tl.load(second_moment + start + lane, mask, 1.0), g * g + eps, average_weight)
+        tl.store(second_moment + start + lane, moment, mask & write)
+        update = tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass)))
+        square_sum += tl.where(mask, update * update, 0.0)
+    return tl.sum(square_sum)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def update_full_moment(
+    grad,
+    second_moment,
+    mass,
+    scratch,
+    scalars,
+    count,
+    rows,
+    columns,
+    stack_stride,
+    row_stride,
+    column_stride,
+    blocks,
+    partials,
+    squares_at,
+    average_weight,
+    eps,
+    STRIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Second moment, and each program's sum of the squared unscaled update."""
+    total = total_square_sum(
+        grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+        False, STRIDED, BLOCK, INDEX,
+    )  # fmt: skip
+    program = tl.program_id(0)
+    square_sum = full_moment_of_blocks(
+        grad, second_moment, mass, program.to(INDEX) * blocks, blocks, count, rows, columns,
+        stack_stride, row_stride, column_stride, total < float("inf"), average_weight, eps, STRIDED, BLOCK,
+    )  # fmt: skip
+    tl.store(scratch + squares_at + program, square_sum)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def apply_full(
+    weight,
+    grad,
+    second_moment,
+    mass,
+    weight_square_sum,
+    scratch,
+    scalars,
+    count,
+    rows,
+    columns,
+    stack_stride,
+    row_stride,
+    column_stride,
+    blocks,
+    partials,
+    measure,
+    squares_at,
+    weight_squares_at,
+    element_count,
+    average_weight,
+    eps,
+    lr,
+    shrink,
+    clip_threshold,
+    key_0,
+    key_1,
+    ALONE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
+    program = tl.program_id(0)
+    first = program.to(INDEX) * blocks
+    if ALONE:
+        total = total_square_sum(
+            grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+            True, STRIDED, BLOCK, INDEX,
+        )  # fmt: skip
+        write = (total < float("inf")) & (measure == 0)
+        update_square_sum = full_moment_of_blocks(
+            grad, second_moment, mass, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+            write, average_weight, eps, STRIDED, BLOCK,
+        )  # fmt: skip
+        tl.debug_barrier()  # the second moment is read again below
+    else:
+        write = (tl.load(scalars) < float("inf")) & (measure == 0)
+        update_square_sum = sum_partials(scratch + squares_at, partials)
+    step = step_size(update_square_sum, tl.load(weight_square_sum), element_count, lr, clip_threshold, RELATIVE)
+    new_mass = average(tl.load(mass), 1.0, average_weight)
+    lane = tl.arange(0, BLOCK)
+    square_sum = tl.zeros([BLOCK], tl.float32)
+    for block in range(0, blocks):
+        start = (first + block) * BLOCK
+        mask = start + lane < count
+        w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
+        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        moment = tl.load(second_moment + start + lane, mask, 1.0)
+        new = w * shrink - tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass))) * step
+        stored = store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
+        if RELATIVE:
+            stored = tl.where(write, stored, w)
+            square_sum += tl.where(mask, stored * stored, 0.0)
+    if ALONE:
+        last = program == 0
+        tl.store(scalars + 1, tl.sum(square_sum))
+    else:
+        tl.store(scratch + weight_squares_at + program, tl.sum(square_sum))
+        last = is_last(scratch, partials)
+        if last:
+            tl.store(scalars + 1, sum_partials(scratch + weight_squares_at, partials))
+            tl.store(scratch, 0.0)
+    if last & write:
+        tl.store(mass, new_mass)
+
+
+# AdamW and SGD
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def apply_adamw(
+    weight,
+    grad,
+    first_moment,
+    second_moment,
+    first_mass,
+    second_mass,
+    scratch,
+    scalars,
+    count,
+    rows,
+    columns,
+    stack_stride,
+    row_stride,
+    column_stride,
+    blocks,
+    partials,
+    first_weight,
+    second_weight,
+    lr,
+    shrink,
+    eps,
+    key_0,
+    key_1,
+    FIRST_MOMENT: tl.constexpr,
+    ALONE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Moments and weights of AdamW."""
+    total = total_square_sum(
+        grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+        ALONE, STRIDED, BLOCK, INDEX,
+    )  # fmt: skip
+    write = total < float("inf")
+    new_first_mass = average(tl.load(first_mass), 1.0, first_weight)
+    new_second_mass = average(tl.load(second_mass), 1.0, second_weight)
+    lane = tl.arange(0, BLOCK)
+    for block in range(0, blocks):
+        start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
+        mask = start + lane < count
+        w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
+        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        second = average(tl.load(second_moment + start + lane, mask, 0.0), g * g, second_weight)
+        tl.store(second_moment + start + lane, second, mask & write)
+        mean = g
+        if FIRST_MOMENT:
+            first = average(tl.load(first_moment + start + lane, mask, 0.0), g, first_weight)
+            tl.store(first_moment + start + lane, first, mask & write)
+            mean = tl.div_rn(first, new_first_mass)
+        new = w * shrink - tl.div_rn(mean, tl.sqrt_rn(tl.div_rn(second, new_second_mass)) + eps) * lr
+        store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
+    last = tl.program_id(0) == 0
+    if not ALONE:
+        last = is_last(scratch, partials)
+    if last & write:  # every program has read the old masses
+        tl.store(first_mass, new_first_mass)
+        tl.store(second_mass, new_second_mass)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def apply_sgd(
+    weight,
+    grad,
+    momentum,
+    mass,
+    scratch,
+    scalars,
+    count,
+    rows,
+    columns,
+    stack_stride,
+    row_stride,
+    column_stride,
+    blocks,
+    partials,
+    momentum_weight,
+    lr,
+    shrink,
+    key_0,
+    key_1,
+    MOMENTUM: tl.constexpr,
+    ALONE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    STRIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Weights, and with `MOMENTUM` the gradient's average."""
+    total = total_square_sum(
+        grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+        ALONE, STRIDED, BLOCK, INDEX,
+    )  # fmt: skip
+    write = total < float("inf")
+    new_mass = 1.0
+    if MOMENTUM:
+        new_mass = average(tl.load(mass), 1.0, momentum_weight)
+    lane = tl.arange(0, BLOCK)
+    for block in range(0, blocks):
+        start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
+        mask = start + lane < count
+        w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
+        update = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        if MOMENTUM:
+            mean = average(tl.load(momentum + start + lane, mask, 0.0), update, momentum_weight)
+            tl.store(momentum + start + lane, mean, mask & write)
+            update = tl.div_rn(mean, new_mass)
+        new = w * shrink - update * lr
+        store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
+    if MOMENTUM:
+        last = tl.program_id(0) == 0
+        if not ALONE:
+            last = is_last(scratch, partials)
+        if last & write:
+            tl.store(mass, new_mass)
