@@ -32,6 +32,7 @@ _FLAGS = [
     "-O1", "-finline-functions", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-shared", "-fPIC",
 ]  # fmt: skip
+_ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake than it saves
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
@@ -150,7 +151,7 @@ def _call(weight: Tensor, grad: Tensor, key: Key, **arguments: Any) -> _Call | N
     g = reference.matrices(grad)
     call = _Call(
         weight=weight.data_ptr(), grad=grad.data_ptr(), is_bf16=weight.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(), stochastic=key is not None,
+        threads=max(1, min(torch.get_num_threads(), weight.numel() // _ELEMENTS_PER_THREAD)), stochastic=key is not None,
     )  # fmt: skip
     call.stack, call.rows, call.columns = g.shape
     call.stack_stride, call.row_stride, call.column_stride = g.stride()
