@@ -48,6 +48,7 @@ def evaluate(
             tokenizer,
             rows,
             metrics=settings.metrics,
+            metric_options=settings.metric_options,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             limit=settings.limit,

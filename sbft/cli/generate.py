@@ -22,19 +22,13 @@ def generate(
         from sbft.recipe import load_recipe
 
         quiet_libraries()
-        from datasets import Dataset
-
         from sbft.cli.load import load_for_use
-        from sbft.data.format import encode_prompts
+        from sbft.data.format import Rendering, encode_prompts
         from sbft.evaluation import generate_answers
 
         saved = Path(model) / "recipe.yaml"
         recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
         loaded, tokenizer = load_for_use(model, trust_remote_code=recipe.trust_remote_code)
-        encoded = encode_prompts(
-            Dataset.from_list([{"prompt": prompt}]),
-            tokenizer,
-            chat_template=recipe.data.chat_template,
-            system=recipe.data.system,
-        )
+        rendering = Rendering(chat_template=recipe.data.chat_template, system=recipe.data.system)
+        encoded = encode_prompts([{"prompt": prompt}], tokenizer, rendering)
         print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])

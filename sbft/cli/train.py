@@ -83,7 +83,7 @@ def _summarize(record: RunRecord, folder: str) -> None:
     above = (record.memory.get("above_baseline") or 0) / 2**30
     kind = "allocated on the GPU" if record.memory_kind == "cuda_allocated" else "resident"
     console.print(
-        f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s:.0f} s, {record.tokens_per_s:.0f} a second. "
+        f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s:.0f} s, {record.tokens_per_s:.0f} per s. "
         f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.\n"
         f"The model lies in {folder}, its record in {folder}/run.json.\n"
         f'Next: sbft generate {folder} "Your question"',

@@ -114,6 +114,8 @@ class EvaluationConfig(_Section):
 
     metrics: list[str] = Field(default_factory=list)
     """Metrics of generated answers that ship with sbft, such as exact_match; loss and perplexity always come."""
+    metric_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of a metric, by its name."""
     max_new_tokens: PositiveInt = 16
     """Longest answer in tokens."""
     limit: PositiveInt | None = None

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from sbft import metrics
 from sbft.data.collate import Collator
 from sbft.data.format import FormatReport, format_dataset
 from sbft.data.sources import Splits, load_splits
@@ -62,6 +63,7 @@ def run(
     check_output_folder(folder, resume=resume, overwrite=overwrite)
     record = _begin(recipe)
     arguments = training_arguments(recipe, folder)
+    metrics.check(recipe.evaluation.metrics)
     say(f"Reading {recipe.data.train}")
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     splits = read_splits(recipe)
@@ -247,6 +249,7 @@ def _evaluate(
             tokenizer,
             rows,
             metrics=settings.metrics,
+            metric_options=settings.metric_options,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
             limit=settings.limit,

@@ -1,0 +1,107 @@
+"""The command line without training: recipes, versions, help, and how mistakes are shown."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from sbft import __version__
+from sbft.cli.app import app
+from sbft.cli.errors import shown_as_a_paragraph
+from sbft.errors import DataError
+from sbft.recipe import recipe_text
+
+HELP_LIMIT_S = 0.4
+
+
+def sbft(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_answers_quickly_and_names_every_verb() -> None:
+    command = [sys.executable, "-m", "sbft", "--help"]
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - begin)
+    for verb in ("train", "eval", "generate", "recipes", "version"):
+        assert f"\n  {verb} " in done.stdout
+    # The fastest of three: the others may have waited for another test.
+    assert min(seconds) < HELP_LIMIT_S
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    code = (
+        "import sys, sbft, sbft.cli.app, sbft.recipe\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'rich'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version_names_sbft_and_torch() -> None:
+    code, out, _ = sbft("version")
+    assert code == 0 and f"sbft {__version__}\n" in out and "\ntorch " in out
+
+
+def test_recipes_are_listed_with_what_they_do() -> None:
+    code, out, _ = sbft("recipes", "ls")
+    assert code == 0 and "quickstart " in out and "built-in model" in out
+
+
+def test_a_recipe_is_shown_as_it_is() -> None:
+    assert sbft("recipes", "show", "quickstart") == (0, recipe_text("quickstart"), "")
+
+
+def test_a_recipe_is_copied_but_never_over_another_file(tmp_path: Path) -> None:
+    target = tmp_path / "mine.yaml"
+    assert sbft("recipes", "cp", "quickstart", str(target))[0] == 0
+    assert target.read_text() == recipe_text("quickstart")
+    target.write_text("precious")
+    code, _, err = sbft("recipes", "cp", "quickstart", str(target))
+    assert code == 2 and "already exists" in err and target.read_text() == "precious"
+    assert sbft("recipes", "cp", "quickstart", str(tmp_path))[0] == 0
+    assert (tmp_path / "quickstart.yaml").exists()
+    assert sbft("recipes", "cp", "quickstart", str(tmp_path / "none" / "x.yaml"))[0] == 2
+
+
+def test_a_mistake_is_one_paragraph_and_exit_code_2() -> None:
+    code, out, err = sbft("recipes", "show", "quickstat")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: There is no recipe 'quickstat'") and "Did you mean quickstart?" in err
+    assert "Traceback" not in err and "\n\n" not in err.strip()
+
+
+def test_the_traceback_comes_when_asked_for() -> None:
+    code, _, err = sbft("recipes", "show", "quickstat", "--traceback")
+    assert code == 2 and "Traceback (most recent call last)" in err and "Error: There is no recipe" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("The file x is missing."), 2, "Error: The file x is missing."),
+        (KeyboardInterrupt(), 2, "Stopped by Ctrl-C"),
+        (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as caught, shown_as_a_paragraph(traceback=False):
+        raise error
+    assert caught.value.exit_code == code
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_flag_is_exit_code_2() -> None:
+    code, _, err = sbft("train", "--modle", "x")
+    assert code == 2 and "--modle" in err and "Traceback" not in err
