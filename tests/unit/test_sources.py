@@ -1,0 +1,165 @@
+"""Local files, splits without leaks, and the sentences that bad data ends in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sbft.data.sources import load_source, load_splits
+from sbft.errors import DataError
+
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(40)]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "a.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    csv = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in ROWS)
+    (tmp_path / "a.csv").write_text(csv, encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    for ending in ("jsonl", "json", "csv", "parquet"):
+        assert load_source(str(tmp_path / f"a.{ending}")).to_list() == ROWS
+
+
+def test_text_file_is_split_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\nstill one\n\n\n  \ntwo\r\n\r\nthree\n", encoding="utf-8")
+    assert load_source(str(path))["text"] == ["one\nstill one", "two", "three"]
+
+
+def test_csv_values_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"a, b",007\n', encoding="utf-8")
+    assert load_source(str(path)).to_list() == [{"prompt": "a, b", "completion": "007"}]
+
+
+def test_numbers_among_texts_become_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "completion": 42}, {"prompt": "b", "completion": "x"}])
+    assert load_source(path)["completion"] == ["42", "x"]
+
+
+def test_keys_that_only_later_rows_have_are_kept(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b", "completion": "x"}])
+    assert load_source(path)["completion"] == [None, "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "expected"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', r"Line 3 of .*a\.jsonl is not valid JSON"),
+        ("a.jsonl", "[1, 2]\n", r"Line 1 of .* holds a list"),
+        ("a.jsonl", "", "empty"),
+        ("a.jsonl", "\n \n", "empty"),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n', r"named \.jsonl"),
+        ("a.json", '{"prompt": "a"}', "no list of objects"),
+        ("a.json", "", "empty"),
+        ("a.csv", "prompt,completion\n", "empty"),
+        ("a.csv", "prompt,completion\na,b,c\n", r"Line 2 of .* values"),
+        ("a.csv", "prompt,completion\na\n", r"Line 2 of .* values"),
+        ("a.txt", "\n\n", "empty"),
+        ("a.parquet", "no parquet", "not a readable Parquet"),
+        ("a.xlsx", "x", r"ends in \.xlsx"),
+        ("a.jsonl", '{"messages": 1}\n{"messages": [1]}\n', "'messages' .* not all of one kind"),
+    ],
+)
+def test_malformed_files_are_refused_with_the_place(tmp_path: Path, name: str, contents: str, expected: str) -> None:
+    (tmp_path / name).write_text(contents, encoding="utf-8")
+    with pytest.raises(DataError, match=expected):
+        load_source(str(tmp_path / name))
+
+
+def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "there.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"There is no file .*absent\.jsonl.*there\.jsonl"):
+        load_source(str(tmp_path / "absent.jsonl"))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_source(str(tmp_path / "a.jsonl"))
+
+
+def test_hub_id_without_a_hub_says_so() -> None:
+    with pytest.raises(DataError, match="nobody/nothing.*HF_HUB_OFFLINE"):
+        load_source("nobody/nothing", split="train")
+
+
+def test_saved_data_set_loads_by_split(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(train=Dataset.from_list(ROWS[:30]), test=Dataset.from_list(ROWS[30:])).save_to_disk(str(tmp_path / "d"))
+    assert load_source(str(tmp_path / "d"), split="test").to_list() == ROWS[30:]
+    with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+        load_source(str(tmp_path / "d"), split="dev")
+
+
+def test_size_is_a_seeded_choice_in_order(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    chosen = load_source(path, size=10, seed=1)["prompt"]
+    order = [row["prompt"] for row in ROWS]
+    assert len(chosen) == 10
+    assert chosen == sorted(chosen, key=order.index)
+    assert chosen == load_source(path, size=10, seed=1)["prompt"] != load_source(path, size=10, seed=2)["prompt"]
+    assert set(chosen) != set(order[:10])
+
+
+def test_shared_questions_are_refused_unless_allowed(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": " Question  7 ", "completion": "other"}, *ROWS[3:4]])
+    with pytest.raises(DataError, match="shares 2 questions .*'question 7'.*data.allow_overlap: true"):
+        load_splits(train=train, eval=test)
+    allowed = load_splits(train=train, eval=test, allow_overlap=True)
+    assert allowed.eval is not None and allowed.eval.num_rows == 2 and allowed.train.num_rows == 40
+
+
+def test_shared_conversations_are_refused(tmp_path: Path) -> None:
+    def chat(question: str, answer: str) -> dict:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+    train = write_jsonl(tmp_path / "train.jsonl", [chat("a", "1"), chat("b", "2")])
+    test = write_jsonl(tmp_path / "test.jsonl", [chat("b", "3")])
+    with pytest.raises(DataError, match="shares 1 question"):
+        load_splits(train=train, eval=test)
+
+
+def test_renamed_question_column_is_compared(tmp_path: Path) -> None:
+    rows = [{"q": row["prompt"], "completion": "x"} for row in ROWS]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
+    test = write_jsonl(tmp_path / "test.jsonl", rows[:1])
+    with pytest.raises(DataError, match="shares 1 question"):
+        load_splits(train=train, eval=test, prompt="q")
+
+
+def test_validation_is_split_off_without_leaving_copies(tmp_path: Path) -> None:
+    doubled = [*ROWS, *[{"prompt": row["prompt"].upper(), "completion": "again"} for row in ROWS]]
+    train = write_jsonl(tmp_path / "train.jsonl", doubled)
+    splits = load_splits(train=train, validation_size=8, seed=3)
+    assert splits.validation is not None and splits.validation.num_rows == 8 and splits.eval is None
+    held = {question.lower() for question in splits.validation["prompt"]}
+    assert not held & {question.lower() for question in splits.train["prompt"]}
+    assert splits.dropped_overlap == 80 - 8 - splits.train.num_rows > 0
+    assert load_splits(train=train, validation_size=8, seed=3).validation["prompt"] == splits.validation["prompt"]
+
+
+def test_nothing_left_after_splitting_off_is_refused(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS[:5])
+    with pytest.raises(DataError, match="has 5 rows, so that 5 cannot"):
+        load_splits(train=train, validation_size=5)
+    same = write_jsonl(tmp_path / "same.jsonl", ROWS[:1] * 5)
+    with pytest.raises(DataError, match="No training row is left"):
+        load_splits(train=same, eval_size=2)
+
+
+def test_sizes_below_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train_size is 0"):
+        load_splits(train=write_jsonl(tmp_path / "a.jsonl", ROWS), train_size=0)
