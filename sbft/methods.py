@@ -128,7 +128,7 @@ METHODS: dict[str, Method] = {
         learning_rate=2e-4,
         dtype="bfloat16",
         optimizer_defaults={"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
-        lora_defaults={"rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": "all-linear"},
+        lora_defaults={"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
         package="peft",
         extra="lora",
     ),

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from sbft.cli.launch import is_silent_rank
 from sbft.errors import SbftError
 
 USER_ERROR = 2
@@ -42,6 +43,8 @@ def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
 
 
 def _show(message: str, traceback: bool) -> None:
+    if is_silent_rank():
+        return
     if traceback:
         tracebacks.print_exc()
     from rich.console import Console

@@ -23,12 +23,14 @@ def generate(
 
         quiet_libraries()
         from sbft.cli.load import load_for_use
-        from sbft.data.format import Rendering, encode_prompts
+        from sbft.data.format import encode_prompts
         from sbft.evaluation import generate_answers
 
         saved = Path(model) / "recipe.yaml"
         recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
         loaded, tokenizer = load_for_use(model, trust_remote_code=recipe.trust_remote_code)
-        rendering = Rendering(chat_template=recipe.data.chat_template, system=recipe.data.system)
-        encoded = encode_prompts([{"prompt": prompt}], tokenizer, rendering)
+        style = recipe.data
+        encoded = encode_prompts(
+            [{"prompt": prompt}], tokenizer, chat_template=style.chat_template, system=style.system
+        )
         print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])

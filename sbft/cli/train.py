@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.launch import is_silent_rank
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sbft.recipe import Recipe
     from sbft.training.record import RunRecord
 
 
@@ -29,6 +33,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")] = False,
+    num_processes: Annotated[int, typer.Option(min=1, help="Data-parallel processes on this machine.")] = 1,
     traceback: TracebackOption = False,
 ) -> None:
     """Fine-tune a model: sbft train RECIPE, or sbft train --model M --data D."""
@@ -46,6 +51,9 @@ def train(
                 output_dir=output_dir,
             )
         )
+        if num_processes > 1:
+            flags = [flag for flag, given in {"--resume": resume, "--overwrite": overwrite}.items() if given]
+            raise typer.Exit(_train_in_parallel(chosen, flags, num_processes))
         from sbft.cli.quiet import quiet_libraries
 
         quiet_libraries()
@@ -54,7 +62,7 @@ def train(
         from sbft.cli.progress import TrainingProgress
         from sbft.training.run import run
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, quiet=is_silent_rank())
         console.print(chosen.to_yaml(), style="dim", markup=False)
         progress = TrainingProgress(console)
         record = run(
@@ -64,14 +72,32 @@ def train(
             callbacks=[progress],
             say=lambda line: console.print(line, markup=False),
         )
-        _summarize(record, str(chosen.output_dir))
+        _summarize(console, record, str(chosen.output_dir))
 
 
-def _summarize(record: RunRecord, folder: str) -> None:
-    from rich.console import Console
+def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
+    """Check what can be checked, then train in several processes; their exit code."""
+    import tempfile
+    from pathlib import Path
+
+    from sbft.cli.launch import launch
+    from sbft.errors import RecipeError
+
+    if recipe.optimizer.gradient_release:
+        raise RecipeError(
+            f"--num-processes is {processes}, but method {recipe.method} releases each gradient during the backward "
+            "pass, before it could be averaged over processes. Leave --num-processes out, or add "
+            "--set optimizer.gradient_release=false."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "recipe.yaml"
+        whole.write_text(recipe.to_yaml(), encoding="utf-8")
+        return launch(["train", str(whole), *flags], processes)
+
+
+def _summarize(console: Console, record: RunRecord, folder: str) -> None:
     from rich.table import Table
 
-    console = Console(highlight=False)
     if record.metrics:
         table = Table("", "before", "after", box=None, pad_edge=False)
         for name, value in record.metrics.items():

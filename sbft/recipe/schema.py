@@ -101,7 +101,7 @@ class LoraConfig(_Section):
 
     rank: PositiveInt | None = None
     """Rank of the two factors."""
-    alpha: FiniteFloat | None = Field(None, gt=0)
+    alpha: PositiveInt | None = None
     """The adapter's output is scaled by alpha / rank."""
     dropout: FiniteFloat | None = Field(None, ge=0, lt=1)
     """Dropout before the adapter."""

@@ -52,34 +52,35 @@ def prepare_model(recipe: Recipe) -> PreTrainedModel:
     model = load_model(
         recipe.model, dtype=DTYPES[str(recipe.dtype)], trust_remote_code=recipe.trust_remote_code
     )
-    return model if recipe.lora is None else _with_adapter(model, recipe)
+    return model if recipe.lora is None else _with_adapter(model, recipe, recipe.lora.model_dump())
 
 
-def _with_adapter(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, Any]) -> PreTrainedModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingPackageError(
             f"Method {recipe.method} needs the package peft. Type: pip install 'sbft[lora]'"
         ) from error
-    assert recipe.lora is not None
     config = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
-        target_modules=recipe.lora.target_modules,
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        target_modules=settings["target_modules"],
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(int(recipe.training.get("seed", 0)))  # the adapter starts from random numbers
     try:
         # PEFT holds the adapter of a bfloat16 model in float32 (autocast_adapter_dtype).
-        return get_peft_model(model, config)
+        adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         layers = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _is_linear(module)})
         raise ModelError(
-            f"The adapter cannot be put on {recipe.model}: lora.target_modules is {recipe.lora.target_modules!r}, and "
+            f"The adapter cannot be put on {recipe.model}: lora.target_modules is {settings['target_modules']!r}, and "
             f"the model's linear layers are called {', '.join(layers)}. Write some of them, or all-linear. ({error})"
         ) from error
+    result: PreTrainedModel = adapted
+    return result
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 
 from sbft.errors import TrainingError
+from sbft.recipe import Recipe
 from sbft.training.record import FILE_NAME, RunRecord
 
 RECIPE_FILE = "recipe.yaml"
@@ -27,7 +29,7 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise TrainingError(f"The output folder {folder} is a file. Type another --output-dir.")
     if resume:
-        if not folder.is_dir() or get_last_checkpoint(str(folder)) is None:
+        if find_checkpoint(folder) is None:
             raise TrainingError(
                 f"There is no checkpoint in {folder}, so nothing to resume. Type the same command without --resume."
             )
@@ -38,7 +40,7 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if entries and entries <= _FAILED_EARLY and _failed(folder):
         return
     if entries and not overwrite:
-        again = " --resume to go on from its last checkpoint," if get_last_checkpoint(str(folder)) else ""
+        again = " --resume to go on from its last checkpoint," if find_checkpoint(folder) else ""
         raise TrainingError(
             f"The output folder {folder} exists and is not empty. Add{again} --overwrite to replace it, or type "
             "another --output-dir."
@@ -54,16 +56,39 @@ def _failed(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file() and RunRecord.load(folder).status != "ok"
 
 
-def make_output_folder(folder: Path, *, resume: bool) -> str | None:
-    """Make the folder, empty unless resuming.
+def find_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in the folder of a run; None if it has none."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
-    Returns:
-        The checkpoint to go on from, None at a fresh start.
-    """
-    if resume:
-        return str(get_last_checkpoint(str(folder)))
-    if folder.is_dir():
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+def _make_folder(folder: Path, *, empty: bool) -> None:
+    """Make the folder, and remove what is in it if it shall be empty."""
     folder.mkdir(parents=True, exist_ok=True)
-    return None
+    for entry in folder.iterdir() if empty else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run, and whether the run has taken possession of it."""
+
+    folder: Path
+    resume: bool
+    main: bool
+    """Whether this process, of several, writes."""
+    open: bool = False
+
+    def begin(self, recipe: Recipe) -> None:
+        """Make the folder, empty unless resuming, and keep the recipe in it."""
+        if self.main:
+            _make_folder(self.folder, empty=not self.resume)
+            (self.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+        self.open = True
+
+    def save(self, record: RunRecord) -> None:
+        """Write `run.json`."""
+        if self.main:
+            record.save(self.folder)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,21 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from sbft import metrics
 from sbft.data.collate import Collator
 from sbft.data.format import FormatReport, format_dataset
 from sbft.data.sources import Splits, load_splits
-from sbft.errors import SbftError, TrainingError
+from sbft.errors import TrainingError
 from sbft.evaluation import evaluate
 from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
 from sbft.models import load_tokenizer
 from sbft.recipe import Recipe, resolve
 from sbft.training.card import write_card
+from sbft.training.failures import failures_recorded
 from sbft.training.interrupt import StopBetweenSteps
-from sbft.training.memory_advice import advice, is_out_of_memory
 from sbft.training.methods import prepare_model, training_arguments
-from sbft.training.output import RECIPE_FILE, check_output_folder, make_output_folder
+from sbft.training.output import RECIPE_FILE, RunFolder, check_output_folder, find_checkpoint
 from sbft.training.record import RunRecord, git_commit, quantiles, versions
 from sbft.training.trainer import SmallBatchTrainer
 
@@ -63,13 +61,14 @@ def run(
     check_output_folder(folder, resume=resume, overwrite=overwrite)
     record = _begin(recipe)
     arguments = training_arguments(recipe, folder)
+    output = RunFolder(folder, resume, main=arguments.process_index == 0)
     metrics.check(recipe.evaluation.metrics)
     say(f"Reading {recipe.data.train}")
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     splits = read_splits(recipe)
     examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
     say(_describe(report, splits))
-    with _failures_recorded(recipe, record, folder):
+    with failures_recorded(recipe, record, output):
         say(f"Loading {recipe.model}")
         model = prepare_model(recipe)
         stop = StopBetweenSteps()
@@ -83,23 +82,25 @@ def run(
         )
         trainer.remove_callback(PrinterCallback)
         _describe_in_record(record, recipe, trainer, report, splits)
+        checkpoint = find_checkpoint(folder) if resume else None
         if resume:
             record.metrics_before = _former_metrics(folder)
-        checkpoint = make_output_folder(folder, resume=resume)
-        (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-        record.save(folder)
+        output.begin(recipe)
+        output.save(record)
         if recipe.evaluation.before and not record.metrics_before:
             say("Measuring the untrained model")
             record.metrics_before = _evaluate(recipe, trainer, tokenizer, splits, record)
-            record.save(folder)
+            output.save(record)
         _train(trainer, stop, checkpoint, record, say)
         say("Measuring the trained model")
-        record.metrics = _evaluate(recipe, trainer, tokenizer, splits, record, folder / PREDICTIONS_FILE)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        predictions = folder / PREDICTIONS_FILE if output.main else None
+        record.metrics = _evaluate(recipe, trainer, tokenizer, splits, record, predictions)
+        if output.main:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            write_card(record, folder)
         record.status, record.error = "ok", None
-        write_card(record, folder)
-        record.save(folder)
+        output.save(record)
     return record
 
 
@@ -221,7 +222,7 @@ def _train(
         folder = trainer.args.output_dir
         raise TrainingError(
             f"Stopped by Ctrl-C after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies "
-            f"in {get_last_checkpoint(folder)}. To go on, type: sbft train {folder}/{RECIPE_FILE} --resume"
+            f"in {find_checkpoint(Path(folder))}. To go on, type: sbft train {folder}/{RECIPE_FILE} --resume"
         )
 
 
@@ -270,28 +271,3 @@ def _former_metrics(folder: Path) -> dict[str, float]:
         return RunRecord.load(folder).metrics_before
     except FileNotFoundError:
         return {}
-
-
-@contextmanager
-def _failures_recorded(recipe: Recipe, record: RunRecord, folder: Path) -> Iterator[None]:
-    """Write into the record how the run ended early, and say what can be done about it."""
-    try:
-        yield
-        return
-    except (Exception, KeyboardInterrupt) as error:
-        if is_out_of_memory(error):
-            record.status = "oom"
-            batch = record.per_device_batch_size
-            told: Exception = TrainingError(advice(recipe, record.memory, record.peak_memory_bytes, batch))
-            folder.mkdir(parents=True, exist_ok=True)
-        elif isinstance(error, KeyboardInterrupt):
-            told = TrainingError("Stopped by Ctrl-C outside the training loop; type the command again to start over.")
-        else:
-            told = error
-        record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}"
-        # Before its folder is made, a run that cannot begin leaves nothing behind.
-        if folder.is_dir():
-            record.save(folder)
-        if told is error:
-            raise
-        raise told from error

@@ -126,7 +126,7 @@ dtype: float16
     lines = text.splitlines()
     for number, key, hint in expected:
         assert [line for line in lines if f"{path} line {number}: {key}" in line and hint in line], (number, text)
-    assert [line for line in lines if "--set training.gradient_accumulation_steps" in line and "gradient_release" in line]
+    assert "--set training.gradient_accumulation_steps: training.gradient_accumulation_steps is 4" in text
     assert len(lines) == 1 + len(expected) + 1
     assert lines[0] == "10 problems in the recipe:"
 

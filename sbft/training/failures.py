@@ -1,12 +1,44 @@
-"""Out of memory: how it shows, what was largest, and the switch that lowers it most."""
+"""How a run ends early: what its record says of it, and, when memory ran out, the switch that lowers it most."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
+from sbft.errors import SbftError, TrainingError
 from sbft.recipe import Recipe
+from sbft.training.output import RunFolder
+from sbft.training.record import RunRecord
 
 _MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory")
+
+
+@contextmanager
+def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> Iterator[None]:
+    """Write into the record how the run ended early, and say what can be done about it."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        told: BaseException = error
+        if is_out_of_memory(error):
+            record.status = "oom"
+            told = TrainingError(
+                advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size)
+            )
+            # That a model does not fit is a result too, even before there is anything to train.
+            if not output.open and not output.resume:
+                output.begin(recipe)
+        elif isinstance(error, KeyboardInterrupt):
+            told = TrainingError("Stopped by Ctrl-C outside the training loop. Type the command again to start over.")
+        record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}"
+        # Before it has begun, a run leaves nothing behind.
+        if output.open:
+            output.save(record)
+        if told is error:
+            raise
+        raise told from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
