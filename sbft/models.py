@@ -122,6 +122,7 @@ def load_model(
             checkpoint, or float16 asked for.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if dtype == torch.float16:
@@ -146,7 +147,7 @@ def load_model(
             local_files_only=local_only,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loaded(model, folder, error, "model") from error
     loaded, report = with_report
     if missing := sorted(report["missing_keys"]):
