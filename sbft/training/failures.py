@@ -70,9 +70,11 @@ def advice(recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None
         activations = "training.gradient_checkpointing=true (a third slower)"
     if batch_size > 1:
         activations = "training.per_device_train_batch_size=1 (training is as good at batch size 1)"
+    can_release = recipe.training.get("gradient_accumulation_steps", 1) == 1
+    gradients = "optimizer.gradient_release=true" if can_release else "method=sbft"
     switches = {
         "the weights": "dtype=bfloat16" if recipe.dtype == "float32" else "",
-        "the gradients": "" if recipe.optimizer.gradient_release or recipe.lora else "method=sbft",
+        "the gradients": "" if recipe.optimizer.gradient_release or recipe.lora else gradients,
         "the optimizer's state": "" if recipe.method == "sbft" else "method=sbft",
         "the activations": activations,
     }

@@ -1,0 +1,116 @@
+"""How a run ends early: what counts as out of memory, what is advised, what is written, and when Ctrl-C is heard."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from sbft.errors import DataError, TrainingError
+from sbft.recipe import Recipe, load_recipe, resolve
+from sbft.training.failures import advice, failures_recorded, is_out_of_memory
+from sbft.training.interrupt import StopBetweenSteps
+from sbft.training.output import RunFolder, check_output_folder
+from sbft.training.record import RunRecord
+
+GIB = 2**30
+
+
+def given(*overrides: str) -> Recipe:
+    return resolve(load_recipe(None, list(overrides), model="m", data="d"))
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "largest", "switch"),
+    [
+        ([], {"weights": 1, "gradients": 1, "optimizer_state": 0}, "activations", "gradient_checkpointing=true"),
+        (["training.gradient_checkpointing=true"], {"weights": 1}, "activations", "data.max_length=512"),
+        (["training.per_device_train_batch_size=4"], {"weights": 1}, "activations", "per_device_train_batch_size=1"),
+        (["method=adam"], {"weights": 4, "gradients": 4, "optimizer_state": 8}, "optimizer's state", "method=sbft"),
+        (["optimizer.gradient_release=false"], {"weights": 1, "gradients": 9}, "gradients", "gradient_release=true"),
+        (["method=adam-accum"], {"weights": 1, "gradients": 9}, "gradients", "method=sbft"),
+        (["method=adam"], {"weights": 9, "gradients": 1}, "weights", "dtype=bfloat16"),
+        ([], {"weights": 9, "gradients": 1}, "weights", "smaller model"),
+    ],
+)
+def test_the_advice_names_the_largest_part_and_a_switch_for_it(
+    overrides: list[str], memory: dict[str, int | None], largest: str, switch: str
+) -> None:
+    recipe = given(*overrides)
+    sizes = {name: None if size is None else size * GIB for name, size in memory.items()}
+    said = advice(recipe, sizes, 16 * GIB, recipe.training["per_device_train_batch_size"])
+    assert f"Largest were the {largest}" in said and switch in said
+
+
+def failing(error: BaseException, folder: Path, *, begun: bool, resume: bool = False) -> RunRecord:
+    recipe = given()
+    record = RunRecord(method="sbft", model="m", dataset="d", seed=0)
+    output = RunFolder(folder, resume=resume, main=True)
+    with failures_recorded(recipe, record, output):
+        if begun:
+            output.begin(recipe)
+        raise error
+    return record
+
+
+def test_before_it_has_begun_a_run_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        failing(DataError("no data"), tmp_path / "out", begun=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_once_begun_its_record_says_how_it_ended(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="Ctrl-C"):
+        failing(KeyboardInterrupt(), tmp_path / "out", begun=True)
+    assert "Ctrl-C" in str(RunRecord.load(tmp_path / "out").error)
+
+
+def test_out_of_memory_is_recorded_even_before_it_has_begun_but_never_over_a_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="Out of memory"):
+        failing(MemoryError(), tmp_path / "new", begun=False)
+    assert RunRecord.load(tmp_path / "new").status == "oom"
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "precious").touch()
+    with pytest.raises(TrainingError, match="Out of memory"):
+        failing(MemoryError(), tmp_path / "old", begun=False, resume=True)
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["precious"]
+
+
+def test_a_folder_with_another_file_in_it_is_never_taken_for_a_failed_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: mine")  # a recipe that somebody wrote there by hand
+    with pytest.raises(TrainingError, match="not empty"):
+        check_output_folder(tmp_path, resume=False, overwrite=False)
+    RunRecord(method="sbft", model="m", dataset="d", seed=0, status="error").save(tmp_path)
+    check_output_folder(tmp_path, resume=False, overwrite=False)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(TrainingError, match="--overwrite"):
+        check_output_folder(tmp_path, resume=False, overwrite=False)
+    check_output_folder(tmp_path, resume=False, overwrite=True)
+
+
+def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state, control = TrainerState(global_step=3, max_steps=9), TrainerControl()
+    with StopBetweenSteps() as stop:
+        stop.on_step_end(arguments, state, control)
+        assert not control.should_save and not control.should_training_stop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        stop.on_step_end(arguments, state, control)
+        assert control.should_save and control.should_training_stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
