@@ -81,6 +81,11 @@ class PeakMemory:
             self._peak_bytes = max(_highest_resident_bytes(), self.baseline_bytes)
 
 
+def current_peak_bytes() -> int:
+    """The highest since a `PeakMemory` was last entered, read from anywhere: for those who only watch."""
+    return _cuda(torch.cuda.max_memory_allocated) if torch.cuda.is_available() else _highest_resident_bytes()
+
+
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in an optimizer's state, each storage counted once."""
     return _storage_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
