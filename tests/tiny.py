@@ -132,9 +132,7 @@ def tiny_model(
     return model.eval()
 
 
-def save_tiny(
-    folder: str | Path, kind: str = "llama", *, chat_template: str | None = CHATML, **model: Any
-) -> Path:
+def save_tiny(folder: str | Path, kind: str = "llama", *, chat_template: str | None = CHATML, **model: Any) -> Path:
     """Writes a tiny model and its tokenizer as a plain Hugging Face checkpoint; returns the folder."""
     folder = Path(folder)
     tiny_model(kind, **model).save_pretrained(folder)

@@ -118,7 +118,10 @@ def load_splits(
     for name, size in (("train_size", train_size), ("validation_size", validation_size), ("eval_size", eval_size)):
         _check_size(name, size)
     columns = (prompt, messages, text)
-    if generated.is_generated(train) and validation is None and eval is None:
+    if generated.is_generated(train) and {validation, eval} <= {None, train}:
+        for name, source, size in (("validation", validation, validation_size), ("eval", eval, eval_size)):
+            if source is not None and size is None:
+                raise DataError(f"The {name} data {source} has no end of its own; say how many rows: data.{name}_size.")
         return _generated_splits(
             train, train_size, validation_size, eval_size, seed=seed, options=options, allow_overlap=allow_overlap
         )
@@ -245,10 +248,10 @@ def _question(value: Any) -> str:
         return "" if value is None else str(value)
     turns = []
     for message in value:
-        if message["role"] == "assistant":
-            break
-        if message["role"] != "system":
-            turns.append(message["content"])
+        if not isinstance(message, dict) or message.get("role") == "assistant":
+            break  # what is no message is refused, with its value, where it is rendered
+        if message.get("role") != "system":
+            turns.append(message.get("content"))
     return "\n".join(turn if isinstance(turn, str) else json.dumps(turn) for turn in turns)
 
 

@@ -163,3 +163,9 @@ def test_nothing_left_after_splitting_off_is_refused(tmp_path: Path) -> None:
 def test_sizes_below_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train_size is 0"):
         load_splits(train=write_jsonl(tmp_path / "a.jsonl", ROWS), train_size=0)
+
+
+def test_malformed_conversations_are_left_to_be_refused_by_name(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [{"messages": ["hello"]}])
+    test = write_jsonl(tmp_path / "test.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
+    assert load_splits(train=train, eval=test).train.num_rows == 1
