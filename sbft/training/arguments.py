@@ -1,0 +1,224 @@
+"""What `SmallBatchTrainer` can be told beyond what transformers' own `TrainingArguments` hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from sbft.errors import RecipeError
+
+OPTIMIZERS = ("adafactor", "adamw", "sgd")
+# Settings that only some optimizers have: the optimizers, and the keyword of theirs.
+_SETTINGS = {
+    "second_moment_half_life": (("adafactor", "adamw"), "second_moment_half_life"),
+    "beta2": (("adafactor", "adamw"), "beta2"),
+    "first_moment_half_life": (("adamw",), "first_moment_half_life"),
+    "beta1": (("adamw",), "beta1"),
+    "momentum_half_life": (("sgd",), "momentum_half_life"),
+    "momentum": (("sgd",), "momentum"),
+    "schedule": (("adafactor",), "schedule"),
+    "relative_step": (("adafactor",), "relative_step"),
+    "clip_threshold": (("adafactor",), "clip_threshold"),
+    "optimizer_eps": (("adafactor", "adamw"), "eps"),
+}
+_PAIRS = (
+    ("second_moment_half_life", "beta2"),
+    ("first_moment_half_life", "beta1"),
+    ("momentum_half_life", "momentum"),
+)
+
+
+class ArgumentError(RecipeError, ValueError):
+    """Training arguments are out of their domain, or contradict one another."""
+
+
+@dataclass
+class SmallBatchArguments:
+    """The fields and defaults of small-batch training; to be put before a subclass of `TrainingArguments`.
+
+    With TRL: `@dataclass class MyConfig(SmallBatchArguments, trl.SFTConfig): pass`.
+
+    Raises:
+        ArgumentError: if the fields contradict one another.
+    """
+
+    token_optimizer: str | None = field(
+        default="adafactor",
+        metadata={"help": "adafactor, adamw or sgd of sbft; None for whatever `optim` says, as in a plain Trainer."},
+    )
+    second_moment_half_life: float | None = field(
+        default=None, metadata={"help": "Tokens after which a squared gradient weighs one half."}
+    )
+    beta2: float | None = field(
+        default=None, metadata={"help": "Decay factor of the second moment per step, in place of a half-life."}
+    )
+    first_moment_half_life: float | None = field(
+        default=None, metadata={"help": "AdamW: tokens after which a gradient weighs one half."}
+    )
+    beta1: float | None = field(
+        default=None, metadata={"help": "AdamW: decay factor of the first moment per step, in place of a half-life."}
+    )
+    momentum_half_life: float | None = field(
+        default=None, metadata={"help": "SGD: tokens after which a gradient in the momentum weighs one half."}
+    )
+    momentum: float | None = field(
+        default=None, metadata={"help": "SGD: decay factor of the momentum per step, in place of a half-life."}
+    )
+    schedule: str | None = field(
+        default=None, metadata={"help": "Adafactor: half_life, or power for its own schedule 1 - step ** -beta2."}
+    )
+    relative_step: bool | None = field(
+        default=None, metadata={"help": "Adafactor: multiply the step by the weight's RMS (its default)."}
+    )
+    clip_threshold: float | None = field(
+        default=None, metadata={"help": "Adafactor: largest RMS of an update before scaling."}
+    )
+    optimizer_eps: float | None = field(
+        default=None, metadata={"help": "eps of the token optimizer; its own default when None."}
+    )
+    stochastic_rounding: bool = field(
+        default=True, metadata={"help": "Round bfloat16 weights stochastically, so that small updates are not lost."}
+    )
+    rounding_seed: int | None = field(default=None, metadata={"help": "Seed of the rounding noise; `seed` when None."})
+    cast_weights: bool = field(
+        default=True,
+        metadata={"help": "With stochastic rounding, cast a float32 model to bfloat16 before training."},
+    )
+    gradient_release: bool = field(
+        default=True,
+        metadata={"help": "Update each parameter within backward and free its gradient. Only with a token optimizer."},
+    )
+    max_skipped_steps: int = field(
+        default=20,
+        metadata={"help": "Stop with an error after this many steps in a row whose loss was not finite."},
+    )
+    logits_free_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Take the loss from hidden states at labels, without logits of all tokens. False: the loss of the "
+            "trainer underneath, with its metrics (TRL: entropy and token accuracy)."
+        },
+    )
+
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Examples in a step on each device. Small is as good: averages count tokens."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Backward passes per update. Needs `gradient_release=False`."}
+    )
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Peak learning rate; with relative steps a relative change per step."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant", metadata={"help": "Learning rate schedule: constant, cosine, linear, ..."}
+    )
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Clip the global gradient norm to this. Needs `gradient_release=False`."}
+    )
+    bf16: bool = field(
+        default=False,
+        metadata={"help": "Autocast to bfloat16. Not needed where the weights are bfloat16, which is the default."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_small_batch()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
+        super().__post_init__()  # type: ignore[misc]
+        self._check_checkpointing()
+
+    @property
+    def releases_gradients(self) -> bool:
+        """Whether gradients are released in backward: asked for, and a token optimizer that can."""
+        return self.gradient_release and self.token_optimizer is not None
+
+    def token_optimizer_settings(self) -> dict[str, Any]:
+        """Keyword arguments of the token optimizer, the parameters aside."""
+        chosen = {keyword: getattr(self, name) for name, (_, keyword) in _SETTINGS.items()}
+        settings = {keyword: value for keyword, value in chosen.items() if value is not None}
+        seed = self.rounding_seed
+        return {
+            "lr": self.learning_rate,
+            "stochastic_rounding": self.stochastic_rounding,
+            "seed": self.seed if seed is None else seed,  # type: ignore[attr-defined]
+            **settings,
+        }
+
+    def _check_small_batch(self) -> None:
+        rate = float(self.learning_rate)
+        if not (rate >= 0 and math.isfinite(rate)):
+            raise ArgumentError(f"learning_rate is {self.learning_rate!r}; expected a finite number of at least 0.")
+        if self.max_skipped_steps < 1:
+            raise ArgumentError(f"max_skipped_steps is {self.max_skipped_steps}; expected at least 1.")
+        if self.fp16:  # type: ignore[attr-defined]
+            raise ArgumentError(
+                "fp16=True is not supported: float16 needs a loss scaler, whose skipped and rescaled steps break both "
+                "released gradients and averages in tokens. Leave it out (weights are bfloat16), or set bf16=True."
+            )
+        if self.token_optimizer is None:
+            self._refuse_settings("token_optimizer is None")
+            return
+        if self.token_optimizer not in OPTIMIZERS:
+            raise ArgumentError(
+                f"token_optimizer is {self.token_optimizer!r}; expected one of {', '.join(OPTIMIZERS)}, or None for "
+                "the optimizer that `optim` names."
+            )
+        self._refuse_settings(f"token_optimizer is {self.token_optimizer}")
+        for half_life, beta in _PAIRS:
+            values = getattr(self, half_life), getattr(self, beta)
+            if None not in values:
+                raise ArgumentError(
+                    f"{half_life}={values[0]!r} (in tokens) and {beta}={values[1]!r} (per step) set the same average. "
+                    f"Remove one of them: keep {half_life} for an average that does not depend on the batch size."
+                )
+        if self.gradient_release:
+            self._check_release()
+
+    def _refuse_settings(self, why: str) -> None:
+        for name, (optimizers, _) in _SETTINGS.items():
+            if getattr(self, name) is not None and self.token_optimizer not in optimizers:
+                raise ArgumentError(
+                    f"{name}={getattr(self, name)!r} has no effect, because {why}. Remove it, or set token_optimizer "
+                    f"to {' or '.join(optimizers)}."
+                )
+
+    def _check_release(self) -> None:
+        if self.gradient_accumulation_steps != 1:
+            raise ArgumentError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} needs gradients that outlive their "
+                "backward, and gradient_release=True frees them in it. Set gradient_accumulation_steps=1 (at batch "
+                "size 1, with averages in tokens, accumulation gains nothing), or gradient_release=False."
+            )
+        if self.max_grad_norm:
+            raise ArgumentError(
+                f"max_grad_norm={self.max_grad_norm} needs the norm of all gradients before the first update, and "
+                "gradient_release=True updates in backward. Set max_grad_norm=0 (Adafactor clips every update "
+                "itself), or gradient_release=False."
+            )
+
+    def _check_checkpointing(self) -> None:
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            settings = vars(self).get(name)  # transformers 5 has the second, later versions both
+            if settings and settings.get("use_reentrant") and self.releases_gradients:
+                raise ArgumentError(
+                    f"{name} asks for use_reentrant=True, which runs a backward within backward, and released "
+                    "gradients allow only one. Remove use_reentrant (it is False by default), or set "
+                    "gradient_release=False."
+                )
+
+
+@dataclass
+class SmallBatchTrainingArguments(SmallBatchArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with the defaults and the additional fields of small-batch training.
+
+    Defaults that differ: batch size 1, no accumulation, a constant learning rate of 1e-4, no clipping of the global
+    norm.
+
+    Raises:
+        ArgumentError: a ValueError, if the fields contradict one another; the message gives both ways out.
+    """

@@ -1,0 +1,397 @@
+"""The trainer: all that small-batch training changes in a transformers `Trainer`, in one mixin."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sbft.errors import ModelError, TrainingError
+from sbft.optim import SGD, Adafactor, AdamW
+from sbft.optim.base import TokenOptimizer
+from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
+from sbft.training.head import Head, UnknownHead, find_head
+from sbft.training.tied import TiedEmbedding
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZERS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw": AdamW, "sgd": SGD}
+# Up to this length, torch's plain attention is faster than its flash kernel on a CPU in bfloat16 (forward and backward,
+# 9 heads of 64, 2 cores: 1.2 against 15.9 ms at 40 tokens, 20 against 52 at 256, but 183 against 66 at 512).
+_PLAIN_ATTENTION_TOKENS = 256
+
+
+class _NonFiniteLoss(Exception):
+    """Leaves a training step before its backward; carries the loss."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SmallBatchMixin(_Base):
+    """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
+
+    Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
+    It trains with an optimizer that measures time in tokens, released gradients and a loss without logits. With TRL,
+    `logits_free_loss=False` brings back TRL's loss with its entropy and token accuracy.
+
+    Attributes:
+        step_seconds: wall time of every finished step, data loading included.
+        optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them.
+        tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint.
+        skipped_steps: steps left out because their loss was not finite.
+    """
+
+    args: Any
+    model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.step_seconds: list[float] = []
+        self.optimizer_seconds: list[float] = []
+        self.tokens_seen = 0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._skip_this_step = False
+        self._in_training_step = False
+        self._step_tokens = 0
+        self._step_began = 0.0
+        self._optimizer_time = 0.0
+        self._head: Head | None = None
+        self._head_sought = False
+        self._tied: TiedEmbedding | None = None
+        self._attached = contextlib.ExitStack()
+        self._parameters_for_flos: int | None = None
+        super().__init__(*args, **kwargs)
+        self._check_arguments()
+        self._check_weights()
+        self.add_callback(_StepEvents(self))
+
+    # Set-up
+
+    def _check_arguments(self) -> None:
+        if not isinstance(self.args, SmallBatchArguments):
+            raise ArgumentError(
+                f"args is a {type(self.args).__name__}; expected a SmallBatchTrainingArguments, or a dataclass that "
+                f"inherits from SmallBatchArguments and {type(self.args).__name__}, in this order."
+            )
+        if self.accelerator.num_processes > 1 and self.args.releases_gradients and not self.is_fsdp_enabled:
+            raise ArgumentError(
+                f"gradient_release=True with {self.accelerator.num_processes} processes would update each replica "
+                "from its own gradient. Shard the model with FSDP, run one process, or set gradient_release=False."
+            )
+
+    def _check_weights(self) -> None:
+        """Refuse float16, and take a float32 model to bfloat16 where its updates will be rounded stochastically."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if any(parameter.dtype == torch.float16 for parameter in trainable):
+            raise ModelError(
+                "The model's weights are float16, whose narrow range loses small gradients without a loss scaler. "
+                "Load it with dtype=torch.bfloat16 (or torch.float32)."
+            )
+        rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
+        if not rounds or not isinstance(self.model, PreTrainedModel):
+            return
+        wide = [parameter for parameter in trainable if parameter.dtype == torch.float32]
+        if len(wide) == len(trainable) and wide:
+            logger.warning(
+                "The model's float32 weights are cast to bfloat16, which halves them; updates are rounded "
+                "stochastically. To train in float32, set cast_weights=False."
+            )
+            # Parameters alone: buffers, such as rotary frequencies, lose precision that nothing gives back.
+            for parameter in self.model.parameters():
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+            self.model.config.dtype = torch.bfloat16
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The token optimizer that the arguments name, unless one was passed in or they name none."""
+        if self.optimizer is not None or self.args.token_optimizer is None:
+            return super().create_optimizer(*args, **kwargs)
+        model = self.model if not args or args[0] is None else args[0]
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        decay = self.args.weight_decay
+        if decay:
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = [
+                {"params": [p for name, p in trainable if name in decayed], "weight_decay": decay},
+                {"params": [p for name, p in trainable if name not in decayed], "weight_decay": 0.0},
+            ]
+            groups = [group for group in groups if group["params"]]
+        else:
+            groups = [{"params": [p for _, p in trainable]}]
+        try:
+            self.optimizer = _OPTIMIZERS[self.args.token_optimizer](groups, **self.args.token_optimizer_settings())
+        except ValueError as error:
+            raise ArgumentError(f"The optimizer {self.args.token_optimizer} cannot be made: {error}.") from error
+        return self.optimizer
+
+    @property
+    def _token_optimizer(self) -> TokenOptimizer | None:
+        optimizer = self.optimizer
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
+        return optimizer if isinstance(optimizer, TokenOptimizer) else None
+
+    # The loop
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; what is attached to the model for training is taken off however it ends."""
+        self.step_seconds.clear()
+        self.optimizer_seconds.clear()
+        self.tokens_seen = self.skipped_steps = self._skipped_in_a_row = 0
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._attached.close()
+            self._tied = None
+
+    def _attach(self) -> None:
+        """Hooks for the duration of training, run in this order; the optimizer's state is loaded by now."""
+        self._attached.close()
+        optimizer = self._token_optimizer
+        head = self._find_head()
+        if head is not None:
+            self._tied = self._attached.enter_context(TiedEmbedding(self.model, head))
+        if optimizer is None:
+            return
+        self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
+        if self.args.gradient_release and not optimizer.releases_gradients:
+            self._hook_parameters(optimizer, self._update_begins)
+            self._attached.enter_context(optimizer.release_gradients())
+            self._hook_parameters(optimizer, self._update_ends)
+
+    def _hook_parameters(self, optimizer: TokenOptimizer, hook: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+                self._attached.callback(handle.remove)
+
+    def _update_begins(self, parameter: Tensor | None = None) -> None:
+        self._optimizer_time -= time.perf_counter()
+
+    def _update_ends(self, parameter: Tensor | None = None) -> None:
+        self._optimizer_time += time.perf_counter()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; counts the tokens of the coming step, which the optimizer is told before backward."""
+        self._step_began = time.perf_counter()
+        self._optimizer_time = 0.0
+        self._skip_this_step = False
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            tokens = sum(_count_tokens(batch) for batch in batches)
+            if self.accelerator.num_processes > 1:
+                tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
+            self._step_tokens = max(tokens, 1)
+            optimizer = self._token_optimizer
+            if optimizer is not None:
+                optimizer.tokens_per_step = self._step_tokens
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
+        self._in_training_step = True
+        try:
+            with _fast_attention(inputs):
+                loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        except _NonFiniteLoss as error:
+            self._skip_this_step = True
+            loss = error.loss.detach()
+        finally:
+            self._in_training_step = False
+        return loss
+
+    def _before_update(self) -> None:
+        if self._skip_this_step:
+            self.model.zero_grad()  # what earlier micro-batches of this step have left
+            self.accelerator.gradient_state._set_sync_gradients(False)  # accelerate's wrapper then makes no step
+            optimizer = self._token_optimizer
+            if optimizer is not None:
+                optimizer.skip_step()
+        else:
+            self._update_begins()
+
+    def _after_update(self) -> None:
+        if not self._skip_this_step:
+            self._update_ends()
+            self._skipped_in_a_row = 0
+            self.tokens_seen += self._step_tokens
+            return
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self.args.max_skipped_steps:
+            raise TrainingError(
+                f"The loss was not finite in {self._skipped_in_a_row} steps in a row, the last of them step "
+                f"{self.state.global_step + 1}; none of them changed the weights. Lower learning_rate, look at the "
+                "examples of these steps, or allow more such steps with max_skipped_steps."
+            )
+
+    def _after_step(self) -> None:
+        self.step_seconds.append(time.perf_counter() - self._step_began)
+        self.optimizer_seconds.append(self._optimizer_time)
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss without logits, where the model's head is understood and nobody asks for the model's outputs."""
+        result: Any
+        loss: Tensor
+        if return_outputs or not self._takes_logits_free_loss(inputs):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = result[0] if return_outputs else result
+        else:
+            head = self._find_head()
+            assert head is not None
+            weight = self._tied.head_weight() if self._tied is not None and self._in_training_step else None
+            result = loss = head.loss(model, inputs, num_items_in_batch, weight=weight)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                result = loss = loss * self.accelerator.num_processes
+        if self._in_training_step and not self._all_finite(loss):
+            raise _NonFiniteLoss(loss)
+        return result
+
+    def _all_finite(self, loss: Tensor) -> bool:
+        finite = torch.isfinite(loss.detach()).all()
+        if self.accelerator.num_processes > 1:  # or the ranks would part ways
+            finite = self.accelerator.gather(finite.reshape(1)).all()
+        return bool(finite)
+
+    def _takes_logits_free_loss(self, inputs: dict[str, Any]) -> bool:
+        has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None or self.args.n_gpu > 1
+        return has_labels and not own_loss and self._find_head() is not None
+
+    def _find_head(self) -> Head | None:
+        """The model's head, sought once; None, with one warning, where the model's own loss has to do."""
+        if not self._head_sought:
+            self._head_sought = True
+            # A loss that only TRL has, such as dft.
+            other_loss = vars(self.args).get("loss_type", "nll") != "nll"
+            if self.args.logits_free_loss and not other_loss and not self.args.torch_compile:
+                try:
+                    self._head = find_head(self.model)
+                except UnknownHead as reason:
+                    logger.warning(
+                        f"The loss of {type(self.model).__name__} is taken from the logits of all tokens, which costs "
+                        f"memory: {reason}."
+                    )
+        return self._head
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`; where only the loss is wanted, no logits are made."""
+        if not prediction_loss_only or not self._takes_logits_free_loss(inputs):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager(), _fast_attention(inputs):
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    # What is logged
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """A token optimizer sums the norm up as it updates; `log` adds it once the step is closed."""
+        if self._token_optimizer is not None:
+            return grad_norm
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in `Trainer`, with the gradient norm of the last step, the tokens seen, and the steps skipped if any."""
+        if "loss" in logs:
+            optimizer = self._token_optimizer
+            if optimizer is not None and optimizer.grad_norm is not None:
+                logs.setdefault("grad_norm", float(optimizer.grad_norm))
+            logs["tokens_seen"] = self.tokens_seen
+            if self.skipped_steps:
+                logs["skipped_steps"] = self.skipped_steps
+        super().log(logs, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in `Trainer`, which counts the model's parameters anew in every step."""
+        if "input_ids" not in inputs or not hasattr(self.model, "num_parameters"):
+            return int(super().floating_point_ops(inputs))
+        if self._parameters_for_flos is None:
+            self._parameters_for_flos = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * int(inputs["input_ids"].numel()) * int(self._parameters_for_flos)
+
+
+class SmallBatchTrainer(SmallBatchMixin, Trainer):
+    """A `transformers.Trainer` that fine-tunes all weights at batch size 1 in little memory.
+
+    Example:
+        >>> args = SmallBatchTrainingArguments(output_dir="out", max_steps=300)
+        >>> SmallBatchTrainer(model=model, args=args, train_dataset=dataset, data_collator=collator).train()
+    """
+
+    args: SmallBatchTrainingArguments
+
+
+class _StepEvents(TrainerCallback):
+    """Tells the mixin where in a step the loop is: the only places that `Trainer` offers no method for."""
+
+    def __init__(self, trainer: SmallBatchMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer exists and its state is loaded."""
+        self._trainer._attach()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Backward is over."""
+        self._trainer._before_update()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer has closed the step."""
+        self._trainer._after_update()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The step is counted; logging and saving come after."""
+        self._trainer._after_step()
+
+
+def _count_tokens(batch: dict[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return int(mask.sum())
+    return int(batch["input_ids"].numel())
+
+
+@contextlib.contextmanager
+def _fast_attention(inputs: dict[str, Any]) -> Iterator[None]:
+    """Torch's plain attention for short examples on a CPU; around backward too, which may recompute the forward."""
+    ids = inputs.get("input_ids")
+    if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.shape[-1] <= _PLAIN_ATTENTION_TOKENS:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
