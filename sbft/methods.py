@@ -70,7 +70,7 @@ class Method:
         return recipe
 
 
-_LOW_MEMORY = {"stochastic_rounding": True, "gradient_release": True, "max_skipped_steps": 20, "seed": 0}
+_LOW_MEMORY = {"stochastic_rounding": True, "gradient_release": True, "max_skipped_steps": 20}
 _HALF_LIFE = {"second_moment_half_life": round(FINE_TUNING_HALF_LIFE)}
 _FULL_ADAM = {
     **_HALF_LIFE,
@@ -80,7 +80,6 @@ _FULL_ADAM = {
     "stochastic_rounding": False,
     "gradient_release": False,
     "max_skipped_steps": 20,
-    "seed": 0,
 }
 
 METHODS: dict[str, Method] = {

@@ -22,6 +22,8 @@ class TrainingProgress(TrainerCallback):
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._loss: float | None = None
+        self._tokens: tuple[int, float] = (0, 0.0)
+        self._tokens_per_s: float | None = None
         self._began = 0.0
         self._first_step = 0
         self._drawn = 0.0
@@ -33,6 +35,8 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._began, self._first_step, self._loss = time.perf_counter(), state.global_step, None
+        # The clock of a resumed run starts at the checkpoint's tokens, which nobody has told yet.
+        self._tokens, self._tokens_per_s = (0 if state.global_step == 0 else -1, self._began), None
         if self._console.is_terminal:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._console)
@@ -46,7 +50,7 @@ class TrainingProgress(TrainerCallback):
         now = time.perf_counter()
         if self._bar is not None and (now - self._drawn > _REDRAW_EVERY_S or state.global_step == state.max_steps):
             self._drawn = now
-            self._bar.update(self._task, completed=state.global_step, figures=self._figures(state, kwargs["optimizer"]))
+            self._bar.update(self._task, completed=state.global_step, figures=self._figures(state))
 
     def on_log(
         self,
@@ -60,8 +64,9 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         self._loss = logs["loss"]
+        self._measure_speed(int(logs["tokens_seen"]))
         if self._bar is None:
-            figures = self._figures(state, kwargs["optimizer"])
+            figures = self._figures(state)
             self._console.print(f"step {state.global_step}/{state.max_steps}  {figures}", markup=False, soft_wrap=True)
 
     def on_train_end(
@@ -76,11 +81,20 @@ class TrainingProgress(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
-    def _figures(self, state: TrainerState, optimizer: Any) -> str:
+    def _measure_speed(self, tokens: int) -> None:
+        before, since = self._tokens
+        now = time.perf_counter()
+        if before >= 0:
+            self._tokens_per_s = (tokens - before) / (now - since)
+        self._tokens = tokens, now
+
+    def _figures(self, state: TrainerState) -> str:
         elapsed = time.perf_counter() - self._began
         done = state.global_step - self._first_step
         left = elapsed / done * (state.max_steps - state.global_step) if done else 0.0
         figures = [] if self._loss is None else [f"loss {self._loss:.3f}"]
+        if self._tokens_per_s is not None:
+            figures.append(f"{self._tokens_per_s:.0f} tokens/s")
         figures += [f"peak {current_peak_bytes() / 2**30:.2f} GiB", f"{_clock(left)} left"]
         return "  ".join(figures)
 

@@ -93,7 +93,7 @@ class OptimizerConfig(_Section):
     logits_free_loss: bool | None = None
     """Compute the loss without holding the logits of all tokens."""
     seed: NonNegativeInt | None = None
-    """Seed of stochastic rounding."""
+    """Seed of stochastic rounding; training.seed where it is not given."""
 
 
 class LoraConfig(_Section):

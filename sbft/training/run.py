@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from sbft import metrics
@@ -81,7 +81,7 @@ def run(
             callbacks=[*callbacks, stop],
         )
         trainer.remove_callback(PrinterCallback)
-        _describe_in_record(record, recipe, trainer, report, splits)
+        _describe_in_record(record, recipe, model, arguments.world_size, report, splits)
         checkpoint = find_checkpoint(folder) if resume else None
         if resume:
             record.metrics_before = _former_metrics(folder)
@@ -89,12 +89,12 @@ def run(
         output.save(record)
         if recipe.evaluation.before and not record.metrics_before:
             say("Measuring the untrained model")
-            record.metrics_before = _evaluate(recipe, trainer, tokenizer, splits, record)
+            record.metrics_before = _evaluate(recipe, model, tokenizer, splits, record)
             output.save(record)
         _train(trainer, stop, checkpoint, record, say)
         say("Measuring the trained model")
         predictions = folder / PREDICTIONS_FILE if output.main else None
-        record.metrics = _evaluate(recipe, trainer, tokenizer, splits, record, predictions)
+        record.metrics = _evaluate(recipe, model, tokenizer, splits, record, predictions)
         if output.main:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -159,15 +159,19 @@ def _begin(recipe: Recipe) -> RunRecord:
 
 
 def _describe_in_record(
-    record: RunRecord, recipe: Recipe, trainer: SmallBatchTrainer, report: FormatReport, splits: Splits
+    record: RunRecord,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    world_size: int,
+    report: FormatReport,
+    splits: Splits,
 ) -> None:
-    model = trainer.model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [parameter.numel() * parameter.element_size() for parameter in trainable]
     record.device = device_name()
     record.parameters = sum(parameter.numel() for parameter in model.parameters())
     record.trainable_parameters = sum(parameter.numel() for parameter in trainable)
-    record.world_size = trainer.args.world_size
+    record.world_size = world_size
     # Released, a gradient lives until its own update, so the largest decides.
     record.memory["gradients"] = max(gradients) if recipe.optimizer.gradient_release else sum(gradients)
     record.memory["weights"] = model_bytes(model)
@@ -217,12 +221,13 @@ def _train(
         record.step_s = quantiles(trainer.step_seconds)
         record.optimizer_s = quantiles(trainer.optimizer_seconds)
     record.train_loss = outcome.training_loss
-    record.tokens_per_s = record.tokens / record.train_s
+    # Of a resumed run only the steps since then were timed.
+    record.tokens_per_s = record.tokens / max(record.steps, 1) * len(trainer.step_seconds) / record.train_s
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-        folder = trainer.args.output_dir
+        folder = Path(str(trainer.args.output_dir))
         raise TrainingError(
             f"Stopped by Ctrl-C after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies "
-            f"in {find_checkpoint(Path(folder))}. To go on, type: sbft train {folder}/{RECIPE_FILE} --resume"
+            f"in {find_checkpoint(folder)}. To go on, type: sbft train {folder}/{RECIPE_FILE} --resume"
         )
 
 
@@ -233,7 +238,7 @@ def evaluation_rows(splits: Splits) -> Dataset | None:
 
 def _evaluate(
     recipe: Recipe,
-    trainer: SmallBatchTrainer,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
     record: RunRecord,
@@ -246,7 +251,7 @@ def _evaluate(
     settings = recipe.evaluation
     with PeakMemory() as peak:
         metrics = evaluate(
-            trainer.model,
+            model,
             tokenizer,
             rows,
             metrics=settings.metrics,

@@ -72,9 +72,10 @@ def test_the_record_says_what_was_run_and_measured(trained: tuple[Path, str], ti
     model = AutoModelForCausalLM.from_pretrained(tiny_dir)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert record.parameters == record.trainable_parameters == parameters
-    assert record.memory["weights"] == 2 * parameters
+    assert 0 <= (record.memory["weights"] or 0) - 2 * parameters < 1024  # bfloat16, and a few buffers
     assert record.memory["gradients"] == 2 * max(parameter.numel() for parameter in model.parameters())
-    assert 0 < (record.memory["optimizer_state"] or 0) < 4 * parameters
+    # No side of these layers reaches 128, from which on the second moment is factored.
+    assert 0 < (record.memory["optimizer_state"] or 0) <= 4 * parameters
     assert record.memory_kind == ("cuda_allocated" if torch.cuda.is_available() else "resident")
     assert (record.peak_memory_bytes or 0) >= (record.memory["baseline"] or 0) > 0
     assert (record.memory["evaluation_peak"] or 0) > 0
