@@ -55,9 +55,15 @@ def noise_from_key(key: tuple[int, int], count: int, offset: int = 0, device: to
     multiply-xorshift rounds (the constants are Wellons' "lowbias32"), keyed before the first and between the two.
     """
     first_block, end_block = offset >> 5, (offset + count + 31) >> 5
-    counter = torch.arange(16 * first_block, 16 * end_block, dtype=torch.int64, device=device)
-    high = (counter >> 32).to(torch.int32) * signed_32(_HIGH_WORD_MULTIPLIER) if end_block >> 28 else 0
-    x = counter.to(torch.int32) + signed_32(key[0])  # keeps the low 32 bits: the conversion wraps
+    first, end = 16 * first_block, 16 * end_block
+    high: Tensor | int = 0
+    if end <= 1 << 31:
+        x = torch.arange(first, end, dtype=torch.int32, device=device)
+    else:
+        counter = torch.arange(first, end, dtype=torch.int64, device=device)
+        x = counter.to(torch.int32)  # keeps the low 32 bits: the conversion wraps
+        high = (counter >> 32).to(torch.int32) * signed_32(_HIGH_WORD_MULTIPLIER)
+    x += signed_32(key[0])
     x ^= (x >> 16) & 0xFFFF
     x *= _MULTIPLIER_1
     x ^= ((x >> 15) & 0x1FFFF) ^ signed_32(key[1]) ^ high

@@ -74,9 +74,12 @@ class Adafactor(TokenOptimizer):
             "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding,
         }
+        super().__init__(params, defaults, seed)
+
+    def _start_transient(self) -> None:
+        super()._start_transient()
         # What the last update left as a weight's sum of squares, and the weight's version then: spares a read per step.
         self._weight_square_sums: dict[Tensor, tuple[int, Any]] = {}
-        super().__init__(params, defaults, seed)
 
     def _validate(self, group: dict[str, Any]) -> None:
         if group["schedule"] not in ("half_life", "power"):

@@ -53,16 +53,18 @@ class TokenOptimizer(torch.optim.Optimizer):
 
     averages: ClassVar[tuple[Average, ...]] = ()
 
+    _tokens_per_step: int | None
+    _positions: dict[Tensor, tuple[int, int]]  # a parameter's group, and its place among all parameters
+    _updated: set[Tensor]  # in the open step
+    _square_sums: list[float | Tensor]  # of the open step's gradients
+    _grad_norm: Tensor | None
+    _nonfinite: int | Tensor
+    _release: GradientRelease | None
+
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         self.seed = int(seed)
         self.clock = TokenClock()
-        self._tokens_per_step: int | None = None
-        self._positions: dict[Tensor, tuple[int, int]] = {}
-        self._updated: set[Tensor] = set()
-        self._square_sums: list[float | Tensor] = []
-        self._grad_norm: Tensor | None = None
-        self._nonfinite: int | Tensor = 0
-        self._release: GradientRelease | None = None
+        self._start_transient()
         for average in self.averages:
             if defaults[average.half_life] is None and defaults[average.beta] is None:
                 name, value = (average.beta, average.default_beta)
@@ -288,15 +290,21 @@ class TokenOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_positions" not in self.__dict__:  # unpickled, not load_state_dict
-            self._restore_transient()
-
-    def _restore_transient(self) -> None:
-        self._tokens_per_step = None
-        self._updated, self._square_sums = set(), []
-        self._grad_norm, self._nonfinite, self._release = None, 0, None
+        if "_positions" in self.__dict__:  # called by load_state_dict, not to unpickle
+            return
+        self._start_transient()
         params = [(g, p) for g, group in enumerate(self.param_groups) for p in group["params"]]
         self._positions = {p: (g, i) for i, (g, p) in enumerate(params)}
+
+    def _start_transient(self) -> None:
+        """Everything that is neither saved nor pickled."""
+        self._tokens_per_step = None
+        self._positions = {}
+        self._updated = set()
+        self._square_sums = []
+        self._grad_norm = None
+        self._nonfinite = 0
+        self._release = None
 
 
 _TOKENS_NOT_SET = (
@@ -337,12 +345,12 @@ def _check_dtype(param: Tensor) -> None:
 
 def _norm(square_sums: list[float | Tensor]) -> tuple[Tensor, int | Tensor]:
     """Global norm (float32, shape ()) and count of non-finite entries, independent of the order of the entries on a CPU."""
-    numbers = [s for s in square_sums if not isinstance(s, Tensor)]
-    tensors = [s for s in square_sums if isinstance(s, Tensor)]
+    on_device = [s for s in square_sums if isinstance(s, Tensor) and s.device.type != "cpu"]
+    numbers = [float(s) for s in square_sums if not isinstance(s, Tensor) or s.device.type == "cpu"]
     finite = [s for s in numbers if math.isfinite(s)]
     total = math.fsum(finite) if len(finite) == len(numbers) else math.inf
-    if not tensors:
+    if not on_device:
         return torch.tensor(math.sqrt(total), dtype=torch.float32), len(numbers) - len(finite)
-    stacked = torch.stack([t.to(tensors[0].device) for t in tensors])
+    stacked = torch.stack([s.to(on_device[0].device) for s in on_device])
     nonfinite = (~torch.isfinite(stacked)).sum() + (len(numbers) - len(finite))
     return (stacked.sum() + total).sqrt().float(), nonfinite

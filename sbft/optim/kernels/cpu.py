@@ -29,8 +29,8 @@ from sbft.optim.kernels.reference import Key
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 # -O1 with inlining measured as fast as -O2 and -O3 here (the vectors are explicit) and compiles in two thirds of the time.
 _FLAGS = [
-    "-O1", "-finline-functions", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-    "-shared", "-fPIC",
+    "-O1", "-finline-functions", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip
 _ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake than it saves
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
@@ -151,7 +151,8 @@ def _call(weight: Tensor, grad: Tensor, key: Key, **arguments: Any) -> _Call | N
     g = reference.matrices(grad)
     call = _Call(
         weight=weight.data_ptr(), grad=grad.data_ptr(), is_bf16=weight.dtype == torch.bfloat16,
-        threads=max(1, min(torch.get_num_threads(), weight.numel() // _ELEMENTS_PER_THREAD)), stochastic=key is not None,
+        threads=max(1, min(torch.get_num_threads(), weight.numel() // _ELEMENTS_PER_THREAD)),
+        stochastic=key is not None,
     )  # fmt: skip
     call.stack, call.rows, call.columns = g.shape
     call.stack_stride, call.row_stride, call.column_stride = g.stride()
