@@ -40,8 +40,8 @@ class Kill(TrainerCallback):
 
 
 args = SmallBatchTrainingArguments(
-    output_dir=folder, use_cpu=True, max_steps=int(sys.argv[5]), save_steps=2, report_to=[], learning_rate=1e-2, disable_tqdm=True,
-    token_optimizer=kind, lr_scheduler_type="linear", seed=5,
+    output_dir=folder, use_cpu=True, max_steps=int(sys.argv[5]), save_steps=2, report_to=[], learning_rate=1e-2,
+    token_optimizer=kind, lr_scheduler_type="linear", seed=5, disable_tqdm=True,
 )
 trainer = SmallBatchTrainer(
     model=tiny_model("gpt2"), args=args, train_dataset=rows, data_collator=Collator(2), callbacks=[Kill()]
