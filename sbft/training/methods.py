@@ -38,8 +38,10 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
         chosen = {"token_optimizer": optimizer}
         names = _OUR_NAMES
     chosen.update({names.get(key, key): value for key, value in settings.items()})
+    # Said outright, because several processes on a CPU find one another only then.
+    chosen["use_cpu"] = not torch.accelerator.is_available()
     # The bar and the closing lines are sbft's own.
-    return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **chosen, **recipe.training)
+    return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **{**chosen, **recipe.training})
 
 
 def prepare_model(recipe: Recipe) -> PreTrainedModel:

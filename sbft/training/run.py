@@ -84,7 +84,7 @@ def run(
         _describe_in_record(record, recipe, model, arguments.world_size, report, splits)
         checkpoint = find_checkpoint(folder) if resume else None
         if resume:
-            record.metrics_before = _former_metrics(folder)
+            _continue(record, folder)
         output.begin(recipe)
         output.save(record)
         if recipe.evaluation.before and not record.metrics_before:
@@ -207,7 +207,8 @@ def _train(
         with peak, stop:
             outcome = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
-        record.train_s = time.perf_counter() - begin
+        elapsed = time.perf_counter() - begin
+        record.train_s = (record.train_s or 0.0) + elapsed
         record.steps = trainer.state.global_step
         record.peak_memory_bytes, record.memory_kind = peak.peak_bytes, peak.kind
         record.memory["baseline"] = peak.baseline_bytes
@@ -221,8 +222,8 @@ def _train(
         record.step_s = quantiles(trainer.step_seconds)
         record.optimizer_s = quantiles(trainer.optimizer_seconds)
     record.train_loss = outcome.training_loss
-    # Of a resumed run only the steps since then were timed.
-    record.tokens_per_s = record.tokens / max(record.steps, 1) * len(trainer.step_seconds) / record.train_s
+    # Of a resumed run, the steps of this session alone.
+    record.tokens_per_s = record.tokens / max(record.steps, 1) * len(trainer.step_seconds) / elapsed
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         folder = Path(str(trainer.args.output_dir))
         raise TrainingError(
@@ -270,9 +271,10 @@ def _evaluate(
     return metrics
 
 
-def _former_metrics(folder: Path) -> dict[str, float]:
-    """What the untrained model was measured at before the run was interrupted."""
+def _continue(record: RunRecord, folder: Path) -> None:
+    """Take over what the interrupted run in this folder has measured."""
     try:
-        return RunRecord.load(folder).metrics_before
+        former = RunRecord.load(folder)
     except FileNotFoundError:
-        return {}
+        return
+    record.metrics_before, record.train_s = former.metrics_before, former.train_s
