@@ -46,6 +46,9 @@ ELSEWHERE = {
 }
 """Names of TrainingArguments that a recipe says in another place, and where."""
 
+REPORTERS = ("tensorboard", "trackio", "wandb")
+"""Where losses can be sent, each a package of its own."""
+
 LOWER_BOUNDS = {
     "learning_rate": 0.0,
     "per_device_train_batch_size": 1,
@@ -204,6 +207,10 @@ def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple
             ("method",),
             f"is {name}, which needs the package {method.package}. Type: pip install 'sbft[{method.extra}]'",
         )
+    reports = content.get("training", {}).get("report_to") or []
+    for package in [reports] if isinstance(reports, str) else reports:
+        if package in REPORTERS and importlib.util.find_spec(package) is None:
+            yield ("training", "report_to"), f"is {package}, which is not installed. Type: pip install {package}"
     for key, value in content.get("optimizer", {}).items():
         if value is not None and key not in method.settings:
             users = [other for other in METHODS if key in METHODS[other].settings]

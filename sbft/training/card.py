@@ -32,7 +32,7 @@ def card(record: RunRecord) -> str:
     about = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sbft", record.method],
+        "tags": list(dict.fromkeys(["sbft", record.method])),
     }
     if base := _hub_id(record.model):
         about["base_model"] = base
@@ -43,8 +43,8 @@ def card(record: RunRecord) -> str:
 
 # {record.model}, fine-tuned on {record.dataset}
 
-{"A LoRA adapter" if adapter else "All weights"} trained with [sbft](https://pypi.org/project/sbft/), method
-`{record.method}`: {METHODS[record.method].summary}
+{"A LoRA adapter" if adapter else "A model"} trained with sbft, method `{record.method}`.
+{METHODS[record.method].summary}
 
 {_metrics_table(record)}
 

@@ -168,6 +168,15 @@ def test_a_method_whose_package_is_missing_is_refused_with_the_pip_line(monkeypa
     assert "needs the package peft" in text and "pip install 'sbft[lora]'" in text
 
 
+@pytest.mark.parametrize("package", ["wandb", "trackio", "[tensorboard, wandb]"])
+def test_a_reporter_that_is_not_installed_is_refused_with_the_pip_line(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = problems(None, [f"training.report_to={package}"], model="m", data="d")
+    assert f"pip install {package.strip('[]').split(',')[0]}" in text
+
+
 def test_an_unknown_method_is_answered_with_the_nearest() -> None:
     assert "the nearest is lora" in problems(None, ["method=lorra"], model="m", data="d")
 
