@@ -40,6 +40,8 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     chosen.update({names.get(key, key): value for key, value in settings.items()})
     # Said outright, because several processes on a CPU find one another only then.
     chosen["use_cpu"] = not torch.accelerator.is_available()
+    # The model is loaded in the recipe's dtype, which may be float32.
+    chosen["cast_weights"] = False
     # The bar and the closing lines are sbft's own.
     return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **{**chosen, **recipe.training})
 
