@@ -1,0 +1,1 @@
+"""Comparing runs: tables and pictures made from their records."""

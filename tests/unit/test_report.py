@@ -1,0 +1,88 @@
+"""Tables and pictures from records."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from sbft.bench.report import read_records, standard_error, table, write_report
+from sbft.errors import DataError
+from sbft.training.record import RunRecord
+
+
+def record(method: str, exact_match: float, **others) -> RunRecord:
+    return RunRecord(
+        method=method,
+        model="builtin:smollm2-135m",
+        dataset="generated:some_task",
+        seed=0,
+        status="ok",
+        device="Some CPU, 2 cores",
+        parameters=134_515_008,
+        trainable_parameters=134_515_008,
+        learning_rate=1e-4,
+        peak_memory_bytes=1 << 30,
+        memory={"above_baseline": 300 << 20},
+        step_s={"median": 0.4567},
+        optimizer_s={"median": 0.0789},
+        data={"examples": 300, "evaluation_examples": 100},
+        metrics_before={"exact_match": 0.05, "loss": 3.0},
+        metrics={"exact_match": exact_match, "loss": 0.25},
+        versions={"torch": "2.13.0", "transformers": "5.23.0"},
+        **others,
+    )
+
+
+def save(folder, name: str, one: RunRecord) -> None:
+    (folder / name).mkdir()
+    one.save(folder / name)
+
+
+def test_the_table_says_what_was_measured_with_its_standard_error(tmp_path):
+    save(tmp_path, "sbft", record("sbft", 0.9))
+    text, table_path, picture = write_report(tmp_path)
+    cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    assert cells == ["sbft", "0.0001", "5 %", "90 % ± 3", "3.00", "0.25", "1.00 GiB", "300 MiB", "457", "79", "134.5 of 134.5 M"]
+    assert len({line.count("|") for line in text.splitlines()}) == 1
+    written = table_path.read_text()
+    assert text in written
+    assert "Some CPU, 2 cores; torch 2.13.0, transformers 5.23.0" in written
+    assert "measured on 100 others" in written
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_come_in_the_order_in_which_they_were_finished(tmp_path):
+    import os
+
+    for age, name in enumerate(["third", "second", "first"]):
+        save(tmp_path, name, record("sbft", 0.5))
+        os.utime(tmp_path / name / "run.json", (1000 - age, 1000 - age))
+    assert list(read_records(tmp_path)) == ["first", "second", "third"]
+
+
+def test_a_run_that_failed_has_a_row_with_its_reason(tmp_path):
+    failed = record("lora", 0.5)
+    failed.status, failed.error = "oom", "Out of memory: the logits.\nMore."
+    save(tmp_path, "lora", failed)
+    text, _, picture = write_report(tmp_path)
+    assert "oom: Out of memory: the logits." in text
+    assert "More." not in text
+    assert picture is None
+
+
+def test_a_folder_without_runs_is_an_error_that_says_what_to_type(tmp_path):
+    with pytest.raises(DataError, match="sbft train RECIPE"):
+        write_report(tmp_path)
+
+
+def test_the_standard_error_is_the_binomial_one():
+    assert standard_error(0.9, 100) == pytest.approx(0.03)
+    assert standard_error(0.0, 50) == 0.0
+    assert standard_error(0.5, 4) == math.sqrt(0.25 / 4)
+
+
+def test_a_run_without_exact_match_still_has_its_row():
+    one = record("sbft", 0.5)
+    one.metrics, one.metrics_before = {"loss": 1.25}, {}
+    assert "1.25" in table({"run": one})
