@@ -20,10 +20,13 @@ from sbft.optim.kernels import cuda_elementwise, cuda_programs, reference
 from sbft.optim.kernels.reference import Key, matrices
 from sbft.rounding import signed_32
 
-TILE_ROWS, TILE_COLUMNS = 32, 256
-"""Tile of a matrix. One warp holds whole rows of it, so that row sums need no barrier."""
+TILE_COLUMNS, SUM_ROWS, APPLY_ROWS = 256, 32, 16
+"""Tile of a matrix. One warp holds whole rows of it, so that row sums need no barrier. Applying needs more registers for an
+element than summing: with half the rows, and its registers limited, three programs fit on a multiprocessor."""
 
-BLOCK, ALONE_BLOCKS = 4096, 4
+APPLY_REGISTERS = 80  # holds the usual case, a contiguous bfloat16 gradient, without spilling
+
+BLOCK, ALONE_BLOCKS = 2048, 8
 """Elements of a block of a line, and how many blocks one program updates alone."""
 
 MAX_PROGRAMS = 1024
@@ -62,12 +65,23 @@ def adafactor_factored(
     g = matrices(grad)
     stack, rows, columns = g.shape
     plan = factored_plan(stack, rows, columns, weight.element_size())
-    tile = {"TILE_ROWS": TILE_ROWS, "TILE_COLUMNS": TILE_COLUMNS, "INDEX": _index(g, weight), **_OPTIONS}
+    tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": _index(g, weight), **_OPTIONS}
+    usual = grad.is_contiguous() and grad.dtype == weight.dtype == torch.bfloat16 and columns % 32 == 0
+    registers = APPLY_REGISTERS if usual else None
     with torch.cuda.device_of(weight):
         scratch = torch.empty(plan.scratch, dtype=torch.float32, device=weight.device)
         scalars = torch.empty(2, dtype=torch.float32, device=weight.device)
         cuda_programs.row_and_column_sums[(plan.column_groups, plan.row_groups, stack)](
-            g, scratch, rows, columns, *g.stride(), plan.tiles, plan.column_sums_at, plan.totals_at, **tile
+            g,
+            scratch,
+            rows,
+            columns,
+            *g.stride(),
+            plan.tiles,
+            plan.column_sums_at,
+            plan.totals_at,
+            TILE_ROWS=SUM_ROWS,
+            **tile,
         )
         cuda_programs.update_factors[(plan.row_blocks + plan.column_blocks, stack)](
             row, column, mass, scratch, scalars, rows, columns, float(rows), float(columns),
@@ -78,7 +92,7 @@ def adafactor_factored(
         apply_grid = (plan.column_groups, plan.apply_groups, stack)
         cuda_programs.update_square_sums[apply_grid](
             g, row, scratch, rows, columns, float(rows), *g.stride(), plan.apply_tiles, plan.row_blocks,
-            plan.column_sums_at, plan.row_means_at, plan.squares_at, **tile,
+            plan.column_sums_at, plan.row_means_at, plan.squares_at, TILE_ROWS=APPLY_ROWS, **tile,
         )  # fmt: skip
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
@@ -87,7 +101,7 @@ def adafactor_factored(
                 plan.column_groups * plan.apply_groups * stack, int(measure), plan.column_sums_at, plan.totals_at,
                 plan.squares_at, plan.weight_squares_at, float(weight.numel()), average_weight, lr,
                 1.0 - lr * weight_decay, clip_threshold, *_words(key), STOCHASTIC=key is not None, RELATIVE=relative_step,
-                ALIGNED=columns % 32 == 0, **tile,
+                ALIGNED=columns % 32 == 0, TILE_ROWS=APPLY_ROWS, maxnreg=registers, **tile,
             )  # fmt: skip
 
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step)
@@ -243,7 +257,7 @@ class FactoredPlan(NamedTuple):
 @lru_cache(maxsize=4096)
 def factored_plan(stack: int, rows: int, columns: int, element_size: int) -> FactoredPlan:
     """Cut a (stack, rows, columns) weight into as many groups as programs are wanted and memory allows."""
-    row_tiles, column_groups = triton.cdiv(rows, TILE_ROWS), triton.cdiv(columns, TILE_COLUMNS)
+    column_groups = triton.cdiv(columns, TILE_COLUMNS)
     most = max(1, MAX_PROGRAMS // (stack * column_groups))
     block = cuda_programs.FACTOR_BLOCK.value
     row_blocks, column_blocks = triton.cdiv(rows, block), triton.cdiv(columns, block)
@@ -251,9 +265,8 @@ def factored_plan(stack: int, rows: int, columns: int, element_size: int) -> Fac
     others = 64 + _padded(stack * row_blocks) + 3 * _padded(max(stack * column_groups, MAX_PROGRAMS))
     large = LARGE_SHARE * stack * rows * columns * element_size + 4 * stack * (rows + columns)
     memory = (max(SMALL_BYTES, int(large)) - _SCALARS) // 4 - row_sums - others
-    tiles = _tiles_of_a_group(row_tiles, min(most, max(1, memory // (stack * columns))))
-    apply_tiles = _tiles_of_a_group(row_tiles, most)
-    row_groups, apply_groups = triton.cdiv(row_tiles, tiles), triton.cdiv(row_tiles, apply_tiles)
+    tiles, row_groups = _cut(triton.cdiv(rows, SUM_ROWS), min(most, max(1, memory // (stack * columns))))
+    apply_tiles, apply_groups = _cut(triton.cdiv(rows, APPLY_ROWS), most)
     totals_at = row_sums + _padded(stack * row_groups * columns) + 16  # the number before it counts arrivals
     squares_at = totals_at + _padded(stack * column_groups * row_groups)
     weight_squares_at = squares_at + _padded(stack * column_groups * apply_groups)
@@ -264,8 +277,10 @@ def factored_plan(stack: int, rows: int, columns: int, element_size: int) -> Fac
     )  # fmt: skip
 
 
-def _tiles_of_a_group(tiles: int, groups: int) -> int:
-    return triton.cdiv(tiles, min(tiles, groups))
+def _cut(tiles: int, most_groups: int) -> tuple[int, int]:
+    """Size and number of equal groups of tiles, at most `most_groups`."""
+    size = triton.cdiv(tiles, min(tiles, most_groups))
+    return size, triton.cdiv(tiles, size)
 
 
 class Line:

@@ -15,7 +15,9 @@ from sbft.optim.kernels.cuda_programs import COUNTS, average, is_last, step_size
 
 
 @triton.jit
-def load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED: tl.constexpr):
+def load_gradient(
+    grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED: tl.constexpr
+):
     """Float32 gradient of the elements `start + lane` of a (B, rows, columns) tensor; zero from `count` on."""
     mask = start + lane < count
     if STRIDED:
@@ -30,8 +32,9 @@ def load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_str
 
 @triton.jit
 def square_sum_of_blocks(
-    grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+    STRIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(0, blocks):
@@ -209,7 +212,7 @@ def apply_full(
         stored = store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
         if RELATIVE:
             stored = tl.where(write, stored, w)
-            square_sum += tl.where(mask, stored * stored, 0.0)
+            square_sum += stored * stored  # zero where the mask is not
     if ALONE:
         last = program == 0
         tl.store(scalars + 1, tl.sum(square_sum))
@@ -331,7 +334,9 @@ def apply_sgd(
         start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
         mask = start + lane < count
         w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
-        update = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        update = load_gradient(
+            grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED
+        )
         if MOMENTUM:
             mean = average(tl.load(momentum + start + lane, mask, 0.0), update, momentum_weight)
             tl.store(momentum + start + lane, mean, mask & write)

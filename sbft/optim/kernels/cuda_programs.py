@@ -16,8 +16,9 @@ PARTIALS = tl.constexpr(1024)  # partial sums added at once
 PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile in which row and column sums are put together
 SMALLEST_RMS = tl.constexpr(1e-3)  # as in reference
 
-COUNTS = ["partials", "groups", "blocks", "row_blocks", "measure", "key_0", "key_1", "column_groups", "row_groups"]
-"""Arguments that may take any value from call to call: no program is compiled anew for them."""
+COUNTS = ["partials", "groups", "blocks", "row_blocks", "column_groups", "row_groups", "measure", "key_0", "key_1"]
+COUNTS += ["weight_square_sum"]
+"""Arguments whose values do not matter to the compiler: one program serves them all."""
 
 
 # Rounding
@@ -313,7 +314,7 @@ def apply_factored(
         stored = store_weight(pointers, new, base, c[None, :], key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
         if RELATIVE:
             stored = tl.where(write, stored, w)
-            square_sum += tl.where(mask, stored * stored, 0.0)
+            square_sum += stored * stored  # zero where the mask is not
     if RELATIVE:
         tl.store(scratch + weight_squares_at + linear_program_id(), tl.sum(square_sum))
         if is_last(scratch + totals_at - 1, partials):
