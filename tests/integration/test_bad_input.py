@@ -196,7 +196,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_exactly(tmp_path: Path, tiny_dir: 
 
     def command(out: str) -> list[str]:
         flags = ["--model", str(tiny_dir), "--data", str(data), "--output-dir", str(tmp_path / out)]
-        return [sys.executable, "-m", "sbft", "train", *flags, "--set", "training.max_steps=400"]
+        return [sys.executable, "-m", "sbft", "train", *flags, "--set", "training.max_steps=200"]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
@@ -222,7 +222,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_exactly(tmp_path: Path, tiny_dir: 
     interrupted, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "straight"))
     assert all(interrupted[name].equal(whole[name]) for name in whole)
     one, other = RunRecord.load(tmp_path / "out"), RunRecord.load(tmp_path / "straight")
-    assert (one.status, one.steps, one.tokens) == ("ok", 400, other.tokens)
+    assert (one.status, one.steps, one.tokens) == ("ok", 200, other.tokens)
 
 
 def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, tiny_dir: Path, data: Path) -> None:
