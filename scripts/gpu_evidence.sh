@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in under ten minutes and without network: the kernels against the reference, the
+# optimizer step on 4096x11008 and on the shapes of Llamas with 1B and 8B parameters, and whole training steps of both.
+#
+#     OUT=benchmarks/results/h100 scripts/gpu_evidence.sh
+#
+# Needs torch with CUDA, triton, transformers, peft and pytest; PYTHON names the interpreter (default python3). A part that
+# fails or outlasts its share of the time is reported at the end; the others still run.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+
+device=$("$python" - <<'END'
+import re
+import torch
+
+if not torch.cuda.is_available():
+    raise SystemExit("gpu_evidence.sh: torch sees no CUDA device here")
+print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
+END
+) || exit 1
+out=${OUT:-benchmarks/results/$device}
+mkdir -p "$out"
+failed=()
+
+part() { # part NAME SECONDS COMMAND...: its output also goes to NAME.log
+    local name=$1 seconds=$2 status
+    shift 2
+    echo "== $name"
+    timeout "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+    status=${PIPESTATUS[0]}
+    [ "$status" = 0 ] || failed+=("$name (exit $status)")
+}
+
+part kernels 180 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/test_kernels_cuda.py
+part optimizer_step_4096x11008 60 "$python" benchmarks/optimizer_step.py --model 4096x11008 --rounds 5 --steps 5 \
+    --json "$out/optimizer_step_4096x11008.json"
+part optimizer_step_llama-1b 80 "$python" benchmarks/optimizer_step.py --model llama-1b --rounds 3 \
+    --json "$out/optimizer_step_llama-1b.json"
+part optimizer_step_llama-8b 110 "$python" benchmarks/optimizer_step.py --model llama-8b --rounds 2 \
+    --json "$out/optimizer_step_llama-8b.json"
+part training_step_llama-1b 90 "$python" benchmarks/training_step.py --model llama-1b --methods sbft lora adam \
+    --tokens 512 --steps 8 --repeats 1 --json "$out/training_step_llama-1b.json"
+part training_step_llama-8b 75 "$python" benchmarks/training_step.py --model llama-8b --methods sbft lora \
+    --tokens 512 --steps 8 --repeats 1 --json "$out/training_step_llama-8b.json"
+
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'gpu_evidence.sh: failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
+echo "gpu_evidence.sh: all of it is in $out"
