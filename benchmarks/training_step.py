@@ -137,8 +137,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load(name: str, dtype: Any) -> Any:
     import torch
-    from benchmarks.shapes import random_model
 
+    from benchmarks.shapes import random_model
     from sbft.models import load_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

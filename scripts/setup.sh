@@ -57,7 +57,7 @@ trap 'rm -f "$constraints"' EXIT
 kept="$("$python" -c "$accelerated_torch")"
 if [ -n "$kept" ]; then
     echo "setup.sh: keeping torch $kept, built for this machine's accelerator"
-    { grep -v '^torch==' constraints.txt; echo "torch==$kept"; } >"$constraints"
+    { grep -vE '^(torch|triton)==' constraints.txt; echo "torch==$kept"; } >"$constraints"
 else
     cp constraints.txt "$constraints"
 fi

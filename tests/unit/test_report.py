@@ -43,7 +43,13 @@ def test_the_table_says_what_was_measured_with_its_standard_error(tmp_path):
     save(tmp_path, "sbft", record("sbft", 0.9))
     text, table_path, picture = write_report(tmp_path)
     cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
-    assert cells == ["sbft", "0.0001", "5 %", "90 % ± 3", "3.00", "0.25", "1.00 GiB", "300 MiB", "457", "79", "134.5 of 134.5 M"]
+    assert cells == ["sbft", "0.0001", "5 %", "90 % ± 3", "3.00", "0.25"] + [
+        "1.00 GiB",
+        "300 MiB",
+        "457",
+        "79",
+        "134.5 of 134.5 M",
+    ]
     assert len({line.count("|") for line in text.splitlines()}) == 1
     written = table_path.read_text()
     assert text in written

@@ -6,7 +6,11 @@ environment forces the reference.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -27,4 +31,17 @@ def backend_for(device: torch.device) -> ModuleType:
         return reference
     if device.type == "cpu":
         return cpu
-    return reference
+    return _cuda() if device.type == "cuda" else reference
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    """The Triton kernels; the reference, after one warning, where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "sbft's CUDA kernels need the package triton, which is not installed, so the optimizer step runs in plain torch, "
+            "which is many times slower; install it with: pip install triton",
+            stacklevel=2,
+        )
+        return reference
+    return importlib.import_module("sbft.optim.kernels.cuda")

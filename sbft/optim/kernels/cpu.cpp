@@ -225,6 +225,9 @@ struct Gradient {
     }
 };
 
+template <class T>
+constexpr int64_t CACHE_LINE = 64 / sizeof(T);
+
 // Fixed parts of a tensor
 
 struct Parts {
@@ -294,6 +297,8 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
     float step = 0;
     const float w_average = (float)s.average_weight, eps = (float)s.eps;
     const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    // Where gradient and weight fit in the second-level caches, the weight is fetched while the squared update is summed.
+    const bool prefetch_weight = count * (int64_t)(sizeof(W) + sizeof(G)) <= s.threads * (int64_t)(3 << 19);
 
 #pragma omp parallel num_threads(s.threads)
     {
@@ -323,7 +328,12 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                 };
                 int64_t c = 0;
                 if (n == Gradient<G>::ROWS)
-                    for (; c + LANES <= columns; c += LANES) add(c, LANES, Gradient<G>::ROWS);
+                    for (; c + LANES <= columns; c += LANES) {
+                        add(c, LANES, Gradient<G>::ROWS);
+                        // The next rows: eight short streams side by side are too many for the hardware's prefetcher.
+                        for (int i = 0; i < Gradient<G>::ROWS && c % CACHE_LINE<G> == 0; i++)
+                            __builtin_prefetch(g[i] + c + Gradient<G>::ROWS * columns);
+                    }
                 for (; c < columns; c += LANES) add(c, columns - c, n);
                 for (int i = 0; i < n; i++) {
                     row_factor[b * rows + r + i] = sum(row_total[i]);
@@ -374,6 +384,9 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                     F16 total[4] = {};
                     for (int i = 0; i < n; i++) {
                         const F16 rf = splat(row_factor[b * rows + r + i]);
+                        if (prefetch_weight)
+                            for (int64_t c = 0; c < columns; c += CACHE_LINE<W>)
+                                __builtin_prefetch(weight + (b * rows + r + i) * columns + c, 1);
                         int64_t c = 0;
                         for (; c + 4 * LANES <= columns; c += 4 * LANES)
                             for (int k = 0; k < 4; k++) {
@@ -582,11 +595,11 @@ double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int6
 
 }  // namespace
 
-// What cpu.py calls; mirrors its ctypes structures.
+// What cpu.py calls.
 
 extern "C" {
 
-struct Call {
+struct Call {  // packed by cpu.py
     void* weight;
     const void* grad;
     float *row, *column, *first, *second, *mass, *second_mass;

@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
 import warnings
@@ -36,20 +37,11 @@ _ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake 
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
-class _Call(ctypes.Structure):
-    """The argument of every compiled function; mirrors `struct Call` in cpu.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "grad", "row", "column", "first", "second", "mass")),
-        ("second_mass", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("stack", "rows", "columns")),
-        *((name, ctypes.c_int64) for name in ("stack_stride", "row_stride", "column_stride")),
-        *((name, ctypes.c_double) for name in ("weight_sum", "average_weight", "first_weight", "lr")),
-        *((name, ctypes.c_double) for name in ("clip_threshold", "eps", "weight_decay")),
-        *((name, ctypes.c_int32) for name in ("is_bf16", "relative_step", "threads", "stochastic")),
-        ("key_first", ctypes.c_uint32),
-        ("key_second", ctypes.c_uint32),
-    ]
+# The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 25 fields one
+# by one takes longer than updating a layer norm.
+_CALL = struct.Struct("@8P6q7d4i2I")
+_WEIGHT_SUM = struct.Struct("@d")
+_WEIGHT_SUM_OFFSET = struct.calcsize("@8P6q")
 
 
 class CompilerMissing(Exception):
@@ -144,31 +136,57 @@ def _share_openmp_runtime() -> None:
             return
 
 
-def _call(weight: Tensor, grad: Tensor, key: Key, **arguments: Any) -> _Call | None:
-    """The argument structure, or None where only the reference will do. Tensors are passed by address."""
-    if library() is None or not weight.is_contiguous() or grad.dtype != weight.dtype or weight.numel() == 0:
-        return None
-    g = reference.matrices(grad)
-    call = _Call(
-        weight=weight.data_ptr(), grad=grad.data_ptr(), is_bf16=weight.dtype == torch.bfloat16,
-        threads=max(1, min(torch.get_num_threads(), weight.numel() // _ELEMENTS_PER_THREAD)),
-        stochastic=key is not None,
-    )  # fmt: skip
-    call.stack, call.rows, call.columns = g.shape
-    call.stack_stride, call.row_stride, call.column_stride = g.stride()
-    if call.columns == 1:
-        call.column_stride = 1
-    if key is not None:
-        call.key_first, call.key_second = key
-    for name, value in arguments.items():
-        setattr(call, name, value.data_ptr() if isinstance(value, Tensor) else value)
-    return call
+def _covers(weight: Tensor, grad: Tensor) -> bool:
+    """Whether the compiled code can do this update; otherwise the reference does."""
+    return library() is not None and weight.is_contiguous() and grad.dtype == weight.dtype
 
 
-def _run(function: str, call: _Call, weight: Tensor) -> float:
-    grad_square_sum: float = getattr(library(), function)(ctypes.addressof(call))
+def _run(
+    function: str,
+    weight: Tensor,
+    grad: Tensor,
+    key: Key,
+    *,
+    row: Tensor | None = None,
+    column: Tensor | None = None,
+    first: Tensor | None = None,
+    second: Tensor | None = None,
+    mass: Tensor | None = None,
+    second_mass: Tensor | None = None,
+    weight_sum: float = -1.0,
+    average_weight: float = 0.0,
+    first_weight: float = 0.0,
+    lr: float,
+    clip_threshold: float = 1.0,
+    eps: float = 0.0,
+    weight_decay: float,
+    relative_step: bool = False,
+) -> tuple[float, float | None]:
+    """Call a compiled function: the sum of the squared gradient, and that of the squared new weights if it was taken."""
+    if grad.ndim <= 2 and grad.is_contiguous():
+        rows, columns = grad.shape if grad.ndim == 2 else (1, grad.numel())
+        geometry = (1, rows, columns, rows * columns, columns, 1)
+    else:
+        view = reference.matrices(grad)
+        stack_stride, row_stride, column_stride = view.stride()
+        geometry = (*view.shape, stack_stride, row_stride, 1 if view.shape[2] == 1 else column_stride)
+    count = weight.numel()
+    threads = min(torch.get_num_threads(), count // _ELEMENTS_PER_THREAD) or 1
+    tensors = (weight, grad, row, column, first, second, mass, second_mass)
+    call = ctypes.create_string_buffer(
+        _CALL.pack(
+            *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+            *geometry,
+            *(weight_sum, average_weight, first_weight, lr, clip_threshold, eps, weight_decay),
+            *(weight.dtype == torch.bfloat16, relative_step, threads, key is not None),
+            *(key or (0, 0)),
+        ),
+        _CALL.size,
+    )
+    grad_square_sum: float = getattr(library(), function)(call)
     torch.autograd.graph.increment_version(weight)
-    return grad_square_sum
+    (new_sum,) = _WEIGHT_SUM.unpack_from(call, _WEIGHT_SUM_OFFSET)
+    return grad_square_sum, new_sum if new_sum >= 0 else None
 
 
 def adafactor_factored(
@@ -183,11 +201,12 @@ def adafactor_factored(
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
     """See `reference.adafactor_factored`."""
-    known = -1.0 if weight_square_sum is None else weight_square_sum
-    call = _call(weight, grad, key, row=row, column=column, mass=mass, weight_sum=known, **settings)
-    if call is None:
+    if not _covers(weight, grad):
         return reference.adafactor_factored(weight, grad, row, column, mass, None, key=key, **settings)
-    return _run("sbft_adafactor_factored", call, weight), call.weight_sum if call.weight_sum >= 0 else None
+    known = -1.0 if weight_square_sum is None else weight_square_sum
+    return _run(
+        "sbft_adafactor_factored", weight, grad, key, row=row, column=column, mass=mass, weight_sum=known, **settings
+    )
 
 
 def adafactor_full(
@@ -201,11 +220,10 @@ def adafactor_full(
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
     """See `reference.adafactor_full`."""
-    known = -1.0 if weight_square_sum is None else weight_square_sum
-    call = _call(weight, grad, key, second=second_moment, mass=mass, weight_sum=known, **settings)
-    if call is None:
+    if not _covers(weight, grad):
         return reference.adafactor_full(weight, grad, second_moment, mass, None, key=key, **settings)
-    return _run("sbft_adafactor_full", call, weight), call.weight_sum if call.weight_sum >= 0 else None
+    known = -1.0 if weight_square_sum is None else weight_square_sum
+    return _run("sbft_adafactor_full", weight, grad, key, second=second_moment, mass=mass, weight_sum=known, **settings)
 
 
 def adamw(
@@ -221,16 +239,15 @@ def adamw(
     **settings: Any,
 ) -> float | Tensor:
     """See `reference.adamw`."""
-    call = _call(
-        weight, grad, key, first=first_moment, second=second_moment, mass=first_mass, second_mass=second_mass,
-        average_weight=second_weight, **settings,
-    )  # fmt: skip
-    if call is None:
+    if not _covers(weight, grad):
         return reference.adamw(
             weight, grad, first_moment, second_moment, first_mass, second_mass, second_weight=second_weight, key=key,
             **settings,
         )  # fmt: skip
-    return _run("sbft_adamw", call, weight)
+    return _run(
+        "sbft_adamw", weight, grad, key, first=first_moment, second=second_moment, mass=first_mass,
+        second_mass=second_mass, average_weight=second_weight, **settings,
+    )[0]  # fmt: skip
 
 
 def sgd(
@@ -244,7 +261,6 @@ def sgd(
     **settings: Any,
 ) -> float | Tensor:
     """See `reference.sgd`."""
-    call = _call(weight, grad, key, first=momentum, mass=mass, average_weight=momentum_weight, **settings)
-    if call is None:
+    if not _covers(weight, grad):
         return reference.sgd(weight, grad, momentum, mass, momentum_weight=momentum_weight, key=key, **settings)
-    return _run("sbft_sgd", call, weight)
+    return _run("sbft_sgd", weight, grad, key, first=momentum, mass=mass, average_weight=momentum_weight, **settings)[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sbft.rounding import noise_from_key, stochastic_round
 
-BLOCK_ELEMENTS = 1 << 14
+BLOCK_ELEMENTS = 1 << 13
 """Elements handled at once, so that all temporaries of a step together stay below 1 MiB."""
 
 SMALLEST_RMS = 1e-3
@@ -90,7 +90,7 @@ def store_(weight: Tensor, block: Block, values: Tensor, key: Key) -> None:
 
 def square_root(values: Tensor) -> Tensor:
     """Correctly rounded; torch's own on a CPU is a step of float32 off for one number in 150 (torch 2.13, through MKL)."""
-    return values.double().sqrt_().float()
+    return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()
 
 
 # Adafactor

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Fine-tune the built-in model on a generated task, three times, and compare:
+#
+#   sbft      all weights, stochastic rounding
+#   nearest   the same with rounding to nearest: small updates to bfloat16 weights vanish
+#   lora      PEFT LoRA
+#
+# Makes .venv and installs what is missing first. Safe to run again: then it installs nothing and trains anew.
+# Records, models and predictions lie in runs/quickstart/NAME afterwards, the table and the picture beside them.
+# Arguments go to every `sbft train`, for example --set data.train_size=100; QUICKSTART_DIR names another folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/setup.sh
+sbft="${VIRTUAL_ENV:-$PWD/.venv}/bin/sbft"
+runs="${QUICKSTART_DIR:-runs/quickstart}"
+
+train() { # recipe, name of its run, further arguments
+    echo
+    echo "== sbft train $1"
+    "$sbft" train "$1" --output-dir "$runs/$2" --overwrite "${@:3}"
+}
+train quickstart sbft "$@"
+train quickstart-nearest nearest "$@"
+train quickstart-lora lora "$@"
+echo
+"$sbft" report "$runs"
