@@ -101,7 +101,8 @@ class SmallBatchArguments:
         default=True,
         metadata={
             "help": "Take the loss from hidden states at labels, without logits of all tokens. False: the loss of the "
-            "trainer underneath, with its metrics (TRL: entropy and token accuracy)."
+            "trainer underneath, with its metrics (TRL: entropy and token accuracy). With use_liger_kernel=True the loss "
+            "is Liger's fused one."
         },
     )
 

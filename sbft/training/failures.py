@@ -24,9 +24,7 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
         told: BaseException = error
         if is_out_of_memory(error):
             record.status = "oom"
-            told = TrainingError(
-                advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size)
-            )
+            told = TrainingError(advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size))
             # That a model does not fit is a result too, even before there is anything to train.
             if not output.open and not output.resume:
                 output.begin(recipe)

@@ -53,9 +53,7 @@ def prepare_model(recipe: Recipe) -> PreTrainedModel:
         ModelError: if it cannot be loaded, or has no layers that the recipe's adapter names.
         MissingPackageError: if the method's package is not installed.
     """
-    model = load_model(
-        recipe.model, dtype=DTYPES[str(recipe.dtype)], trust_remote_code=recipe.trust_remote_code
-    )
+    model = load_model(recipe.model, dtype=DTYPES[str(recipe.dtype)], trust_remote_code=recipe.trust_remote_code)
     return model if recipe.lora is None else _with_adapter(model, recipe, recipe.lora.model_dump())
 
 

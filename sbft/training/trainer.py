@@ -287,7 +287,9 @@ class SmallBatchMixin(_Base):
             self._head_sought = True
             # A loss that only TRL has, such as dft.
             other_loss = vars(self.args).get("loss_type", "nll") != "nll"
-            if self.args.logits_free_loss and not other_loss and not self.args.torch_compile:
+            # use_liger_kernel has put Liger's own fused loss into the model's forward.
+            model_loss = other_loss or self.args.torch_compile or self.args.use_liger_kernel
+            if self.args.logits_free_loss and not model_loss:
                 try:
                     self._head = find_head(self.model)
                 except UnknownHead as reason:

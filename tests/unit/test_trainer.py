@@ -340,3 +340,15 @@ def test_evaluation_makes_no_logits_and_finds_the_same_loss(tmp_path: Path) -> N
     assert shapes and all(shape.numel() <= 2 * 512 for shape in shapes)  # two rows: the one check of the head
     plain = make(tmp_path, model, logits_free_loss=False).evaluate(rows())["eval_loss"]
     assert loss == pytest.approx(plain, rel=1e-2)
+
+
+def test_with_liger_the_models_own_patched_loss_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = make(tmp_path, max_steps=1)
+    trainer.args.use_liger_kernel = True  # as transformers leaves it once Liger has patched the model
+    calls: list[bool] = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, args, inputs: calls.append("labels" in inputs), with_kwargs=True
+    )
+    trainer.train()
+    assert calls == [True]
+    assert not caplog.records
