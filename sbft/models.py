@@ -155,8 +155,20 @@ def load_model(
             f"The checkpoint {model} lacks {len(missing)} of the weights that {type(loaded).__name__} needs, the first "
             f"{missing[0]}; they would start at random. Give a checkpoint of a complete causal language model."
         )
+    if not torch.accelerator.is_available():
+        _own_weights(loaded)
     result: PreTrainedModel = loaded.eval()
     return result
+
+
+def _own_weights(model: PreTrainedModel) -> None:
+    """Replace weights that are mapped from their file, one by one, by copies in memory.
+
+    A mapped weight is not resident before its first use, so that the model's own memory would count as that of whatever
+    uses it first; and it changes when another run overwrites the file.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _load_adapter(

@@ -13,7 +13,10 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right to the longest of their batch.
+    """Pads examples on the right to the longest of their batch, rounded up to a multiple.
+
+    Few distinct lengths matter on a CPU: oneDNN compiles and keeps its matrix products for every one of them, which cost
+    about 10 MB a length of SmolLM2-135M and never came back. Its tiles hold 16 rows, so the padding costs little time.
 
     Packed examples (those with `position_ids`) get no attention mask: without one, transformers derives from the
     positions, which start again at 0 with each document, a mask that keeps documents apart. Their padding has
@@ -21,6 +24,8 @@ class Collator:
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int = 16
+    """Packed examples are left as long as they are."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes a batch.
@@ -29,18 +34,21 @@ class Collator:
             examples: each with `input_ids` and `labels`, lists of one length, and `position_ids` when packed.
 
         Returns:
-            int64 tensors of shape (batch, longest): `input_ids`, `labels` (-100 on padding), and `attention_mask`
+            int64 tensors of shape (batch, length): `input_ids`, `labels` (-100 on padding), and `attention_mask`
             (1 on tokens, 0 on padding), or `position_ids` when packed.
         """
         ids = [example["input_ids"] for example in examples]
+        packed = "position_ids" in examples[0]
+        multiple = 1 if packed else self.pad_to_multiple_of
+        length = -(-max(map(len, ids)) // multiple) * multiple
         batch = {
-            "input_ids": _right_pad(ids, self.pad_token_id),
-            "labels": _right_pad([example["labels"] for example in examples], IGNORED_LABEL),
+            "input_ids": _right_pad(ids, length, self.pad_token_id),
+            "labels": _right_pad([example["labels"] for example in examples], length, IGNORED_LABEL),
         }
-        if "position_ids" in examples[0]:
-            batch["position_ids"] = _right_pad([example["position_ids"] for example in examples], 0)
+        if packed:
+            batch["position_ids"] = _right_pad([example["position_ids"] for example in examples], length, 0)
         else:
-            batch["attention_mask"] = _right_pad([[1] * len(one) for one in ids], 0)
+            batch["attention_mask"] = _right_pad([[1] * len(one) for one in ids], length, 0)
         return batch
 
 
@@ -62,6 +70,5 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str,
     }
 
 
-def _right_pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    longest = max(map(len, sequences))
-    return torch.tensor([[*one, *[value] * (longest - len(one))] for one in sequences], dtype=torch.int64)
+def _right_pad(sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    return torch.tensor([[*one, *[value] * (length - len(one))] for one in sequences], dtype=torch.int64)

@@ -22,7 +22,7 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def test_padding_on_the_right() -> None:
-    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}])
+    batch = Collator(9, pad_to_multiple_of=1)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 9, 9]],
         "labels": [[-100, 2, 3], [-100, -100, -100]],
@@ -90,3 +90,16 @@ def test_packed_documents_do_not_see_one_another(kind: str, attention: str) -> N
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
         mixed = summed_loss(model(**{**batch, "labels": None}, use_cache=False).logits, batch["labels"])
     assert abs(mixed.item() / alone.item() - 1) > 1e-4
+
+
+def test_lengths_are_rounded_up_so_that_there_are_few_of_them():
+    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}])
+    assert batch["input_ids"].tolist() == [[1, 2, 3] + [9] * 13]
+    assert batch["labels"].tolist() == [[-100, 2, 3] + [-100] * 13]
+    assert batch["attention_mask"].tolist() == [[1] * 3 + [0] * 13]
+    assert Collator(9)([{"input_ids": [1] * 16, "labels": [1] * 16}])["input_ids"].shape == (1, 16)
+
+
+def test_packed_examples_keep_their_length():
+    batch = Collator(9)([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "position_ids": [0, 0, 1]}])
+    assert batch["position_ids"].tolist() == [[0, 0, 1]]
