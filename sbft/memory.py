@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import sys
 from collections.abc import Callable, Iterable
@@ -59,6 +61,7 @@ class PeakMemory:
                 torch.cuda.reset_peak_memory_stats(device)
             self.baseline_bytes = _cuda(torch.cuda.memory_allocated)
         else:
+            _return_free_memory()
             self.note = _reset_highest_resident()
             self.baseline_bytes = _resident_bytes()
         self._running = True
@@ -114,6 +117,15 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _cuda(read: Callable[[int], int]) -> int:
     return sum(read(device) for device in range(torch.cuda.device_count()))
+
+
+def _return_free_memory() -> None:
+    """Give back what malloc keeps of freed memory: it would count as held, and be used again unseen."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
 
 
 def _reset_highest_resident() -> str | None:

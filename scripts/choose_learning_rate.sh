@@ -23,7 +23,7 @@ try() { # recipe, name, rates
 for method in "${@:-sbft lora}"; do
     case "$method" in
         *sbft*) try quickstart sbft 1e-3 3e-4 1e-4 3e-3 ;;&
-        *lora*) try quickstart-lora lora 1e-3 5e-4 2e-3 4e-3 ;;
+        *lora*) try quickstart-lora lora 1e-3 5e-4 2e-3 2e-4 ;;
     esac
 done
 "$sbft" report "$runs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,15 +96,24 @@ def _row(name: str, record: RunRecord) -> list[str]:
 
 def footer(records: dict[str, RunRecord]) -> str:
     """What the figures of a table are: data, machine, versions."""
-    record = next(iter(records.values()))
-    packages = ", ".join(
-        f"{name} {record.versions[name]}" for name in ("torch", "transformers", "peft") if name in record.versions
-    )
+
+    def every(values: Iterable[object]) -> str:
+        return " / ".join(dict.fromkeys(str(value) for value in values))
+
+    runs = list(records.values())
+    packages = [
+        f"{name} {every(run.versions[name] for run in runs if name in run.versions)}"
+        for name in ("torch", "transformers", "peft")
+        if any(name in run.versions for run in runs)
+    ]
     lines = [
-        f"{record.model}, {record.data.get('examples')} examples of {record.dataset}, measured on "
-        f"{record.data.get('evaluation_examples')} others; ± is one standard error of that sample.",
-        "Peak memory is that of the training loop; above the model: what the loop added to what was held when it began.",
-        f"Machine: {record.device}; {packages}.",
+        f"{every(run.model for run in runs)}, {every(run.data.get('examples') for run in runs)} examples of "
+        f"{every(run.dataset for run in runs)}, measured on "
+        f"{every(run.data.get('evaluation_examples') for run in runs)} others "
+        f"({every(run.evaluated_on for run in runs)}); ± is one standard error of that sample.",
+        f"Peak memory ({every(run.memory_kind for run in runs)}) is that of the training loop; above the model: what the loop "
+        "added to what was held when it began.",
+        f"Machine: {every(run.device for run in runs)}; {', '.join(packages)}.",
     ]
     return "\n".join(lines)
 

@@ -79,7 +79,7 @@ class Adafactor(TokenOptimizer):
     def _start_transient(self) -> None:
         super()._start_transient()
         # What the last update left as a weight's sum of squares, and the weight's version then: spares a read per step.
-        self._weight_square_sums: dict[Tensor, tuple[int, Any]] = {}
+        self._weight_square_sums: dict[Tensor, tuple[tuple[int, int], Any]] = {}
 
     def _validate(self, group: dict[str, Any]) -> None:
         if group["schedule"] not in ("half_life", "power"):
@@ -102,7 +102,7 @@ class Adafactor(TokenOptimizer):
     ) -> float | Tensor:
         if not state:
             _init_state(param, state)
-        version, square_sum = self._weight_square_sums.get(param, (-1, None))
+        version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
         settings = {
             "average_weight": self._second_moment_weight(group, state),
             "lr": float(group["lr"]),
@@ -112,7 +112,7 @@ class Adafactor(TokenOptimizer):
             "weight_decay": group["weight_decay"],
             "key": key,
         }
-        known = square_sum if version == param._version else None
+        known = square_sum if version == (param.data_ptr(), param._version) else None
         kernels = backend_for(param.device)
         if "row" in state:
             grad_square_sum, square_sum = kernels.adafactor_factored(
@@ -122,7 +122,7 @@ class Adafactor(TokenOptimizer):
             grad_square_sum, square_sum = kernels.adafactor_full(
                 param, grad, state["second_moment"], state["mass"], known, **settings
             )
-        self._weight_square_sums[param] = (param._version, square_sum)
+        self._weight_square_sums[param] = ((param.data_ptr(), param._version), square_sum)
         return grad_square_sum
 
 

@@ -76,11 +76,12 @@ class AdamW(TokenOptimizer):
     ) -> float | Tensor:
         first_weight = self._average_weight(group, _FIRST_MOMENT)
         if not state:
-            if first_weight < 1.0:
-                state["first_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
             state["second_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
             state["first_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["second_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        if first_weight < 1.0 and "first_moment" not in state:
+            state["first_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["first_mass"].zero_()
         return backend_for(param.device).adamw(
             param,
             grad,

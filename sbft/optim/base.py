@@ -171,6 +171,7 @@ class TokenOptimizer(torch.optim.Optimizer):
             RuntimeError: if `tokens_per_step` was not set, or a parameter would be updated twice in one step.
         """
         if hasattr(self, "grad_scale"):  # set by GradScaler.step on optimizers that claim to support it
+            del self.grad_scale
             raise RuntimeError(
                 "sbft optimizers train float32 or bfloat16 weights, which need no GradScaler: call backward() on the plain "
                 "loss and step() on the optimizer."
@@ -198,6 +199,10 @@ class TokenOptimizer(torch.optim.Optimizer):
         self.clock.skipped_steps += 1
         self._begin_step()
 
+    def discard_step(self) -> None:
+        """Forget a step that an error left half done, so that the next may begin; released weights keep their update."""
+        self._begin_step()
+
     def release_gradients(self) -> GradientRelease:
         """Update each parameter within backward as soon as its gradient is complete, and free that gradient.
 
@@ -223,13 +228,16 @@ class TokenOptimizer(torch.optim.Optimizer):
         if param in self._updated:
             raise RuntimeError(
                 "a second backward ran before step(): with released gradients every backward is an update. Call step() after "
-                "each backward; to accumulate gradients, train without release_gradients()."
+                "each backward (discard_step() after one that failed); to accumulate gradients, train without "
+                "release_gradients()."
             )
         grad = param.grad
         if grad is None or param.numel() == 0:
             return
         if grad.is_sparse:
             raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
+        if grad.ndim > 3 and not grad.is_contiguous():
+            grad = grad.contiguous()  # channels-last kernels of convolutions: no stack of matrices can be seen in them
         group_index, index = self._positions[param]
         group = self.param_groups[group_index]
         key = None

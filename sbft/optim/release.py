@@ -59,6 +59,5 @@ def _refuse_replicas() -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(
             "gradient release with several processes would update each replica from its own gradient, before "
-            "DistributedDataParallel averages them: shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), or train "
-            "without release_gradients()."
+            "DistributedDataParallel averages them: train in one process, or without release_gradients()."
         )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from sbft.errors import RecipeError
+from sbft.tokens import PRETRAINING_HALF_LIFE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OPTIMIZERS = ("adafactor", "adamw", "sgd")
 # Settings that only some optimizers have: the optimizers, and the keyword of theirs.
@@ -132,6 +136,16 @@ class SmallBatchArguments:
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         super().__post_init__()  # type: ignore[misc]
         self._check_checkpointing()
+
+    @classmethod
+    def for_pretraining(cls, **settings: Any) -> Self:
+        """Arguments with what pretraining wants where `settings` do not say: cosine decay after 5% warm-up, and a second
+        moment whose half-life is 10 million tokens (arXiv 2507.07101, section 4).
+        """
+        defaults: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": 0.05}
+        if settings.get("beta2") is None:
+            defaults["second_moment_half_life"] = PRETRAINING_HALF_LIFE
+        return cls(**{**defaults, **settings})
 
     @property
     def releases_gradients(self) -> bool:

@@ -212,7 +212,8 @@ def _train(
         record.steps = trainer.state.global_step
         record.peak_memory_bytes, record.memory_kind = peak.peak_bytes, peak.kind
         record.memory["baseline"] = peak.baseline_bytes
-        record.memory["above_baseline"] = peak.peak_bytes - peak.baseline_bytes
+        # Where the peak cannot be set back (`note`), it is that of the whole process, and says nothing of the loop.
+        record.memory["above_baseline"] = None if peak.note else peak.peak_bytes - peak.baseline_bytes
         record.memory["reserved_peak"] = peak.reserved_peak_bytes
         record.memory["predicted_peak"] = None
         if trainer.optimizer is not None:

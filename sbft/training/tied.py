@@ -28,8 +28,14 @@ class TiedEmbedding:
         self._embedding: nn.Embedding | None = None
         self._weight = weight
         self._head_weight: Tensor | None = None
+        # On a CPU only: elsewhere adding rows in place is not deterministic, and a resumed run would not end in the same bits.
         # Exactly a Parameter: sharded and quantized tensors may not know sparse gradients.
-        if isinstance(embedding, nn.Embedding) and embedding.weight is weight and type(weight) is nn.Parameter:
+        if (
+            weight.device.type == "cpu"
+            and isinstance(embedding, nn.Embedding)
+            and embedding.weight is weight
+            and type(weight) is nn.Parameter
+        ):
             self._embedding = embedding
 
     def head_weight(self) -> Tensor:

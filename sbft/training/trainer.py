@@ -88,10 +88,16 @@ class SmallBatchMixin(_Base):
                 f"args is a {type(self.args).__name__}; expected a SmallBatchTrainingArguments, or a dataclass that "
                 f"inherits from SmallBatchArguments and {type(self.args).__name__}, in this order."
             )
-        if self.accelerator.num_processes > 1 and self.args.releases_gradients and not self.is_fsdp_enabled:
+        gpus: int = vars(self.args).get("_n_gpu", 1)
+        if gpus > 1:
+            raise ArgumentError(
+                f"One process sees {gpus} GPUs, and would train on {gpus} examples at once through DataParallel. "
+                "Set CUDA_VISIBLE_DEVICES=0 to use one, or start a process for each (sbft train --num-processes)."
+            )
+        if self.accelerator.num_processes > 1 and self.args.releases_gradients:
             raise ArgumentError(
                 f"gradient_release=True with {self.accelerator.num_processes} processes would update each replica "
-                "from its own gradient. Shard the model with FSDP, run one process, or set gradient_release=False."
+                "from its own gradient. Run one process, or set gradient_release=False."
             )
 
     def _check_weights(self) -> None:
@@ -157,6 +163,9 @@ class SmallBatchMixin(_Base):
         finally:
             self._attached.close()
             self._tied = None
+            optimizer = self._token_optimizer
+            if optimizer is not None:
+                optimizer.discard_step()  # what an error or an interrupt left half done
 
     def _attach(self) -> None:
         """Hooks for the duration of training, run in this order; the optimizer's state is loaded by now."""

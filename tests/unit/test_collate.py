@@ -22,7 +22,9 @@ def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def test_padding_on_the_right() -> None:
-    batch = Collator(9, pad_to_multiple_of=1)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}])
+    batch = Collator(9, pad_to_multiple_of=1)(
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [-100]}]
+    )
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 2, 3], [4, 9, 9]],
         "labels": [[-100, 2, 3], [-100, -100, -100]],

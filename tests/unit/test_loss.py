@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sbft.training.head import UnknownHead, find_head
-from sbft.training.loss import linear_cross_entropy
+from sbft.training.head import Head, UnknownHead, find_head
+from sbft.training.loss import PIECE_ELEMENTS, linear_cross_entropy
 from sbft.training.tied import TiedEmbedding
 from tests.tiny import KINDS, tiny_model
 
@@ -130,14 +130,28 @@ def test_real_architectures_keep_their_loss_and_gradients(kind: str, tied: bool,
         dropout.p = 0.0
     head = find_head(model)
     assert head.softcap == (30.0 if kind == "gemma3" else None)
-    plain = model(**_batch(), num_items_in_batch=20).loss
+    _keeps_loss_and_gradients(model, head, _batch(), 20, 1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gemma3_with_its_large_vocabulary_is_cut_into_slices(tied: bool) -> None:
+    vocabulary, positions = 262_144, 72
+    assert vocabulary * (positions - 1) > PIECE_ELEMENTS
+    model = tiny_model("gemma3", tied=tied, vocab=vocabulary, layers=1).train()
+    ids = torch.randint(3, vocabulary, (1, positions), generator=torch.Generator().manual_seed(0))
+    _keeps_loss_and_gradients(model, find_head(model), {"input_ids": ids, "labels": ids}, positions - 1, 3e-2)
+
+
+def _keeps_loss_and_gradients(
+    model: nn.Module, head: Head, batch: dict[str, torch.Tensor], items: int, tolerance: float
+) -> None:
+    plain = model(**batch, num_items_in_batch=items).loss
     plain.backward()
     expected = _gradients(model)
     with TiedEmbedding(model, head) as tied_pair:
-        loss = head.loss(model, _batch(), 20, weight=tied_pair.head_weight())
+        loss = head.loss(model, batch, items, weight=tied_pair.head_weight())
         loss.backward()
     found = _gradients(model)
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
     assert found.keys() == expected.keys()
     for name, reference in expected.items():

@@ -207,6 +207,7 @@ def test_a_grad_scaler_is_refused():
     scaler.scale(model(torch.ones(1, 40)).sum()).backward()
     with pytest.raises(RuntimeError, match="no GradScaler"):
         scaler.step(optimizer)
+    optimizer.step()  # the refusal leaves nothing behind
 
 
 def test_sparse_gradients_are_refused():
@@ -270,7 +271,8 @@ def test_a_skipped_step_leaves_everything_but_its_count():
     assert_same_weights(model, other)
 
 
-def test_weights_changed_from_outside_get_their_own_scale():
+@pytest.mark.parametrize("replaced", [False, True])
+def test_weights_changed_from_outside_get_their_own_scale(replaced):
     """The carried sum of squares must not outlive the weights it was taken from."""
     carried, fresh = (nn.Parameter(torch.full((130, 140), 1.0)) for _ in range(2))
     first, second = Adafactor([carried], lr=0.1), Adafactor([fresh], lr=0.1)
@@ -281,7 +283,10 @@ def test_weights_changed_from_outside_get_their_own_scale():
             optimizer.step()
         if step == 0:
             with torch.no_grad():
-                carried.mul_(100.0)
+                if replaced:
+                    carried.data = carried.data * 100.0  # as model.to() and friends do: the version stays
+                else:
+                    carried.mul_(100.0)
                 fresh.copy_(carried)
             second._weight_square_sums.clear()
     assert torch.equal(carried, fresh)
@@ -297,3 +302,26 @@ def test_an_update_is_seen_by_autograd():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_momentum_switched_on_later_is_averaged_from_then_on():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = AdamW([weight], lr=0.1, beta1=0.0)
+    for step in range(3):
+        optimizer.param_groups[0]["beta1"] = 0.9 if step else 0.0
+        weight.grad = torch.tensor([1.0, -1.0, 2.0, 0.5])
+        optimizer.tokens_per_step = 1
+        optimizer.step()
+    state = optimizer.state[weight]
+    assert state["first_mass"].item() == pytest.approx(1 - 0.9**2)
+    torch.testing.assert_close(state["first_moment"] / state["first_mass"], weight.grad)
+
+
+def test_gradients_of_convolutions_may_be_channels_last():
+    weight = nn.Parameter(torch.ones(4, 3, 5, 5))
+    optimizer = SGD([weight], lr=1.0)
+    gradient = torch.randn(4, 3, 5, 5)
+    weight.grad = gradient.to(memory_format=torch.channels_last)
+    optimizer.tokens_per_step = 1
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), 1.0 - gradient, rtol=0, atol=0)

@@ -35,15 +35,17 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_released_and_plain_updates_give_the_same_bits(optimizer_class, kind):
-    plain = tiny_model(kind)
+    plain = tiny_model(kind, hidden=128)  # wide enough for factored second moments
     released = copy.deepcopy(plain)
     train(plain, optimizer_class(plain.parameters(), lr=1e-3), 4)
     optimizer = optimizer_class(released.parameters(), lr=1e-3)
     with optimizer.release_gradients():
         train(released, optimizer, 4)
     assert_same_weights(plain, released)
-    assert not any(torch.equal(a, b) for a, b in zip(released.parameters(), tiny_model(kind).parameters(), strict=True)
-                   if a.ndim == 2)  # fmt: skip
+    start = tiny_model(kind, hidden=128)
+    assert not any(
+        torch.equal(a, b) for a, b in zip(released.parameters(), start.parameters(), strict=True) if a.ndim == 2
+    )
 
 
 def test_gradient_checkpointing_and_release_together_give_the_same_bits():
@@ -141,6 +143,17 @@ def test_a_second_backward_before_step_is_refused():
             model(**batch(1)).loss.backward()
 
 
+def test_a_step_that_failed_half_way_can_be_discarded():
+    model = tiny_model("llama")
+    optimizer = Adafactor(model.parameters())
+    with optimizer.release_gradients():
+        optimizer.tokens_per_step = 24
+        model(**batch(0)).loss.backward()
+        optimizer.discard_step()
+        train(model, optimizer, 1)
+    assert optimizer.steps == 1
+
+
 def test_forgotten_tokens_are_noticed_within_backward():
     model = tiny_model("llama")
     with Adafactor(model.parameters()).release_gradients(), pytest.raises(RuntimeError, match="tokens_per_step"):
@@ -212,4 +225,4 @@ def test_replicas_of_plain_parameters_are_refused_with_a_way_out():
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_replica, args=(port, results), nprocs=2)
     messages = [results.get() for _ in range(2)]
-    assert all("FSDP2" in m and "without release_gradients" in m for m in messages)
+    assert all("in one process" in m and "without release_gradients" in m for m in messages)

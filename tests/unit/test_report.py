@@ -29,6 +29,7 @@ def record(method: str, exact_match: float, **others) -> RunRecord:
         data={"examples": 300, "evaluation_examples": 100},
         metrics_before={"exact_match": 0.05, "loss": 3.0},
         metrics={"exact_match": exact_match, "loss": 0.25},
+        evaluated_on="eval",
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
         **others,
     )
@@ -54,7 +55,7 @@ def test_the_table_says_what_was_measured_with_its_standard_error(tmp_path):
     written = table_path.read_text()
     assert text in written
     assert "Some CPU, 2 cores; torch 2.13.0, transformers 5.23.0" in written
-    assert "measured on 100 others" in written
+    assert "measured on 100 others (eval)" in written
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

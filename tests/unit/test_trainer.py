@@ -351,3 +351,11 @@ def test_with_liger_the_models_own_patched_loss_is_used(tmp_path: Path) -> None:
     )
     loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     assert calls == [True] and loss > 0
+
+
+def test_pretraining_has_its_own_defaults(tmp_path: Path) -> None:
+    args = SmallBatchTrainingArguments.for_pretraining(output_dir=str(tmp_path), max_steps=200, report_to=[])
+    assert args.lr_scheduler_type == "cosine" and args.get_warmup_steps(200) == 10
+    assert args.token_optimizer_settings()["second_moment_half_life"] == 10_000_000
+    fixed = SmallBatchTrainingArguments.for_pretraining(output_dir=str(tmp_path), beta2=0.99, report_to=[])
+    assert fixed.second_moment_half_life is None and fixed.token_optimizer_settings()["beta2"] == 0.99
