@@ -44,7 +44,7 @@ args = SmallBatchTrainingArguments(
     token_optimizer=kind, lr_scheduler_type="linear", seed=5, disable_tqdm=True,
 )
 trainer = SmallBatchTrainer(
-    model=tiny_model("gpt2"), args=args, train_dataset=rows, data_collator=Collator(2), callbacks=[Kill()]
+    model=tiny_model("gpt2", hidden=128), args=args, train_dataset=rows, data_collator=Collator(2), callbacks=[Kill()]
 )
 trainer.train(resume_from_checkpoint=resume)
 assert trainer.tokens_seen == trainer._token_optimizer.tokens_seen
