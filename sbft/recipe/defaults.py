@@ -23,7 +23,8 @@ def complete(content: dict[str, Any]) -> dict[str, Any]:
     for section, one, other in EXCLUSIVE:
         given = content.get(section) or {}
         for key, rival in ((one, other), (other, one)):
-            if given.get(key) is not None:
+            unset = given.get(key) is None or (key == "max_steps" and given[key] == -1)
+            if not unset:
                 whole[section].pop(rival, None)
     merged = {**whole, **content}
     for section in whole:

@@ -65,6 +65,40 @@ def recipe_text(name: str) -> str:
     return (resources.files("sbft") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+_IN_PLAIN_WORDS = (
+    (
+        "mapping values are not allowed",
+        "a second `key:` on one line, or a line indented too far; correct it, or quote the text",
+    ),
+    ("character '\\t'", "a tab; indent with spaces"),
+    ("expected <block end>", "an indentation that does not fit the lines above it"),
+    ("could not find expected ':'", "text that is no `key: value`; put a colon and a space after the key"),
+    ("expected ',' or ']'", "a list that is not closed; write ] at its end"),
+    ("expected ',' or '}'", "a brace that is not closed; write } at its end"),
+    ("found unexpected end of stream", "a quotation mark that is not closed; write it at the end of the text"),
+)
+"""What PyYAML says, and what it means to the author of a recipe."""
+
+
+def _where_and_what(error: yaml.YAMLError) -> str:
+    """Line, column and cause of a mistake in YAML."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return f"is not valid YAML: {' '.join(str(error).split())}."
+    mark = error.problem_mark or error.context_mark
+    where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    found = next((words for part, words in _IN_PLAIN_WORDS if part in error.problem), error.problem)
+    begun = error.context_mark
+    since = f" (it began on line {begun.line + 1})" if begun and mark and begun.line != mark.line else ""
+    return f"{where.strip()} is not valid YAML: found {found.removeprefix('found ')}{since}.".strip()
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+
+
 class Draft:
     """The content of a recipe as nested dicts, with the origin of each key."""
 
@@ -84,7 +118,7 @@ class Draft:
         """
         path = Path(source)
         if path.is_file():
-            text, name = path.read_text(encoding="utf-8"), str(source)
+            text, name = _file_text(path), str(source)
         elif path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
             raise RecipeError(
                 f"There is no file {str(source)!r}. Type the path of a YAML file, or one of the recipes that ship with "
@@ -96,7 +130,7 @@ class Draft:
             tree = yaml.compose(text, Loader=_Loader)
             content = read_yaml(text)
         except yaml.YAMLError as error:
-            raise RecipeError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from error
+            raise RecipeError(f"{name} {_where_and_what(error)}") from error
         if not isinstance(content, dict):
             raise RecipeError(
                 f"{name} holds {'nothing' if content is None else 'a ' + type(content).__name__}, expected keys and "

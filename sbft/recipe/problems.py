@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import enum
 import importlib.util
-import math
-import types
 import typing
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
+from sbft import metrics
 from sbft.methods import METHODS
 from sbft.recipe.defaults import EXCLUSIVE, complete
 from sbft.recipe.draft import Draft, Key
+from sbft.recipe.nearest import closest, nearest
 from sbft.recipe.schema import DataConfig, EvaluationConfig, LoraConfig, OptimizerConfig, Recipe
+from sbft.recipe.training_keys import REPORTERS, reporters, training_problem, training_types
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
@@ -25,39 +23,14 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "evaluation": EvaluationConfig,
 }
 
-ELSEWHERE = {
-    "output_dir": "write output_dir at the top of the recipe",
-    "optim": "the method decides the optimizer; write `method:` at the top of the recipe",
-    "optim_args": "write the settings under `optimizer:`",
-    "adam_beta1": "write optimizer.beta1",
-    "adam_beta2": "write optimizer.beta2",
-    "adam_epsilon": "write optimizer.eps",
-    "weight_decay": "write optimizer.weight_decay",
-    "bf16": "write dtype at the top of the recipe",
-    "fp16": "float16 overflows above 65504 and needs a loss scaler, which gradient release cannot use; write "
-    "dtype: bfloat16 at the top of the recipe",
-    "per_device_eval_batch_size": "write evaluation.batch_size",
-    "eval_strategy": "sbft evaluates before and after training; write `evaluation:`",
-    "resume_from_checkpoint": "type `sbft train RECIPE --resume`",
-    "push_to_hub": "train first, then type `hf upload`",
-    "do_train": "sbft train always trains",
-    "do_eval": "write `evaluation:`",
-    "do_predict": "write `evaluation:`",
+_EXAMPLES = {
+    "data": "train: my.jsonl",
+    "optimizer": "weight_decay: 0.1",
+    "training": "learning_rate: 1.0e-4",
+    "lora": "rank: 16",
+    "evaluation": "metrics: [exact_match]",
 }
-"""Names of TrainingArguments that a recipe says in another place, and where."""
-
-REPORTERS = ("tensorboard", "trackio", "wandb")
-"""Where losses can be sent, each a package of its own."""
-
-LOWER_BOUNDS = {
-    "learning_rate": 0.0,
-    "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 0.0,
-    "warmup_steps": 0.0,
-    "max_grad_norm": 0.0,
-    "seed": 0,
-}
+"""One key and value of each section, to show how it is written."""
 
 
 def find_problems(draft: Draft) -> list[str]:
@@ -73,19 +46,29 @@ def find_problems(draft: Draft) -> list[str]:
     try:
         Recipe.model_validate(content)
     except ValidationError as error:
-        for detail in error.errors():
-            # Locations inside a list or a union carry indices and type names, which are no keys.
-            key = tuple(str(part) for part in detail["loc"])[:2]
-            if key not in bad_keys:
+        details = [(_key(detail["loc"]), detail) for detail in error.errors()]
+        misspelt = {_meant(key) for key, detail in details if detail["type"] == "extra_forbidden"}
+        for key, detail in details:
+            if key not in bad_keys and not (detail["type"] == "missing" and key in misspelt):
                 add(key, _schema_problem(key, detail))
     training = content.get("training")
+    homes = {name: name for name in Recipe.model_fields} | {
+        name: f"{section}.{name}" for section, model in reversed(SECTIONS.items()) for name in model.model_fields
+    }
     for name, value in (training if isinstance(training, dict) else {}).items():
-        if text := _training_problem(str(name), value):
+        if text := training_problem(str(name), value, homes):
             add(("training", str(name)), text)
     method = content.get("method", "sbft")
     if isinstance(method, str) and method not in METHODS:
-        add(("method",), f"is {method!r}, expected one of {', '.join(METHODS)}{_nearest(method, METHODS)}.")
+        add(("method",), f"is {method!r}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}.")
     clean = _without(content, bad_keys)
+    measured = [*metrics.available(), "loss", "perplexity"]
+    for name in clean.get("evaluation", {}).get("metrics", []):
+        if name not in measured:
+            add(
+                ("evaluation", "metrics"),
+                f"names {name!r}, expected some of {', '.join(measured)}{nearest(name, measured)}.",
+            )
     for key, text in _said_twice(clean):
         add(key, text)
     if ("method",) not in bad_keys:
@@ -106,17 +89,16 @@ def _without(content: dict[str, Any], bad: set[Key]) -> dict[str, Any]:
     return clean
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
-    return f"; the nearest is {near[0]}" if near else ""
+def _key(location: tuple[int | str, ...]) -> Key:
+    # Locations inside a list or a union carry indices and type names, which are no keys.
+    return tuple(str(part) for part in location)[:2]
 
 
-def _training_types() -> dict[str, Any]:
-    """Names of TrainingArguments and their types. Imports transformers, hence torch: seconds."""
-    from transformers import TrainingArguments
-
-    hints = typing.get_type_hints(TrainingArguments)
-    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
+def _meant(key: Key) -> Key:
+    """The key that a misspelt one most likely stands for."""
+    *path, name = key
+    fields = SECTIONS[path[0]].model_fields if path else Recipe.model_fields
+    return (*path, closest(name, fields) or name)
 
 
 def _schema_problem(key: Key, detail: Any) -> str:
@@ -134,8 +116,14 @@ def _schema_problem(key: Key, detail: Any) -> str:
             "is float16, expected bfloat16 or float32: float16 overflows above 65504, and the loss scaler it needs "
             "cannot work with gradients that are released during the backward pass. Write dtype: bfloat16."
         )
-    expected = detail["msg"].removeprefix("Input should be ").replace("Value error, ", "")
-    return f"is {found}, expected {expected}."
+    if detail["type"] in {"model_type", "model_attributes_type", "dict_type"}:
+        example = _EXAMPLES.get(key[-1], "key: value")
+        if key == ("data",) and isinstance(detail["input"], str):
+            example = f"train: {detail['input']}"
+        return f"is {found}, expected keys with values; write `{key[-1]}: {{{example}}}`."
+    expected = detail["msg"].removeprefix("Input should be ").partition(", unable to ")[0].replace("a valid ", "a ")
+    number = "a number " if expected.startswith(("greater", "less")) else ""
+    return f"is {found}, expected {number}{expected}."
 
 
 def _unknown_key(key: Key) -> str:
@@ -146,45 +134,11 @@ def _unknown_key(key: Key) -> str:
         return "is no key of this section; it stands at the top of the recipe."
     if homes:
         return f"is no key here; write {homes[0]}.{name}."
-    if nearest := _nearest(name, fields):
-        return f"is no key of a recipe{nearest}."
-    if name in _training_types():
+    if near := nearest(name, fields):
+        return f"is no key of a recipe{near}."
+    if name in training_types():
         return f"is no key here; write training.{name}."
     return f"is no key of a recipe; expected one of {', '.join(fields)}."
-
-
-def _training_problem(name: str, value: Any) -> str | None:
-    if name in ELSEWHERE:
-        return f"cannot be set here: {ELSEWHERE[name]}."
-    known = _training_types()
-    if name not in known:
-        homes = [section for section, model in SECTIONS.items() if name in model.model_fields]
-        if homes or name in Recipe.model_fields:
-            return f"is no name of TrainingArguments; write {'.'.join([*homes[:1], name])}."
-        return f"is no name of TrainingArguments{_nearest(name, set(known) - set(ELSEWHERE))}."
-    expected = _mismatch(known[name], value)
-    if expected:
-        return f"is {value!r}, expected {expected}."
-    lowest = LOWER_BOUNDS.get(name)
-    if lowest is not None and not (math.isfinite(float(value)) and float(value) >= lowest):
-        return f"is {value!r}, expected a finite number of at least {lowest:g}."
-    return None
-
-
-def _mismatch(hint: Any, value: Any) -> str | None:
-    """What a value of this type would look like, if `value` is none."""
-    members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
-    choices = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
-    if choices and value is not None and not isinstance(value, list):
-        # Written as "enum or str" there: any string would pass, and fail late.
-        values = [str(choice.value) for choice in choices[0]]
-        return None if str(value) in values else f"one of {', '.join(values)}{_nearest(str(value), values)}"
-    try:
-        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
-    except ValidationError as error:
-        reasons = dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in error.errors())
-        return " or ".join(reasons)
-    return None
 
 
 def _said_twice(content: dict[str, Any]) -> typing.Iterator[tuple[Key, str]]:
@@ -207,10 +161,13 @@ def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple
             ("method",),
             f"is {name}, which needs the package {method.package}. Type: pip install 'sbft[{method.extra}]'",
         )
-    reports = content.get("training", {}).get("report_to") or []
-    for package in [reports] if isinstance(reports, str) else reports:
-        if package in REPORTERS and importlib.util.find_spec(package) is None:
-            yield ("training", "report_to"), f"is {package}, which is not installed. Type: pip install {package}"
+    for name_of_one in reporters(content.get("training", {}).get("report_to")):
+        package = REPORTERS.get(name_of_one)
+        if package is not None and importlib.util.find_spec(package) is None:
+            yield (
+                ("training", "report_to"),
+                f"is {name_of_one}, whose package is not installed. Type: pip install {package}",
+            )
     for key, value in content.get("optimizer", {}).items():
         if value is not None and key not in method.settings:
             users = [other for other in METHODS if key in METHODS[other].settings]

@@ -80,7 +80,7 @@ class OptimizerConfig(_Section):
     """Scale Adafactor's step by each parameter's RMS."""
     clip_threshold: FiniteFloat | None = Field(None, gt=0)
     """Largest RMS of one Adafactor update before the learning rate."""
-    eps: FiniteFloat | None = Field(None, ge=0)
+    eps: FiniteFloat | None = Field(None, gt=0)
     """Keeps divisions by small second moments finite."""
     weight_decay: FiniteFloat | None = Field(None, ge=0)
     """Decoupled weight decay."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from sbft.errors import MissingPackageError, ModelError
+from sbft.errors import MissingPackageError, ModelError, RecipeError
 from sbft.methods import METHODS, Method
 from sbft.models import load_model
 from sbft.recipe import Recipe
@@ -28,6 +30,9 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
         output_dir: where checkpoints go.
+
+    Raises:
+        RecipeError: if transformers refuses the arguments.
     """
     optimizer = METHODS[recipe.method].optimizer
     settings = recipe.optimizer.model_dump(exclude_none=True)
@@ -42,8 +47,29 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     chosen["use_cpu"] = not torch.accelerator.is_available()
     # The model is loaded in the recipe's dtype, which may be float32.
     chosen["cast_weights"] = False
-    # The bar and the closing lines are sbft's own.
-    return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **{**chosen, **recipe.training})
+    # All weights take part in every step; searching for those that do not would cost time, and a warning.
+    chosen["ddp_find_unused_parameters"] = False
+    chosen.update({_current_name(name): value for name, value in recipe.training.items()})
+    try:
+        # The bar and the closing lines are sbft's own.
+        return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **chosen)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        named = [name for name in recipe.training if re.search(rf"\b{name}\b", reason)]
+        defaults = METHODS[recipe.method].defaults()["training"]
+        own = [name for name, value in recipe.training.items() if defaults.get(name) != value]
+        keys = ", ".join(f"training.{name}" for name in named or own or recipe.training)
+        raise RecipeError(
+            f"These settings of the recipe do not go together, or are wrong: {keys}. ({reason})"
+        ) from error
+
+
+def _current_name(name: str) -> str:
+    """The name that this version of transformers has for an argument, whose older one it warns of."""
+    renamed = name.replace("gradient_checkpointing", "activation_checkpointing")
+    return renamed if renamed in {field.name for field in fields(SmallBatchTrainingArguments)} else name
 
 
 def prepare_model(recipe: Recipe) -> PreTrainedModel:

@@ -137,6 +137,44 @@ def test_a_learning_rate_that_is_negative_or_not_finite_is_refused(value: str) -
     assert "training.learning_rate" in text and "finite number of at least 0" in text
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.logging_steps=0", "greater than 0"),
+        ("training.seed=5000000000", "from 0 to 4294967295"),
+        ("training.report_to=tensorbord", "the nearest is tensorboard"),
+        ("training.disable_tqdm=true", "its own progress bar"),
+        ("training.max_steps=-5", "at least 1"),
+        ("training.max_steps=0", "at least 1"),
+        ("training.num_train_epochs=0", "greater than 0"),
+        ("evaluation.metrics=[exact_mach]", "the nearest is exact_match"),
+        ("optimizer.eps=0", "a number greater than 0"),
+        ("data.train_size=-1", "is -1, expected a number greater than 0"),
+        ("data=t.jsonl", "write `data: {train: t.jsonl}`"),
+        ("data=5", "write `data: {train: my.jsonl}`"),
+        ("training=5", "write `training: {learning_rate: 1.0e-4}`"),
+    ],
+)
+def test_a_value_that_cannot_train_is_one_of_the_problems(override: str, said: str) -> None:
+    text = problems(None, [override, "lorra=1"], model="m", data="d")
+    assert text.startswith("2 problems") and said in text
+
+
+def test_max_steps_of_minus_one_leaves_the_epochs_of_the_method() -> None:
+    assert given("training.max_steps=-1").training["num_train_epochs"] == 1.0
+
+
+@pytest.mark.parametrize("text", ["modle: m\ndata: {train: d}\n", "model: m\ndata: {trian: d}\n"])
+def test_a_misspelt_key_that_is_required_is_reported_once(text: str, tmp_path: Path) -> None:
+    said = problems(write(tmp_path, text))
+    assert "the nearest is" in said and "missing" not in said and "\n" not in said
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_bytes(b"model: caf\xe9\n")
+    assert "not UTF-8" in problems(tmp_path / "my.yaml")
+
+
 def test_accumulation_with_release_is_refused_with_both_ways_out() -> None:
     text = problems(None, ["training.gradient_accumulation_steps=8"], model="m", data="d")
     assert "Write 1" in text and "optimizer.gradient_release: false" in text
@@ -193,7 +231,13 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("", "holds nothing"), ("- a\n- b\n", "holds a list"), ("model: [a\n", "not valid YAML"), ("a: b: c", "line 1")],
+    [
+        ("", "holds nothing"),
+        ("- a\n- b\n", "holds a list"),
+        ("model: [a\n", "line 2, column 1 is not valid YAML: found a list that is not closed"),
+        ("a: b: c", "line 1, column 5 is not valid YAML: found a second `key:` on one line"),
+        ("a:\n\tb: 1\n", "line 2, column 1 is not valid YAML: found a tab"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(content: str, said: str, tmp_path: Path) -> None:
     assert said in problems(write(tmp_path, content))
@@ -223,3 +267,19 @@ def test_a_recipe_that_ships_resolves_and_begins_with_the_command_that_runs_it(n
 def test_a_recipe_made_in_python_is_checked_when_it_is_resolved() -> None:
     with pytest.raises(RecipeError, match="learning_rat"):
         resolve(Recipe.model_validate({**MINIMAL, "training": {"learning_rat": 1}}))
+
+
+def test_what_transformers_alone_refuses_names_the_key(tmp_path: Path) -> None:
+    from sbft.training.methods import training_arguments
+
+    with pytest.raises(RecipeError, match=r"training\.accelerator_config\. .*unexpected keyword"):
+        training_arguments(given("training.accelerator_config={nonsense: 1}"), tmp_path)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_gradient_checkpointing_is_said_by_its_current_name(wanted: bool, tmp_path: Path) -> None:
+    from sbft.training.methods import training_arguments
+
+    arguments = training_arguments(given(f"training.gradient_checkpointing={str(wanted).lower()}"), tmp_path)
+    assert arguments.gradient_checkpointing is wanted

@@ -1,0 +1,160 @@
+"""What is wrong with one key of a recipe's `training` section, whose names and types are those of TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import types
+import typing
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sbft.recipe.nearest import nearest
+
+ELSEWHERE = {
+    "output_dir": "write output_dir at the top of the recipe",
+    "optim": "the method decides the optimizer; write `method:` at the top of the recipe",
+    "optim_args": "write the settings under `optimizer:`",
+    "adam_beta1": "write optimizer.beta1",
+    "adam_beta2": "write optimizer.beta2",
+    "adam_epsilon": "write optimizer.eps",
+    "weight_decay": "write optimizer.weight_decay",
+    "bf16": "write dtype at the top of the recipe",
+    "fp16": "float16 overflows above 65504 and needs a loss scaler, which gradient release cannot use; write "
+    "dtype: bfloat16 at the top of the recipe",
+    "per_device_eval_batch_size": "write evaluation.batch_size",
+    "eval_strategy": "sbft evaluates before and after training; write `evaluation:`",
+    "load_best_model_at_end": "sbft evaluates before and after training alone, so that no model between is known to "
+    "be the best; leave it out",
+    "resume_from_checkpoint": "type `sbft train RECIPE --resume`",
+    "push_to_hub": "train first, then type `hf upload`",
+    "do_train": "sbft train always trains",
+    "do_eval": "write `evaluation:`",
+    "do_predict": "write `evaluation:`",
+    "disable_tqdm": "sbft draws its own progress bar, and plain lines where the output is no terminal; leave it out",
+}
+"""Names of TrainingArguments that a recipe says in another place, or that sbft sets itself, and why."""
+
+REPORTERS = {
+    "azure_ml": "azureml",
+    "clearml": "clearml",
+    "codecarbon": "codecarbon",
+    "comet_ml": "comet_ml",
+    "dagshub": "dagshub",
+    "dvclive": "dvclive",
+    "flyte": "flytekit",
+    "mlflow": "mlflow",
+    "neptune": "neptune",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""Where losses can be sent, and the package that each needs."""
+
+LARGEST_SEED = 2**32 - 1  # NumPy's generator, which transformers seeds too, takes 32 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    lowest: float
+    highest: float = math.inf
+    above: bool = False
+    """Whether the value must be greater than `lowest`, not only as great."""
+    off: float | None = None
+    """A value outside of the range that means: not set."""
+
+    def holds(self, value: float) -> bool:
+        if value == self.off:
+            return True
+        enough = value > self.lowest if self.above else value >= self.lowest
+        return math.isfinite(value) and enough and value <= self.highest
+
+    def __str__(self) -> str:
+        if self.highest < math.inf:
+            return f"a number from {self.lowest:g} to {self.highest:.0f}"
+        return f"a finite number {'greater than' if self.above else 'of at least'} {self.lowest:g}"
+
+
+_RANGES = {
+    "learning_rate": _Range(0),
+    "per_device_train_batch_size": _Range(1),
+    "gradient_accumulation_steps": _Range(1),
+    "num_train_epochs": _Range(0, above=True),
+    "max_steps": _Range(1, off=-1),
+    "warmup_steps": _Range(0),
+    "max_grad_norm": _Range(0),
+    "logging_steps": _Range(0, above=True),
+    "save_steps": _Range(0, above=True),
+    "save_total_limit": _Range(1),
+    "dataloader_num_workers": _Range(0),
+    "seed": _Range(0, LARGEST_SEED),
+    "data_seed": _Range(0, LARGEST_SEED),
+}
+
+
+def training_types() -> dict[str, Any]:
+    """Names of TrainingArguments and their types. Imports transformers, hence torch: seconds."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def training_problem(name: str, value: Any, homes: dict[str, str]) -> str | None:
+    """What is wrong with a key of the section, or None.
+
+    Args:
+        name: the key.
+        value: what the recipe gives it.
+        homes: names that belong in another place of the recipe, and their whole names there.
+    """
+    if name in ELSEWHERE:
+        return f"cannot be set here: {ELSEWHERE[name]}."
+    known = training_types()
+    if name not in known:
+        if name in homes:
+            return f"is no name of TrainingArguments; write {homes[name]}."
+        return f"is no name of TrainingArguments{nearest(name, set(known) - set(ELSEWHERE))}."
+    if name == "report_to":
+        return _reporter_problem(value)
+    expected = _mismatch(known[name], value)
+    if expected:
+        return f"is {value!r}, expected {expected}."
+    limits = _RANGES.get(name)
+    if limits is not None and value is not None and not limits.holds(float(value)):
+        return f"is {value!r}, expected {limits}."
+    return None
+
+
+def reporters(value: Any) -> list[str]:
+    """The names in a value of report_to."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _reporter_problem(value: Any) -> str | None:
+    names = ["none", "all", *REPORTERS]
+    if not isinstance(value, str | list | None) or not all(isinstance(one, str) for one in reporters(value)):
+        return f"is {value!r}, expected one of {', '.join(names)}, or a list of them."
+    for one in reporters(value):
+        if one not in names:
+            return f"is {one!r}, expected one of {', '.join(names)}{nearest(one, names)}."
+    return None
+
+
+def _mismatch(hint: Any, value: Any) -> str | None:
+    """What a value of this type would look like, if `value` is none."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
+    choices = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
+    if choices and value is not None and not isinstance(value, list):
+        # Written as "enum or str" there: any string would pass, and fail late.
+        values = [str(choice.value) for choice in choices[0]]
+        return None if str(value) in values else f"one of {', '.join(values)}{nearest(str(value), values)}"
+    try:
+        TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+    except ValidationError as error:
+        reasons = dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in error.errors())
+        return " or ".join(reasons)
+    return None
