@@ -17,6 +17,7 @@ TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 _BEFORE, _AFTER, _MEMORY = "#BBBBBB", "#0072B2", "#E69F00"
+_LONGEST_NAME = 30  # letters of a run's name in the picture
 _GIBIBYTE, _MEBIBYTE = 1 << 30, 1 << 20
 _HEAD = (
     "run", "learning rate", "exact match before", "after", "loss before", "after ", "peak memory", "above the model",
@@ -147,7 +148,9 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     left.barh([p - 0.2 for p in places], after, 0.36, xerr=errors, capsize=3, color=_AFTER, label="after")
     for place, value, spread in zip(places, after, errors, strict=True):
         left.text(value + spread + 1.5, place - 0.2, f"{value:.0f}%", va="center", fontsize=9)
-    left.set(xlim=(0, 112), xlabel="exact match, % (± one standard error)", yticks=places, yticklabels=names)
+    left.set(xlim=(0, 112), xlabel="exact match, % (± one standard error)", yticks=places)
+    # A name of a folder may be as long as the picture is wide.
+    left.set_yticklabels([name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names])
     left.legend(
         loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.42 / (0.62 * len(names))), ncols=2, frameon=False, fontsize=9
     )
@@ -155,7 +158,8 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     right.barh(places, memory, 0.5, color=_MEMORY)
     for place, value in zip(places, memory, strict=True):
         right.text(value + max(memory) * 0.02, place, f"{value:.0f}", va="center", fontsize=9)
-    right.set(xlim=(0, max(memory) * 1.2), xlabel="peak memory above the loaded model, MiB")
+    # A run whose memory was not measured has none above the model, and an axis needs a length.
+    right.set(xlim=(0, max(memory) * 1.2 or 1), xlabel="peak memory above the loaded model, MiB")
     _plain(left, right)
     figure.savefig(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from sbft.cli import evaluate, generate, recipes, report, train, version
+from sbft.cli.quiet import quiet_imports
 
 # Without markup the help is plain text, and does not load rich: `sbft --help` answers in half the time.
 app = typer.Typer(
@@ -34,4 +35,5 @@ app.command("version")(version.version)
 
 def main() -> None:
     """Run the `sbft` command."""
+    quiet_imports()
     app()

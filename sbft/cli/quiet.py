@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
+_NOISY_IMPORTS = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers of packages that transformers and PEFT import where they find them, and that tell what they lack."""
+
+
+def quiet_imports() -> None:
+    """No notes from packages that are imported along and not used; to be called before transformers is imported."""
+    for name in _NOISY_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # PEFT asks the model by the name that transformers has given up.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
 
 def quiet_libraries() -> None:
     """No bars and no notes from transformers, datasets and the hub's client: sbft says what happens."""

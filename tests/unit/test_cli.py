@@ -105,3 +105,13 @@ def test_each_kind_of_error_has_its_exit_code(
 def test_an_unknown_flag_is_exit_code_2() -> None:
     code, _, err = sbft("train", "--modle", "x")
     assert code == 2 and "--modle" in err and "Traceback" not in err
+
+
+def test_packages_that_are_imported_along_say_nothing() -> None:
+    code = (
+        "from sbft.cli.quiet import quiet_imports; quiet_imports()\n"
+        "import warnings, transformers, peft\n"
+        "warnings.warn('`is_gradient_checkpointing` is deprecated and will be removed', FutureWarning)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -93,3 +93,12 @@ def test_a_run_without_exact_match_still_has_its_row():
     one = record("sbft", 0.5)
     one.metrics, one.metrics_before = {"loss": 1.25}, {}
     assert "1.25" in table({"run": one})
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(("name", "above"), [("run", None), ("run", 0), ("a" * 120, 1 << 20)])
+def test_a_run_with_a_long_name_or_no_memory_of_its_own_is_drawn_without_a_warning(name, above, tmp_path):
+    one = record("sbft", 0.5)
+    one.memory = {"above_baseline": above}
+    save(tmp_path, name, one)
+    assert write_report(tmp_path)[2] is not None
