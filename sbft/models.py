@@ -255,7 +255,7 @@ def _not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelEr
     builtin = f"The built-in model needs no hub: model: {_PREFIX}{next(iter(BUILTIN))}"
     if not hub_reachable():
         return ModelError(
-            f"The {what} {model} is neither a folder nor in this machine's cache, and {hub_state()}. "
+            f"The model {model} is neither a folder nor in this machine's cache, and {hub_state()}. "
             f"Check the id, or give a folder. {builtin}"
         )
     return ModelError(

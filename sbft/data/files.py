@@ -92,17 +92,24 @@ def _read_json(path: Path) -> pa.Table:
 def _read_csv(path: Path) -> pa.Table:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
+        rows = []
         try:
-            rows = []
+            header = reader.fieldnames or []
+            begins = reader.line_num + 1
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
-                        f"Line {reader.line_num} of {path} has not as many values as the header has columns "
-                        f"({len(reader.fieldnames or [])}). Put values that hold commas in quotation marks."
+                        f"Line {begins} of {path} begins a row that has not as many values as the header has "
+                        f"columns ({len(header)}). Put values that hold commas in quotation marks, and "
+                        "see that each quotation mark is closed."
                     )
                 rows.append(row)
+                begins = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"Line {reader.line_num} of {path} is not valid CSV: {error}.") from error
+            raise DataError(
+                f"Line {begins} of {path} begins a row that is not valid CSV: {error}. See that each quotation mark "
+                'in it is closed, and those inside a value are doubled ("").'
+            ) from error
     return _table(path, rows)
 
 

@@ -40,11 +40,15 @@ class FormatReport:
     truncated: int
     """Kept examples that were cut at the maximal length."""
     dropped: int
-    """Rows left out: nothing to train on was in them, or was left of them within the maximal length."""
+    """Rows left out because nothing to train on was left of them within the maximal length."""
     longest: int
     """Tokens of the longest kept example."""
     packed_into: int | None
     """Rows that the examples were packed into; None where they were not."""
+    empty: int = 0
+    """Rows left out because their text, or one of question and answer, is missing or empty."""
+    unanswered: int = 0
+    """Conversations left out because no turn in them is the assistant's."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,14 @@ class Rendering:
 
     def _conversation(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         turns = []
-        for message in row[self.messages] or []:
+        conversation = row[self.messages] or []
+        if not isinstance(conversation, list):
+            raise DataError(
+                f"A value of {self.messages!r} is a {type(conversation).__name__}, {str(conversation)[:60]!r}; expected a "
+                'list of messages such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], '
+                "which .jsonl, .json and .parquet files can hold."
+            )
+        for message in conversation:
             if not isinstance(message, dict) or "role" not in message:
                 raise DataError(
                     f"A value of {self.messages!r} holds {message!r}; expected a list of messages such as "
@@ -164,7 +175,7 @@ def format_dataset(
         dataset: rows with the columns `prompt` and `completion`, or `messages`, or `text` (looked for in this order).
         tokenizer: the model's tokenizer.
         prompt, completion, messages, text: names of the columns.
-        max_length: tokens an example is cut to. A row of which then nothing is left to train on is dropped.
+        max_length: tokens an example is cut to. A row with nothing to train on, before or after, is left out.
         chat_template: render prompt and completion as turns of a chat, where the tokenizer has a template.
         packing: put several examples into one row of at most `max_length` tokens, whose `position_ids` start again
             at 0 with each example, so that attention does not reach from one into another.
@@ -182,24 +193,30 @@ def format_dataset(
     rendering = Rendering(prompt, completion, messages, text, chat_template, system)
     kind = rendering.kind(dataset.column_names)
     tables: list[pa.Table] = []
-    truncated = dropped = 0
+    left_out = dict.fromkeys(("dropped", "empty", "unanswered"), 0)
+    truncated = 0
     for start in range(0, dataset.num_rows, _CHUNK):
         rows = dataset.select(range(start, min(start + _CHUNK, dataset.num_rows)))
         examples: list[tuple[list[int], list[int]]] = []
         for ids, labels in _examples(rows, rendering, kind, tokenizer):
-            if all(label == IGNORED for label in labels[:max_length]):
-                dropped += 1
+            if reason := _reason_to_leave_out(labels, max_length, kind):
+                left_out[reason] += 1
                 continue
             truncated += len(ids) > max_length
             examples.append((ids[:max_length], labels[:max_length]))
         tables.append(_table(examples))
     formatted = pa.concat_tables(tables) if tables else _table([])
     if formatted.num_rows == 0:
+        reasons = {
+            "dropped": f"nothing to train on within data.max_length ({max_length} tokens)",
+            "empty": "an empty text, question or answer",
+            "unanswered": "no turn of the assistant",
+        }
+        found = ", ".join(f"{count} had {reasons[reason]}" for reason, count in left_out.items() if count)
         raise DataError(
-            f"No example is left: of {dataset.num_rows} rows all were empty, or longer than data.max_length "
-            f"({max_length} tokens) before anything to train on began. Raise data.max_length, or check the columns."
+            f"No example is left: of {dataset.num_rows} rows {found}. Raise data.max_length, or check the columns."
         )
-    report = _report(formatted, truncated, dropped)
+    report = _report(formatted, truncated, left_out)
     if not packing:
         return Dataset(formatted), report
     packed = pack(formatted, max_length)
@@ -289,6 +306,15 @@ def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
+def _reason_to_leave_out(labels: list[int], max_length: int, kind: str) -> str | None:
+    """The field of `FormatReport` that counts a row with these labels; None where it can be trained on."""
+    if any(label != IGNORED for label in labels[:max_length]):
+        return None
+    if any(label != IGNORED for label in labels):
+        return "dropped"
+    return "unanswered" if kind == "messages" and labels else "empty"
+
+
 def _table(examples: list[tuple[list[int], list[int]]]) -> pa.Table:
     integers = pa.list_(pa.int32())
     return pa.table(
@@ -299,7 +325,7 @@ def _table(examples: list[tuple[list[int], list[int]]]) -> pa.Table:
     )
 
 
-def _report(table: pa.Table, truncated: int, dropped: int) -> FormatReport:
+def _report(table: pa.Table, truncated: int, left_out: dict[str, int]) -> FormatReport:
     lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
     labels = table["labels"].combine_chunks().flatten().to_numpy()
     return FormatReport(
@@ -307,7 +333,7 @@ def _report(table: pa.Table, truncated: int, dropped: int) -> FormatReport:
         tokens=int(lengths.sum()),
         completion_tokens=int((labels != IGNORED).sum()),
         truncated=truncated,
-        dropped=dropped,
         longest=int(lengths.max()),
         packed_into=None,
+        **left_out,
     )

@@ -164,7 +164,7 @@ def test_cut_examples_are_counted_and_those_without_an_answer_dropped() -> None:
     lengths = [len(tokenizer(row["prompt"] + (row["completion"] or "")).input_ids) for row in rows[:3]]
     assert lengths[0] + 1 <= 6 < lengths[1] and len(tokenizer("abcdefgh").input_ids) >= 6
     data, report = format_dataset(Dataset.from_list(rows), tokenizer, max_length=6)
-    assert (report.examples, report.truncated, report.dropped) == (2, 1, 3)
+    assert (report.examples, report.truncated, report.dropped, report.empty) == (2, 1, 1, 2)
     assert [len(row["input_ids"]) for row in data] == [4, 6]
     assert report.tokens == 10 and report.longest == 6 and report.packed_into is None
     assert report.completion_tokens == 2 + 4
@@ -204,3 +204,16 @@ def test_more_rows_than_one_chunk() -> None:
     data, report = format_dataset(rows, tiny_tokenizer(None))
     assert report.examples == data.num_rows == 2_300
     assert tiny_tokenizer().decode(data[2_299]["input_ids"]) == f"22992300{EOS}"
+
+
+def test_conversations_without_an_answer_are_counted_by_themselves() -> None:
+    rows = Dataset.from_list([{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": []}, {"messages": None}])
+    _, report = format_dataset(rows, tiny_tokenizer())
+    assert (report.examples, report.unanswered, report.empty, report.dropped) == (1, 1, 2, 0)
+    with pytest.raises(DataError, match="of 1 rows 1 had no turn of the assistant"):
+        format_dataset(rows.select([1]), tiny_tokenizer())
+
+
+def test_messages_that_are_text_are_refused_with_what_is_expected() -> None:
+    with pytest.raises(DataError, match=r"is a str, 'hello'; expected a list of messages"):
+        format_dataset(Dataset.from_list([{"messages": "hello"}]), tiny_tokenizer())

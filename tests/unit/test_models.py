@@ -150,7 +150,7 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
 def test_unknown_id_without_a_hub_is_said_at_once() -> None:
     for load in (load_tokenizer, lambda name: load_model(name, dtype=torch.bfloat16)):
         with pytest.raises(
-            ModelError, match="nobody/nothing is neither a folder.*HF_HUB_OFFLINE.*builtin:smollm2-135m"
+            ModelError, match="The model nobody/nothing is neither a folder.*HF_HUB_OFFLINE.*builtin:smollm2-135m"
         ):
             load("nobody/nothing")
 

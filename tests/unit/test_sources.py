@@ -65,6 +65,7 @@ def test_keys_that_only_later_rows_have_are_kept(tmp_path: Path) -> None:
         ("a.csv", "prompt,completion\n", "empty"),
         ("a.csv", "prompt,completion\na,b,c\n", r"Line 2 of .* values"),
         ("a.csv", "prompt,completion\na\n", r"Line 2 of .* values"),
+        ("a.csv", 'prompt,completion\na,b\n"a\nb",c\na,"b\nc,d\ne,f\n', r"Line 5 of .* not valid CSV.*is closed"),
         ("a.txt", "\n\n", "empty"),
         ("a.parquet", "no parquet", "not a readable Parquet"),
         ("a.xlsx", "x", r"ends in \.xlsx"),
