@@ -9,6 +9,8 @@ import sys
 import time
 
 _POLL_S = 0.2
+# A rank that failed is often followed by the others for the same reason, of which one has yet to say it.
+_PATIENCE_S = 5.0
 
 
 def launch(arguments: list[str], processes: int) -> int:
@@ -19,7 +21,8 @@ def launch(arguments: list[str], processes: int) -> int:
         processes: how many.
 
     Returns:
-        The exit code of the first rank that failed, 0 if none did. When one fails, the others are ended.
+        The exit code of the first rank that failed, 0 if none did. When one fails, the others are ended; on Ctrl-C,
+        which reaches all of them, they are waited for, unless it comes twice.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,21 +39,41 @@ def launch(arguments: list[str], processes: int) -> int:
     try:
         return _wait(ranks)
     finally:
-        for process in ranks:
-            process.terminate()
-        for process in ranks:
-            process.wait()
+        _end(ranks)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    """The exit code, once all have ended, or one has failed and the others had time to end of themselves."""
+    interrupted = False
+    patience = _PATIENCE_S
     while True:
-        codes = [process.poll() for process in ranks]
-        failed = [code for code in codes if code]
-        if failed:
-            return failed[0] if failed[0] > 0 else 1
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(_POLL_S)
+        try:
+            codes = [process.poll() for process in ranks]
+            failed = [code for code in codes if code]
+            if None not in codes or (failed and patience <= 0):
+                return 0 if not failed else failed[0] if failed[0] > 0 else 1
+            time.sleep(_POLL_S)
+            # A rank that stops on Ctrl-C ends with a code too, while another still writes the checkpoint.
+            if failed and not interrupted:
+                patience -= _POLL_S
+        except KeyboardInterrupt:
+            # The terminal has sent it to the ranks too: they end their step, save, and stop.
+            if interrupted:
+                raise
+            interrupted = True
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """End those that still run, first by asking."""
+    for process in ranks:
+        process.terminate()
+    for process in ranks:
+        try:
+            process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            # It waits for another rank inside a library, where no signal handler of Python's is called.
+            process.kill()
+            process.wait()
 
 
 def is_silent_rank() -> bool:

@@ -8,6 +8,7 @@ import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.launch import is_silent_rank
+from sbft.cli.starting import ctrl_c_ends_at_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +22,7 @@ def train(
         str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Data to measure the result on.")] = None,
     method: Annotated[str | None, typer.Option(help="sbft, sgd, adam, adam-accum or lora.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder for the model and its record.")] = None,
@@ -37,9 +36,9 @@ def train(
     traceback: TracebackOption = False,
 ) -> None:
     """Fine-tune a model: sbft train RECIPE, or sbft train --model M --data D."""
-    with shown_as_a_paragraph(traceback):
+    with ctrl_c_ends_at_once():
         from sbft.recipe import load_recipe, resolve
-
+    with shown_as_a_paragraph(traceback):
         chosen = resolve(
             load_recipe(
                 recipe,
@@ -54,13 +53,14 @@ def train(
         if num_processes > 1:
             flags = [flag for flag, given in {"--resume": resume, "--overwrite": overwrite}.items() if given]
             raise typer.Exit(_train_in_parallel(chosen, flags, num_processes))
-        from sbft.cli.quiet import quiet_libraries
+        with ctrl_c_ends_at_once():
+            from sbft.cli.quiet import quiet_libraries
 
-        quiet_libraries()
-        from rich.console import Console
+            quiet_libraries()
+            from rich.console import Console
 
-        from sbft.cli.progress import TrainingProgress
-        from sbft.training.run import run
+            from sbft.cli.progress import TrainingProgress
+            from sbft.training.run import run
 
         console = Console(highlight=False, quiet=is_silent_rank())
         console.print(chosen.to_yaml(), style="dim", markup=False)
@@ -108,8 +108,9 @@ def _summarize(console: Console, record: RunRecord, folder: str) -> None:
     memory = (record.peak_memory_bytes or 0) / 2**30
     above = (record.memory.get("above_baseline") or 0) / 2**30
     kind = "allocated on the GPU" if record.memory_kind == "cuda_allocated" else "resident"
+    speed = "" if record.tokens_per_s is None else f", {record.tokens_per_s:.0f} per s"
     console.print(
-        f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s:.0f} s, {record.tokens_per_s:.0f} per s. "
+        f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s or 0:.0f} s{speed}. "
         f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.\n"
         f"The model lies in {folder}, its record in {folder}/run.json.\n"
         f'Next: sbft generate {folder} "Your question"',

@@ -4,39 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from sbft.errors import SbftError, TrainingError
 from sbft.recipe import Recipe
-from sbft.training.output import RunFolder
+from sbft.training.checkpoints import find_checkpoint
+from sbft.training.output import RECIPE_FILE, RunFolder
 from sbft.training.record import RunRecord
 
 _MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory")
 
 
+@dataclass
+class Stage:
+    """How far a run has come."""
+
+    evaluating: bool = False
+    trained: bool = False
+    """Whether the trained model lies in the output folder."""
+
+
 @contextmanager
-def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> Iterator[None]:
-    """Write into the record how the run ended early, and say what can be done about it."""
+def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> Iterator[Stage]:
+    """Write into the record how the run ended early, and say what can be done about it.
+
+    Yields:
+        What the run says about how far it has come.
+    """
+    stage = Stage()
     try:
-        yield
+        yield stage
     except (Exception, KeyboardInterrupt) as error:
         told: BaseException = error
         if is_out_of_memory(error):
             record.status = "oom"
-            told = TrainingError(advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size))
+            told = TrainingError(_out_of_memory(recipe, record, stage))
             # That a model does not fit is a result too, even before there is anything to train.
             if not output.open and not output.resume:
                 output.begin(recipe)
         elif isinstance(error, KeyboardInterrupt):
-            told = TrainingError("Stopped by Ctrl-C outside the training loop. Type the command again to start over.")
-        record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}"
+            told = TrainingError(_interrupted(record, output, stage))
+        kept = _what_is_kept(output) if stage.trained else ""
+        if kept and isinstance(told, SbftError):
+            told = TrainingError(f"{told}{kept}")
+        record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}{kept}"
         # Before it has begun, a run leaves nothing behind.
         if output.open:
             output.save(record)
         if told is error:
             raise
         raise told from error
+
+
+def resume_command(record: RunRecord, output: RunFolder) -> str:
+    """What to type to go on with a run from its last checkpoint."""
+    ranks = f" --num-processes {record.world_size}" if record.world_size > 1 else ""
+    return f"sbft train {output.folder}/{RECIPE_FILE} --resume{ranks}"
+
+
+def _what_is_kept(output: RunFolder) -> str:
+    return f" The trained model lies in {output.folder}. To measure it, type: sbft eval {output.folder}"
+
+
+def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
+    if stage.trained:
+        return "Stopped by Ctrl-C after training, before all was measured."
+    checkpoint = find_checkpoint(output.folder) if output.open else None
+    if checkpoint is not None:
+        return (
+            f"Stopped by Ctrl-C; the last checkpoint lies in {checkpoint}. To go on, type: "
+            f"{resume_command(record, output)}"
+        )
+    return "Stopped by Ctrl-C, with no checkpoint to go on from. Type the command again to start over."
+
+
+def _out_of_memory(recipe: Recipe, record: RunRecord, stage: Stage) -> str:
+    if stage.evaluating:
+        return evaluation_advice(recipe, trained=stage.trained)
+    return advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size)
+
+
+def evaluation_advice(recipe: Recipe, *, trained: bool) -> str:
+    """Sentences that say what to type when memory ran out while the model was measured.
+
+    Args:
+        recipe: the resolved recipe.
+        trained: whether it was the trained model; measuring the untrained one can be left out.
+    """
+    settings = recipe.evaluation
+    size = settings.batch_size
+    switch = (
+        f"evaluation.batch_size={size // 2}" if size > 1 else f"data.max_length={max(recipe.data.max_length // 2, 1)}"
+    )
+    which = "trained" if trained else "untrained"
+    others = ["--set evaluation.limit=N to measure on fewer examples"]
+    if not trained:
+        others.append("--set evaluation.before=false to leave this measurement out")
+    return (
+        f"Out of memory while the {which} model was measured, {size} examples at once. What lowers it most: add "
+        f"--set {switch}. Or add {', or '.join(others)}."
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,16 +7,21 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopBetweenSteps(TrainerCallback):
-    """While entered, Ctrl-C and SIGTERM let the step end, save a checkpoint and stop; a second one stops at once."""
+    """While entered, Ctrl-C and SIGTERM let the step end, save a checkpoint and stop; a second one stops at once.
+
+    Of several ranks, all stop after the same step as soon as one of them was told to.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._heard = False
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopBetweenSteps:
@@ -33,15 +38,25 @@ class StopBetweenSteps(TrainerCallback):
         self._former = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        # Not `requested`: another rank may have told this one before its own signal came.
+        if self._heard:
             raise KeyboardInterrupt
-        self.requested = True
+        self._heard = self.requested = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask the trainer for a checkpoint and an end, if a signal came during the step."""
-        if self.requested and state.global_step < state.max_steps:
+        if state.global_step < state.max_steps and self._agreed(args):
+            self.requested = True
             control.should_save = True
             control.should_training_stop = True
         return control
+
+    def _agreed(self, args: TrainingArguments) -> bool:
+        """Whether any rank is asked to stop."""
+        if args.world_size == 1:
+            return self.requested
+        asked = torch.tensor(int(self.requested), device=args.device)
+        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+        return bool(asked)

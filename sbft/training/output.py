@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+import yaml
 
 from sbft.errors import TrainingError
 from sbft.recipe import Recipe
+from sbft.training.checkpoints import cut_off_checkpoints, find_checkpoint
 from sbft.training.record import FILE_NAME, RunRecord
 
 RECIPE_FILE = "recipe.yaml"
 # What is left where a run failed before it had trained anything: nobody misses it.
 _FAILED_EARLY = {FILE_NAME, RECIPE_FILE}
+# What a run cannot change half-way: other weights or other examples, or what a checkpoint brings back whatever the
+# recipe says.
+_FIXED = ("model", "method", "dtype", "data", "lora", "optimizer", "training.seed", "training.learning_rate")
+_FREE = ("optimizer.gradient_release",)
 
 
 def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -26,12 +33,14 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise TrainingError("--resume and --overwrite are both given: one goes on, one begins anew. Keep one.")
-    if folder.exists() and not folder.is_dir():
-        raise TrainingError(f"The output folder {folder} is a file. Type another --output-dir.")
+    _check_it_can_be_written(folder)
     if resume:
         if find_checkpoint(folder) is None:
+            cut_off = cut_off_checkpoints(folder)
+            found = f"only {cut_off[0].name}, which was cut off while being written" if cut_off else "no checkpoint"
+            way = "with --overwrite in place of" if cut_off else "without"
             raise TrainingError(
-                f"There is no checkpoint in {folder}, so nothing to resume. Type the same command without --resume."
+                f"There is {found} in {folder}, so nothing to resume. Type the same command {way} --resume."
             )
         return
     if not folder.is_dir():
@@ -56,9 +65,78 @@ def _failed(folder: Path) -> bool:
     return (folder / FILE_NAME).is_file() and RunRecord.load(folder).status != "ok"
 
 
-def find_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in the folder of a run; None if it has none."""
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+def _check_it_can_be_written(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before hours or a download have gone into what it shall hold."""
+    there = folder.absolute()
+    while not (there.exists() or there.is_symlink()):
+        there = there.parent
+    if not there.is_dir():
+        what = "is a file" if there == folder.absolute() else f"cannot be made, because {there} is no folder"
+        raise TrainingError(f"The output folder {folder} {what}. Type another --output-dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TrainingError(
+            f"The output folder {folder} cannot be written, because {there} gives no permission to. "
+            "Change that, or type another --output-dir."
+        )
+
+
+def check_nothing_needed_is_removed(folder: Path, recipe: Recipe) -> None:
+    """Refuse to empty a folder that holds what the run reads.
+
+    Raises:
+        TrainingError: if the model or the data lie in it.
+    """
+    data = recipe.data
+    sources = {
+        "model": recipe.model,
+        "data.train": data.train,
+        "data.validation": data.validation,
+        "data.eval": data.eval,
+    }
+    whole = folder.resolve()
+    for key, source in sources.items():
+        if source is None or not Path(source).exists():
+            continue
+        path = Path(source).resolve()
+        if path == whole or whole in path.parents:
+            raise TrainingError(
+                f"--overwrite would empty {folder}, in which {key} ({source}) lies. Type another --output-dir."
+            )
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on from the checkpoint of another run. Changes nothing.
+
+    Raises:
+        TrainingError: if the folder's recipe has another model, other data, or anything else that its checkpoint fixes.
+    """
+    path = folder / RECIPE_FILE
+    if not path.is_file():
+        return
+    former = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    wanted = _flat(yaml.safe_load(recipe.to_yaml()))
+    differing = [
+        f"{key} (there {former.get(key)}, here {wanted.get(key)})"
+        for key in sorted(former.keys() | wanted.keys())
+        if former.get(key) != wanted.get(key) and _is_under(key, _FIXED) and not _is_under(key, _FREE)
+    ]
+    if differing:
+        raise TrainingError(
+            f"The run in {folder} was begun with another recipe, so --resume would mix two: they differ in "
+            f"{', '.join(differing)}. To go on with it, type: sbft train {path} --resume. To replace it, give "
+            "--overwrite in place of --resume."
+        )
+
+
+def _is_under(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, as `--set` takes them."""
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {key: value for name, inner in tree.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
 
 
 def _make_folder(folder: Path, *, empty: bool) -> None:

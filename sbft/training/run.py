@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sbft import metrics
@@ -22,10 +23,16 @@ from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_by
 from sbft.models import load_tokenizer
 from sbft.recipe import Recipe, resolve
 from sbft.training.card import write_card
-from sbft.training.failures import failures_recorded
+from sbft.training.checkpoints import MarkComplete, cut_off_checkpoints, find_checkpoint
+from sbft.training.failures import failures_recorded, resume_command
 from sbft.training.interrupt import StopBetweenSteps
 from sbft.training.methods import prepare_model, training_arguments
-from sbft.training.output import RECIPE_FILE, RunFolder, check_output_folder, find_checkpoint
+from sbft.training.output import (
+    RunFolder,
+    check_nothing_needed_is_removed,
+    check_output_folder,
+    check_same_recipe,
+)
 from sbft.training.record import RunRecord, git_commit, quantiles, versions
 from sbft.training.trainer import SmallBatchTrainer
 
@@ -59,6 +66,10 @@ def run(
     recipe = resolve(recipe)
     folder = Path(str(recipe.output_dir))
     check_output_folder(folder, resume=resume, overwrite=overwrite)
+    if overwrite:
+        check_nothing_needed_is_removed(folder, recipe)
+    if resume:
+        check_same_recipe(folder, recipe)
     record = _begin(recipe)
     arguments = training_arguments(recipe, folder)
     output = RunFolder(folder, resume, main=arguments.process_index == 0)
@@ -68,7 +79,7 @@ def run(
     splits = read_splits(recipe)
     examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
     say(_describe(report, splits))
-    with failures_recorded(recipe, record, output):
+    with failures_recorded(recipe, record, output) as stage:
         say(f"Loading {recipe.model}")
         model = prepare_model(recipe)
         stop = StopBetweenSteps()
@@ -78,28 +89,43 @@ def run(
             train_dataset=examples,
             data_collator=Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,
-            callbacks=[*callbacks, stop],
+            callbacks=[*callbacks, stop, MarkComplete()],
         )
         trainer.remove_callback(PrinterCallback)
         _describe_in_record(record, recipe, model, arguments.world_size, report, splits)
-        checkpoint = find_checkpoint(folder) if resume else None
-        if resume:
-            _continue(record, folder)
+        checkpoint = _checkpoint_to_resume(folder, say) if resume else None
+        former = _former_record(folder) if resume else None
+        if former is not None:
+            record.metrics_before, record.train_s = former.metrics_before, former.train_s
         output.begin(recipe)
         output.save(record)
-        if recipe.evaluation.before and not record.metrics_before:
+        rows = evaluation_rows(splits)
+        if rows is not None and recipe.evaluation.before and not record.metrics_before:
             say("Measuring the untrained model")
+            stage.evaluating = True
             record.metrics_before = _evaluate(recipe, model, tokenizer, splits, record)
+            stage.evaluating = False
             output.save(record)
-        _train(trainer, stop, checkpoint, record, say)
-        say("Measuring the trained model")
-        predictions = folder / PREDICTIONS_FILE if output.main else None
-        record.metrics = _evaluate(recipe, model, tokenizer, splits, record, predictions)
+        if checkpoint is not None and _all_steps_done(trainer, checkpoint):
+            say(f"All steps are done in {checkpoint}")
+            _take_over(trainer, checkpoint, record, former)
+        else:
+            _train(trainer, stop, checkpoint, output, record, former, say)
+        # Before anything is measured: hours of training are not lost to what goes wrong there.
         if output.main:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            write_card(record, folder)
+        stage.trained = True
+        output.save(record)
+        if rows is not None:
+            say("Measuring the trained model")
+            stage.evaluating = True
+            predictions = folder / PREDICTIONS_FILE if output.main else None
+            record.metrics = _evaluate(recipe, model, tokenizer, splits, record, predictions)
+            stage.evaluating = False
         record.status, record.error = "ok", None
+        if output.main:
+            write_card(record, folder)
         output.save(record)
     return record
 
@@ -190,14 +216,24 @@ def _describe(report: FormatReport, splits: Splits) -> str:
     if report.truncated:
         told.append(f"{report.truncated} cut off at data.max_length")
     if report.dropped:
-        told.append(f"{report.dropped} left out, because no answer was left after the cut")
+        told.append(f"{report.dropped} left out, because nothing to learn was left after the cut at data.max_length")
+    if report.empty:
+        told.append(f"{report.empty} left out, because they are empty")
+    if report.unanswered:
+        told.append(f"{report.unanswered} left out, because no turn in them is the assistant's")
     if splits.dropped_overlap:
         told.append(f"{splits.dropped_overlap} left out, because the evaluation asks the same")
     return "; ".join(told)
 
 
 def _train(
-    trainer: SmallBatchTrainer, stop: StopBetweenSteps, checkpoint: str | None, record: RunRecord, say: Say
+    trainer: SmallBatchTrainer,
+    stop: StopBetweenSteps,
+    checkpoint: str | None,
+    output: RunFolder,
+    record: RunRecord,
+    former: RunRecord | None,
+    say: Say,
 ) -> None:
     """The training loop, and everything about it that is measured."""
     say("Training")
@@ -222,15 +258,53 @@ def _train(
         record.skipped_steps = trainer.skipped_steps
         record.step_s = quantiles(trainer.step_seconds)
         record.optimizer_s = quantiles(trainer.optimizer_seconds)
-    record.train_loss = outcome.training_loss
-    # Of a resumed run, the steps of this session alone.
-    record.tokens_per_s = record.tokens / max(record.steps, 1) * len(trainer.step_seconds) / elapsed
+        record.tokens_per_s = trainer.tokens_of_this_session / elapsed
+        if former is not None:
+            _keep_the_higher_peak(record, former)
+    # The trainer's is the mean over this session's steps, and nobody has kept the losses of those before.
+    record.train_loss = None if checkpoint is not None else outcome.training_loss
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-        folder = Path(str(trainer.args.output_dir))
         raise TrainingError(
             f"Stopped by Ctrl-C after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies "
-            f"in {find_checkpoint(folder)}. To go on, type: sbft train {folder}/{RECIPE_FILE} --resume"
+            f"in {find_checkpoint(output.folder)}. To go on, type: {resume_command(record, output)}"
         )
+
+
+def _checkpoint_to_resume(folder: Path, say: Say) -> str | None:
+    checkpoint = find_checkpoint(folder)
+    if cut_off := cut_off_checkpoints(folder):
+        names = ", ".join(path.name for path in cut_off)
+        say(f"Warning: {names} was cut off while being written; going on from {checkpoint} instead")
+    return checkpoint
+
+
+def _all_steps_done(trainer: SmallBatchTrainer, checkpoint: str) -> bool:
+    """Whether a checkpoint is that of the last step, after which the trainer's loop would make one more."""
+    *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return state.global_step >= max_steps
+
+
+def _take_over(trainer: SmallBatchTrainer, checkpoint: str, record: RunRecord, former: RunRecord | None) -> None:
+    """The weights of a checkpoint with nothing left to train, and what its run has measured of the training."""
+    trainer._load_from_checkpoint(checkpoint)
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    record.steps = state.global_step
+    record.tokens, record.skipped_steps = trainer.counted_in(state) or (0, 0)
+    if former is None:
+        return
+    for name in ("peak_memory_bytes", "memory_kind", "memory", "step_s", "optimizer_s", "tokens_per_s"):
+        setattr(record, name, getattr(former, name))
+    if former.steps == record.steps:
+        record.train_loss = former.train_loss
+
+
+def _keep_the_higher_peak(record: RunRecord, former: RunRecord) -> None:
+    """The peak of a resumed run is the highest of its sessions, with what belongs to it."""
+    if former.memory_kind == record.memory_kind and (former.peak_memory_bytes or 0) > (record.peak_memory_bytes or 0):
+        record.peak_memory_bytes = former.peak_memory_bytes
+        for part in ("baseline", "above_baseline", "reserved_peak"):
+            record.memory[part] = former.memory.get(part)
 
 
 def evaluation_rows(splits: Splits) -> Dataset | None:
@@ -272,10 +346,9 @@ def _evaluate(
     return metrics
 
 
-def _continue(record: RunRecord, folder: Path) -> None:
-    """Take over what the interrupted run in this folder has measured."""
+def _former_record(folder: Path) -> RunRecord | None:
+    """What the interrupted run in this folder has measured."""
     try:
-        former = RunRecord.load(folder)
+        return RunRecord.load(folder)
     except FileNotFoundError:
-        return
-    record.metrics_before, record.train_s = former.metrics_before, former.train_s
+        return None

@@ -27,6 +27,7 @@ _OPTIMIZERS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw":
 # Up to this length, torch's plain attention is faster than its flash kernel on a CPU in bfloat16 (forward and backward,
 # 9 heads of 64, 2 cores: 1.2 against 15.9 ms at 40 tokens, 20 against 52 at 256, but 183 against 66 at 512).
 _PLAIN_ATTENTION_TOKENS = 256
+_COUNTED = "SmallBatchMixin"
 
 
 class _NonFiniteLoss(Exception):
@@ -53,7 +54,8 @@ class SmallBatchMixin(_Base):
         step_seconds: wall time of every finished step, data loading included.
         optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them.
         tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint.
-        skipped_steps: steps left out because their loss was not finite.
+        skipped_steps: steps left out because their loss was not finite, also those before a resumed checkpoint.
+        tokens_of_this_session: those of `tokens_seen` that came after the resumed checkpoint.
     """
 
     args: Any
@@ -64,6 +66,7 @@ class SmallBatchMixin(_Base):
         self.optimizer_seconds: list[float] = []
         self.tokens_seen = 0
         self.skipped_steps = 0
+        self.tokens_of_this_session = 0
         self._skipped_in_a_row = 0
         self._skip_this_step = False
         self._in_training_step = False
@@ -157,7 +160,7 @@ class SmallBatchMixin(_Base):
         """As in `Trainer`; what is attached to the model for training is taken off however it ends."""
         self.step_seconds.clear()
         self.optimizer_seconds.clear()
-        self.tokens_seen = self.skipped_steps = self._skipped_in_a_row = 0
+        self.tokens_seen = self.skipped_steps = self._skipped_in_a_row = self.tokens_of_this_session = 0
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -174,9 +177,13 @@ class SmallBatchMixin(_Base):
         head = self._find_head()
         if head is not None:
             self._tied = self._attached.enter_context(TiedEmbedding(self.model, head))
+        counted = self.counted_in(self.state)
+        if counted is not None:
+            self.tokens_seen, self.skipped_steps = counted
+        elif optimizer is not None:
+            self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
         if optimizer is None:
             return
-        self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
             self._attached.enter_context(optimizer.release_gradients())
@@ -238,6 +245,7 @@ class SmallBatchMixin(_Base):
             self._update_ends()
             self._skipped_in_a_row = 0
             self.tokens_seen += self._step_tokens
+            self.tokens_of_this_session += self._step_tokens
             return
         self.accelerator.gradient_state._set_sync_gradients(True)
         self.skipped_steps += 1
@@ -252,6 +260,15 @@ class SmallBatchMixin(_Base):
     def _after_step(self) -> None:
         self.step_seconds.append(time.perf_counter() - self._step_began)
         self.optimizer_seconds.append(self._optimizer_time)
+        counted = {"tokens_seen": self.tokens_seen, "skipped_steps": self.skipped_steps}
+        # Where the trainer keeps callbacks' states in a checkpoint; it brings them back only where asked to.
+        _kept_states(self.state)[_COUNTED] = {"args": {}, "attributes": counted}
+
+    @staticmethod
+    def counted_in(state: TrainerState) -> tuple[int, int] | None:
+        """Tokens seen and steps skipped until a state was saved; None if it was not this trainer that saved it."""
+        kept = _kept_states(state).get(_COUNTED)
+        return None if kept is None else (kept["attributes"]["tokens_seen"], kept["attributes"]["skipped_steps"])
 
     # The loss
 
@@ -388,6 +405,13 @@ class _StepEvents(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The step is counted; logging and saving come after."""
         self._trainer._after_step()
+
+
+def _kept_states(state: TrainerState) -> dict[str, Any]:
+    """Declared as the list of callbacks that it is made from."""
+    states: Any = state.stateful_callbacks
+    kept: dict[str, Any] = states
+    return kept
 
 
 def _count_tokens(batch: dict[str, Any]) -> int:
