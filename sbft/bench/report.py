@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sbft.errors import DataError, MissingPackageError
+from sbft.install import how_to_install
 from sbft.training.record import FILE_NAME, RunRecord
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingPackageError("The picture is drawn by matplotlib. Type: pip install 'sbft[report]'") from error
+        raise MissingPackageError("The picture is drawn by matplotlib. " + how_to_install("'sbft[report]'")) from error
     names = list(records)
     figure = Figure(figsize=(9, 1.4 + 0.62 * len(names)), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))

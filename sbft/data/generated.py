@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sbft.errors import DataError, MissingPackageError
+from sbft.install import how_to_install
 
 PREFIX = "generated:"
 
@@ -63,7 +64,7 @@ def _create(name: str, *, seed: int, size: int, options: dict[str, Any]) -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"The data {PREFIX}{name} is made by the package reasoning-gym, which is not installed. "
-            'Type: pip install "sbft[tasks]"'
+            + how_to_install("'sbft[tasks]'")
         ) from error
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3)

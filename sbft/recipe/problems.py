@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sbft import metrics
+from sbft.install import how_to_install
 from sbft.methods import METHODS
 from sbft.recipe.defaults import EXCLUSIVE, complete
 from sbft.recipe.draft import Draft, Key
@@ -159,7 +160,7 @@ def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple
     if method.package and importlib.util.find_spec(method.package) is None:
         yield (
             ("method",),
-            f"is {name}, which needs the package {method.package}. Type: pip install 'sbft[{method.extra}]'",
+            f"is {name}, which needs the package {method.package}. " + how_to_install(f"'sbft[{method.extra}]'"),
         )
     for name_of_one in reporters(content.get("training", {}).get("report_to")):
         package = REPORTERS.get(name_of_one)

