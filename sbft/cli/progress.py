@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sbft.memory import current_peak_bytes
@@ -38,14 +39,17 @@ class TrainingProgress(TrainerCallback):
         # The clock of a resumed run starts at the checkpoint's tokens, which nobody has told yet.
         self._tokens, self._tokens_per_s = (0 if state.global_step == 0 else -1, self._began), None
         if self._console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._console)
+            # The bar takes what the figures leave of the line: of 80 columns, about ten.
+            columns = (
+                BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+            )
+            self._bar = Progress(*columns, console=self._console, expand=True)
             self._bar.start()
             self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar on."""
         now = time.perf_counter()
         if self._bar is not None and (now - self._drawn > _REDRAW_EVERY_S or state.global_step == state.max_steps):

@@ -115,3 +115,25 @@ def test_packages_that_are_imported_along_say_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_the_progress_of_a_long_run_fits_80_columns() -> None:
+    import io
+    from types import SimpleNamespace
+    from typing import Any
+
+    from rich.console import Console
+
+    from sbft.cli.progress import TrainingProgress
+
+    out = io.StringIO()
+    progress = TrainingProgress(Console(file=out, force_terminal=True, width=80, color_system=None))
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=54_000)
+    arguments: Any = None
+    progress.on_train_begin(arguments, state, arguments)
+    state.global_step = 5_400
+    progress.on_log(arguments, state, arguments, logs={"loss": 12.345, "tokens_seen": 1_000_000})
+    progress.on_step_end(arguments, state, arguments)
+    progress.close()
+    last = out.getvalue().splitlines()[-2 if out.getvalue().endswith("\n") else -1]
+    assert "5400/54000 loss 12.345" in last and " left" in last and "…" not in out.getvalue()
