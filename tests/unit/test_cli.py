@@ -135,5 +135,5 @@ def test_the_progress_of_a_long_run_fits_80_columns() -> None:
     progress.on_log(arguments, state, arguments, logs={"loss": 12.345, "tokens_seen": 1_000_000})
     progress.on_step_end(arguments, state, arguments)
     progress.close()
-    last = out.getvalue().splitlines()[-2 if out.getvalue().endswith("\n") else -1]
+    last = next(line for line in reversed(out.getvalue().splitlines()) if "5400/" in line)
     assert "5400/54000 loss 12.345" in last and " left" in last and "…" not in out.getvalue()
