@@ -1,12 +1,13 @@
 """The `sbft` command: one short file a verb, heavy imports inside the functions."""
 
-from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.cli.starting import end_at_once_on_ctrl_c
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the `sbft` command."""
-    with ctrl_c_ends_at_once():
-        from sbft.cli.app import main as run_command
+    end_at_once_on_ctrl_c()
+    from sbft.cli.app import main as run_command
+
     run_command()

@@ -24,7 +24,12 @@ def ctrl_c_ends_at_once() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        signal.signal(signal.SIGINT, signal.default_int_handler if former is _end else former)
+
+
+def end_at_once_on_ctrl_c() -> None:
+    """As `ctrl_c_ends_at_once`, until one that is entered later is left."""
+    signal.signal(signal.SIGINT, _end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

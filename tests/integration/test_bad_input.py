@@ -119,7 +119,7 @@ def test_no_example_left(refused: Any) -> None:
 
 
 def test_unknown_metric(refused: Any) -> None:
-    assert "Did you mean exact_match?" in refused("--set", "evaluation.metrics=[exact_mach]")
+    assert "the nearest is exact_match" in refused("--set", "evaluation.metrics=[exact_mach]")
 
 
 def test_evaluation_question_also_in_training(refused: Any, tmp_path: Path) -> None:
@@ -159,8 +159,34 @@ def test_output_folder_that_is_not_empty(refused: Any, tmp_path: Path) -> None:
     assert "no run of sbft has made" in refused("--overwrite")
 
 
-def test_nothing_to_resume(refused: Any) -> None:
+def test_output_folder_that_cannot_be_made(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "note").write_text("a file")
+    # Found before data and model are looked at: neither exists.
+    missing = {"model": "nobody/none", "data": "none.jsonl"}
+    said = refused(**missing, output_dir=tmp_path / "note" / "runs" / "mine")
+    assert f"{tmp_path / 'note'} is no folder" in said and "--output-dir" in said
+    assert "is a file" in refused(**missing, output_dir=tmp_path / "note")
+    monkeypatch.setattr("sbft.training.output.os.access", lambda path, mode: path != tmp_path)
+    assert "no permission" in refused(**missing)
+
+
+def test_overwriting_the_folder_that_the_model_or_the_data_lie_in(refused: Any, tmp_path: Path, data: Path) -> None:
+    out = tmp_path / "out"
+    save_tiny(out)
+    RunRecord(method="sbft", model="m", dataset="d", seed=0, status="ok").save(out)
+    assert "in which model (" in refused("--overwrite", model=out)
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    assert "in which model (" in refused("--overwrite", model=link)
+    inside = out / "train.jsonl"
+    inside.write_bytes(data.read_bytes())
+    assert "in which data.train (" in refused("--overwrite", data=inside)
+
+
+def test_nothing_to_resume(refused: Any, tmp_path: Path) -> None:
     assert "no checkpoint" in refused("--resume")
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    assert "only checkpoint-3, which was cut off" in refused("--resume")
 
 
 # ---- what needs a process of its own -----------------------------------------------------------------------------
@@ -225,12 +251,18 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_exactly(tmp_path: Path, tiny_dir: 
     assert (one.status, one.steps, one.tokens) == ("ok", 200, other.tokens)
 
 
-def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, tiny_dir: Path, data: Path) -> None:
-    command = [sys.executable, "-m", "sbft", "train", "--model", str(tiny_dir), "--data", str(data)]
+@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 2.0])  # it is importing sbft, pydantic, torch, transformers
+def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, tiny_dir: Path, data: Path, seconds: float) -> None:
+    command = ["sbft", "train", "--model", str(tiny_dir), "--data", str(data)]
+    # Python itself prints a traceback until sbft is imported, so the time counts from there.
+    code = "import sbft.cli, sys; print(flush=True); sys.argv = sys.argv[1:]; sbft.cli.main()"
     running = subprocess.Popen(
-        [*command, "--output-dir", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    )
-    time.sleep(1.0)  # it is importing torch, which takes longer
+        [sys.executable, "-c", code, *command, "--output-dir", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert running.stdout is not None
+    running.stdout.readline()
+    time.sleep(seconds)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 2 and "Stopped by Ctrl-C" in said and "Traceback" not in said

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from sbft.cli.launch import _end, _wait
 from sbft.errors import DataError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.failures import advice, failures_recorded, is_out_of_memory
+from sbft.training.failures import advice, evaluation_advice, failures_recorded, is_out_of_memory
 from sbft.training.interrupt import StopBetweenSteps
 from sbft.training.output import RunFolder, check_output_folder
 from sbft.training.record import RunRecord
@@ -52,6 +57,64 @@ def test_the_advice_names_the_largest_part_and_a_switch_for_it(
     sizes = {name: None if size is None else size * GIB for name, size in memory.items()}
     said = advice(recipe, sizes, 16 * GIB, recipe.training["per_device_train_batch_size"])
     assert f"Largest were the {largest}" in said and switch in said
+
+
+def test_the_advice_for_an_evaluation_is_about_the_evaluation() -> None:
+    before = evaluation_advice(given("evaluation.batch_size=8"), trained=False)
+    for part in ("untrained", "8 examples", "evaluation.batch_size=4", "evaluation.limit=", "evaluation.before=false"):
+        assert part in before
+    assert "gradient" not in before
+    after = evaluation_advice(given("evaluation.batch_size=1"), trained=True)
+    assert "evaluation.before" not in after and "batch_size=" not in after and "data.max_length=" in after
+
+
+# A rank that says when it got a signal, and ends when it is done with what it was doing.
+RANK = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(99))
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+print(flush=True)
+while len(heard) < int(sys.argv[1]): time.sleep(0.01)
+time.sleep(float(sys.argv[2]))
+sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(("signals", "code"), [(1, 2), (2, 99)])
+def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(signals: int, code: int) -> None:
+    command = [sys.executable, "-c", RANK, "1"]
+    # The first ends at once, as a rank that writes nothing does; the other still saves.
+    ranks = [
+        subprocess.Popen([*command, str(rest)], stdout=subprocess.PIPE) for rest in (0.0, 1.0 if signals == 1 else 60)
+    ]
+    for rank in ranks:
+        assert rank.stdout is not None
+        rank.stdout.readline()
+
+    def ctrl_c() -> None:
+        for count in range(signals):
+            time.sleep(0.3)
+            if count == 0:
+                for rank in ranks:
+                    rank.send_signal(signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presses = threading.Thread(target=ctrl_c)
+    presses.start()
+    try:
+        if signals == 1:
+            assert _wait(ranks) == 2
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                _wait(ranks)
+    finally:
+        presses.join()
+        _end(ranks)
+        for rank in ranks:
+            assert rank.stdout is not None
+            rank.stdout.close()
+    assert [rank.returncode for rank in ranks] == [2, code]
 
 
 def failing(error: BaseException, folder: Path, *, begun: bool, resume: bool = False) -> RunRecord:
