@@ -236,5 +236,5 @@ def test_on_a_terminal_there_is_a_bar(tiny_dir: Path, data: Path, tmp_path: Path
     run(recipe, callbacks=[TrainingProgress(terminal)])
     assert isinstance(terminal.file, io.StringIO)
     shown = terminal.file.getvalue()
-    for part in ("training", "12/12", "loss ", "tokens/s", "peak ", "0:00 left"):
+    for part in ("━", "12/12", "loss ", "tokens/s", "peak ", "0:00 left"):
         assert part in shown

@@ -101,6 +101,7 @@ def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(sign
             os.kill(os.getpid(), signal.SIGINT)
 
     presses = threading.Thread(target=ctrl_c)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the workers of pytest-xdist ignore it
     presses.start()
     try:
         if signals == 1:
@@ -110,6 +111,7 @@ def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(sign
                 _wait(ranks)
     finally:
         presses.join()
+        signal.signal(signal.SIGINT, before)
         _end(ranks)
         for rank in ranks:
             assert rank.stdout is not None
