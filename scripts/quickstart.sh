@@ -15,10 +15,6 @@ bash scripts/setup.sh
 sbft="${VIRTUAL_ENV:-$PWD/.venv}/bin/sbft"
 runs="${QUICKSTART_DIR:-runs/quickstart}"
 
-# What one layer frees the next one wants: memory that stays with the process need not be cleared anew by the system. Steps
-# took 5 to 9% less time on two cores, at the same peak (64 tokens, 233 against 239 MiB above the model).
-export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-536870912}" MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-33554432}"
-
 train() { # recipe, name of its run, further arguments
     echo
     echo "== sbft train $1"
