@@ -37,25 +37,12 @@ def evaluate(
 
         quiet_libraries()
         from sbft.cli.load import load_for_use
-        from sbft.evaluation import evaluate as measure
-        from sbft.training.run import rendering
+        from sbft.training.run import measure
 
         rows = _rows(recipe, data)
         loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
-        settings = recipe.evaluation
-        metrics = measure(
-            loaded,
-            tokenizer,
-            rows,
-            metrics=settings.metrics,
-            metric_options=settings.metric_options,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            predictions_path=predictions,
-            **rendering(recipe),
-        )
-        _print(metrics, min(len(rows), settings.limit or len(rows)), json_output)
+        metrics = measure(recipe, loaded, tokenizer, rows, predictions)
+        _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
 
 
 def _recipe_of(

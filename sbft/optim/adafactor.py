@@ -92,7 +92,7 @@ class Adafactor(TokenOptimizer):
             if not (group[name] > 0 and math.isfinite(group[name])):
                 raise ValueError(f"{name} must be a positive, finite number, got {group[name]!r}")
 
-    def _second_moment_weight(self, group: dict[str, Any], state: dict[str, Tensor]) -> float:
+    def _second_moment_weight(self, group: dict[str, Any]) -> float:
         if group["schedule"] == "half_life":
             return self._average_weight(group, _SECOND_MOMENT)
         return (self.clock.steps + 1.0) ** -group["beta2"]
@@ -104,7 +104,7 @@ class Adafactor(TokenOptimizer):
             _init_state(param, state)
         version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
         settings = {
-            "average_weight": self._second_moment_weight(group, state),
+            "average_weight": self._second_moment_weight(group),
             "lr": float(group["lr"]),
             "relative_step": group["relative_step"],
             "clip_threshold": group["clip_threshold"],

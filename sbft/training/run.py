@@ -324,26 +324,37 @@ def _evaluate(
     if rows is None:
         return {}
     begin = time.perf_counter()
-    settings = recipe.evaluation
     with PeakMemory() as peak:
-        metrics = evaluate(
-            model,
-            tokenizer,
-            rows,
-            metrics=settings.metrics,
-            metric_options=settings.metric_options,
-            max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
-            limit=settings.limit,
-            predictions_path=predictions,
-            **rendering(recipe),
-        )
+        metrics = measure(recipe, model, tokenizer, rows, predictions)
     record.eval_s = time.perf_counter() - begin
     record.memory["evaluation_peak"] = max(peak.peak_bytes, record.memory.get("evaluation_peak") or 0)
     record.evaluated_on = "eval" if splits.eval is not None else "validation"
     if predictions is not None and predictions.exists():
         record.predictions = predictions.name
     return metrics
+
+
+def measure(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    predictions: Path | None = None,
+) -> dict[str, float]:
+    """Measure a model on `rows` as a resolved recipe says; `predictions` is the JSONL file for its answers, if any."""
+    settings = recipe.evaluation
+    return evaluate(
+        model,
+        tokenizer,
+        rows,
+        metrics=settings.metrics,
+        metric_options=settings.metric_options,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        predictions_path=predictions,
+        **rendering(recipe),
+    )
 
 
 def _former_record(folder: Path) -> RunRecord | None:
