@@ -110,6 +110,16 @@ def test_answers_do_not_depend_on_batching_and_keep_their_order(kind: str) -> No
         assert generate_answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=batch_size) == expected
 
 
+def test_the_head_sees_contiguous_inputs_and_no_hook_stays() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    seen = []
+    head: Any = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
+    generate_answers(model, tokenizer, encode_prompts(ROWS, tokenizer), max_new_tokens=2, batch_size=4)
+    assert len(seen) > 1 and all(seen)
+    assert not head._forward_pre_hooks
+
+
 def test_checkpoints_that_ask_for_sampling_are_still_greedy() -> None:
     model, tokenizer = tiny_model(dtype=torch.float32), tiny_tokenizer()
     prompts = encode_prompts(ROWS, tokenizer)
