@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sbft.huge_pages import in_huge_pages
+
 # 64 MiB of float32, 341 rows of a 49152-token vocabulary. One piece needs three products of the head's size and slices
 # four: 52 against 73 ms for 40 rows on two cores.
 PIECE_ELEMENTS = 2**24
@@ -120,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits * grad_loss
             grads = (
                 grad_logits @ weight if needs_hidden else None,
-                grad_logits.T @ hidden if needs_weight else None,
+                _weight_gradient(grad_logits, hidden, weight) if needs_weight else None,
                 grad_logits.sum(0) if needs_bias else None,
             )
         else:
@@ -150,6 +152,14 @@ def _one_piece(
     return loss, _through_head(grad, tanh, weight_of_row, scale).to(hidden.dtype)
 
 
+def _weight_gradient(grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """`grad_logits.T @ hidden`, (vocabulary, hidden size)."""
+    if weight.device.type == "cpu":
+        # A product with a transposed view takes twice as long (49152 x 576, 2 to 64 rows, one core: 17 against 8 ms).
+        grad_logits = grad_logits.T.contiguous().T
+    return torch.mm(grad_logits.T, hidden, out=in_huge_pages(torch.empty_like(weight)))
+
+
 def _sliced_gradients(
     ctx: Any, grad_loss: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -157,7 +167,7 @@ def _sliced_gradients(
     bias = rest[0] if ctx.has_bias else None
     weight_of_row, scale, softcap = ctx.settings
     grad_hidden = torch.zeros(hidden.shape, device=hidden.device) if needs_hidden else None
-    grad_weight = torch.empty_like(weight) if needs_weight else None
+    grad_weight = in_huge_pages(torch.empty_like(weight)) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
     for start in range(0, weight.shape[0], ctx.slice_size):
         logits, tanh = _logits(hidden, weight, bias, start, ctx.slice_size, scale, softcap)

@@ -216,7 +216,7 @@ def test_a_tied_embedding_makes_no_second_table_of_gradients() -> None:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal tables
             out = func(*args, **(kwargs or {}))
-            fresh = "add_" not in str(func) and "t.default" not in str(func) and "detach" not in str(func)
+            fresh = not any(name in str(func) for name in ("add_", "t.default", "detach", ".out"))
             if isinstance(out, torch.Tensor) and not out.is_sparse and out.shape == head.linear.weight.shape:
                 tables += fresh
             return out
