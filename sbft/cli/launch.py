@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from types import FrameType
 
 _POLL_S = 0.2
 # A rank that failed is often followed by the others for the same reason, of which one has yet to say it.
@@ -22,8 +24,21 @@ def launch(arguments: list[str], processes: int) -> int:
 
     Returns:
         The exit code of the first rank that failed, 0 if none did. When one fails, the others are ended; on Ctrl-C,
-        which reaches all of them, they are waited for, unless it comes twice.
+        which reaches all of them, they are waited for, unless it comes twice. When this process is told to end
+        (SIGTERM), so are they.
     """
+    former = signal.signal(signal.SIGTERM, _leave)
+    try:
+        return _launch(arguments, processes)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _launch(arguments: list[str], processes: int) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

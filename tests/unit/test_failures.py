@@ -179,3 +179,21 @@ def test_ctrl_c_waits_for_the_end_of_the_step_and_a_second_one_does_not(tmp_path
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_parent_that_is_told_to_end_ends_its_ranks(tmp_path: Path) -> None:
+    rank = tmp_path / "rank.sh"
+    rank.write_text('#!/bin/sh\necho $$ > "$0.$RANK"\nexec sleep 100\n')
+    rank.chmod(0o755)
+    code = f"import sys; sys.executable = {str(rank)!r}; from sbft.cli.launch import launch; launch([], 2)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    files = [Path(f"{rank}.{number}") for number in (0, 1)]
+    deadline = time.monotonic() + 30
+    while not all(file.exists() and file.read_text().strip() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(30) == 128 + signal.SIGTERM
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
