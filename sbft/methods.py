@@ -6,20 +6,26 @@ checking one must need neither torch nor anything above it.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 
 _SECOND_MOMENT = frozenset({"second_moment_half_life", "beta2", "eps", "weight_decay"})
 _FIRST_MOMENT = frozenset({"first_moment_half_life", "beta1"})
-_OURS = frozenset({"stochastic_rounding", "gradient_release", "max_skipped_steps", "logits_free_loss", "seed"})
+_ANY = frozenset({"max_skipped_steps", "logits_free_loss"})
+_OURS = frozenset({"stochastic_rounding", "gradient_release", "seed"}) | _ANY
+_OTHERS_ADAM = frozenset({"beta1", "beta2", "eps", "weight_decay"}) | _ANY
 
 OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
     "adafactor": _SECOND_MOMENT | _OURS | {"schedule", "relative_step", "clip_threshold"},
     "adamw": _SECOND_MOMENT | _FIRST_MOMENT | _OURS,
     "sgd": frozenset({"momentum", "momentum_half_life", "weight_decay"}) | _OURS,
-    "torch_adamw": frozenset({"beta1", "beta2", "eps", "weight_decay", "max_skipped_steps", "logits_free_loss"}),
+    "torch_adamw": _OTHERS_ADAM,
+    "bitsandbytes_adamw8bit": _OTHERS_ADAM,
+    # transformers' Trainer hands its Adafactor a learning rate and the weight decay alone.
+    "transformers_adafactor": frozenset({"weight_decay"}) | _ANY,
 }
 """The keys of a recipe's `optimizer` section that each optimizer understands."""
 
@@ -42,17 +48,23 @@ class Method:
 
     summary: str
     optimizer: str
-    """`adafactor`, `adamw` or `sgd` of sbft, or `torch_adamw`."""
+    """`adafactor`, `adamw` or `sgd` of sbft, or one that transformers' Trainer makes: `torch_adamw`,
+    `bitsandbytes_adamw8bit`, `transformers_adafactor`."""
     learning_rate: float
     dtype: str
     optimizer_defaults: dict[str, Any]
     training_defaults: dict[str, Any] = field(default_factory=dict)
     lora_defaults: dict[str, Any] | None = None
     """Settings of the adapter; None: all weights are trained."""
-    package: str | None = None
-    """The module that the method needs beyond sbft's own dependencies."""
-    extra: str | None = None
-    """The extra that installs it."""
+    quantization: Literal["nf4"] | None = None
+    """How the weights under the adapter are held; None: in the recipe's dtype."""
+    packages: dict[str, str] = field(default_factory=dict)
+    """The modules that the method needs beyond sbft's own dependencies, and the extra of sbft that installs each."""
+
+    @property
+    def missing_packages(self) -> list[str]:
+        """Those of `packages` that are not installed here."""
+        return [package for package in self.packages if importlib.util.find_spec(package) is None]
 
     @property
     def settings(self) -> frozenset[str]:
@@ -72,15 +84,22 @@ class Method:
 
 _LOW_MEMORY = {"stochastic_rounding": True, "gradient_release": True, "max_skipped_steps": 20}
 _HALF_LIFE = {"second_moment_half_life": round(FINE_TUNING_HALF_LIFE)}
-_FULL_ADAM = {
-    **_HALF_LIFE,
-    "beta1": 0.9,
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "stochastic_rounding": False,
-    "gradient_release": False,
-    "max_skipped_steps": 20,
+_ADAM = {"beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0}
+_FULL_ADAM = {**_ADAM, "stochastic_rounding": False, "gradient_release": False, "max_skipped_steps": 20}
+# What the paper (arXiv 2507.07101) compares with at batch 16: the usual beta2, per step, however many tokens it holds.
+_ADAM_OF_BATCH_16 = {**_FULL_ADAM, "beta2": 0.95}
+# torch's, bitsandbytes' and transformers' own default.
+_USUAL_ADAM = {**_ADAM, "beta2": 0.999}
+_LORA = {
+    "rank": 16,
+    "alpha": 32,
+    "dropout": 0.0,
+    "rslora": False,
+    "dora": False,
+    "target_modules": "all-linear",
 }
+# The default of transformers' TrainingArguments, which most people leave as it is.
+_USUAL_LEARNING_RATE = 5e-5
 
 METHODS: dict[str, Method] = {
     "sbft": Method(
@@ -111,24 +130,59 @@ METHODS: dict[str, Method] = {
         optimizer="adamw",
         learning_rate=1e-5,
         dtype="float32",
-        optimizer_defaults=_FULL_ADAM,
+        optimizer_defaults={**_HALF_LIFE, **_FULL_ADAM},
     ),
     "adam-accum": Method(
-        summary="As adam, with gradients accumulated over 16 batches: what is usually done, to compare with.",
+        summary="AdamW in float32, gradients accumulated over 16 examples, beta2 0.95: the usual, to compare with.",
         optimizer="adamw",
         learning_rate=1e-5,
         dtype="float32",
-        optimizer_defaults=_FULL_ADAM,
+        optimizer_defaults=_ADAM_OF_BATCH_16,
         training_defaults={"gradient_accumulation_steps": 16},
+    ),
+    "adam-batch": Method(
+        summary="As adam-accum, the 16 examples of a step as one batch.",
+        optimizer="adamw",
+        learning_rate=1e-5,
+        dtype="float32",
+        optimizer_defaults=_ADAM_OF_BATCH_16,
+        training_defaults={"per_device_train_batch_size": 16},
+    ),
+    "adam8bit": Method(
+        summary="All weights in bfloat16, AdamW8bit of bitsandbytes, gradients accumulated over 16 examples.",
+        optimizer="bitsandbytes_adamw8bit",
+        learning_rate=_USUAL_LEARNING_RATE,
+        dtype="bfloat16",
+        optimizer_defaults=_USUAL_ADAM,
+        training_defaults={"gradient_accumulation_steps": 16},
+        packages={"bitsandbytes": "bitsandbytes"},
+    ),
+    "hf-adafactor": Method(
+        summary="All weights in bfloat16 rounded to the nearest, Adafactor of transformers as its Trainer makes it.",
+        optimizer="transformers_adafactor",
+        learning_rate=_USUAL_LEARNING_RATE,
+        dtype="bfloat16",
+        # The loss from all logits, as the plain Trainer takes it.
+        optimizer_defaults={"weight_decay": 0.0, "logits_free_loss": False},
     ),
     "lora": Method(
         summary="PEFT LoRA of rank 16 on every linear layer: bfloat16 base, float32 adapters, torch's AdamW.",
         optimizer="torch_adamw",
         learning_rate=2e-4,
         dtype="bfloat16",
-        optimizer_defaults={"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
-        lora_defaults={"rank": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
-        package="peft",
-        extra="lora",
+        optimizer_defaults=_USUAL_ADAM,
+        lora_defaults=_LORA,
+        packages={"peft": "lora"},
+    ),
+    "qlora": Method(
+        summary="As lora, over a base in 4 bits: NF4 with double quantization, computing in bfloat16.",
+        optimizer="torch_adamw",
+        # That of the QLoRA paper for its models of 7 and 13 billion weights (arXiv 2305.14314).
+        learning_rate=2e-4,
+        dtype="bfloat16",
+        optimizer_defaults=_USUAL_ADAM,
+        lora_defaults=_LORA,
+        quantization="nf4",
+        packages={"peft": "lora", "bitsandbytes": "bitsandbytes"},
     ),
 }

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: hub ids, local folders (LoRA adapters among them) and the built-in small model."""
+"""Models and tokenizers by name: hub ids, local folders (LoRA adapters among them), the built-in one, random weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sbft.cache import cache_dir
 from sbft.errors import MissingPackageError, ModelError
 from sbft.hub import hub_reachable, hub_state
 from sbft.install import how_to_install
+from sbft.quantization import Quantization, keep_trainable, quantization_config, read_note
+from sbft.random_models import byte_tokenizer, is_random, random_config, random_model, training_device
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +74,9 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     Raises:
         ModelError: there is no tokenizer under this name.
     """
+    if is_random(model):
+        random_config(model)  # refuses a name that there is not
+        return byte_tokenizer()
     from transformers import AutoTokenizer
 
     folder = resolve(model)
@@ -106,17 +111,20 @@ def load_model(
     dtype: torch.dtype,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model in one dtype; a folder with a LoRA adapter loads its base with the adapter on it.
 
     Args:
-        model: hub id, folder, or `builtin:NAME`.
+        model: hub id, folder, `builtin:NAME`, or `random:NAME` for random weights.
         dtype: dtype of all weights, whatever the checkpoint holds; float16 is refused.
         trust_remote_code: run the Python code that comes with the checkpoint.
         attn_implementation: "sdpa", "eager", ...; transformers' choice when None.
+        quantization: "nf4" to hold the linear layers in 4 bits, as the base of an adapter; needs bitsandbytes. An adapter
+            that was trained on such a base loads it so by itself.
 
     Returns:
-        The model on the CPU, in evaluation mode.
+        The model on the CPU, in evaluation mode; one of random weights is made on the device that it is trained on.
 
     Raises:
         ModelError: no such model, the hub cannot be reached, no causal language model, weights missing in the
@@ -132,11 +140,16 @@ def load_model(
             "gradients vanish in it unless the loss is scaled, which one update per gradient does not allow. "
             "Use dtype: bfloat16 (or float32)."
         )
+    if is_random(model) and quantization is not None:
+        raise ModelError(f"The model {model} has random weights, which are not held in 4 bits. Take another method.")
+    if is_random(model):
+        return random_model(model, dtype=dtype, device=training_device(), attn_implementation=attn_implementation)
     folder = resolve(model)
     _check_folder(model, folder)
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file() and not (Path(folder) / "config.json").is_file():
-        return _load_adapter(folder, adapter, dtype, trust_remote_code, attn_implementation)
+        quantization = quantization or read_note(Path(folder))
+        return _load_adapter(folder, adapter, dtype, trust_remote_code, attn_implementation, quantization)
     local_only = _local_only(folder)
     _check_architecture(model, folder, trust_remote_code, local_only)
     try:
@@ -146,6 +159,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             local_files_only=local_only,
+            quantization_config=None if quantization is None else quantization_config(quantization, dtype),
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
@@ -156,6 +170,8 @@ def load_model(
             f"The checkpoint {model} lacks {len(missing)} of the weights that {type(loaded).__name__} needs, the first "
             f"{missing[0]}; they would start at random. Give a checkpoint of a complete causal language model."
         )
+    if quantization is not None:
+        keep_trainable(loaded)
     if not torch.accelerator.is_available():
         _own_weights(loaded)
     result: PreTrainedModel = loaded.eval()
@@ -173,7 +189,12 @@ def _own_weights(model: PreTrainedModel) -> None:
 
 
 def _load_adapter(
-    folder: str, config: Path, dtype: torch.dtype, trust_remote_code: bool, attn_implementation: str | None
+    folder: str,
+    config: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    quantization: Quantization | None,
 ) -> PreTrainedModel:
     try:
         from peft import PeftModel
@@ -187,7 +208,13 @@ def _load_adapter(
             f"The adapter in {folder} does not say which model it was trained on. Set base_model_name_or_path in "
             f"{config} to the id or folder of that model."
         )
-    loaded = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation)
+    loaded = load_model(
+        base,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        quantization=quantization,
+    )
     adapted: Any = PeftModel.from_pretrained(loaded, folder)
     result: PreTrainedModel = adapted.eval()
     return result

@@ -9,6 +9,7 @@ import typer
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.launch import is_silent_rank
 from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,7 +25,7 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
     data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Data to measure the result on.")] = None,
-    method: Annotated[str | None, typer.Option(help="sbft, sgd, adam, adam-accum or lora.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Folder for the model and its record.")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -112,8 +113,12 @@ def _summarize(console: Console, record: RunRecord, folder: str) -> None:
     console.print(
         f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s or 0:.0f} s{speed}. "
         f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.\n"
-        f"The model lies in {folder}, its record in {folder}/run.json.\n"
-        f'Next: sbft generate {folder} "Your question"',
+        + (
+            f"The model lies in {folder}, its record in {folder}/run.json.\n"
+            f'Next: sbft generate {folder} "Your question"'
+            if record.recipe.get("save_model", True)
+            else f"The record lies in {folder}/run.json."
+        ),
         markup=False,
         soft_wrap=True,
     )

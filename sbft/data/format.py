@@ -84,6 +84,10 @@ class Rendering:
             "data.prompt and data.completion, data.messages, or data.text."
         )
 
+    def kind_of_question(self, columns: list[str]) -> str:
+        """The same for rows that are only asked: a prompt needs no completion beside it."""
+        return "completion" if self.prompt in columns and self.messages not in columns else self.kind(columns)
+
     def pieces(self, row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
         """Cuts one row into pieces of text, those that are trained on marked; none where the row holds nothing."""
         if kind == "messages":
@@ -116,6 +120,18 @@ class Rendering:
         asked = self._without_answer(turns)
         answer = turns[-1] if len(turns) > len(asked) else {"content": ""}
         return str(asked[-1]["content"]) if asked else "", str(answer["content"])
+
+    def answer_pieces(
+        self, row: dict[str, Any], kind: str, answer: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Piece]:
+        """The pieces of a row with this (last) answer in place of its own; of them, only the answer's are trained on."""
+        if kind == "messages":
+            turns = [*self._without_answer(self._conversation(row)), {"role": "assistant", "content": answer}]
+            pieces = render_messages(turns, tokenizer)
+        else:
+            pieces = self.pieces({**row, self.completion: answer}, kind, tokenizer)
+        last = max(index for index, piece in enumerate(pieces) if piece.trained)
+        return [piece._replace(trained=index == last) for index, piece in enumerate(pieces)]
 
     def _uses_template(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         return self.chat_template and bool(tokenizer.chat_template)
@@ -252,11 +268,52 @@ def encode_prompts(
     listed = list(rows)
     if not listed:
         return []
-    columns = list(listed[0])
-    lone_prompt = prompt in columns and messages not in columns
-    kind = "completion" if lone_prompt else rendering.kind(columns)
+    kind = rendering.kind_of_question(list(listed[0]))
     pieces = [rendering.question_pieces(row, kind, tokenizer) for row in listed]
     return [ids for ids, _ in _tokenize(pieces, tokenizer, ends=False)]
+
+
+def encode_answers(
+    rows: Dataset | Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    answers: list[str],
+    *,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    messages: str = "messages",
+    text: str = "text",
+    chat_template: bool = True,
+    system: str | None = None,
+) -> list[dict[str, list[int]]]:
+    """Tokenizes each row with each answer in place of its own, exactly as `format_dataset` does for training.
+
+    Args:
+        rows: rows with the column `prompt` (a completion may be absent), or `messages`, whose last assistant turn is
+            replaced; its earlier ones have no labels here.
+        tokenizer: the model's tokenizer.
+        answers: what to put as the answer.
+        prompt, completion, messages, text, chat_template, system: as for `format_dataset`.
+
+    Returns:
+        `input_ids` and `labels` of the first row with each answer, then of the second row, and so on; nothing is cut.
+
+    Raises:
+        DataError: no such columns, malformed messages, plain text, a row without a question, or an empty answer.
+    """
+    rendering = Rendering(prompt, completion, messages, text, chat_template, system)
+    listed = list(rows)
+    if not listed:
+        return []
+    if blank := [answer for answer in answers if not answer.strip()]:
+        raise DataError(f"An answer to be compared is {blank[0]!r}; expected at least one word in each.")
+    kind = rendering.kind_of_question(list(listed[0]))
+    if kind == "text":
+        raise DataError("The data is plain text, which has no answers to compare; give prompts and completions.")
+    asked = rendering.prompt if kind == "completion" else rendering.messages
+    if missing := [row for row in listed if row[asked] in (None, [])]:
+        raise DataError(f"A row of the data has no question in {asked!r}: {str(missing[0])[:120]}. Take it out.")
+    pieces = [rendering.answer_pieces(row, kind, answer, tokenizer) for row in listed for answer in answers]
+    return [{"input_ids": ids, "labels": labels} for ids, labels in _tokenize(pieces, tokenizer, ends=True)]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

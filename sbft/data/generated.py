@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
+from sbft.data import random_text
 from sbft.errors import DataError, MissingPackageError
 from sbft.install import how_to_install
 
@@ -29,13 +30,13 @@ def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | Non
     """Yields the questions of one part of a task, without end; the same arguments give the same questions.
 
     Args:
-        source: `generated:NAME`, NAME being a task of reasoning-gym.
+        source: `generated:NAME`, NAME being a task of reasoning-gym, or `random_text`.
         part: "train", "validation" or "eval"; their seeds lie far apart.
         seed: which data set of this task; 0 to 59 are surely disjoint in their seeds.
         options: settings of the task, for example {"min_digits": 2}.
 
     Yields:
-        {"prompt": the question, "completion": the final answer as text}.
+        {"prompt": the question, "completion": the final answer as text}; of random_text {"text": the text}.
 
     Raises:
         MissingPackageError: reasoning-gym is not installed.
@@ -43,6 +44,9 @@ def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | Non
     """
     name = source.removeprefix(PREFIX)
     start = _PART_START[part] + (seed % _SEEDS) * _SEED_STRIDE
+    if name == random_text.NAME:
+        yield from random_text.rows(start=start, options=options or {})
+        return
     done = 0
     while True:
         task = _create(name, seed=start + done, size=_CHUNK, options=options or {})

@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from sbft.data import generated
 from sbft.data.files import looks_like_file, read_file
+from sbft.data.labels import label_words
 from sbft.errors import DataError
 from sbft.hub import hub_reachable, hub_state, offline_if_unreachable
 
@@ -40,6 +41,8 @@ def load_source(
     size: int | None = None,
     seed: int = 0,
     options: dict[str, Any] | None = None,
+    completion: str = "completion",
+    label_names: dict[str, str] | None = None,
 ) -> Dataset:
     """Loads the rows of one source.
 
@@ -50,9 +53,11 @@ def load_source(
         size: number of rows; a random choice of that many, in their own order. Generated tasks need it.
         seed: seed of the choice, and of the generated task.
         options: settings of a generated task.
+        completion: column of the answers; its values become text as `sbft.data.labels.label_words` says.
+        label_names: words by the values of that column.
 
     Raises:
-        DataError: the source is missing, malformed or empty, or the split is.
+        DataError: the source is missing, malformed or empty, or the split is; or a label has no name.
         MissingPackageError: a generated task without the package that makes it.
     """
     _check_size("size", size)
@@ -60,7 +65,8 @@ def load_source(
         if size is None:
             raise DataError(f"The data {source} has no end of its own; say how many rows to make (data.train_size).")
         part = split if split in ("train", "validation", "eval") else "train"
-        return _dataset(islice(generated.rows(source, part=part, seed=seed, options=options), size))
+        made = _dataset(islice(generated.rows(source, part=part, seed=seed, options=options), size))
+        return label_words(made, completion, label_names, source)
     path = Path(source).expanduser()
     if path.is_dir():
         dataset = _load_folder(path, split)
@@ -70,7 +76,7 @@ def load_source(
         dataset = _load_hub(source, split, subset)
     if dataset.num_rows == 0:
         raise DataError(f"The data {source} is empty: it holds no row.")
-    return _choose(dataset, size, seed)
+    return label_words(_choose(dataset, size, seed), completion, label_names, source)
 
 
 def load_splits(
@@ -88,8 +94,10 @@ def load_splits(
     seed: int = 0,
     options: dict[str, Any] | None = None,
     prompt: str = "prompt",
+    completion: str = "completion",
     messages: str = "messages",
     text: str = "text",
+    label_names: dict[str, str] | None = None,
     allow_overlap: bool = False,
 ) -> Splits:
     """Loads training, validation and evaluation rows, no question of the latter two being trained on.
@@ -109,6 +117,7 @@ def load_splits(
         seed: seed of generated tasks, choices and splits.
         options: settings of a generated task.
         prompt, messages, text: names of the columns; what a row asks is found in the first of these that it has.
+        completion, label_names: as for `load_source`.
         allow_overlap: take questions that are in a given evaluation source and in training, too.
 
     Raises:
@@ -123,25 +132,34 @@ def load_splits(
             if source is not None and size is None:
                 raise DataError(f"The {name} data {source} has no end of its own; say how many rows: data.{name}_size.")
         return _generated_splits(
-            train, train_size, validation_size, eval_size, seed=seed, options=options, allow_overlap=allow_overlap
+            train,
+            train_size,
+            validation_size,
+            eval_size,
+            seed=seed,
+            options=options,
+            completion=completion,
+            label_names=label_names,
+            allow_overlap=allow_overlap,
         )
     given = {
         "validation": (validation, validation_split, validation_size),
         "eval": (eval, eval_split, eval_size),
     }
+    shared: dict[str, Any] = {
+        "subset": subset,
+        "seed": seed,
+        "options": options,
+        "completion": completion,
+        "label_names": label_names,
+    }
     held: dict[str, Dataset | None] = {
-        part: load_source(
-            source, split=_part(source, part, split), subset=subset, size=size, seed=seed, options=options
-        )
-        if source is not None
-        else None
+        part: None if source is None else load_source(source, split=_part(source, part, split), size=size, **shared)
         for part, (source, split, size) in given.items()
     }
     # Split-off parts come out of all the rows there are, before the training rows are chosen among the rest.
     whole_size = train_size if generated.is_generated(train) else None
-    rest = load_source(
-        train, split=_part(train, "train", train_split), subset=subset, size=whole_size, seed=seed, options=options
-    )
+    rest = load_source(train, split=_part(train, "train", train_split), size=whole_size, **shared)
     if not allow_overlap:
         for part, rows in held.items():
             if rows is not None:
@@ -167,6 +185,8 @@ def _generated_splits(
     *,
     seed: int,
     options: dict[str, Any] | None,
+    completion: str,
+    label_names: dict[str, str] | None,
     allow_overlap: bool,
 ) -> Splits:
     if not train_size:
@@ -183,7 +203,7 @@ def _generated_splits(
         without_news = 0
         while len(kept) < size:
             row = next(rows)
-            if _normal(row["prompt"]) in seen and not allow_overlap:
+            if _asked(row) in seen and not allow_overlap:
                 dropped += 1
                 without_news += 1
                 if without_news == _PATIENCE:
@@ -195,10 +215,14 @@ def _generated_splits(
                 continue
             without_news = 0
             kept.append(row)
-        seen.update(_normal(row["prompt"]) for row in kept)
-        parts[part] = _dataset(kept)
+        seen.update(_asked(row) for row in kept)
+        parts[part] = label_words(_dataset(kept), completion, label_names, source)
     assert parts["train"] is not None
     return Splits(parts["train"], parts["validation"], parts["eval"], dropped)
+
+
+def _asked(row: dict[str, str]) -> str:
+    return _normal(row["prompt"] if "prompt" in row else row["text"])
 
 
 def _split_off(

@@ -23,7 +23,7 @@ def check(names: list[str]) -> None:
         DataError: there is no metric of one of the names.
     """
     for name in names:
-        if name in available() or name in ("loss", "perplexity"):
+        if name in available() or name in ("loss", "perplexity", "label_accuracy"):
             continue
         near = difflib.get_close_matches(name, available(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

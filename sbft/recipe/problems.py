@@ -33,6 +33,15 @@ _EXAMPLES = {
 }
 """One key and value of each section, to show how it is written."""
 
+_OF_LABELS = "label_accuracy"
+_QUOTE = "quote words such as 'yes' and 'no', which YAML takes for true and false"
+_EXPECTED: dict[Key, str] = {
+    ("freeze",): "a list of patterns of parameter names, such as [embeddings] or ['model.layers.0.*']",
+    ("data", "label_names"): f"a word for each value of the column, such as {{0: negative, 1: positive}}; {_QUOTE}",
+    ("evaluation", "labels"): f"auto, or a list of two or more different words such as [good, bad]; {_QUOTE}",
+}
+"""What keys are like whose type alone says too little."""
+
 
 def find_problems(draft: Draft) -> list[str]:
     """One sentence for each thing that is wrong: where it stands, the key, what was expected."""
@@ -63,13 +72,18 @@ def find_problems(draft: Draft) -> list[str]:
     if isinstance(method, str) and method not in METHODS:
         add(("method",), f"is {method!r}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}.")
     clean = _without(content, bad_keys)
-    measured = [*metrics.available(), "loss", "perplexity"]
+    measured = [*metrics.available(), _OF_LABELS, "loss", "perplexity"]
     for name in clean.get("evaluation", {}).get("metrics", []):
         if name not in measured:
             add(
                 ("evaluation", "metrics"),
                 f"names {name!r}, expected some of {', '.join(measured)}{nearest(name, measured)}.",
             )
+    if _OF_LABELS in clean.get("evaluation", {}).get("metrics", []) and not clean["evaluation"].get("labels"):
+        add(
+            ("evaluation", "metrics"),
+            f"names {_OF_LABELS}, which needs labels to choose from. Write evaluation.labels: auto, or list them there.",
+        )
     for key, text in _said_twice(clean):
         add(key, text)
     if ("method",) not in bad_keys:
@@ -92,7 +106,7 @@ def _without(content: dict[str, Any], bad: set[Key]) -> dict[str, Any]:
 
 def _key(location: tuple[int | str, ...]) -> Key:
     # Locations inside a list or a union carry indices and type names, which are no keys.
-    return tuple(str(part) for part in location)[:2]
+    return tuple(str(part) for part in location)[: 2 if location[0] in SECTIONS else 1]
 
 
 def _meant(key: Key) -> Key:
@@ -112,6 +126,8 @@ def _schema_problem(key: Key, detail: Any) -> str:
             ("data", "train"): "write what to train on, such as `train: my.jsonl`, or type --data D.",
         }.get(key, "it has no default.")
     found = repr(detail["input"])
+    if key in _EXPECTED:
+        return f"is {found}, expected {_EXPECTED[key]}."
     if key == ("dtype",) and "float16" in found and "bfloat16" not in found:
         return (
             "is float16, expected bfloat16 or float32: float16 overflows above 65504, and the loss scaler it needs "
@@ -157,10 +173,10 @@ def _said_twice(content: dict[str, Any]) -> typing.Iterator[tuple[Key, str]]:
 
 def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple[Key, str]]:
     method = METHODS[name]
-    if method.package and importlib.util.find_spec(method.package) is None:
+    for missing in method.missing_packages:
         yield (
             ("method",),
-            f"is {name}, which needs the package {method.package}. " + how_to_install(f"'sbft[{method.extra}]'"),
+            f"is {name}, which needs the package {missing}. " + how_to_install(f"'sbft[{method.packages[missing]}]'"),
         )
     for name_of_one in reporters(content.get("training", {}).get("report_to")):
         package = REPORTERS.get(name_of_one)
@@ -178,7 +194,16 @@ def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple
                 f"{', '.join(users)}.",
             )
     if content.get("lora") is not None and method.lora_defaults is None:
-        yield ("lora",), f"is given, but method {name} trains all weights. Leave it out, or write method: lora."
+        yield (
+            ("lora",),
+            f"is given, but method {name} trains all weights. Leave it out, or write method: lora or method: qlora.",
+        )
+    if content.get("freeze") and method.lora_defaults is not None:
+        yield (
+            ("freeze",),
+            f"is given, but method {name} trains an adapter, and none of the model's own weights. Leave it out, or take "
+            f"a method that trains them: {', '.join(one for one in METHODS if METHODS[one].lora_defaults is None)}.",
+        )
     if isinstance(content.get("data", {}).get("train"), str):
         yield from _release_contradictions(complete(content), name)
 

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+)
+
+_Word = Annotated[str, StringConstraints(pattern=r"\S")]
+
+
+def _at_least_two(labels: list[str]) -> list[str]:
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise ValueError("labels must be two or more, and differ")
+    return labels
+
+
+def _text_keys(names: Any) -> Any:
+    """YAML reads the classes 0 and 1 as numbers; a file's values are compared as text."""
+    return {str(key): value for key, value in names.items()} if isinstance(names, dict) else names
 
 
 class _Section(BaseModel):
@@ -53,6 +76,8 @@ class DataConfig(_Section):
     """Render prompt and completion as chat turns where the tokenizer has a template."""
     system: str | None = None
     """System message put before every chat."""
+    label_names: Annotated[dict[str, _Word], BeforeValidator(_text_keys), Field(min_length=1)] | None = None
+    """Words that the model shall write for the values of the completion column: {0: negative, 1: positive}."""
     allow_overlap: bool = False
     """Train although questions of the evaluation are also in the training data."""
     seed: NonNegativeInt = 0
@@ -97,14 +122,18 @@ class OptimizerConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """The adapter of method lora; a key that is left out takes the method's value."""
+    """The adapter of methods lora and qlora; a key that is left out takes the method's value."""
 
     rank: PositiveInt | None = None
     """Rank of the two factors."""
     alpha: PositiveInt | None = None
-    """The adapter's output is scaled by alpha / rank."""
+    """The adapter's output is scaled by alpha / rank, with rslora by alpha / sqrt(rank)."""
     dropout: FiniteFloat | None = Field(None, ge=0, lt=1)
     """Dropout before the adapter."""
+    rslora: bool | None = None
+    """Scale by the root of the rank, so that a higher rank does not learn more slowly (arXiv 2312.03732)."""
+    dora: bool | None = None
+    """Train the length of each row of a weight apart from its direction (arXiv 2402.09353); slower."""
     target_modules: str | list[str] | None = None
     """Names of the layers that get an adapter, or all-linear."""
 
@@ -116,6 +145,8 @@ class EvaluationConfig(_Section):
     """Metrics of generated answers that ship with sbft, such as exact_match; loss and perplexity always come."""
     metric_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of a metric, by its name."""
+    labels: Annotated[list[_Word], AfterValidator(_at_least_two)] | Literal["auto"] | None = None
+    """Score these answers by their likelihood too, as metric label_accuracy; auto: all that the data holds."""
     max_new_tokens: PositiveInt = 16
     """Longest answer in tokens."""
     limit: PositiveInt | None = None
@@ -130,17 +161,22 @@ class Recipe(_Section):
     """One training run."""
 
     model: str
-    """Hub id, local folder, or builtin:NAME."""
+    """Hub id, local folder, builtin:NAME, or random:NAME for random weights in a known shape."""
     method: str = "sbft"
     """One of the methods of sbft.methods; what it sets can be overridden below."""
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: dict[str, Any] = Field(default_factory=dict)
     """Names and values of transformers' TrainingArguments."""
+    freeze: list[_Word] = Field(default_factory=list)
+    """Weights that are not trained: patterns of parameter names such as model.layers.0.*, or the word embeddings for the
+    input embedding and the output head."""
     lora: LoraConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     output_dir: str | None = None
     """Folder for the model, the record and the predictions; runs/DATA-METHOD where it is not given."""
+    save_model: bool = True
+    """Leave the trained model or adapter in output_dir; otherwise only the record and the predictions."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """What the weights are held in."""
     trust_remote_code: bool = False

@@ -23,6 +23,8 @@ class Stage:
 
     evaluating: bool = False
     trained: bool = False
+    """Whether training is over."""
+    kept: bool = False
     """Whether the trained model lies in the output folder."""
 
 
@@ -46,7 +48,7 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
                 output.begin(recipe)
         elif isinstance(error, KeyboardInterrupt):
             told = TrainingError(_interrupted(record, output, stage))
-        kept = _what_is_kept(output) if stage.trained else ""
+        kept = _what_is_kept(output) if stage.kept else ""
         if kept and isinstance(told, SbftError):
             told = TrainingError(f"{told}{kept}")
         record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}{kept}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sbft.errors import MissingPackageError, ModelError, RecipeError
 from sbft.install import how_to_install
 from sbft.methods import METHODS, Method
 from sbft.models import load_model
+from sbft.quantization import check_bitsandbytes
 from sbft.recipe import Recipe
 from sbft.training.arguments import SmallBatchTrainingArguments
 
@@ -21,7 +23,14 @@ __all__ = ["METHODS", "Method", "prepare_model", "training_arguments"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-_TORCH_ADAMW_NAMES = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
+# Optimizers that transformers' Trainer makes, and its name for each.
+_OPTIM = {
+    "torch_adamw": "adamw_torch",
+    # The Trainer keeps the moments of embeddings in 32 bits, as bitsandbytes advises.
+    "bitsandbytes_adamw8bit": "adamw_bnb_8bit",
+    "transformers_adafactor": "adafactor",
+}
+_TRAINERS_NAMES = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
 _OUR_NAMES = {"eps": "optimizer_eps", "seed": "rounding_seed"}
 
 
@@ -37,9 +46,9 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     """
     optimizer = METHODS[recipe.method].optimizer
     settings = recipe.optimizer.model_dump(exclude_none=True)
-    if optimizer == "torch_adamw":
-        chosen: dict[str, Any] = {"token_optimizer": None, "optim": "adamw_torch"}
-        names = _TORCH_ADAMW_NAMES
+    if optimizer in _OPTIM:
+        chosen: dict[str, Any] = {"token_optimizer": None, "optim": _OPTIM[optimizer]}
+        names = _TRAINERS_NAMES
     else:
         chosen = {"token_optimizer": optimizer}
         names = _OUR_NAMES
@@ -74,14 +83,52 @@ def _current_name(name: str) -> str:
 
 
 def prepare_model(recipe: Recipe) -> PreTrainedModel:
-    """Load the model of a resolved recipe in the recipe's dtype, with an adapter on it if the method has one.
+    """Load the model of a resolved recipe in the recipe's dtype, and make trainable what the recipe trains.
 
     Raises:
-        ModelError: if it cannot be loaded, or has no layers that the recipe's adapter names.
-        MissingPackageError: if the method's package is not installed.
+        ModelError: if it cannot be loaded, or has no layers that the recipe's adapter names, or no weights that its
+            `freeze` names, or none beside these.
+        MissingPackageError: if the method's package is not installed, or does not work on this machine.
     """
-    model = load_model(recipe.model, dtype=DTYPES[str(recipe.dtype)], trust_remote_code=recipe.trust_remote_code)
-    return model if recipe.lora is None else _with_adapter(model, recipe, recipe.lora.model_dump())
+    method = METHODS[recipe.method]
+    if "bitsandbytes" in method.packages:
+        check_bitsandbytes(f"Method {recipe.method}", torch.accelerator.current_accelerator() or torch.device("cpu"))
+    model = load_model(
+        recipe.model,
+        dtype=DTYPES[str(recipe.dtype)],
+        trust_remote_code=recipe.trust_remote_code,
+        quantization=method.quantization,
+    )
+    if recipe.lora is not None:
+        return _with_adapter(model, recipe, recipe.lora.model_dump())
+    _freeze(model, recipe)
+    return model
+
+
+def _freeze(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Turn off the gradients of the weights that the recipe's `freeze` names; tied weights are one under both names."""
+    # Duplicates too: a tied output head has a name of its own.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in recipe.freeze:
+        chosen = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
+        if pattern == "embeddings":
+            chosen = _embeddings(model)
+        if not chosen:
+            raise ModelError(
+                f"freeze names {pattern!r}, which is no parameter of {recipe.model}. Write embeddings, or a pattern of "
+                f"parameter names; the first is {next(iter(named))}, the last {list(named)[-1]}."
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise ModelError(
+            f"freeze is {recipe.freeze}, which leaves no weight of {recipe.model} to train. Take something out of it."
+        )
+
+
+def _embeddings(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
 
 def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, Any]) -> PreTrainedModel:
@@ -95,6 +142,8 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, An
         r=settings["rank"],
         lora_alpha=settings["alpha"],
         lora_dropout=settings["dropout"],
+        use_rslora=settings["rslora"],
+        use_dora=settings["dora"],
         target_modules=settings["target_modules"],
         task_type="CAUSAL_LM",
     )

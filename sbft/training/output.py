@@ -20,7 +20,7 @@ RECIPE_FILE = "recipe.yaml"
 _FAILED_EARLY = {FILE_NAME, RECIPE_FILE}
 # What a run cannot change half-way: other weights or other examples, or what a checkpoint brings back whatever the
 # recipe says.
-_FIXED = ("model", "method", "dtype", "data", "lora", "optimizer", "training.seed", "training.learning_rate")
+_FIXED = ("model", "method", "dtype", "data", "lora", "freeze", "optimizer", "training.seed", "training.learning_rate")
 _FREE = ("optimizer.gradient_release",)
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 SCHEMA = 1
 FILE_NAME = "run.json"
+UNFINISHED = "the run has not finished"
+"""The error of a record whose run is still going on, or was killed: no result."""
 PACKAGES = ("sbft", "torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "liger-kernel")
 
 
@@ -56,6 +58,12 @@ class RunRecord:
     tokens_per_s: float | None = None
     train_s: float | None = None
     eval_s: float | None = None
+    total_s: float | None = None
+    """Everything from reading the data to the last measurement, all sessions of a resumed run together."""
+    saved_bytes: int | None = None
+    """Size of the saved weights: of the model's, or of the adapter's."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One entry for each logged step: step, tokens (seen until then), loss (mean since the last entry), learning_rate."""
     data: dict[str, int | None] = field(default_factory=dict)
     """Counts: examples, tokens, completion_tokens, truncated, dropped (no completion left), dropped_overlap (question
     also in the evaluation), longest, packed_into, evaluation_examples."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from sbft import metrics
 from sbft.data.collate import Collator
 from sbft.data.format import FormatReport, format_dataset
 from sbft.data.sources import Splits, load_splits
-from sbft.errors import TrainingError
+from sbft.errors import MissingPackageError, TrainingError
 from sbft.evaluation import evaluate
 from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
+from sbft.methods import METHODS
 from sbft.models import load_tokenizer
+from sbft.quantization import scales_bytes, write_note
 from sbft.recipe import Recipe, resolve
 from sbft.training.card import write_card
 from sbft.training.checkpoints import MarkComplete, cut_off_checkpoints, find_checkpoint
@@ -33,7 +35,7 @@ from sbft.training.output import (
     check_output_folder,
     check_same_recipe,
 )
-from sbft.training.record import RunRecord, git_commit, quantiles, versions
+from sbft.training.record import UNFINISHED, RunRecord, git_commit, quantiles, versions
 from sbft.training.trainer import SmallBatchTrainer
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -63,6 +65,7 @@ def run(
     Raises:
         SbftError: if the run cannot begin, or ended early: out of memory, interrupted, no finite loss.
     """
+    begun = time.perf_counter()
     recipe = resolve(recipe)
     folder = Path(str(recipe.output_dir))
     check_output_folder(folder, resume=resume, overwrite=overwrite)
@@ -73,15 +76,15 @@ def run(
     record = _begin(recipe)
     arguments = training_arguments(recipe, folder)
     output = RunFolder(folder, resume, main=arguments.process_index == 0)
-    metrics.check(recipe.evaluation.metrics)
     say(f"Reading {recipe.data.train}")
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     splits = read_splits(recipe)
     examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
     say(_describe(report, splits))
-    with failures_recorded(recipe, record, output) as stage:
+    with failures_recorded(recipe, record, output) as stage, _timed(record, begun):
         say(f"Loading {recipe.model}")
-        model = prepare_model(recipe)
+        with _unsupported_is_a_result(recipe, record, output):
+            model = prepare_model(recipe)
         stop = StopBetweenSteps()
         trainer = SmallBatchTrainer(
             model=model,
@@ -97,6 +100,7 @@ def run(
         former = _former_record(folder) if resume else None
         if former is not None:
             record.metrics_before, record.train_s = former.metrics_before, former.train_s
+            record.total_s = former.total_s
         output.begin(recipe)
         output.save(record)
         rows = evaluation_rows(splits)
@@ -112,10 +116,10 @@ def run(
         else:
             _train(trainer, stop, checkpoint, output, record, former, say)
         # Before anything is measured: hours of training are not lost to what goes wrong there.
-        if output.main:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        stage.trained = True
+        if output.main and recipe.save_model:
+            _save(model, tokenizer, recipe, folder)
+            record.saved_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        stage.trained, stage.kept = True, recipe.save_model
         output.save(record)
         if rows is not None:
             say("Measuring the trained model")
@@ -124,10 +128,39 @@ def run(
             record.metrics = _evaluate(recipe, model, tokenizer, splits, record, predictions)
             stage.evaluating = False
         record.status, record.error = "ok", None
-        if output.main:
+        if output.main and recipe.save_model:
             write_card(record, folder)
-        output.save(record)
+    output.save(record)
     return record
+
+
+@contextmanager
+def _timed(record: RunRecord, begun: float) -> Iterator[None]:
+    """Adds the seconds since `begun` to those of the record's former sessions, however the run ends."""
+    try:
+        yield
+    finally:
+        record.total_s = (record.total_s or 0.0) + time.perf_counter() - begun
+
+
+@contextmanager
+def _unsupported_is_a_result(recipe: Recipe, record: RunRecord, output: RunFolder) -> Iterator[None]:
+    """That a machine cannot run a method is left in the folder as a result, before there is anything to train."""
+    try:
+        yield
+    except MissingPackageError:
+        record.status = "unsupported"
+        if not output.resume:
+            output.begin(recipe)
+        raise
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    quantization = METHODS[recipe.method].quantization
+    if quantization is not None:
+        write_note(folder, quantization)
 
 
 def read_splits(recipe: Recipe) -> Splits:
@@ -151,8 +184,10 @@ def read_splits(recipe: Recipe) -> Splits:
         seed=data.seed,
         options=data.options,
         prompt=data.prompt,
+        completion=data.completion,
         messages=data.messages,
         text=data.text,
+        label_names=data.label_names,
         allow_overlap=data.allow_overlap,
     )
 
@@ -172,7 +207,7 @@ def _begin(recipe: Recipe) -> RunRecord:
         model=recipe.model,
         dataset=recipe.data.train,
         seed=training["seed"],
-        error="the run has not finished",
+        error=UNFINISHED,
         dtype=str(recipe.dtype),
         per_device_batch_size=training["per_device_train_batch_size"],
         gradient_accumulation_steps=training["gradient_accumulation_steps"],
@@ -195,12 +230,13 @@ def _describe_in_record(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [parameter.numel() * parameter.element_size() for parameter in trainable]
     record.device = device_name()
-    record.parameters = sum(parameter.numel() for parameter in model.parameters())
+    record.parameters = model.num_parameters()  # two to each byte of a 4-bit weight
     record.trainable_parameters = sum(parameter.numel() for parameter in trainable)
     record.world_size = world_size
     # Released, a gradient lives until its own update, so the largest decides.
     record.memory["gradients"] = max(gradients) if recipe.optimizer.gradient_release else sum(gradients)
-    record.memory["weights"] = model_bytes(model)
+    quantized = METHODS[recipe.method].quantization is not None
+    record.memory["weights"] = model_bytes(model) + (scales_bytes(model) if quantized else 0)
     rows = evaluation_rows(splits)
     record.data = {
         **asdict(report),
@@ -259,6 +295,7 @@ def _train(
         record.step_s = quantiles(trainer.step_seconds)
         record.optimizer_s = quantiles(trainer.optimizer_seconds)
         record.tokens_per_s = trainer.tokens_of_this_session / elapsed
+        record.history = _history(trainer.state)
         if former is not None:
             _keep_the_higher_peak(record, former)
     # The trainer's is the mean over this session's steps, and nobody has kept the losses of those before.
@@ -291,12 +328,19 @@ def _take_over(trainer: SmallBatchTrainer, checkpoint: str, record: RunRecord, f
     state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     record.steps = state.global_step
     record.tokens, record.skipped_steps = trainer.counted_in(state) or (0, 0)
+    record.history = _history(state)
     if former is None:
         return
     for name in ("peak_memory_bytes", "memory_kind", "memory", "step_s", "optimizer_s", "tokens_per_s"):
         setattr(record, name, getattr(former, name))
     if former.steps == record.steps:
         record.train_loss = former.train_loss
+
+
+def _history(state: TrainerState) -> list[dict[str, float]]:
+    """What was logged in steps, those before a resumed checkpoint too, which keeps them."""
+    names = {"step": "step", "tokens": "tokens_seen", "loss": "loss", "learning_rate": "learning_rate"}
+    return [{name: entry[key] for name, key in names.items()} for entry in state.log_history if "loss" in entry]
 
 
 def _keep_the_higher_peak(record: RunRecord, former: RunRecord) -> None:
@@ -349,6 +393,7 @@ def measure(
         rows,
         metrics=settings.metrics,
         metric_options=settings.metric_options,
+        labels=settings.labels,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         limit=settings.limit,

@@ -147,16 +147,29 @@ def test_lora_saves_an_adapter_that_eval_takes(tiny_dir: Path, data: Path, tmp_p
     assert json.loads(sbft("eval", out, "--json"))["loss"] == pytest.approx(record.metrics["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("sbft", "lora")])
-def test_every_other_method_trains(method: str, tiny_dir: Path, data: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(
-        None, ["training.max_steps=3"], model=str(tiny_dir), data=str(data / "train.jsonl"),
-        method=method, output_dir=str(tmp_path / "out"),
-    )  # fmt: skip
-    record = run(recipe)
-    assert (record.status, record.steps) == ("ok", 3)
-    accumulation = resolve(recipe).training["gradient_accumulation_steps"]
-    assert record.gradient_accumulation_steps == accumulation == (16 if method == "adam-accum" else 1)
+def test_qlora_saves_an_adapter_that_eval_and_generate_put_on_four_bits(
+    tiny_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "qlora"
+    sbft(
+        *("train", "--model", tiny_dir, "--data", data / "train.jsonl", "--eval-data", data / "test.jsonl"),
+        *("--method", "qlora", "--output-dir", out, "--set", "training.learning_rate=1e-2"),
+        *("--set", "evaluation.metrics=[exact_match]"),
+    )
+    record = RunRecord.load(out)
+    assert record.status == "ok" and record.metrics["loss"] < record.metrics_before["loss"]
+    assert not (out / "model.safetensors").exists()
+    assert json.loads(sbft("eval", out, "--json"))["loss"] == pytest.approx(record.metrics["loss"], rel=1e-6)
+    first = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
+    assert sbft("generate", out, first["prompt"], "--max-new-tokens", "16") == first["prediction"] + "\n"
+    # Over the base in bfloat16 the adapter is another model.
+    (out / "base_quantization.json").unlink()
+    assert json.loads(sbft("eval", out, "--json"))["loss"] != pytest.approx(record.metrics["loss"], rel=1e-6)
+
+
+def test_the_help_names_every_method() -> None:
+    shown = " ".join(sbft("train", "--help").replace("│", " ").split())
+    assert all(method in shown for method in METHODS)
 
 
 def test_two_processes_train_together(tiny_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sbft import evaluation, metrics
+from sbft import evaluation, likelihood, metrics
 from sbft.data.collate import Collator
 from sbft.data.format import encode_prompts, format_dataset
 from sbft.errors import DataError
-from sbft.evaluation import evaluate, evaluate_loss, generate_answers
+from sbft.evaluation import evaluate, generate_answers
+from sbft.likelihood import evaluate_loss
 from sbft.metrics.accuracy.accuracy import first_label
 from sbft.metrics.exact_match.exact_match import final_answer, is_match
 from tests.tiny import KINDS, tiny_model, tiny_tokenizer
@@ -60,7 +61,7 @@ def test_logits_stay_within_their_bounds(kind: str, monkeypatch: pytest.MonkeyPa
     packed, _ = format_dataset(TEXTS, tokenizer, packing=True)
     expected = plain_loss(model, formatted)
     bound = 7 * 512 * 4  # 7 rows of logits; each text has more tokens
-    monkeypatch.setattr(evaluation, "_LOGITS_BYTES", bound)
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", bound)
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.append(output.numel() * 4))
     for data in (formatted, packed):
@@ -197,12 +198,20 @@ def test_unknown_metrics_are_refused_before_anything_runs() -> None:
         ("12 + 30 = 42 #### 42", "42"),
         ("#### 1 #### 2 ", "2"),
         (r"so \boxed{1} and \boxed{ 7 }", "7"),
+        (r"hence \boxed{\frac{1}{2}} or {x}", r"\frac{1}{2}"),
+        (r"cut off: \boxed{\frac{1}", r"\frac{1}"),
         ("a  b\nc", "a b c"),
         ("-5", "-5"),
     ],
 )
 def test_final_answers(text: str, expected: str) -> None:
     assert final_answer(text) == expected
+
+
+def test_final_answers_after_given_words() -> None:
+    assert is_match("So x = 18.\nThe answer is: 18.\nDone", "#### 18", answer_after="The answer is:")
+    assert not is_match("The answer is: 18", "#### 18")
+    assert not is_match("The answer is: 18\nThe answer is: 19", "18", answer_after="The answer is:")
 
 
 def test_matches_are_exact_unless_told_otherwise() -> None:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from sbft.data.format import encode_prompts, format_dataset, stop_tokens
+from sbft.data.format import encode_answers, encode_prompts, format_dataset, stop_tokens
 from sbft.errors import DataError
 from tests.tiny import BOS, CHATML, CHATML_WITHOUT_MARKERS, EOS, tiny_tokenizer
 
@@ -134,6 +134,25 @@ def test_prompts_are_put_token_for_token_as_in_training(template: str | None, sy
         for row, prompt in zip(trained, asked, strict=True):
             answer_begins = next(i for i, label in enumerate(row["labels"]) if label != -100)
             assert prompt == row["input_ids"][:answer_begins]
+
+
+@pytest.mark.parametrize("template", [None, CHATML, CHATML_WITHOUT_MARKERS, FORGETFUL, PLAIN, WORDY])
+def test_answers_are_put_token_for_token_as_in_training(template: str | None) -> None:
+    answers = ["c", "\n\ny", " 12 30"]
+    for tokenizer in (tiny_tokenizer(template), with_bos()):
+        rows = [{"prompt": row["prompt"], "completion": answer} for row in ROWS for answer in answers]
+        trained, _ = format_dataset(Dataset.from_list(rows), tokenizer, system="be brief")
+        put = encode_answers(Dataset.from_list(ROWS), tokenizer, answers, system="be brief")
+        assert put == trained.to_list()
+        assert put == encode_answers([{"prompt": row["prompt"]} for row in ROWS], tokenizer, answers, system="be brief")
+
+
+def test_only_the_last_answer_of_a_conversation_is_replaced() -> None:
+    tokenizer = tiny_tokenizer()
+    (own, other) = encode_answers([{"messages": CHAT}], tokenizer, [CHAT[-1]["content"], "no"])
+    assert own["input_ids"] == one({"messages": CHAT}, tokenizer)["input_ids"]
+    assert trained_text(own, tokenizer) == " It jumps.\nIt sleeps.<|im_end|>"
+    assert trained_text(other, tokenizer) == "no<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_WITHOUT_MARKERS, PLAIN])

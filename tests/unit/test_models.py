@@ -104,6 +104,27 @@ def test_float16_is_refused_with_the_reason(tiny_dir: Path) -> None:
         load_model(str(tiny_dir), dtype=torch.float16)
 
 
+def test_random_weights_are_loaded_like_others() -> None:
+    eager = load_model("random:tiny", dtype=torch.float32, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager" and eager.dtype == torch.float32 and not eager.training
+    assert load_model("random:tiny", dtype=torch.float32).config._attn_implementation == "sdpa"
+    with pytest.raises(ModelError, match="65,504"):
+        load_model("random:tiny", dtype=torch.float16)
+    with pytest.raises(ModelError, match="random:tiny has random weights, which are not held in 4 bits"):
+        load_model("random:tiny", dtype=torch.bfloat16, quantization="nf4")
+
+
+def test_an_adapter_on_random_weights_finds_them_again(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = load_model("random:tiny", dtype=torch.float32)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    adapted.eval().save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]], device=base.device)
+    with torch.no_grad():
+        again = load_model(str(tmp_path), dtype=torch.float32)(ids).logits
+        assert torch.equal(again, adapted(ids).logits)
+
+
 def test_an_adapter_loads_on_its_base(tiny_dir: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = load_model(str(tiny_dir), dtype=torch.float32)

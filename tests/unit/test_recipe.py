@@ -70,11 +70,47 @@ def test_the_file_wins_over_the_method_flags_over_the_file_and_set_over_flags(tm
         ("optimizer.beta2=0.997", "optimizer", "second_moment_half_life"),
         ("optimizer.schedule=power", "optimizer", "second_moment_half_life"),
         ("training.max_steps=5", "training", "num_train_epochs"),
+        ("optimizer={beta2: 0.99}", "optimizer", "second_moment_half_life"),
     ],
 )
 def test_saying_it_one_way_drops_the_default_that_says_it_the_other_way(override: str, section: str, gone: str) -> None:
     chosen = getattr(given(override), section)
     assert (chosen.get(gone) if isinstance(chosen, dict) else getattr(chosen, gone)) is None
+
+
+def test_the_usual_adam_keeps_its_beta2_until_a_half_life_is_given() -> None:
+    fixed = given("method=adam-batch").optimizer
+    assert (fixed.beta2, fixed.second_moment_half_life) == (0.95, None)
+    by_tokens = given("method=adam-batch", "optimizer.second_moment_half_life=1000").optimizer
+    assert (by_tokens.beta2, by_tokens.second_moment_half_life) == (None, 1000)
+
+
+def test_what_an_adapter_is_set_to_stands_beside_its_defaults() -> None:
+    for method in ("lora", "qlora"):
+        adapter = given(f"method={method}", "lora.dora=true", "lora.rank=8").lora
+        assert adapter is not None
+        assert (adapter.rank, adapter.alpha, adapter.dora, adapter.rslora) == (8, 32, True, False)
+
+
+def test_values_of_a_column_may_be_numbers_and_stay_so_in_the_saved_recipe(tmp_path: Path) -> None:
+    text = "model: m\ndata: {train: t.jsonl, label_names: {0: negative, 1: positive}}\nevaluation: {labels: auto}\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.data.label_names == {"0": "negative", "1": "positive"} and recipe.evaluation.labels == "auto"
+    assert load_recipe(write(tmp_path, resolve(recipe).to_yaml())) == resolve(recipe)
+    assert given("evaluation.labels=[good, bad]").evaluation.labels == ["good", "bad"]
+
+
+def test_the_accuracy_of_labels_is_a_metric_where_there_are_labels() -> None:
+    metrics = ["evaluation.metrics=[label_accuracy]", "evaluation.labels=auto"]
+    assert given(*metrics).evaluation.metrics == ["label_accuracy"]
+    assert "needs labels to choose from" in problems(None, metrics[:1], model="m", data="d")
+
+
+def test_freezing_is_refused_where_no_weight_of_the_model_is_trained() -> None:
+    assert given("freeze=[embeddings]").freeze == ["embeddings"]
+    for method in ("lora", "qlora"):
+        text = problems(None, ["freeze=[embeddings]", f"method={method}"], model="m", data="d")
+        assert f"method {method} trains an adapter" in text and "sbft" in text
 
 
 def test_float32_weights_are_not_rounded() -> None:
@@ -153,6 +189,15 @@ def test_a_learning_rate_that_is_negative_or_not_finite_is_refused(value: str) -
         ("data=t.jsonl", "write `data: {train: t.jsonl}`"),
         ("data=5", "write `data: {train: my.jsonl}`"),
         ("training=5", "write `training: {learning_rate: 1.0e-4}`"),
+        ("freeze=embeddings", "is 'embeddings', expected a list of patterns"),
+        ("freeze=['', x]", "is '', expected a list of patterns"),
+        ("evaluation.labels=[yes, no]", "is True, expected auto, or a list of two or more different words"),
+        ("evaluation.labels=[good]", "is ['good'], expected auto"),
+        ("evaluation.labels=[good, good]", "two or more different words"),
+        ("evaluation.labels=[good, ' ']", "is ' ', expected auto"),
+        ("evaluation.labels=every", "is 'every', expected auto"),
+        ("data.label_names={}", "is {}, expected a word for each value"),
+        ("data.label_names={0: no, 1: ja}", "is False, expected a word for each value"),
     ],
 )
 def test_a_value_that_cannot_train_is_one_of_the_problems(override: str, said: str) -> None:
@@ -191,6 +236,8 @@ def test_a_setting_that_the_method_has_no_use_for_is_refused() -> None:
     text = problems(None, ["method=lora", "optimizer.clip_threshold=1.0"], model="m", data="d")
     assert "optimizer.clip_threshold means nothing" in text and "sbft" in text
     assert "trains all weights" in problems(None, ["lora.rank=4"], model="m", data="d")
+    text = problems(None, ["method=hf-adafactor", "optimizer.eps=1e-8"], model="m", data="d")
+    assert "optimizer.eps means nothing" in text and "adam8bit" in text and text.count("hf-adafactor") == 1
 
 
 def test_what_stands_in_another_section_is_pointed_to() -> None:
@@ -208,6 +255,8 @@ def test_a_method_whose_package_is_missing_is_refused_with_what_to_type(
     assert "needs the package peft" in text and "/setup.sh" in text
     monkeypatch.setattr("sbft.install.SETUP", tmp_path / "none")  # not a checkout
     assert "pip install 'sbft[lora]'" in problems(None, ["method=lora"], model="m", data="d")
+    both = problems(None, ["method=qlora"], model="m", data="d")
+    assert "pip install 'sbft[lora]'" in both and "pip install 'sbft[bitsandbytes]'" in both
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio", "[tensorboard, wandb]"])

@@ -15,7 +15,8 @@ SCHEMA_1 = {
     "schema", "status", "error", "method", "seed", "model", "dataset", "device", "dtype", "parameters",
     "trainable_parameters", "per_device_batch_size", "gradient_accumulation_steps", "world_size", "steps", "tokens",
     "second_moment_half_life", "learning_rate", "peak_memory_bytes", "memory_kind", "memory", "step_s", "optimizer_s",
-    "tokens_per_s", "train_s", "eval_s", "metrics_before", "metrics", "recipe", "versions", "git_commit",
+    "tokens_per_s", "train_s", "eval_s", "total_s", "saved_bytes", "history", "metrics_before", "metrics", "recipe",
+    "versions", "git_commit",
 }  # fmt: skip
 
 
@@ -38,6 +39,23 @@ def test_nan_is_null_because_json_has_none(tmp_path: Path) -> None:
     text = mine.save(tmp_path).read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert RunRecord.load(tmp_path).metrics == {"loss": None, "perplexity": None}
+
+
+def test_a_record_from_before_the_history_was_kept_is_read(tmp_path: Path) -> None:
+    path = record().save(tmp_path)
+    content = json.loads(path.read_text())
+    for name in ("total_s", "saved_bytes", "history"):
+        del content[name]
+    path.write_text(json.dumps(content))
+    old = RunRecord.load(tmp_path)
+    assert (old.total_s, old.saved_bytes, old.history) == (None, None, [])
+
+
+def test_a_loss_that_was_not_finite_is_null_in_the_history_too(tmp_path: Path) -> None:
+    mine = record()
+    mine.history = [{"step": 1, "tokens": 10, "loss": float("nan"), "learning_rate": 1e-4}]
+    mine.save(tmp_path)
+    assert RunRecord.load(tmp_path).history == [{"step": 1, "tokens": 10, "loss": None, "learning_rate": 1e-4}]
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:

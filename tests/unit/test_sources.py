@@ -170,3 +170,92 @@ def test_malformed_conversations_are_left_to_be_refused_by_name(tmp_path: Path) 
     train = write_jsonl(tmp_path / "train.jsonl", [{"messages": ["hello"]}])
     test = write_jsonl(tmp_path / "test.jsonl", [{"messages": [{"role": "user", "content": "a"}]}])
     assert load_splits(train=train, eval=test).train.num_rows == 1
+
+
+NAMES = {"0": "negative", "1": "positive"}
+
+
+def labelled(tmp_path: Path, values: list, ending: str) -> str:
+    """A file with questions and a column of labels."""
+    rows = [{"prompt": f"question {i}", "label": value} for i, value in enumerate(values)]
+    path = tmp_path / f"labelled.{ending}"
+    if ending == "jsonl":
+        return write_jsonl(path, rows)
+    if ending == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif ending == "csv":
+        lines = [f"{row['prompt']},{'' if row['label'] is None else row['label']}\n" for row in rows]
+        path.write_text("prompt,label\n" + "".join(lines), encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_labels_get_their_names_from_any_file(tmp_path: Path, ending: str) -> None:
+    source = labelled(tmp_path, [0, 1, 1, 0], ending)
+    assert load_source(source, completion="label")["label"] == ["0", "1", "1", "0"]
+    rows = load_source(source, completion="label", label_names=NAMES)
+    assert rows["label"] == ["negative", "positive", "positive", "negative"]
+    assert rows.column_names == ["prompt", "label"]
+    with pytest.raises(DataError, match=r"'label' of .*labelled.* holds 1, which data.label_names does not name.*'1'"):
+        load_source(source, completion="label", label_names={"0": "negative", "2": "neutral"})
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "expected"),
+    [
+        ([1.0, None, 0.0], NAMES, ["positive", None, "negative"]),
+        ([0.5, 2.0], None, ["0.5", "2.0"]),
+        ([0.5, 2.0], {"0.5": "half", "2": "two"}, ["half", "two"]),
+        ([True, False], None, ["true", "false"]),
+        ([True, False], {"True": "yes", "false": "no"}, ["yes", "no"]),
+        ([-1, 12], {"-1": "bad", "12": "good"}, ["bad", "good"]),
+        (["neg", "pos"], {"neg": "negative", "pos": "positive"}, ["negative", "positive"]),
+        (["neg", "pos", None], None, ["neg", "pos", None]),
+        ([0, "x"], {"0": "zero", "x": "ex"}, ["zero", "ex"]),
+        ([None, None], NAMES, [None, None]),
+    ],
+)
+def test_labels_of_each_kind(tmp_path: Path, values: list, names: dict | None, expected: list) -> None:
+    assert load_source(labelled(tmp_path, values, "jsonl"), completion="label", label_names=names)["label"] == expected
+
+
+def test_missing_numbers_of_a_table_are_missing_labels(tmp_path: Path) -> None:
+    source = labelled(tmp_path, [0.0, float("nan"), 1.0], "parquet")
+    assert load_source(source, completion="label", label_names=NAMES)["label"] == ["negative", None, "positive"]
+
+
+def test_classes_of_a_data_set_bring_their_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"prompt": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    data = Dataset.from_dict({"prompt": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    data.to_parquet(str(tmp_path / "a.parquet"))
+    data.save_to_disk(str(tmp_path / "saved"))
+    for source in (str(tmp_path / "a.parquet"), str(tmp_path / "saved")):
+        assert load_source(source, completion="label")["label"] == ["pos", "neg", None]
+        by_number = load_source(source, completion="label", label_names=NAMES)
+        by_name = load_source(source, completion="label", label_names={"neg": "negative", "pos": "positive"})
+        assert by_number["label"] == by_name["label"] == ["positive", "negative", None]
+        with pytest.raises(DataError, match=r"holds 1 \(pos\), which data.label_names does not name"):
+            load_source(source, completion="label", label_names={"0": "negative"})
+
+
+def test_names_for_no_column_or_no_single_values_are_refused(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "answers": ["x"]}])
+    assert load_source(source)["prompt"] == ["a"]
+    assert load_source(source, completion="answers")["answers"] == [["x"]]
+    with pytest.raises(DataError, match="column 'completion', which .* it has 'prompt', 'answers'.*data.completion"):
+        load_source(source, label_names=NAMES)
+    with pytest.raises(DataError, match="'answers' of .* is of the type List"):
+        load_source(source, completion="answers", label_names=NAMES)
+
+
+def test_every_part_of_a_split_is_named(tmp_path: Path) -> None:
+    train = labelled(tmp_path, [0, 1] * 10, "jsonl")
+    test = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "x", "label": 1}])
+    splits = load_splits(train=train, eval=test, validation_size=4, completion="label", label_names=NAMES)
+    assert splits.eval is not None and splits.eval["label"] == ["positive"]
+    assert splits.validation is not None
+    assert {*splits.train["label"], *splits.validation["label"]} == {"negative", "positive"}

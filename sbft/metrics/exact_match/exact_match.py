@@ -3,15 +3,13 @@
 This file stands alone: the package `evaluate` copies it and loads the copy.
 """
 
-import re
-
 import datasets
 import evaluate
 
 _DESCRIPTION = """
-The share of predictions whose final answer equals that of the reference. The final answer is what follows the last
-"####", else what the last \\boxed{} holds, else the whole text; white space at both ends is left out and white space
-within counts as one space.
+The share of predictions whose final answer equals that of the reference. The final answer is what follows `answer_after`
+where that is given and there, else what follows the last "####", else what the last \\boxed{} holds, else the whole text;
+white space at both ends is left out and white space within counts as one space.
 """
 
 _INPUTS = """
@@ -20,26 +18,48 @@ Args:
     references (list of str): the right answers.
     ignore_case (bool): take upper and lower case for the same. Default False.
     ignore_punctuation (bool): leave out punctuation at both ends, signs excepted. Default False.
+    answer_after (str): words that a final answer comes after, to the end of its line, such as "The answer is:". It is
+        stripped of a closing full stop. Default None.
 Returns:
     exact_match (float): between 0 and 1.
 """
 
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_BOXED = "\\boxed{"
 _PUNCTUATION = " .,;:!?\"'`*()[]"
 
 
-def final_answer(text: str) -> str:
+def final_answer(text: str, answer_after: str | None = None) -> str:
     """The part of an answer that counts, its white space made plain."""
-    if "####" in text:
+    if answer_after and answer_after in text:
+        line = text.rpartition(answer_after)[2].strip().partition("\n")[0]
+        text = line.strip().removesuffix(".")
+    elif "####" in text:
         text = text.rpartition("####")[2]
-    elif boxed := _BOXED.findall(text):
-        text = boxed[-1]
+    elif _BOXED in text:
+        text = _up_to_its_brace(text.rpartition(_BOXED)[2])
     return " ".join(text.split())
 
 
-def is_match(prediction: str, reference: str, *, ignore_case: bool = False, ignore_punctuation: bool = False) -> bool:
+def _up_to_its_brace(text: str) -> str:
+    """What stands before the brace that closes one opened before the text; all of it where none does."""
+    depth = 1
+    for index, letter in enumerate(text):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return text[:index]
+    return text
+
+
+def is_match(
+    prediction: str,
+    reference: str,
+    *,
+    ignore_case: bool = False,
+    ignore_punctuation: bool = False,
+    answer_after: str | None = None,
+) -> bool:
     """Whether one prediction's final answer is the reference's."""
-    answers = [final_answer(prediction), final_answer(reference)]
+    answers = [final_answer(text, answer_after) for text in (prediction, reference)]
     if ignore_case:
         answers = [answer.casefold() for answer in answers]
     if ignore_punctuation:
@@ -66,9 +86,16 @@ class ExactMatch(evaluate.Metric):
         references: list[str],
         ignore_case: bool = False,
         ignore_punctuation: bool = False,
+        answer_after: str | None = None,
     ) -> dict[str, float]:
         matches = [
-            is_match(prediction, reference, ignore_case=ignore_case, ignore_punctuation=ignore_punctuation)
+            is_match(
+                prediction,
+                reference,
+                ignore_case=ignore_case,
+                ignore_punctuation=ignore_punctuation,
+                answer_after=answer_after,
+            )
             for prediction, reference in zip(predictions, references, strict=True)
         ]
         return {"exact_match": sum(matches) / len(matches)}

@@ -1,0 +1,95 @@
+"""A column of labels as words: numbers become text, and values get the names that the model shall write."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pyarrow as pa
+from datasets import ClassLabel, Dataset
+
+from sbft.errors import DataError
+
+
+def label_words(dataset: Dataset, column: str, names: dict[str, str] | None, source: str) -> Dataset:
+    """Turns the values of the answer's column into the text that the model shall write.
+
+    With `names` each value becomes its name. A value is looked up by its text: 0 by "0", true by "true", 1.0 by "1" (a
+    table with missing values keeps its whole numbers so), and a class of a `datasets.ClassLabel` column by its number or
+    by its own name. Without `names`, classes become their own names, whole numbers their decimal digits, true and false
+    what JSON writes, and other numbers the shortest text that reads as the same number; text stays as it is.
+
+    Missing values (None, NaN, and the class -1, by which data sets on the hub hide the labels of a test split) become
+    None.
+
+    Args:
+        dataset: rows.
+        column: the answer's column; a data set without it is left alone where there are no names.
+        names: words by value.
+        source: what the data was loaded from, for messages.
+
+    Raises:
+        DataError: names for a column that is not there or holds no single values, or a value without a name.
+    """
+    if column not in dataset.column_names:
+        if names:
+            raise DataError(
+                f"data.label_names names values of the column {column!r}, which {source} does not have; it has "
+                f"{', '.join(map(repr, dataset.column_names))}. Set data.completion to the column with the labels."
+            )
+        return dataset
+    feature = dataset.features[column]
+    kind = getattr(feature, "dtype", None)
+    if names is None and (kind in ("string", "large_string") or not _single(kind)):
+        return dataset
+    if not _single(kind):
+        raise DataError(
+            f"data.label_names names values of the column {column!r} of {source}, which is of the type {feature}; "
+            "expected text, numbers, or true and false."
+        )
+    classes = feature.names if isinstance(feature, ClassLabel) else None
+    named = None if names is None else {_key(value): word for value, word in names.items()}
+    words = {
+        value: _word(value, classes, named, f"{column!r} of {source}")
+        for value in dict.fromkeys(dataset.unique(column))
+        if not _missing(value, classes)
+    }
+    values = pa.array([words.get(value) for value in dataset[column]], type=pa.string())
+    order = dataset.column_names
+    return dataset.remove_columns(column).add_column(column, values).select_columns(order)
+
+
+def _single(kind: str | None) -> bool:
+    return kind is not None and kind.startswith(("string", "large_string", "int", "uint", "float", "bool", "null"))
+
+
+def _missing(value: Any, classes: list[str] | None) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value)) or (classes is not None and value == -1)
+
+
+def _word(value: Any, classes: list[str] | None, named: dict[str, str] | None, where: str) -> str:
+    own = classes[value] if classes is not None else None
+    if named is None:
+        return own if own is not None else _text(value)
+    keys = [_key(_text(value)), *([_key(own)] if own is not None else [])]
+    found = [named[key] for key in keys if key in named]
+    if not found:
+        told = f"{_text(value)} ({own})" if own is not None else _text(value)
+        raise DataError(
+            f"The column {where} holds {told}, which data.label_names does not name; it names {', '.join(named)}. Add "
+            f'{keys[0]!r} with its word, as in data.label_names: {{"{keys[0]}": word}}.'
+        )
+    return found[0]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _key(text: str) -> str:
+    """What a value is looked up by: true and false in small letters, whole numbers without a decimal point."""
+    if text in ("True", "False"):
+        return text.lower()
+    whole = text.removesuffix(".0")
+    return whole if whole.removeprefix("-").isdecimal() else text

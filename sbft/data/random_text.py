@@ -1,0 +1,52 @@
+"""Random text, `generated:random_text`: rows of one length, for measurements that need no sense in what they train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sbft.errors import DataError
+
+NAME = "random_text"
+# Printable ASCII without the space: every character is one byte, and no two rows are alike but for spaces.
+_FIRST, _LAST = ord("!"), ord("~")
+_DEFAULT_LENGTH = 1024
+
+
+def rows(*, start: int, options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yields texts without end; the same arguments give the same texts.
+
+    Args:
+        start: seed of the first row; each row after it has the next one.
+        options: `length` (default 1024), the tokens of a row under a tokenizer of bytes, such as that of the `random:`
+            models; the last of them is the end token, so that the text has one character less. Other tokenizers make
+            fewer tokens of a text: give a length that is surely enough, and data.max_length cuts it.
+
+    Yields:
+        {"text": the text}.
+
+    Raises:
+        DataError: wrong options.
+    """
+    import numpy as np
+
+    length = _length(options)
+    while True:
+        drawn = np.random.default_rng(start).integers(_FIRST, _LAST, size=length - 1, dtype=np.uint8, endpoint=True)
+        yield {"text": drawn.tobytes().decode("ascii")}
+        start += 1
+
+
+def _length(options: dict[str, Any]) -> int:
+    if unknown := sorted(set(options) - {"length"}):
+        raise DataError(
+            f"The task generated:{NAME} has no option {', '.join(map(repr, unknown))}; it has length. "
+            "Correct data.options."
+        )
+    length = options.get("length", _DEFAULT_LENGTH)
+    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
+        raise DataError(
+            f"The option length of generated:{NAME} is {length!r}; expected a number of tokens of at least 2, such as "
+            "data: {options: {length: 1024}, max_length: 1024}."
+        )
+    return length

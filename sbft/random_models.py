@@ -1,0 +1,142 @@
+"""Models of random weights, `random:NAME`: memory and speed can be measured on a shape without its checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from sbft.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+PREFIX = "random:"
+BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
+_BYTES = 256
+_STD = 0.02
+
+_LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 8192}
+_LLAMA_3: dict[str, Any] = {**_LLAMA, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **_LLAMA, "hidden_size": 160, "num_hidden_layers": 2, "intermediate_size": 320, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        **_LLAMA, "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    },
+    "llama-1b": {
+        **_LLAMA_3, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        **_LLAMA_3, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "tie_word_embeddings": False,
+    },
+    # The paper's memory figure: 40 layers, width 5140, vocabulary 50257, 2048 tokens. GPT-3's 13B has 40 heads of 128,
+    # which make 5120, not 5140, so the heads' size cannot be derived from the width; 257 (20 heads), what the width
+    # would divide into, is odd and above the 256 that flash attention takes. With 40 heads of 128 there are 13.18e9
+    # parameters, in bfloat16 the 26.4 GB that the paper's 27.58 GB for SGD leave beside its 1.21 GB of "other".
+    # Starcoder2 is transformers' GPT with rotary positions (no table of them), LayerNorm and an MLP without a gate.
+    "gpt3-13b": {
+        "model_type": "starcoder2", "hidden_size": 5140, "num_hidden_layers": 40, "intermediate_size": 4 * 5140,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "head_dim": 128, "vocab_size": 50257, "use_bias": False,
+        "tie_word_embeddings": False, "max_position_embeddings": 2048,
+    },
+}  # fmt: skip
+"""Settings of the transformers config of each model: SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B as published."""
+
+
+def is_random(model: str) -> bool:
+    """Says whether a model is written `random:NAME`."""
+    return model.startswith(PREFIX)
+
+
+def random_config(model: str) -> PreTrainedConfig:
+    """The transformers config of `random:NAME`; its special tokens are those of `byte_tokenizer`.
+
+    Raises:
+        ModelError: there is no architecture of that name.
+    """
+    from transformers import AutoConfig
+
+    name = model.removeprefix(PREFIX)
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
+        known = ", ".join(PREFIX + one for one in ARCHITECTURES)
+        raise ModelError(f"There is no model of random weights called {name!r}; there is: {known}.{hint}")
+    tokens: dict[str, Any] = {"bos_token_id": _BYTES, "eos_token_id": _BYTES + 1, "pad_token_id": _BYTES + 2}
+    # The name is what an adapter keeps of its base.
+    return AutoConfig.for_model(**ARCHITECTURES[name], **tokens, name_or_path=PREFIX + name)
+
+
+def random_model(
+    model: str, *, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """Makes a model of random weights in one dtype where it will be used, and nothing of it anywhere else.
+
+    The matrices are normal with deviation 0.02, the norms' weights 1, the biases 0. Each parameter has a generator of
+    its own, seeded by its name, so that the weights are the same every time on the same kind of device.
+
+    Args:
+        model: `random:NAME`.
+        dtype: dtype of all weights.
+        device: where the weights are made.
+        attn_implementation: "sdpa", "eager", ...; transformers' choice when None.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ModelError: there is no architecture of that name.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    config = random_config(model)
+    with torch.device(device), no_init_weights():
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    made.tie_weights()  # which no_init_weights leaves out, too
+    for name, parameter in made.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+        else:
+            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+            torch.nn.init.normal_(parameter, std=_STD, generator=generator)
+    return made.eval()
+
+
+def training_device() -> torch.device:
+    """The device that a `Trainer` in this process will train on."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    # Several processes have each chosen theirs by now.
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for each of the 256 bytes, and for begin, end and padding; it needs no file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
