@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from sbft.harness import TaskResult
     from sbft.recipe import Recipe
 
 
@@ -21,18 +22,43 @@ def evaluate(
         str | None, typer.Option(help="Hub id, local file, or generated:NAME; by default what the run was measured on.")
     ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Metric such as exact_match. May be repeated.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure on the first so many examples only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure on the first so many examples (of each task) only.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples at once.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL file to write the answers to.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: data.prompt=question. May be repeated."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Public tasks of lm-evaluation-harness instead: gsm8k,arc_easy."),
+    ] = None,
+    harness_tasks: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with YAML files of further tasks for --harness.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put the questions of --harness as turns of a chat.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the results of --harness; by default in the model's folder.")
+    ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure a model: loss, perplexity, and metrics of its generated answers."""
+    """Measure a model: loss, perplexity, and metrics of its generated answers; or public tasks."""
     with shown_as_a_paragraph(traceback):
-        recipe = _recipe_of(model, data, metric, limit, overrides)
+        _refuse_contradictions(
+            harness,
+            {"--data": data, "--metric": metric, "--predictions": predictions},
+            {"--harness-tasks": harness_tasks, "--chat-template": chat_template, "--output": output},
+        )
+        if harness is not None:
+            settings = {"limit": limit, "batch_size": batch_size or 1, "chat_template": chat_template}
+            _on_public_tasks(model, harness, harness_tasks, overrides, settings, output, json_output)
+            return
+        recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
         from sbft.cli.quiet import quiet_libraries
 
         quiet_libraries()
@@ -45,8 +71,71 @@ def evaluate(
         _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
 
 
+def _refuse_contradictions(harness: str | None, without: dict[str, Any], only_with: dict[str, Any]) -> None:
+    """Refuse options that belong to data of one's own beside `--harness`, and those of `--harness` without it."""
+    from sbft.errors import DataError
+
+    if harness is None:
+        if given := [option for option, value in only_with.items() if value]:
+            raise DataError(f"{' and '.join(given)} belongs to --harness TASKS, which is not given. Add it.")
+        return
+    if given := [option for option, value in without.items() if value]:
+        raise DataError(
+            f"{' and '.join(given)} cannot be given with --harness, whose tasks bring their own data and metrics. Type "
+            "two commands, one for each."
+        )
+
+
+def _on_public_tasks(
+    model: str,
+    names: str,
+    folder: Path | None,
+    overrides: list[str] | None,
+    settings: dict[str, Any],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure on tasks of lm-evaluation-harness, print what came out, and keep it beside the model."""
+    from sbft.errors import DataError
+    from sbft.harness import FILE_NAME, load_tasks, read, run_tasks, save
+    from sbft.recipe import load_recipe, resolve
+
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise DataError("--harness names no task. Type, for example: --harness gsm8k,arc_easy")
+    for change in overrides or []:
+        if change.partition("=")[0].strip() not in ("dtype", "trust_remote_code"):
+            raise DataError(
+                f"--set {change} changes nothing about the tasks of --harness, which bring their own data and prompts. "
+                "Only dtype and trust_remote_code can be set."
+            )
+    saved = Path(model) / "recipe.yaml"
+    recipe = resolve(
+        load_recipe(saved, overrides) if saved.is_file() else load_recipe(None, overrides, model=model, data="none")
+    )
+    destination = output or (Path(model) / FILE_NAME if Path(model).is_dir() else None)
+    if destination is not None:
+        read(destination)  # refused now, not after hours
+    from sbft.cli.quiet import quiet_libraries
+
+    quiet_libraries()
+    tasks = load_tasks(wanted, folder)
+    from sbft.cli.load import load_for_use
+
+    loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
+    results = run_tasks(loaded, tokenizer, tasks, **settings)
+    if destination is not None:
+        save(results, destination, model=model, dtype=str(recipe.dtype), **settings)
+    _print_tasks(results, destination, as_json)
+
+
 def _recipe_of(
-    model: str, data: str | None, metric: list[str] | None, limit: int | None, overrides: list[str] | None
+    model: str,
+    data: str | None,
+    metric: list[str] | None,
+    limit: int | None,
+    batch_size: int | None,
+    overrides: list[str] | None,
 ) -> Recipe:
     """The recipe that the model was trained by, so that questions are put as in training; else the defaults."""
     from sbft.errors import DataError
@@ -58,6 +147,8 @@ def _recipe_of(
         changes.append(f"evaluation.metrics=[{', '.join(metric)}]")
     if limit:
         changes.append(f"evaluation.limit={limit}")
+    if batch_size:
+        changes.append(f"evaluation.batch_size={batch_size}")
     if saved.is_file():
         return resolve(load_recipe(saved, changes))
     if data is None:
@@ -84,6 +175,8 @@ def _rows(recipe: Recipe, data: str | None) -> Dataset:
         size=size,
         seed=recipe.data.seed,
         options=recipe.data.options,
+        completion=recipe.data.completion,
+        label_names=recipe.data.label_names,
     )
 
 
@@ -97,3 +190,24 @@ def _print(metrics: dict[str, float], examples: int, as_json: bool) -> None:
     width = max(map(len, metrics))
     for name, value in metrics.items():
         print(f"{name:<{width}}  {value:.4g}")
+
+
+def _print_tasks(results: list[TaskResult], written: Path | None, as_json: bool) -> None:
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps({result.task: asdict(result) for result in results}))
+        return
+    rows = [("task", "metric", "value", "shots", "examples")]
+    for result in results:
+        shots, examples = ("" if count is None else str(count) for count in (result.shots, result.examples))
+        for score in result.scores:
+            metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+            error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+            rows.append((result.task, metric, f"{score.value:.4f}{error}", shots, examples))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if written is not None:
+        print(f"Written to {written}")
