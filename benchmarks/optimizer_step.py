@@ -4,8 +4,9 @@
     python benchmarks/optimizer_step.py --model llama-8b        # or a folder with a config.json, or 4096x11008
 
 All work in one process on the same weights and random gradients, in turns: each round builds an optimizer, lets it take its
-first step unmeasured, measures some, and drops it. It runs on the GPU where there is one; CUDA_VISIBLE_DEVICES= in front keeps
-it on the CPU. The bound is the time that a plain copy, measured in the same rounds,
+first step unmeasured, measures some, and drops it. An optimizer that needs more than --limit-s for its first step is skipped;
+one that compiles in it takes it once in a process of its own before, which can be stopped. All run on the GPU where there is
+one; CUDA_VISIBLE_DEVICES= in front keeps them on the CPU. The bound is the time that a plain copy, measured in the same rounds,
 needs for 5 times the weights' bytes: an exact Adafactor reads the gradient three times and reads and writes the weight.
 """
 
@@ -16,7 +17,9 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +34,7 @@ Build = Callable[[nn.ParameterList], Step]
 PASSES = 5
 RATE = 1e-5
 SLOW_REFERENCE = 100_000_000
+COMPILING = ("torchao AdamW8bit",)
 
 
 def main() -> None:
@@ -38,6 +42,9 @@ def main() -> None:
     from benchmarks.shapes import parameter_shapes
 
     shapes = [shape for name in arguments.model for shape in parameter_shapes(name)]
+    if arguments.probe:
+        take_first_step(shapes, arguments)
+        return
     rows = benchmark(shapes, arguments)
     show(rows)
     if arguments.json:
@@ -47,12 +54,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["smollm2-135m"], help="names of shapes.py, folders, or RxC")
+    parser.add_argument("--model", nargs="+", default=["smollm2-135m"], help="NAMEs of random:NAME, folders, or RxC")
     parser.add_argument("--optimizers", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="measured steps of a round")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="longest first step; who needs more is skipped")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -140,25 +149,35 @@ CONTENDERS: dict[str, Build] = {
 # Measurement
 
 
+class TooSlow(Exception):
+    """A first step that took too long; the message says so."""
+
+
 def benchmark(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, arguments.dtype)
-    torch.manual_seed(0)
-    weights = nn.ParameterList(torch.empty(s, dtype=dtype, device=device).normal_(std=0.02) for s in shapes)
-    grads = [torch.empty(s, dtype=dtype, device=device).normal_(std=1e-3) for s in shapes]
     times: dict[str, list[float]] = {name: [] for name in arguments.optimizers}
     temporary: dict[str, int] = {}
     skipped: dict[str, str] = {}
     bounds: list[float] = []
+
+    def skip(name: str, why: str) -> None:
+        skipped[name] = why
+        print(f"{name}: {why}", file=sys.stderr)
+
+    for name in arguments.optimizers:
+        # Before this process takes memory of its own.
+        if name in COMPILING and (why := probe(name, arguments)) is not None:
+            skip(name, why)
+    weights, grads = tensors(shapes, arguments)
+    device, dtype = weights[0].device, weights[0].dtype
     for _ in range(arguments.rounds):
         bounds += copy_bounds(count(weights), dtype, device, arguments.steps)
         for name in arguments.optimizers:
             if name in skipped:
                 continue
             try:
-                measured, taken = measure(CONTENDERS[name], weights, grads, arguments.steps)
+                measured, taken = measure(CONTENDERS[name], weights, grads, arguments.steps, arguments.limit_s)
             except Exception as error:  # whatever another package raises is the reason why it cannot run here
-                skipped[name] = reason(error)
-                print(f"{name}: {skipped[name]}", file=sys.stderr)
+                skip(name, reason(error))
                 continue
             times[name] += measured
             temporary[name] = min(taken, temporary.get(name, taken))
@@ -169,18 +188,61 @@ def benchmark(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> l
     return [row(name, common, times[name], temporary.get(name), skipped.get(name)) for name in arguments.optimizers]
 
 
-def measure(build: Build, weights: nn.ParameterList, grads: list[Tensor], steps: int) -> tuple[list[float], int]:
+def tensors(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> tuple[nn.ParameterList, list[Tensor]]:
+    """Weights and gradients."""
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), getattr(torch, arguments.dtype)
+    torch.manual_seed(0)
+    weights = nn.ParameterList(torch.empty(s, dtype=dtype, device=device).normal_(std=0.02) for s in shapes)
+    grads = [torch.empty(s, dtype=dtype, device=device).normal_(std=1e-3) for s in shapes]
+    return weights, grads
+
+
+def probe(name: str, arguments: argparse.Namespace) -> str | None:
+    """Why a contender is to be skipped that cannot take its first step in time, as a process of its own has found."""
+    command = [sys.executable, __file__, "--probe", "--optimizers", name, "--dtype", arguments.dtype]
+    command += ["--model", *arguments.model]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()  # said where the first step begins
+        _, errors = child.communicate(timeout=arguments.limit_s)
+    except subprocess.TimeoutExpired:
+        return str(too_slow(arguments.limit_s))
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)  # and the compilers it has started
+            child.communicate()
+    return (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1] if child.returncode else None
+
+
+def take_first_step(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> None:
+    """In the process of a probe."""
+    weights, grads = tensors(shapes, arguments)
+    begin(weights, grads)
+    print("the first step begins", flush=True)
+    try:
+        CONTENDERS[arguments.optimizers[0]](weights)()
+        synchronize(weights[0].device)
+    except Exception as error:
+        raise SystemExit(reason(error)) from error
+
+
+def measure(
+    build: Build, weights: nn.ParameterList, grads: list[Tensor], steps: int, limit_s: float
+) -> tuple[list[float], int]:
     """Milliseconds of each step, and bytes of temporary memory, without the state, of one more."""
     from sbft.memory import PeakMemory
 
     try:
         step = build(weights)
-        milliseconds = []
+        milliseconds: list[float] = []
         for _ in range(steps + 1):
             start = begin(weights, grads)
             step()
             synchronize(weights[0].device)
             milliseconds.append(1e3 * (time.perf_counter() - start))
+            if milliseconds[0] > 1e3 * limit_s:
+                raise too_slow(limit_s)
         begin(weights, grads)
         free_memory()
         with PeakMemory() as memory:
@@ -192,6 +254,10 @@ def measure(build: Build, weights: nn.ParameterList, grads: list[Tensor], steps:
             weight._backward_hooks = None  # AdaLomo leaves one
         step = None
         free_memory()
+
+
+def too_slow(limit_s: float) -> TooSlow:
+    return TooSlow(f"its first step took longer than {limit_s:g} s")
 
 
 def free_memory() -> None:
@@ -240,6 +306,8 @@ def device_name() -> str:
 
 
 def reason(error: Exception) -> str:
+    if isinstance(error, TooSlow):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 

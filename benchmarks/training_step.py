@@ -48,9 +48,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="builtin:smollm2-135m", help="as in a recipe, or a shape of benchmarks/shapes.py"
-    )
+    parser.add_argument("--model", default="builtin:smollm2-135m", help="as in a recipe, or the NAME of a random:NAME")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="length of every example")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of a process, after --warm-up others")
@@ -138,12 +136,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def load(name: str, dtype: Any) -> Any:
     import torch
 
-    from benchmarks.shapes import random_model
     from sbft.models import load_model
+    from sbft.random_models import ARCHITECTURES, PREFIX
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = random_model(name, dtype=dtype, device=device)
-    return model if model is not None else load_model(name, dtype=dtype).to(device)
+    model = load_model(PREFIX + name if name in ARCHITECTURES else name, dtype=dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # The table
