@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sbft.cli import evaluate, generate, recipes, report, train, version
+from sbft.cli import bench, evaluate, generate, recipes, report, train, version
 from sbft.cli.quiet import quiet_imports
 
 # Without markup the help is plain text, and does not load rich: `sbft --help` answers in half the time.
@@ -28,6 +28,7 @@ def root() -> None:
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.add_typer(recipes.app, name="recipes")
 app.command("version")(version.version)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sbft.bench.suite import suite_names
 from sbft.recipe import recipe_names
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,7 @@ def test_the_wheel_holds_recipes_metrics_types_and_licence_and_no_tests(wheel: P
     names = zipfile.ZipFile(wheel).namelist()
     assert {"sbft/py.typed", "sbft/metrics/exact_match/exact_match.py"} <= set(names)
     assert {f"sbft/recipes/{name}.yaml" for name in recipe_names()} <= set(names)
+    assert {f"sbft/suites/{name}.yaml" for name in suite_names()} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sbft").rglob("*.py")}

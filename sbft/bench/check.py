@@ -1,0 +1,67 @@
+"""What only transformers and torch can say of a suite, asked in a process of its own: the runner's stays small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from sbft.bench.runs import possible_runs
+from sbft.bench.suite import Suite, refusal
+from sbft.errors import RecipeError
+from sbft.methods import METHODS
+
+
+def check_recipes(suite: Suite) -> list[str]:
+    """Check the recipe of every run before the first is made.
+
+    Returns:
+        What CUDA_VISIBLE_DEVICES calls each GPU of this machine; empty where there is none.
+
+    Raises:
+        RecipeError: with every problem of every recipe at once.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "sbft.bench.check"], input=suite.to_yaml(), capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RecipeError(f"The suite's recipes could not be checked: {told[-1]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if answer["problems"]:
+        raise refusal(answer["problems"])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(answer["gpus"])]
+    return names[: answer["gpus"]]
+
+
+def recipe_problems(suite: Suite) -> list[str]:
+    """Every problem of a recipe of the suite, once, under the first run that has it. Imports transformers: seconds."""
+    from sbft.recipe.draft import Draft
+    from sbft.recipe.problems import find_problems
+
+    found: dict[str, str] = {}
+    seen: set[tuple[str, str]] = set()
+    for run in possible_runs(suite):
+        # All seeds and rates of a row have the same keys.
+        row = (run.task, run.variant)
+        if row in seen or METHODS[suite.method_of(run.variant)].missing_packages:
+            continue
+        seen.add(row)
+        name = f"{run.task}/{run.variant}"
+        for problem in find_problems(Draft(run.recipe(suite), name)):
+            found.setdefault(problem.removeprefix(f"{name}: "), problem)
+    return list(found.values())
+
+
+def _main() -> None:
+    import torch
+    import yaml
+
+    suite = Suite.model_validate(yaml.safe_load(sys.stdin.read()))
+    print(json.dumps({"problems": recipe_problems(suite), "gpus": torch.cuda.device_count()}))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,142 @@
+"""What came of a run's process: its record, also where it could write none itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+from sbft.bench.process import Active, log_beside, recipe_beside
+from sbft.bench.runs import LOG_FILE, PROCESS_FILE, RECIPE_FILE, Run, run_folder, stored_record
+from sbft.bench.suite import Suite
+from sbft.install import how_to_install
+from sbft.methods import METHODS
+from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord, git_commit, versions
+
+_WEIGHTS = ("*.safetensors", "*.bin")
+# What is of use without the weights; tensorboard's events are there where the suite asks for them.
+_KEPT = (FILE_NAME, RECIPE_FILE, LOG_FILE, PROCESS_FILE, "*.jsonl", "events.out.*")
+# How `sbft train` says that somebody told it to stop.
+_STOPPED = "Stopped by Ctrl-C"
+_LAST_LINES = 3
+
+
+def missing_package(suite: Suite, variant: str) -> str | None:
+    """Why a variant cannot be run here, if a package that its method needs is not installed."""
+    name = suite.method_of(variant)
+    method = METHODS[name]
+    for package in method.missing_packages:
+        install = how_to_install(f"'sbft[{method.packages[package]}]'")
+        return f"Method {name} needs the package {package}, which is not installed. {install}"
+    return None
+
+
+def write_unsupported(suite: Suite, folder: Path, run: Run, reason: str) -> RunRecord:
+    """The record of a run that this machine cannot make."""
+    record = _blank(suite, run)
+    record.status, record.error = "unsupported", reason
+    target = run_folder(folder, run)
+    target.mkdir(parents=True, exist_ok=True)
+    record.save(target)
+    return record
+
+
+def conclude(suite: Suite, active: Active, at_once: int) -> RunRecord | None:
+    """The record of a run whose process has ended; None if somebody stopped it, so that it is still to be made.
+
+    The process's output becomes the folder's log, and the weights are removed, unless the suite keeps them.
+
+    Args:
+        suite: what the run belongs to.
+        active: the run.
+        at_once: how many runs shared the machine.
+    """
+    record = stored_record(active.folder)
+    if record is None or record.status != "ok":
+        record = record or _blank(suite, active.run)
+        if active.timed_out:
+            # What it has measured until then stands.
+            record.status, record.error = "error", f"timed out after {active.time_limit_s:g} s"
+        elif record.error in (None, UNFINISHED):
+            record.status, record.error = _how_it_ended(active.process.returncode, log_beside(active.folder))
+        if record.error is not None and record.error.startswith(_STOPPED):
+            return None
+        active.folder.mkdir(parents=True, exist_ok=True)
+        record.save(active.folder)
+    process = {"elapsed_s": round(active.elapsed_s, 3), "exit_code": active.process.returncode, "at_once": at_once}
+    (active.folder / PROCESS_FILE).write_text(json.dumps(process) + "\n", encoding="utf-8")
+    return tidy(suite, active.folder)
+
+
+def tidy(suite: Suite, folder: Path) -> RunRecord | None:
+    """Bring the folder of a finished run into its last state; does nothing where that is done."""
+    record = stored_record(folder)
+    if log_beside(folder).exists():
+        os.replace(log_beside(folder), folder / LOG_FILE)
+    recipe_beside(folder).unlink(missing_ok=True)
+    if record is None:
+        return None
+    weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    if weights and record.saved_bytes is None:
+        record.saved_bytes = sum(path.stat().st_size for path in weights)
+        record.save(folder)
+    if not suite.keep_models:
+        for path in folder.iterdir():
+            if path.is_file() and not any(path.match(pattern) for pattern in _KEPT):
+                path.unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return record
+
+
+def _blank(suite: Suite, run: Run) -> RunRecord:
+    """A record of what was to be run, of which nothing is known yet."""
+    recipe = run.whole_recipe(suite)
+    training = recipe.training
+    return RunRecord(
+        method=recipe.method,
+        model=recipe.model,
+        dataset=recipe.data.train,
+        seed=run.seed,
+        error=UNFINISHED,
+        dtype=str(recipe.dtype),
+        per_device_batch_size=training["per_device_train_batch_size"],
+        gradient_accumulation_steps=training["gradient_accumulation_steps"],
+        second_moment_half_life=recipe.optimizer.second_moment_half_life,
+        learning_rate=run.learning_rate,
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        versions=versions(),
+        git_commit=git_commit(),
+    )
+
+
+def _how_it_ended(code: int, log: Path) -> tuple[str, str]:
+    """Status and error of a process that has not said them in its record."""
+    if code == -signal.SIGKILL:
+        return "oom", (
+            "The system ended the process (signal 9), as it does when the machine's memory runs out. End other programs, "
+            "run fewer at once (--jobs 1), or take a smaller model."
+        )
+    if code < 0:
+        return "error", f"The process was ended by {signal.Signals(-code).name}.{_last_lines(log)}"
+    if paragraph := _error_paragraph(log):
+        return "error", paragraph
+    return "error", f"The process ended with exit code {code} and no finished record.{_last_lines(log)}"
+
+
+def _error_paragraph(log: Path) -> str | None:
+    """The last paragraph of the log that begins with `Error:`, without that word."""
+    found = re.findall(r"^Error: (.+?)(?=\n\s*\n|\Z)", _text(log), re.MULTILINE | re.DOTALL)
+    return found[-1].strip() if found else None
+
+
+def _last_lines(log: Path) -> str:
+    lines = [line.strip() for line in _text(log).splitlines() if line.strip()]
+    return f" Its last words: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""
+
+
+def _text(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

@@ -1,0 +1,127 @@
+"""Runs as processes: one that works on a run, and the lock that keeps all others from the same run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from sbft.bench.runs import Run, run_folder
+from sbft.bench.suite import Suite
+
+LOCKS_FOLDER = "locks"
+# To end a step, and to write what was measured until then.
+_GRACE_S = 20.0
+
+
+def try_lock(folder: Path, run: Run) -> int | None:
+    """A file descriptor that holds the lock of a run in a suite's folder; None if another process has it.
+
+    The lock ends with the last process that has the descriptor open: a run that outlives its runner still holds it.
+    """
+    path = folder / LOCKS_FOLDER / f"{run.name.replace('/', '__')}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def log_beside(folder: Path) -> Path:
+    """Where the output of a run goes while it works: `sbft train` wants its own folder empty."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def recipe_beside(folder: Path) -> Path:
+    """The recipe that the process of a run is given."""
+    return folder.with_name(f"{folder.name}.yaml")
+
+
+@dataclass
+class Active:
+    """A run that a process of this runner works on."""
+
+    run: Run
+    folder: Path
+    lock: int
+    slot: int
+    process: subprocess.Popen[bytes]
+    time_limit_s: float | None
+    began: float = field(default_factory=time.monotonic)
+    timed_out: bool = False
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self.began
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone; one that is over its time limit is told to stop, and after a while killed."""
+        if self.process.poll() is not None:
+            return True
+        if self.time_limit_s is not None and self.elapsed_s > self.time_limit_s:
+            if not self.timed_out:
+                self.timed_out = True
+                self._signal(signal.SIGTERM)
+            elif self.elapsed_s > self.time_limit_s + _GRACE_S:
+                self._signal(signal.SIGKILL)
+        return False
+
+    def kill(self) -> None:
+        """End the process and all that it has started, and wait for it."""
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return  # it has ended in the meantime
+
+    def release(self) -> None:
+        """Let others have the run."""
+        os.close(self.lock)
+
+
+def start(suite: Suite, folder: Path, run: Run, *, lock: int, slot: int, environment: dict[str, str]) -> Active:
+    """Start the process of a run, in an empty folder.
+
+    Args:
+        suite: what the run belongs to.
+        folder: that of the suite.
+        run: what to run.
+        lock: a descriptor from `try_lock`, which the process gets too.
+        slot: which of the runs at a time it is.
+        environment: variables beside those of this process.
+    """
+    target = run_folder(folder, run)
+    # What an interrupted run has left.
+    if target.exists():
+        shutil.rmtree(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recipe = recipe_beside(target)
+    recipe.write_text(yaml.safe_dump(run.recipe(suite), sort_keys=False), encoding="utf-8")
+    train = ["train", str(recipe), "--output-dir", str(target), "--overwrite"]
+    with log_beside(target).open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sbft.bench.child", str(os.getpid()), *train],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            pass_fds=(lock,),
+            # Ctrl-C is for the runner alone, which ends its runs itself.
+            start_new_session=True,
+        )
+    return Active(run, target, lock, slot, process, suite.time_limit_s)

@@ -1,0 +1,279 @@
+"""Makes the runs of a suite, each in a process of its own; what is done is never done again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pydantic import ValidationError
+
+from sbft.bench.live import SuiteProgress
+from sbft.bench.outcome import conclude, missing_package, tidy, write_unsupported
+from sbft.bench.plan import Planned, is_wanted, plan
+from sbft.bench.process import Active, log_beside, start, try_lock
+from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
+from sbft.bench.suite import Suite
+from sbft.errors import RecipeError, TrainingError
+from sbft.recipe.schema import Recipe
+from sbft.training.record import UNFINISHED, RunRecord
+
+_POLL_S = 0.2
+_LOOK_AGAIN_S = 2.0  # while another runner has what is left
+_KEYS_NAMED = 5
+
+
+def run_suite(
+    suite: Suite,
+    folder: Path,
+    progress: SuiteProgress,
+    *,
+    only: Sequence[str] = (),
+    jobs: int = 1,
+    gpus: Sequence[str] = (),
+) -> None:
+    """Make every run that has not been made.
+
+    Args:
+        suite: what to run; its own folder has been prepared: see `prepare`.
+        folder: where the runs lie.
+        progress: told what happens.
+        only: patterns of the runs to make; all if there is none.
+        jobs: how many at once.
+        gpus: what CUDA_VISIBLE_DEVICES calls each GPU; each run gets one. Empty: the runs share the CPU.
+
+    Raises:
+        TrainingError: if it was stopped by Ctrl-C or SIGTERM.
+    """
+    runner = _Runner(suite, folder, progress, only, jobs, gpus)
+    try:
+        with _sigterm_is_ctrl_c():
+            runner.work()
+    except KeyboardInterrupt:
+        runner.stop()
+        done = sum(one.record is not None for one in plan(suite, folder))
+        raise TrainingError(
+            f"Stopped by Ctrl-C with {done} run{'s' * (done != 1)} finished; what was cut off will be made from its "
+            "beginning. To go on, type the same command again."
+        ) from None
+    finally:
+        runner.stop()
+
+
+def check_same(suite: Suite, folder: Path, *, retry: bool = False) -> None:
+    """Make sure that what lies in a folder is of the same suite. Changes nothing.
+
+    Args:
+        suite: what is wanted; it may have more methods, rates, seeds or tasks than were run.
+        folder: where the runs lie.
+        retry: failed runs are to be made again, and so may differ.
+
+    Raises:
+        RecipeError: if a finished run was made with other settings than the suite now gives it.
+    """
+    for run in possible_runs(suite):
+        record = read_run(folder, run)
+        if record is not None and not (retry and record.status != "ok"):
+            _check_same(suite, folder, run, record)
+
+
+def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[str] = ()) -> None:
+    """Make the folder of a suite ready: the suite in it, and what a killed runner left in order.
+
+    Args:
+        suite: what is wanted.
+        folder: where the runs lie.
+        retry: failed runs are to be made again.
+        only: patterns of the runs to be made again; all if there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{SUITE_FILE}.part"
+    part.write_text(suite.to_yaml(), encoding="utf-8")
+    os.replace(part, folder / SUITE_FILE)
+    for run in possible_runs(suite):
+        record = read_run(folder, run)
+        again = retry and record is not None and record.status != "ok" and is_wanted(run.name, only)
+        if record is None or not (again or log_beside(run_folder(folder, run)).exists()):
+            continue
+        lock = try_lock(folder, run)
+        if lock is None:
+            continue
+        if again:
+            record.status, record.error = "error", UNFINISHED
+            record.save(run_folder(folder, run))
+        else:
+            tidy(suite, run_folder(folder, run))
+        os.close(lock)
+
+
+def _check_same(suite: Suite, folder: Path, run: Run, record: RunRecord) -> None:
+    wanted = run.whole_recipe(suite)
+    try:
+        made = Recipe.model_validate(record.recipe)
+    except ValidationError as error:
+        raise RecipeError(
+            f"The record of the run {run.name} in {folder} cannot be read by this version of sbft. {_ways_out(folder, run)}"
+        ) from error
+    there, here = _flat(made), _flat(wanted)
+    differing = [
+        f"{key} (there {there.get(key)}, now {here.get(key)})"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and key != "output_dir"
+    ]
+    if differing:
+        more = f" and {len(differing) - _KEYS_NAMED} more" if len(differing) > _KEYS_NAMED else ""
+        raise RecipeError(
+            f"The run {run.name} in {folder} was made with other settings than the suite now has: "
+            f"{', '.join(differing[:_KEYS_NAMED])}{more}. "
+            + ("It failed: add --retry to make it again. " if record.status != "ok" else "")
+            + _ways_out(folder, run)
+        )
+
+
+def _ways_out(folder: Path, run: Run) -> str:
+    return (
+        "Type another --output-dir to begin anew, or change the suite back, or remove the run to have it made again: "
+        f"rm -r '{run_folder(folder, run)}'"
+    )
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    """Dotted keys and values; None is the same as not given."""
+
+    def flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict) and value:
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    return dict(flat(recipe.model_dump(mode="json", exclude_none=True), ""))
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """Stop in the same way when a batch system or `kill` asks for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+class _Runner:
+    """The loop: whenever a slot is free, the first run is started that nobody has made and nobody works on."""
+
+    def __init__(
+        self,
+        suite: Suite,
+        folder: Path,
+        progress: SuiteProgress,
+        only: Sequence[str],
+        jobs: int,
+        gpus: Sequence[str],
+    ) -> None:
+        self.suite, self.folder, self.progress = suite, folder, progress
+        self.only, self.jobs, self.gpus = only, jobs, gpus
+        self.active: list[Active] = []
+        self.elsewhere: list[str] = []
+        """Runs that another runner, or one of its processes, works on."""
+        self.planned: list[Planned] = []
+        self._looked = 0.0
+
+    def work(self) -> None:
+        """Until nothing is left."""
+        self.look()
+        while True:
+            self.collect()
+            while len(self.active) < self.jobs and self.start_next():
+                pass
+            if not self.active and not self.elsewhere:
+                return
+            if not self.active:
+                self.progress.waits(self.elsewhere)
+            self.progress.draw(self.planned, self.active)
+            time.sleep(_POLL_S)
+            if self.elsewhere and time.monotonic() - self._looked > _LOOK_AGAIN_S:
+                self.look()
+
+    def look(self) -> None:
+        """Read the state of all runs anew."""
+        self.planned = [one for one in plan(self.suite, self.folder) if is_wanted(one.name, self.only)]
+        self._looked = time.monotonic()
+
+    def collect(self) -> None:
+        """Take in the runs that have ended."""
+        for active in [one for one in self.active if one.has_ended()]:
+            record = conclude(self.suite, active, self.jobs)
+            self.active.remove(active)
+            active.release()
+            self.look()
+            self.progress.ended(active.run.name, record, active.elapsed_s, self.planned)
+
+    def start_next(self) -> bool:
+        """Start the first run that can be; False if there is none."""
+        working = {one.run for one in self.active}
+        self.elsewhere = []
+        for one in self.planned:
+            run = one.run
+            if run is None or one.state != "to do" or run in working:
+                continue
+            lock = try_lock(self.folder, run)
+            if lock is None:
+                self.elsewhere.append(run.name)
+                continue
+            if self._needs_no_process(run):
+                os.close(lock)
+                self.look()
+                return self.start_next()
+            slot = min(set(range(self.jobs)) - {active.slot for active in self.active})
+            self.active.append(
+                start(self.suite, self.folder, run, lock=lock, slot=slot, environment=self._environment(slot))
+            )
+            self.progress.begins(run.name, self.planned)
+            return True
+        return False
+
+    def _needs_no_process(self, run: Run) -> bool:
+        if read_run(self.folder, run) is not None:
+            return True  # made by another runner since the plan was drawn up
+        reason = missing_package(self.suite, run.variant)
+        if reason is None:
+            return False
+        record = write_unsupported(self.suite, self.folder, run, reason)
+        self.progress.ended(run.name, record, 0.0, self.planned)
+        return True
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        if self.gpus:
+            return {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
+        if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.jobs, 1))}
+
+    def stop(self) -> None:
+        """End what still runs; none of it counts as a result."""
+        for active in self.active:
+            active.kill()
+            record = read_run(self.folder, active.run)
+            # It may have finished just now, or have been failing on its own.
+            if record is not None and record.status == "ok":
+                tidy(self.suite, active.folder)
+            elif record is not None:
+                record.status, record.error = "error", UNFINISHED
+                record.save(active.folder)
+            active.release()
+        self.active = []

@@ -1,0 +1,258 @@
+"""The runs of a suite: which there are, where each lies, and which learning rate the validation runs choose."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from sbft.bench.suite import Suite, load_suite
+from sbft.recipe.defaults import complete
+from sbft.recipe.schema import Recipe
+from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord
+
+SUITE_FILE = "suite.yaml"
+RUNS_FOLDER = "runs"
+LOG_FILE = "log.txt"
+RECIPE_FILE = "recipe.yaml"
+PROCESS_FILE = "process.json"
+"""How long the process of a run took, from its start to its end, how it ended, and how many ran at once."""
+Phase = Literal["validation", "test"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a suite."""
+
+    model: str
+    task: str
+    variant: str
+    learning_rate: float
+    seed: int
+    phase: Phase
+    prefix: str = ""
+    """The folder of its model and a slash, where a suite has several models."""
+
+    @property
+    def name(self) -> str:
+        """Its folder below `runs`."""
+        return run_name(self.prefix, self.task, self.variant, f"{self.learning_rate:g}", self.phase, self.seed)
+
+    def recipe(self, suite: Suite) -> dict[str, Any]:
+        """The content of its recipe, without the method's defaults."""
+        task, variant = suite.tasks[self.task], suite.methods[self.variant]
+        content: dict[str, Any] = {
+            "model": self.model,
+            "method": suite.method_of(self.variant),
+            "data": task.data.model_dump(mode="json", exclude_unset=True),
+            "training": dict(suite.training),
+            "evaluation": task.evaluation.model_dump(mode="json", exclude_unset=True),
+        }
+        content["data"].setdefault("seed", self.seed)
+        for key, value in variant.set.items():
+            *path, last = key.split(".")
+            section = content
+            for part in path:
+                section = section.setdefault(part, {})
+            section[last] = value
+        content["training"].update(learning_rate=self.learning_rate, seed=self.seed)
+        if self.phase == "validation":
+            # Nothing of the evaluation part is there to be seen.
+            content["data"].pop("eval", None)
+            content["data"].pop("eval_size", None)
+            content["evaluation"]["before"] = False
+        return content
+
+    def whole_recipe(self, suite: Suite) -> Recipe:
+        """Its recipe with the method's defaults, as `sbft train` resolves it."""
+        return Recipe.model_validate(complete(self.recipe(suite)))
+
+
+def run_name(prefix: str, task: str, variant: str, rate: str, phase: str, seed: int) -> str:
+    """The name of a run from its parts."""
+    return f"{prefix}{task}/{variant}/lr={rate}/{phase}-seed={seed}"
+
+
+def model_folder(model: str) -> str:
+    """A model's name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.removeprefix("builtin:")).strip("-.")
+
+
+def prefix(suite: Suite, model: str) -> str:
+    """What stands before the name of a model's runs: nothing where the suite has one model."""
+    return f"{model_folder(model)}/" if len(suite.models) > 1 else ""
+
+
+def run_folder(folder: Path, run: Run) -> Path:
+    """The folder of a run in that of its suite."""
+    return folder / RUNS_FOLDER / run.name
+
+
+def stored_suite(folder: Path) -> Suite | None:
+    """The suite whose runs lie in a folder; None if it is not the folder of a suite."""
+    path = folder / SUITE_FILE
+    return load_suite(path) if path.is_file() else None
+
+
+def groups(suite: Suite) -> Iterator[tuple[str, str]]:
+    """Each model with each task."""
+    return ((model, task) for model in suite.models for task in suite.tasks)
+
+
+def validation_runs(suite: Suite) -> list[Run]:
+    """The runs that choose learning rates; a variant with one rate, or the rate of another, has none."""
+    return [
+        run
+        for model, task in groups(suite)
+        for variant in suite.ordered_methods()
+        for run in searches(suite, model, task, variant)
+    ]
+
+
+def searches(suite: Suite, model: str, task: str, variant: str) -> list[Run]:
+    """The validation runs of one row."""
+    rates = suite.methods[variant].learning_rates or []
+    if len(rates) < 2:
+        return []
+    return [
+        Run(model, task, variant, rate, seed, "validation", prefix(suite, model))
+        for seed in suite.search_seeds
+        for rate in rates
+    ]
+
+
+def test_runs(suite: Suite, folder: Path) -> list[Run]:
+    """The runs that give the reported figures, for every variant whose learning rate is decided."""
+    return [
+        Run(model, task, variant, rate, seed, "test", prefix(suite, model))
+        for model, task in groups(suite)
+        for variant in suite.ordered_methods()
+        if (rate := chosen_rate(suite, folder, model, task, variant)) is not None
+        for seed in suite.seeds
+    ]
+
+
+# pytest would take the name for that of a test.
+test_runs.__test__ = False  # type: ignore[attr-defined]
+
+
+def possible_runs(suite: Suite) -> list[Run]:
+    """Every run that the suite may have: all validation runs, and test runs at every rate of each grid."""
+    tests = [
+        Run(model, task, variant, rate, seed, "test", prefix(suite, model))
+        for model, task in groups(suite)
+        for variant in suite.ordered_methods()
+        for rate in suite.grid(variant)
+        for seed in suite.seeds
+    ]
+    return [*validation_runs(suite), *tests]
+
+
+def read_run(folder: Path, run: Run) -> RunRecord | None:
+    """The record of a run; None if it has not been made, or was interrupted."""
+    record = stored_record(run_folder(folder, run))
+    return None if record is None or record.error == UNFINISHED else record
+
+
+def stored_record(folder: Path) -> RunRecord | None:
+    """The record in the folder of a run, finished or not; None if there is none."""
+    return RunRecord.load(folder) if (folder / FILE_NAME).is_file() else None
+
+
+def seconds(folder: Path, run: Run, record: RunRecord) -> float | None:
+    """How long a finished run took, with the start of its process where that is known."""
+    process = run_folder(folder, run) / PROCESS_FILE
+    if process.is_file():
+        return float(json.loads(process.read_text(encoding="utf-8"))["elapsed_s"])
+    if record.total_s is not None:
+        return record.total_s
+    return None if record.train_s is None else record.train_s + (record.eval_s or 0.0)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What validation says of one learning rate."""
+
+    learning_rate: float
+    score: float | None = None
+    """Mean over the search seeds of the task's first metric; None if a run failed or is still to be made."""
+    loss: float | None = None
+    """Mean of the validation loss, likewise."""
+    done: int = 0
+    """Runs that have been made."""
+    failure: str | None = None
+    """Why the first run that failed did."""
+
+
+@dataclass(frozen=True)
+class RateChoice:
+    """The learning rate of one row, and how it was come by."""
+
+    rate: float | None
+    """None: not decided yet, or every rate failed."""
+    tried: list[Tried]
+    """Each rate of the grid; empty where there was nothing to choose."""
+    reason: str
+    """A sentence on why it is this rate, or none."""
+    decided: bool = True
+    """Whether all validation runs have been made."""
+
+    @property
+    def edge(self) -> Literal["lowest", "highest"] | None:
+        """Where in its grid the rate lies, if at an end of it: a better one may lie outside."""
+        rates = sorted(one.learning_rate for one in self.tried)
+        if len(rates) < 2 or self.rate not in (rates[0], rates[-1]):
+            return None
+        return "lowest" if self.rate == rates[0] else "highest"
+
+
+def chosen_rate(suite: Suite, folder: Path, model: str, task: str, variant: str) -> float | None:
+    """The learning rate that a row's test runs are made at; None while it is not decided, or if every rate failed."""
+    return choose_rate(suite, folder, model, task, variant).rate
+
+
+def choose_rate(suite: Suite, folder: Path, model: str, task: str, variant: str) -> RateChoice:
+    """Choose the learning rate of a row by its validation runs: the best mean score, of equal ones the lowest loss."""
+    source = suite.methods[variant].learning_rates_from
+    if source is not None:
+        choice = choose_rate(suite, folder, model, task, source)
+        return RateChoice(choice.rate, [], f"The rate of {source}: {choice.reason}", choice.decided)
+    rates = suite.grid(variant)
+    if len(rates) == 1:
+        return RateChoice(rates[0], [], "The only rate that the suite gives it.")
+    name = suite.score_name(task)
+    runs = searches(suite, model, task, variant)
+    tried = [_tried(rate, name, [read_run(folder, run) for run in runs if run.learning_rate == rate]) for rate in rates]
+    missing = len(runs) - sum(one.done for one in tried)
+    if missing:
+        return RateChoice(None, tried, f"{missing} of {len(runs)} validation runs are still to be made.", False)
+    scored = [one for one in tried if one.score is not None]
+    if not scored:
+        return RateChoice(None, tried, f"No learning rate worked: {tried[0].failure}")
+    sign = -1.0 if name in {"loss", "perplexity"} else 1.0
+    best = max(scored, key=lambda one: (sign * (one.score or 0.0), -(math.inf if one.loss is None else one.loss)))
+    return RateChoice(best.learning_rate, tried, f"Best {name} on the validation part, {best.score:.4g}.")
+
+
+def _tried(rate: float, name: str, records: list[RunRecord | None]) -> Tried:
+    """Where one of a rate's runs failed, or came to no number, the rate has no score: it is worse than any that has."""
+    done = [record for record in records if record is not None]
+    failure = next((_failure(record, name) for record in done if _failure(record, name)), None)
+    if failure or len(done) < len(records):
+        return Tried(rate, done=len(done), failure=failure)
+    losses = [record.metrics.get("loss") for record in done]
+    loss = mean(value for value in losses if value is not None) if None not in losses else None
+    return Tried(rate, mean(record.metrics[name] for record in done), loss, len(done))
+
+
+def _failure(record: RunRecord, name: str) -> str | None:
+    if record.status != "ok":
+        return f"{record.status}: {record.error}"
+    # A record has None where a number was not finite.
+    value = record.metrics.get(name)
+    return f"its {name} is no finite number" if value is None or not math.isfinite(value) else None

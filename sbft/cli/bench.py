@@ -1,0 +1,126 @@
+"""`sbft bench`: make the runs of a suite, and their report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import ctrl_c_ends_at_once
+
+if TYPE_CHECKING:
+    from sbft.bench.plan import Planned
+    from sbft.bench.suite import Suite
+
+
+def bench(
+    suite: Annotated[
+        str | None, typer.Argument(help="YAML file, or a suite that ships with sbft; none: list those.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for the runs; runs/SUITE if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their time; run nothing.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only these: a task, method, or 'task/sbft*/*'. May be repeated."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; one for each GPU if not given, or one on CPU.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Make the runs that failed again.")] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the suite: seeds=[0]. May be repeated."),
+    ] = None,
+    traceback: TracebackOption = False,
+) -> None:
+    """Compare methods: sbft bench SUITE makes all of its runs, and goes on where it was stopped."""
+    with ctrl_c_ends_at_once():
+        from sbft.bench.plan import listing
+        from sbft.bench.suite import find_suite, load_suite, uneven_grids
+    with shown_as_a_paragraph(traceback):
+        if suite is None:
+            _list_suites()
+            return
+        wanted = load_suite(suite, overrides)
+        folder = output_dir or Path("runs") / find_suite(suite).stem
+        _refuse_if_nothing_fits(wanted, folder, only or [])
+        if note := uneven_grids(wanted):
+            print(f"Note: {note}")
+        if dry_run:
+            print(listing(_wanted_runs(wanted, folder, only or [], retry), jobs or 1))
+            return
+        _run(wanted, folder, only or [], jobs, retry)
+        _report(folder)
+
+
+def _list_suites() -> None:
+    from sbft.bench.suite import load_suite, suite_names
+
+    names = suite_names()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {load_suite(name).summary}")
+    print("\nNext: sbft bench quick, or sbft bench paper-table --dry-run to see what it would run.")
+
+
+def _refuse_if_nothing_fits(suite: Suite, folder: Path, only: list[str]) -> None:
+    from sbft.bench.plan import is_wanted, plan
+    from sbft.errors import RecipeError
+
+    names = [one.name for one in plan(suite, folder)]
+    for pattern in only:
+        if not any(is_wanted(name, [pattern]) for name in names):
+            raise RecipeError(
+                f"--only {pattern} fits no run. A run is called TASK/METHOD/lr=RATE/PHASE-seed=N; tasks are "
+                f"{', '.join(suite.tasks)}, methods {', '.join(suite.methods)}, phases validation and test. The first "
+                f"run is {names[0]}."
+            )
+
+
+def _wanted_runs(suite: Suite, folder: Path, only: list[str], retry: bool) -> list[Planned]:
+    """The plan, where a run that failed and shall be made again is one to do."""
+    from dataclasses import replace
+
+    from sbft.bench.plan import is_wanted, plan
+
+    planned = [one for one in plan(suite, folder) if is_wanted(one.name, only)]
+    return [replace(one, record=None) if retry and one.state == "failed" else one for one in planned]
+
+
+def _run(suite: Suite, folder: Path, only: list[str], jobs: int | None, retry: bool) -> None:
+    from rich.console import Console
+
+    from sbft.bench.check import check_recipes
+    from sbft.bench.live import SuiteProgress
+    from sbft.bench.plan import plan
+    from sbft.bench.runner import check_same, prepare, run_suite
+
+    check_same(suite, folder, retry=retry)
+    anything = any(one.state == "to do" for one in _wanted_runs(suite, folder, only, retry))
+    gpus = check_recipes(suite) if anything else []
+    prepare(suite, folder, retry=retry, only=only)
+    if anything:
+        at_once = jobs or max(len(gpus), 1)
+        with SuiteProgress(Console(highlight=False), suite, folder, at_once) as progress:
+            run_suite(suite, folder, progress, only=only, jobs=at_once, gpus=gpus)
+    planned = plan(suite, folder)
+    count = {state: sum(one.state == state for one in planned) for state in ("done", "failed", "to do")}
+    print(f"{len(planned)} runs: {count['done']} done, {count['failed']} failed, {count['to do']} to do.")
+    for reason in dict.fromkeys(one.hopeless for one in planned if one.hopeless is not None):
+        print(reason)
+    if count["to do"] and only:
+        print("Those to do are left out by --only, or wait for validation runs that are.")
+    if count["failed"]:
+        print("Type the same command with --retry to make the failed ones again.")
+
+
+def _report(folder: Path) -> None:
+    from sbft.bench.report import write_report
+
+    report = write_report(folder)
+    print(f"\n{report.text}\n\nWritten: {', '.join(map(str, report.files))}")
+    if report.warning is not None:
+        print(f"Warning: {report.warning}")
+    print(f"The runs lie in {folder}/runs. To write the report again, type: sbft report {folder}")

@@ -1,0 +1,303 @@
+"""`sbft bench`: suites that really train a tiny model, stopped in every way and gone on with."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sbft.bench.live import SuiteProgress
+from sbft.bench.outcome import conclude
+from sbft.bench.plan import plan
+from sbft.bench.process import Active, log_beside, try_lock
+from sbft.bench.runner import prepare, run_suite
+from sbft.bench.runs import Run, chosen_rate, possible_runs, read_run, run_folder, stored_record, stored_suite
+from sbft.bench.suite import Suite, load_suite
+from sbft.cli.app import app
+from sbft.methods import METHODS
+from sbft.training.record import UNFINISHED
+
+PATIENCE_S = 120
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> dict[str, Any]:
+    """A suite of four runs: sbft is searched over two rates, lora has one."""
+    folder = tmp_path_factory.mktemp("data")
+    for part, numbers in (("train", range(12)), ("validation", range(12, 16)), ("test", range(16, 22))):
+        rows = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in numbers]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "summary": "Sums.",
+        "models": [str(tiny_dir)],
+        "tasks": {
+            "sums": {
+                "data": {
+                    "train": str(folder / "train.jsonl"),
+                    "validation": str(folder / "validation.jsonl"),
+                    "eval": str(folder / "test.jsonl"),
+                    "max_length": 64,
+                },
+                "evaluation": {"metrics": ["exact_match"], "max_new_tokens": 4, "before": False},
+            }
+        },
+        "methods": {"lora": {"learning_rates": [1e-2]}, "sbft": {"learning_rates": [1e-3, 1e-2]}},
+    }
+
+
+def suite_of(content: dict[str, Any], *methods: str, **changes: Any) -> Suite:
+    kept = {name: content["methods"][name] for name in methods}
+    return Suite.model_validate({**content, "methods": kept, "baseline": methods[0], **changes})
+
+
+def make(suite: Suite, folder: Path, **options: Any) -> str:
+    """Run a suite in this process; what it printed."""
+    out = io.StringIO()
+    with SuiteProgress(Console(file=out, width=200), suite, folder, 1) as progress:
+        run_suite(suite, folder, progress, **options)
+    return out.getvalue()
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until, "it has not come about"
+        time.sleep(0.02)
+
+
+def bench(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sbft", "bench", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> tuple[Path, Path, str, str]:
+    """A suite that was stopped by Ctrl-C, then killed, then made to its end: its file, folder, and what was said."""
+    folder = tmp_path_factory.mktemp("suites")
+    path, out = folder / "sums.yaml", folder / "out"
+    path.write_text(yaml.safe_dump(content))
+    first = possible_runs(load_suite(path))[0]
+
+    stopped = bench(path, "--output-dir", out)
+    wait_for(log_beside(run_folder(out, first)).exists)
+    stopped.send_signal(signal.SIGINT)
+    _, said_when_stopped = stopped.communicate(timeout=PATIENCE_S)
+    assert stopped.returncode == 2 and read_run(out, first) is None
+    # It has ended its run before it ended itself.
+    assert (lock := try_lock(out, first)) is not None
+    os.close(lock)
+
+    killed = bench(path, "--output-dir", out)
+    wait_for(lambda: (record := stored_record(run_folder(out, first))) and record.error == UNFINISHED)
+    killed.kill()
+    killed.communicate()
+    assert read_run(out, first) is None
+    # Its run dies with it: the lock is free again, long before training and evaluation could have ended.
+    wait_for(lambda: (lock := try_lock(out, first)) is not None and os.close(lock) is None)
+    assert read_run(out, first) is None
+
+    done = bench(path, "--output-dir", out)
+    printed, errors = done.communicate(timeout=4 * PATIENCE_S)
+    assert done.returncode == 0, printed + errors
+    return path, out, said_when_stopped, printed
+
+
+def test_ctrl_c_says_how_to_go_on(made: tuple[Path, Path, str, str]) -> None:
+    assert "Error: Stopped by Ctrl-C with 0 runs finished" in made[2] and "same command again" in made[2]
+
+
+def test_a_suite_goes_on_after_ctrl_c_and_kill_and_makes_every_run_once(made: tuple[Path, Path, str, str]) -> None:
+    path, out, _, printed = made
+    suite = load_suite(path)
+    planned = plan(suite, out)
+    assert [one.state for one in planned] == ["done"] * 4
+    for one in planned:
+        assert printed.count(f"{one.name} begins") == printed.count(f"{one.name}: done in") == 1
+    assert "[4/4]" in printed and "exact_match" in printed and "4 runs: 4 done, 0 failed, 0 to do." in printed
+    assert stored_suite(out) == suite
+    assert (out / "report.md").exists() and str(out / "report.md") in printed
+
+
+def test_rates_are_chosen_on_validation_and_measured_on_the_evaluation_part(made: tuple[Path, Path, str, str]) -> None:
+    path, out, _, _ = made
+    suite = load_suite(path)
+    chosen = chosen_rate(suite, out, suite.models[0], "sums", "sbft")
+    measured = {}
+    for one in plan(suite, out):
+        assert one.run is not None and one.record is not None
+        assert one.record.evaluated_on == ("validation" if one.phase == "validation" else "eval")
+        assert one.record.data["evaluation_examples"] == (4 if one.phase == "validation" else 6)
+        measured[one.name] = (one.record.metrics["exact_match"], -one.record.metrics["loss"])
+        assert one.record.learning_rate == one.run.learning_rate
+    best = max((name for name in measured if "validation" in name), key=lambda name: measured[name])
+    assert f"/lr={chosen:g}/" in best and f"sums/sbft/lr={chosen:g}/test-seed=0" in measured
+
+
+def test_records_predictions_and_logs_are_kept_and_weights_are_not(made: tuple[Path, Path, str, str]) -> None:
+    path, out, _, _ = made
+    for one in plan(load_suite(path), out):
+        assert one.run is not None and one.record is not None
+        folder = run_folder(out, one.run)
+        names = {entry.name for entry in folder.iterdir()}
+        assert names == {"run.json", "recipe.yaml", "predictions.jsonl", "log.txt", "process.json"}
+        assert "Measuring the trained model" in (folder / "log.txt").read_text()
+        assert (one.record.saved_bytes or 0) > 10_000
+        process = json.loads((folder / "process.json").read_text())
+        assert process["exit_code"] == 0 and process["elapsed_s"] > (one.record.train_s or 0)
+        assert not log_beside(folder).exists()
+
+
+def test_the_second_time_nothing_is_run(made: tuple[Path, Path, str, str]) -> None:
+    path, out, _, _ = made
+    before = {entry: entry.stat().st_mtime_ns for entry in out.rglob("run.json")}
+    result = CliRunner().invoke(app, ["bench", str(path), "--output-dir", str(out)])
+    assert result.exit_code == 0 and "begins" not in result.output
+    assert {entry: entry.stat().st_mtime_ns for entry in out.rglob("run.json")} == before
+    listed = CliRunner().invoke(app, ["bench", str(path), "--output-dir", str(out), "--dry-run"])
+    assert listed.output.count("done  ") == 4 and "Nothing is left to run." in listed.output
+
+
+def test_a_changed_suite_is_refused_and_an_enlarged_one_is_not(made: tuple[Path, Path, str, str]) -> None:
+    path, out, _, _ = made
+    change = ["--set", "tasks.sums.data.max_length=48"]
+    refused = CliRunner().invoke(app, ["bench", str(path), "--output-dir", str(out), *change])
+    assert refused.exit_code == 2
+    assert "sums/sbft/lr=0.001/validation-seed=0" in refused.stderr
+    assert "data.max_length (there 64, now 48)" in refused.stderr and "--output-dir" in refused.stderr
+    more = ["--set", "seeds=[0, 1]", "--dry-run"]
+    listed = CliRunner().invoke(app, ["bench", str(path), "--output-dir", str(out), *more])
+    assert listed.exit_code == 0 and listed.output.count("done  ") == 4 and listed.output.count("to do  ") == 2
+    assert "2 runs to do: about " in listed.output
+
+
+def test_a_pattern_that_fits_nothing_and_recipes_that_cannot_train_are_refused_before_anything_runs(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "sums.yaml"
+    path.write_text(yaml.safe_dump(content))
+    refused = CliRunner().invoke(app, ["bench", str(path), "--only", "sbtf", "--output-dir", str(tmp_path / "out")])
+    assert refused.exit_code == 2 and "--only sbtf fits no run" in refused.stderr and "lora, sbft" in refused.stderr
+    wrong = ["--set", "training.warmup_stepps=1", "--output-dir", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, ["bench", str(path), *wrong])
+    assert refused.exit_code == 2 and "the nearest is warmup_steps" in refused.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_runners_share_a_suite_and_neither_repeats_the_other(content: dict[str, Any], tmp_path: Path) -> None:
+    suite = suite_of(content, "sbft")
+    prepare(suite, tmp_path)
+    said: list[str] = []
+    runners = [threading.Thread(target=lambda: said.append(make(suite, tmp_path))) for _ in range(2)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    planned = plan(suite, tmp_path)
+    assert [one.state for one in planned] == ["done"] * 3
+    for one in planned:
+        assert sum(text.count(f"{one.name} begins") for text in said) == 1
+    # Each has made a validation run; the test run waits for both, and one runner for the other.
+    assert all("validation-seed=0 begins" in text for text in said)
+    assert "Waiting for another runner" in "".join(said)
+
+
+def test_a_run_over_its_time_is_ended_and_only_made_again_when_asked(content: dict[str, Any], tmp_path: Path) -> None:
+    suite = suite_of(content, "lora", time_limit_s=0.5)
+    (run,) = possible_runs(suite)
+    assert "timed out after 0.5 s" in make(suite, tmp_path)
+    record = read_run(tmp_path, run)
+    assert record is not None and (record.status, record.error) == ("error", "timed out after 0.5 s")
+    assert record.recipe["training"]["learning_rate"] == record.learning_rate == 1e-2
+    assert make(suite, tmp_path) == ""
+    prepare(suite, tmp_path, retry=True)
+    assert read_run(tmp_path, run) is None
+    assert "timed out after 0.5 s" in make(suite, tmp_path)
+
+
+def test_a_method_without_its_package_is_a_result_without_a_process(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], packages={"no_such_package": "lora"}))
+    suite = suite_of(content, "lora")
+    (run,) = possible_runs(suite)
+    said = make(suite, tmp_path)
+    assert "begins" not in said and "unsupported" in said
+    record = read_run(tmp_path, run)
+    assert record is not None and record.status == "unsupported" and record.error is not None
+    assert "needs the package no_such_package" in record.error and "Type: " in record.error
+
+
+def ended(suite: Suite, folder: Path, code: str) -> Active:
+    """A run whose process has done this instead of training."""
+    (run,) = possible_runs(suite)
+    target = run_folder(folder, run)
+    target.parent.mkdir(parents=True)
+    lock = try_lock(folder, run)
+    assert lock is not None
+    with log_beside(target).open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=subprocess.STDOUT)
+    process.wait()
+    active = Active(run, target, lock, 0, process, None)
+    active.release()
+    return active
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "error"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "oom", "The system ended the process (signal 9)"),
+        ("import os; os.kill(os.getpid(), 11)", "error", "The process was ended by SIGSEGV."),
+        (
+            "print('model: x\\n\\nError: There is no model x.\\nType another.'); raise SystemExit(2)",
+            "error",
+            "There is no model x.\nType another.",
+        ),
+        ("import no_such_module", "error", "No module named 'no_such_module'"),
+        ("pass", "error", "exit code 0 and no finished record"),
+    ],
+)
+def test_a_process_that_leaves_no_record_gets_one_that_says_why(
+    code: str, status: str, error: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    suite = suite_of(content, "lora")
+    active = ended(suite, tmp_path, code)
+    record = conclude(suite, active, 1)
+    assert record is not None and record.status == status and error in (record.error or "")
+    assert record.error is not None and "model: x" not in record.error
+    assert read_run(tmp_path, active.run) == record and (active.folder / "log.txt").exists()
+
+
+def test_a_run_that_somebody_stopped_is_no_result(content: dict[str, Any], tmp_path: Path) -> None:
+    suite = suite_of(content, "lora")
+    active = ended(suite, tmp_path, "print('Error: Stopped by Ctrl-C.'); raise SystemExit(2)")
+    assert conclude(suite, active, 1) is None
+    assert read_run(tmp_path, active.run) is None
+
+
+def test_on_a_terminal_there_is_a_table_of_every_row(content: dict[str, Any], tmp_path: Path) -> None:
+    suite = Suite.model_validate(content)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100, color_system=None)
+    run = Run(suite.models[0], "sums", "sbft", 1e-3, 0, "validation")
+    with SuiteProgress(console, suite, tmp_path, 1) as progress:
+        active = ended(suite_of(content, "lora"), tmp_path, "pass")
+        progress.draw(plan(suite, tmp_path), [replace(active, run=run)])
+    shown = out.getvalue()
+    lora, sbft = (next(line for line in shown.splitlines() if name in line) for name in ("lora", "sbft"))
+    assert lora.split()[:4] == ["sums", "lora", "0.01", "0/1"]
+    assert "0/2" in sbft and "lr 0.001 0 s" in sbft
+    assert "4 runs to do" in shown
