@@ -25,6 +25,9 @@ class PeakMemory:
     Linux its highest value is set back at the start. Where that is not possible, `note` says so, and the peak is that
     of the process's whole life so far, which is never too low. While entered, the peak so far can be read.
 
+    Args:
+        device: what the work runs on; CUDA where there is one, when None.
+
     Attributes:
         baseline_bytes: held on entering.
         peak_bytes: highest since.
@@ -33,8 +36,8 @@ class PeakMemory:
         note: what limits the measurement, or None.
     """
 
-    def __init__(self) -> None:
-        self.kind = "cuda_allocated" if torch.cuda.is_available() else "resident"
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.kind = "cuda_allocated" if _type_of(device) == "cuda" else "resident"
         self.note: str | None = None
         self.baseline_bytes = 0
         self._peak_bytes = 0
@@ -84,9 +87,9 @@ class PeakMemory:
             self._peak_bytes = max(_highest_resident_bytes(), self.baseline_bytes)
 
 
-def current_peak_bytes() -> int:
-    """The highest since a `PeakMemory` was last entered, read from anywhere: for those who only watch."""
-    return _cuda(torch.cuda.max_memory_allocated) if torch.cuda.is_available() else _highest_resident_bytes()
+def current_peak_bytes(device: torch.device | str | None = None) -> int:
+    """The highest since a `PeakMemory` of this device was last entered, read from anywhere: for those who only watch."""
+    return _cuda(torch.cuda.max_memory_allocated) if _type_of(device) == "cuda" else _highest_resident_bytes()
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -99,15 +102,21 @@ def model_bytes(model: nn.Module) -> int:
     return _storage_bytes([*model.parameters(), *model.buffers()])
 
 
-def device_name() -> str:
-    """The device that torch trains on here, by name: "NVIDIA H100 80GB HBM3", "Intel Xeon Processor, 2 cores"."""
-    if torch.cuda.is_available():
+def device_name(device: torch.device | str | None = None) -> str:
+    """A device by name, the one that torch trains on here when None: "NVIDIA H100 80GB HBM3", "Intel Xeon, 2 cores"."""
+    kind = _type_of(device)
+    if kind == "cuda":
         count = torch.cuda.device_count()
         return torch.cuda.get_device_name() + (f" x {count}" if count > 1 else "")
-    if torch.backends.mps.is_available():
+    if kind == "mps":
         return f"Apple {platform.machine()} GPU"
     threads = torch.get_num_threads()
     return f"{_processor()}, {threads} core{'s' if threads > 1 else ''}"
+
+
+def _type_of(device: torch.device | str | None) -> str:
+    found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    return "cpu" if found is None else found.type
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -54,7 +54,7 @@ class TrainingProgress(TrainerCallback):
         now = time.perf_counter()
         if self._bar is not None and (now - self._drawn > _REDRAW_EVERY_S or state.global_step == state.max_steps):
             self._drawn = now
-            self._bar.update(self._task, completed=state.global_step, figures=self._figures(state))
+            self._bar.update(self._task, completed=state.global_step, figures=self._figures(args, state))
 
     def on_log(
         self,
@@ -70,7 +70,7 @@ class TrainingProgress(TrainerCallback):
         self._loss = logs["loss"]
         self._measure_speed(int(logs["tokens_seen"]))
         if self._bar is None:
-            figures = self._figures(state)
+            figures = self._figures(args, state)
             self._console.print(f"step {state.global_step}/{state.max_steps}  {figures}", markup=False, soft_wrap=True)
 
     def on_train_end(
@@ -92,14 +92,14 @@ class TrainingProgress(TrainerCallback):
             self._tokens_per_s = (tokens - before) / (now - since)
         self._tokens = tokens, now
 
-    def _figures(self, state: TrainerState) -> str:
+    def _figures(self, args: TrainingArguments, state: TrainerState) -> str:
         elapsed = time.perf_counter() - self._began
         done = state.global_step - self._first_step
         left = elapsed / done * (state.max_steps - state.global_step) if done else 0.0
         figures = [] if self._loss is None else [f"loss {self._loss:.3f}"]
         if self._tokens_per_s is not None:
             figures.append(f"{self._tokens_per_s:.0f} tokens/s")
-        figures += [f"peak {current_peak_bytes() / 2**30:.2f} GiB", f"{_clock(left)} left"]
+        figures += [f"peak {current_peak_bytes(args.device) / 2**30:.2f} GiB", f"{_clock(left)} left"]
         return "  ".join(figures)
 
 

@@ -229,7 +229,7 @@ def _describe_in_record(
 ) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = [parameter.numel() * parameter.element_size() for parameter in trainable]
-    record.device = device_name()
+    record.device = device_name(model.device)
     record.parameters = model.num_parameters()  # two to each byte of a 4-bit weight
     record.trainable_parameters = sum(parameter.numel() for parameter in trainable)
     record.world_size = world_size
@@ -274,7 +274,7 @@ def _train(
     """The training loop, and everything about it that is measured."""
     say("Training")
     begin = time.perf_counter()
-    peak = PeakMemory()
+    peak = PeakMemory(trainer.args.device)
     try:
         with peak, stop:
             outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -368,7 +368,7 @@ def _evaluate(
     if rows is None:
         return {}
     begin = time.perf_counter()
-    with PeakMemory() as peak:
+    with PeakMemory(model.device) as peak:
         metrics = measure(recipe, model, tokenizer, rows, predictions)
     record.eval_s = time.perf_counter() - begin
     record.memory["evaluation_peak"] = max(peak.peak_bytes, record.memory.get("evaluation_peak") or 0)

@@ -75,3 +75,11 @@ def test_optimizer_state_counts_its_tensors() -> None:
 
 def test_device_name_says_something() -> None:
     assert len(device_name()) > 5
+
+
+def test_what_runs_on_the_cpu_is_measured_there_though_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert PeakMemory().kind == "cuda_allocated"
+    with PeakMemory("cpu") as peak:
+        assert peak.kind == "resident" and peak.peak_bytes > 0
+    assert "core" in device_name(torch.device("cpu"))
