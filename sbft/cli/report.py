@@ -1,4 +1,4 @@
-"""`sbft report`: a table and a picture of the runs in a folder."""
+"""`sbft report`: tables and pictures of the runs in a folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder that holds one folder a run, each with its run.json.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a suite, or one that holds one folder a run, each with its run.json.")
+    ],
+    peft_json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Also write the suite's results there, in the schema of PEFT's method comparison."
+        ),
+    ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare the runs in a folder: print their table, and write it and a picture beside them."""
+    """Compare the runs in a folder: print their table, and write it and its pictures beside them."""
     with shown_as_a_paragraph(traceback):
-        from sbft.bench.report import footer, read_records, write_report
+        from sbft.bench.report import export_peft_json, write_report
 
-        text, table_path, picture = write_report(folder)
-        print(f"{text}\n\n{footer(read_records(folder))}\n")
-        print(f"Written: {table_path}" + ("" if picture is None else f", {picture}"))
+        written = write_report(folder)
+        files = [*written.files, *([] if peft_json is None else export_peft_json(folder, peft_json))]
+        print(f"{written.text}\n\nWritten: {', '.join(map(str, files))}")
+        if written.warning is not None:
+            print(f"Warning: {written.warning}")

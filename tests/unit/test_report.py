@@ -1,17 +1,20 @@
-"""Tables and pictures from records."""
+"""Table and picture of the runs in a folder that is no suite's."""
 
 from __future__ import annotations
 
-import math
+import builtins
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sbft.bench.report import read_records, standard_error, table, write_report
+from sbft.bench.report import Report, write_report
+from sbft.bench.report.plain import read_records, table
 from sbft.errors import DataError
 from sbft.training.record import RunRecord
 
 
-def record(method: str, exact_match: float, **others) -> RunRecord:
+def record(method: str, exact_match: float, **others: Any) -> RunRecord:
     return RunRecord(
         method=method,
         model="builtin:smollm2-135m",
@@ -35,15 +38,20 @@ def record(method: str, exact_match: float, **others) -> RunRecord:
     )
 
 
-def save(folder, name: str, one: RunRecord) -> None:
+def save(folder: Path, name: str, one: RunRecord) -> None:
     (folder / name).mkdir()
     one.save(folder / name)
 
 
+def names(report: Report) -> list[str]:
+    return [path.name for path in report.files]
+
+
 def test_the_table_says_what_was_measured_with_its_standard_error(tmp_path):
     save(tmp_path, "sbft", record("sbft", 0.9))
-    text, table_path, picture = write_report(tmp_path)
-    cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    report = write_report(tmp_path)
+    lines = [line for line in report.text.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells == ["sbft", "0.0001", "5 %", "90 % ± 3", "3.00", "0.25"] + [
         "1.00 GiB",
         "300 MiB",
@@ -51,12 +59,13 @@ def test_the_table_says_what_was_measured_with_its_standard_error(tmp_path):
         "79",
         "134.5 of 134.5 M",
     ]
-    assert len({line.count("|") for line in text.splitlines()}) == 1
-    written = table_path.read_text()
-    assert text in written
+    assert len({line.count("|") for line in lines}) == 1
+    assert names(report) == ["table.md", "picture.png"]
+    written = report.files[0].read_text()
+    assert report.text in written
     assert "Some CPU, 2 cores; torch 2.13.0, transformers 5.23.0" in written
     assert "measured on 100 others (eval)" in written
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert report.files[1].read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_come_in_the_order_in_which_they_were_finished(tmp_path):
@@ -72,10 +81,10 @@ def test_a_run_that_failed_has_a_row_with_its_reason(tmp_path):
     failed = record("lora", 0.5)
     failed.status, failed.error = "oom", "Out of memory: the logits.\nMore."
     save(tmp_path, "lora", failed)
-    text, _, picture = write_report(tmp_path)
-    assert "oom: Out of memory: the logits." in text
-    assert "More." not in text
-    assert picture is None
+    report = write_report(tmp_path)
+    assert "oom: Out of memory: the logits." in report.text
+    assert "More." not in report.text
+    assert names(report) == ["table.md"]
 
 
 def test_a_folder_without_runs_is_an_error_that_says_what_to_type(tmp_path):
@@ -83,16 +92,10 @@ def test_a_folder_without_runs_is_an_error_that_says_what_to_type(tmp_path):
         write_report(tmp_path)
 
 
-def test_the_standard_error_is_the_binomial_one():
-    assert standard_error(0.9, 100) == pytest.approx(0.03)
-    assert standard_error(0.0, 50) == 0.0
-    assert standard_error(0.5, 4) == math.sqrt(0.25 / 4)
-
-
 def test_a_run_without_exact_match_still_has_its_row():
     one = record("sbft", 0.5)
     one.metrics, one.metrics_before = {"loss": 1.25}, {}
-    assert "1.25" in table({"run": one})
+    assert "1.25" in table({"run": one}).markdown()
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -101,4 +104,19 @@ def test_a_run_with_a_long_name_or_no_memory_of_its_own_is_drawn_without_a_warni
     one = record("sbft", 0.5)
     one.memory = {"above_baseline": above}
     save(tmp_path, name, one)
-    assert write_report(tmp_path)[2] is not None
+    assert names(write_report(tmp_path)) == ["table.md", "picture.png"]
+
+
+def test_without_matplotlib_the_table_is_written_and_the_warning_says_how_to_install_it(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name: str, *arguments: Any, **keywords: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    save(tmp_path, "sbft", record("sbft", 0.9))
+    report = write_report(tmp_path)
+    assert names(report) == ["table.md"] and report.files[0].exists()
+    assert report.warning is not None and "Type: " in report.warning

@@ -1,25 +1,20 @@
-"""From the records of runs to a table and a picture."""
+"""A table and a picture of the runs in a folder that is no suite's."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sbft.errors import DataError, MissingPackageError
-from sbft.install import how_to_install
+from sbft.bench.report import formats
+from sbft.bench.report.statistics import standard_error
+from sbft.bench.report.style import BLUE, ORANGE
+from sbft.bench.report.tables import Table
+from sbft.errors import DataError
 from sbft.training.record import FILE_NAME, RunRecord
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-_BEFORE, _AFTER, _MEMORY = "#BBBBBB", "#0072B2", "#E69F00"
 _LONGEST_NAME = 30  # letters of a run's name in the picture
-_GIBIBYTE, _MEBIBYTE = 1 << 30, 1 << 20
 _HEAD = (
     "run", "learning rate", "exact match before", "after", "loss before", "after ", "peak memory", "above the model",
     "ms a step", "of it update", "trained weights",
@@ -40,45 +35,14 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     return {path.parent.name: RunRecord.load(path.parent) for path in found}
 
 
-def write_report(folder: Path) -> tuple[str, Path, Path | None]:
-    """Write a table and a picture of all runs below a folder into it.
-
-    Args:
-        folder: holds one folder a run.
-
-    Returns:
-        The table, its file, and the picture's file (None where no run was measured with exact match).
-
-    Raises:
-        DataError: if there is no run.
-        MissingPackageError: if matplotlib is not installed.
-    """
-    records = read_records(folder)
-    text = table(records)
-    table_path = folder / TABLE_FILE
-    table_path.write_text(f"{text}\n\n{footer(records)}\n", encoding="utf-8")
-    measured = {name: r for name, r in records.items() if r.status == "ok" and "exact_match" in r.metrics}
-    if not measured:
-        return text, table_path, None
-    draw(measured, folder / PICTURE_FILE)
-    return text, table_path, folder / PICTURE_FILE
-
-
-def table(records: dict[str, RunRecord]) -> str:
-    """A Markdown table, one row a run; a run that did not finish says why."""
-    rows = [list(_HEAD), *(_row(name, record) for name, record in records.items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
+def table(records: dict[str, RunRecord]) -> Table:
+    """One row a run; a run that did not finish says why."""
+    return Table(list(_HEAD), [_row(name, record) for name, record in records.items()])
 
 
 def _row(name: str, record: RunRecord) -> list[str]:
     if record.status != "ok":
-        reason = (record.error or "").splitlines() or [""]
-        return [name, f"{record.learning_rate:g}", f"{record.status}: {reason[0]}", *[""] * (len(_HEAD) - 3)]
+        return [name, f"{record.learning_rate:g}", f"{record.status}: {formats.reason(record.error)}"]
     examples = record.data.get("evaluation_examples")
     above = record.memory.get("above_baseline")
     return [
@@ -88,8 +52,8 @@ def _row(name: str, record: RunRecord) -> list[str]:
         _share(record.metrics.get("exact_match"), examples),
         _number(record.metrics_before.get("loss")),
         _number(record.metrics.get("loss")),
-        "" if record.peak_memory_bytes is None else f"{record.peak_memory_bytes / _GIBIBYTE:.2f} GiB",
-        "" if above is None else f"{above / _MEBIBYTE:.0f} MiB",
+        "" if record.peak_memory_bytes is None else f"{formats.gibibytes(record.peak_memory_bytes)} GiB",
+        "" if above is None else f"{above / formats.MEBIBYTE:.0f} MiB",
         _milliseconds(record.step_s.get("median")),
         _milliseconds(record.optimizer_s.get("median")),
         f"{record.trainable_parameters / 1e6:.1f} of {record.parameters / 1e6:.1f} M",
@@ -120,33 +84,31 @@ def footer(records: dict[str, RunRecord]) -> str:
     return "\n".join(lines)
 
 
-def standard_error(share: float, examples: int) -> float:
-    """Standard error of a share measured on `examples` independent examples."""
-    return math.sqrt(share * (1.0 - share) / examples)
+def measured(records: dict[str, RunRecord]) -> dict[str, RunRecord]:
+    """The runs that the picture shows."""
+    return {name: r for name, r in records.items() if r.status == "ok" and r.metrics.get("exact_match") is not None}
 
 
 def draw(records: dict[str, RunRecord], path: Path) -> None:
     """Exact match before and after, and peak memory above the loaded model, one bar a run.
 
     Raises:
-        MissingPackageError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingPackageError("The picture is drawn by matplotlib. " + how_to_install("'sbft[report]'")) from error
+    from matplotlib.figure import Figure
+
     names = list(records)
     figure = Figure(figsize=(9, 1.4 + 0.62 * len(names)), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = list(range(len(names)))[::-1]
     after = [100 * r.metrics["exact_match"] for r in records.values()]
-    before = [100 * r.metrics_before.get("exact_match", 0.0) for r in records.values()]
+    before = [100 * (r.metrics_before.get("exact_match") or 0.0) for r in records.values()]
     errors = [
         100 * standard_error(r.metrics["exact_match"], int(r.data["evaluation_examples"] or 1))
         for r in records.values()
     ]
-    left.barh([p + 0.2 for p in places], before, 0.36, color=_BEFORE, label="before training")
-    left.barh([p - 0.2 for p in places], after, 0.36, xerr=errors, capsize=3, color=_AFTER, label="after")
+    left.barh([p + 0.2 for p in places], before, 0.36, color="#BBBBBB", label="before training")
+    left.barh([p - 0.2 for p in places], after, 0.36, xerr=errors, capsize=3, color=BLUE, label="after")
     for place, value, spread in zip(places, after, errors, strict=True):
         left.text(value + spread + 1.5, place - 0.2, f"{value:.0f}%", va="center", fontsize=9)
     left.set(xlim=(0, 112), xlabel="exact match, % (± one standard error)", yticks=places)
@@ -155,20 +117,16 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     left.legend(
         loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.42 / (0.62 * len(names))), ncols=2, frameon=False, fontsize=9
     )
-    memory = [(r.memory.get("above_baseline") or 0) / _MEBIBYTE for r in records.values()]
-    right.barh(places, memory, 0.5, color=_MEMORY)
+    memory = [(r.memory.get("above_baseline") or 0) / formats.MEBIBYTE for r in records.values()]
+    right.barh(places, memory, 0.5, color=ORANGE)
     for place, value in zip(places, memory, strict=True):
         right.text(value + max(memory) * 0.02, place, f"{value:.0f}", va="center", fontsize=9)
     # A run whose memory was not measured has none above the model, and an axis needs a length.
     right.set(xlim=(0, max(memory) * 1.2 or 1), xlabel="peak memory above the loaded model, MiB")
-    _plain(left, right)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
     figure.savefig(path)
-
-
-def _plain(*axes: Axes) -> None:
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(axis="y", length=0)
 
 
 def _share(value: float | None, examples: int | None) -> str:

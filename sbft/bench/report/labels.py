@@ -1,0 +1,143 @@
+"""Names beside points, so that no name covers another, a point or an error bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top."""
+_DIRECTIONS = 16
+_DISTANCES = (7.0, 12.0, 19.0, 28.0, 40.0, 54.0, 70.0)  # points of type, from the middle of the marker
+_MARKER = 5.0
+_GAP = 1.5
+# From here on a line leads from the point to its name.
+_LEADER = 10.0
+_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Named:
+    """A point in data coordinates with its name."""
+
+    x: float
+    y: float
+    name: str
+    colour: str
+    error: float = 0.0
+    """Half the height of its error bar."""
+
+
+def place(axes: Axes, points: Sequence[Named], size: float, lines: Sequence[Box] = ()) -> list[Box]:
+    """Write the names of points into a panel whose layout is final.
+
+    Args:
+        axes: the panel; its limits are set and nothing will move it.
+        points: what to name.
+        size: of the type, in points.
+        lines: level and upright lines, in data coordinates, that are better not written on; so is the legend.
+
+    Returns:
+        The boxes of the names in pixels.
+    """
+    figure = axes.figure
+    dots = figure.dpi / 72
+    at = [tuple(map(float, axes.transData.transform((point.x, point.y)))) for point in points]
+    frame = axes.get_window_extent()
+    inside: Box = (frame.x0, frame.y0, frame.x1, frame.y1)
+    solid = [_marker_box(x, y, dots) for x, y in at]
+    for point, (x, y) in zip(points, at, strict=True):
+        top = float(axes.transData.transform((point.x, point.y + point.error))[1])
+        solid.append((x - _GAP * dots, 2 * y - top, x + _GAP * dots, top))
+    for line in lines:
+        left, bottom = axes.transData.transform(line[:2])
+        right, top = axes.transData.transform(line[2:])
+        solid.append((left - _GAP, min(bottom, top) - _GAP, right + _GAP, max(bottom, top) + _GAP))
+    legend = axes.get_legend()
+    if legend is not None:
+        box = legend.get_window_extent()
+        solid.append((box.x0, box.y0, box.x1, box.y1))
+    sizes = [_text_size(axes, point.name, size) for point in points]
+    chosen: dict[int, tuple[Box, float]] = {}
+    # The most crowded first; then again, now that the others are known.
+    order = sorted(range(len(points)), key=lambda one: _room(at, one))
+    for _ in range(_PASSES):
+        for one in order:
+            others = [box for other, (box, _) in chosen.items() if other != one]
+            options = list(_candidates(at[one], sizes[one], dots))
+            costs = [_cost(box, distance, [*solid, *others], inside) for box, distance in options]
+            chosen[one] = options[costs.index(min(costs))]
+    for one, point in enumerate(points):
+        _write(axes, point, at[one], *chosen[one], size=size, dots=dots)
+    return [chosen[one][0] for one in range(len(points))]
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Area in common."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return width * height if width > 0 and height > 0 else 0.0
+
+
+def _candidates(at: tuple[float, ...], size: tuple[float, float], dots: float) -> list[tuple[Box, float]]:
+    """Boxes around a point, the near ones and those to its right first."""
+    width, height = size
+    found = []
+    for distance in _DISTANCES:
+        for step in range(_DIRECTIONS):
+            angle = 2 * math.pi * step / _DIRECTIONS
+            x, y = at[0] + distance * dots * math.cos(angle), at[1] + distance * dots * math.sin(angle)
+            # The box touches that place with the side that faces the point.
+            left = x - width * (1 - math.cos(angle)) / 2
+            bottom = y - height * (1 - math.sin(angle)) / 2
+            found.append(((left, bottom, left + width, bottom + height), distance))
+    return found
+
+
+def _cost(box: Box, distance: float, taken: Sequence[Box], inside: Box) -> float:
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    grown = (box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2)
+    covered = sum(overlap(grown, other) for other in taken) / area
+    outside = 1 - overlap(box, inside) / area
+    # Names that touch are read as one: a little room is worth a longer way.
+    return 100 * covered + 1000 * outside + distance / _DISTANCES[-1]
+
+
+def _room(at: Sequence[tuple[float, ...]], one: int) -> float:
+    distances = [math.dist(at[one], other) for index, other in enumerate(at) if index != one]
+    return min(distances, default=math.inf)
+
+
+def _marker_box(x: float, y: float, dots: float) -> Box:
+    half = _MARKER * dots
+    return (x - half, y - half, x + half, y + half)
+
+
+def _text_size(axes: Axes, text: str, size: float) -> tuple[float, float]:
+    written = axes.text(0, 0, text, fontsize=size, transform=None)
+    box = written.get_window_extent()
+    written.remove()
+    return box.width, box.height
+
+
+def _write(
+    axes: Axes, point: Named, at: tuple[float, ...], box: Box, distance: float, *, size: float, dots: float
+) -> None:
+    middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    if distance > _LEADER:
+        # To the nearest place on the box.
+        x = min(max(at[0], box[0]), box[2])
+        y = min(max(at[1], box[1]), box[3])
+        axes.annotate(
+            "", (point.x, point.y), (x, y), textcoords="figure pixels",
+            arrowprops={"arrowstyle": "-", "color": point.colour, "linewidth": 0.7, "alpha": 0.7, "shrinkB": 4, "shrinkA": 0},
+        ).set_in_layout(False)  # fmt: skip
+    axes.annotate(
+        point.name, (point.x, point.y), middle, textcoords="figure pixels",
+        ha="center", va="center", fontsize=size, color="#222222",
+    ).set_in_layout(False)  # fmt: skip

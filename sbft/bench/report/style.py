@@ -1,0 +1,74 @@
+"""What all pictures share: size, colours that the colour-blind can tell apart, and one look for each variant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's, yellow left out, which a white page swallows.
+BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
+_COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+# Their number and that of the colours have no common factor: a pair comes again only after all.
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+_LINES = ("-", "--", ":", "-.")
+WIDTH, _DOTS = 9.0, 150
+_LONGEST_NAME = 34
+_SETTINGS: dict[Any, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "legend.fontsize": 9.5}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a variant is drawn, in every picture."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+def looks(variants: Sequence[str]) -> dict[str, Look]:
+    """A look for each variant, by its place among all of the suite."""
+    return {
+        name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], _LINES[i // len(_COLOURS) % len(_LINES)])
+        for i, name in enumerate(variants)
+    }
+
+
+def short(name: str) -> str:
+    """A name that fits beside a picture."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def figure(height: float) -> Figure:
+    """An empty figure as wide as a README."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        drawn = Figure(figsize=(WIDTH, height), dpi=_DOTS, layout="constrained")
+        FigureCanvasAgg(drawn)
+    return drawn
+
+
+def settings() -> Any:
+    """A context in which text has the pictures' sizes."""
+    from matplotlib import rc_context
+
+    return rc_context(_SETTINGS)
+
+
+def panels(drawn: Figure, count: int, columns: int, **shared: Any) -> list[Axes]:
+    """So many panels of a figure; places that are left over stay empty."""
+    rows = -(-count // columns)
+    all_axes = drawn.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
+    for axes in all_axes[count:]:
+        axes.set_axis_off()
+    for axes in all_axes[:count]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return list(all_axes[:count])

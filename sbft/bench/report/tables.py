@@ -1,0 +1,202 @@
+"""The tables of a comparison, as Markdown and as HTML."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sbft.bench.report import formats
+from sbft.bench.report.comparison import Comparison, Row
+from sbft.bench.report.statistics import over_seeds, pareto_front
+
+_WARNING = "⚠"
+
+
+@dataclass
+class Table:
+    """Rows of text. A row that is shorter than the head ends in a cell that spans the rest."""
+
+    head: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    footnotes: list[str] = field(default_factory=list)
+
+    def mark(self, footnote: str) -> str:
+        """The mark of a footnote, which is added if it is new."""
+        if footnote not in self.footnotes:
+            self.footnotes.append(footnote)
+        return formats.superscript(self.footnotes.index(footnote) + 1)
+
+    def notes(self) -> list[str]:
+        """The footnotes, each behind its mark."""
+        return [f"{formats.superscript(number)} {text}" for number, text in enumerate(self.footnotes, 1)]
+
+    def markdown(self) -> str:
+        """As Markdown that is readable as plain text too."""
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in [self.head, *self.rows]]
+        # A reason that spans the rest of its row must not widen the column in which it begins.
+        whole = [row if len(row) == len(self.head) else row[:-1] for row in rows]
+        widths = [max(len(row[i]) for row in whole if i < len(row)) for i in range(len(self.head))]
+        rows = [row + [""] * (len(self.head) - len(row)) for row in rows]
+        lines = [
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        ]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return "\n".join(lines)
+
+    def html(self) -> str:
+        """As an HTML table."""
+        lines = ["<tr>" + "".join(f"<th>{_inline(cell)}</th>" for cell in self.head) + "</tr>"]
+        for row in self.rows:
+            cells = [f"<td>{_inline(cell)}</td>" for cell in row]
+            if len(row) < len(self.head):
+                span = len(self.head) - len(row) + 1
+                cells[-1] = f'<td class="reason" colspan="{span}">{_inline(row[-1])}</td>'
+            lines.append("<tr>" + "".join(cells) + "</tr>")
+        return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", html.escape(text))
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people read it."""
+    return metric.replace("_", " ")
+
+
+def _score(row: Row) -> str:
+    return formats.estimate(row.score, 100) if row.is_share else formats.estimate(row.score, digits=3)
+
+
+def _difference(comparison: Comparison, row: Row, table: Table) -> str:
+    if row.variant == comparison.suite.baseline:
+        return "baseline"
+    value = comparison.difference(row)
+    if value is None:
+        return ""
+    text = formats.estimate(value, 100, signed=True) if row.is_share else formats.estimate(value, digits=3, signed=True)
+    if value.over == "items":
+        return f"{text} {table.mark('One seed: paired over the evaluation items, ± one standard error over them.')}"
+    if value.standard_error is None:
+        return f"{text} {table.mark('One seed, and no items to pair: the difference has no standard error.')}"
+    return text
+
+
+def _rate(row: Row, table: Table) -> str:
+    text = formats.rate(row.choice.rate)
+    if row.choice.rate is None:
+        return text
+    if row.choice.edge is not None:
+        note = "The best learning rate is the {} of its grid: one beyond it may be better."
+        return f"{text} {_WARNING}{table.mark(note.format(row.choice.edge))}"
+    if row.taken_from is not None:
+        return f"{text} {table.mark(f'The learning rate chosen for {row.taken_from}, not one of its own.')}"
+    if len(row.choice.tried) < 2:
+        return f"{text} {_WARNING}{table.mark('Only one learning rate was tried: another may be better.')}"
+    return text
+
+
+def _name(row: Row, table: Table) -> str:
+    """The variant, with what is missing of its seeds."""
+    failures = {made.run.seed: made.failure for made in row.tested if made.failure}
+    missing = [made.run.seed for made in row.tested if made.record is None]
+    if not row.records or not (failures or missing):
+        return row.variant
+    told = [f"seed {seed} failed: {formats.reason(why)}" for seed, why in failures.items()]
+    told += [f"seed {seed} not run yet" for seed in missing]
+    note = f"{row.variant}: {len(row.records)} of {len(row.tested)} seeds; {'; '.join(told)}."
+    return f"{row.variant} {_WARNING if failures else ''}{table.mark(note)}"
+
+
+def main_table(comparison: Comparison, rows: list[Row]) -> Table:
+    """The comparison on one task."""
+    first = rows[0]
+    score = f"{metric_name(first.metric)}, %" if first.is_share else metric_name(first.metric)
+    columns: list[tuple[str, Callable[[Row, Table], str]]] = [
+        ("method", _name),
+        ("learning rate", _rate),
+        (score, lambda row, _: _score(row)),
+        (f"difference to {comparison.suite.baseline}", lambda row, table: _difference(comparison, row, table)),
+        ("loss", lambda row, _: formats.estimate(row.loss, digits=3)),
+        ("peak memory, GiB", lambda row, _: formats.gibibytes(row.peak_bytes)),
+        ("above the model, MiB", lambda row, _: formats.mebibytes(row.mean(lambda r: r.memory.get("above_baseline")))),
+        ("evaluation peak, GiB", lambda row, _: formats.gibibytes(row.mean(lambda r: r.memory.get("evaluation_peak")))),
+        ("ms a step", lambda row, _: formats.milliseconds(row.mean(lambda r: r.step_s.get("median")))),
+        ("of it update", lambda row, _: formats.milliseconds(row.mean(lambda r: r.optimizer_s.get("median")))),
+        ("tokens/s", lambda row, _: formats.whole(row.mean(lambda r: r.tokens_per_s))),
+        ("total time", lambda row, _: formats.duration(row.mean(lambda r: r.total_s))),
+        ("trained, M", lambda row, _: formats.millions(row.mean(lambda r: r.trainable_parameters))),
+        ("on disk, MiB", lambda row, _: formats.mebibytes(row.mean(lambda r: r.saved_bytes))),
+    ]
+    if first.metric == "loss":
+        del columns[4]
+    return _filled(columns, rows)
+
+
+def short_table(comparison: Comparison, rows: list[Row]) -> Table:
+    """The most important columns of the comparison, for a terminal."""
+    whole = main_table(comparison, rows)
+    kept = [0, 1, 2, 3, whole.head.index("peak memory, GiB"), whole.head.index("ms a step")]
+    short = Table([whole.head[i] for i in kept], footnotes=whole.footnotes)
+    for row in whole.rows:
+        short.rows.append([row[i] for i in kept] if len(row) == len(whole.head) else row)
+    return short
+
+
+def _filled(columns: list[tuple[str, Callable[[Row, Table], str]]], rows: list[Row]) -> Table:
+    table = Table([name for name, _ in columns])
+    for row in rows:
+        shortfall = row.shortfall
+        if shortfall is None:
+            table.rows.append([write(row, table) for _, write in columns])
+        else:
+            table.rows.append([row.variant, formats.rate(row.choice.rate), formats.reason(shortfall)])
+    return table
+
+
+def rates_table(rows: list[Row]) -> Table | None:
+    """The validation score of every learning rate that was tried; None where there was nothing to choose."""
+    searched = [row for row in rows if row.searched]
+    if not searched:
+        return None
+    grids = {row.variant: sorted({made.run.learning_rate for made in row.searched}) for row in searched}
+    table = Table(["method", "learning rate: score", *[""] * (max(map(len, grids.values())) - 1)])
+    for row in searched:
+        cells = [_validation_cell(row, rate, table) for rate in grids[row.variant]]
+        table.rows.append([row.variant, *cells, *[""] * (len(table.head) - 1 - len(cells))])
+    return table
+
+
+def _validation_cell(row: Row, rate: float, table: Table) -> str:
+    text = f"{formats.rate(rate)}: {_validation_score(row, rate, table)}"
+    return f"**{text}**" if rate == row.choice.rate else text
+
+
+def _validation_score(row: Row, rate: float, table: Table) -> str:
+    runs = [made for made in row.searched if made.run.learning_rate == rate]
+    failures = [made.failure for made in runs if made.failure]
+    if failures:
+        return f"failed {table.mark(formats.reason(failures[0]))}"
+    done = [made.ok.metrics.get(row.metric) for made in runs if made.ok is not None]
+    values = [value for value in done if value is not None]
+    if len(values) < len(done):
+        return f"failed {table.mark(f'Its {metric_name(row.metric)} is no finite number.')}"
+    if not values:
+        return "to do"
+    mean = over_seeds(values)
+    text = formats.estimate(mean, 100) if row.is_share else formats.estimate(mean, digits=3)
+    return text if len(values) == len(runs) else f"{text} ({len(values)} of {len(runs)} seeds)"
+
+
+def front(rows: list[Row]) -> list[Row]:
+    """The rows on the Pareto front of score and peak memory, by rising memory."""
+    placed = [(row, row.peak_bytes, row.score) for row in rows]
+    points = [(row, memory, score.mean) for row, memory, score in placed if memory is not None and score is not None]
+    chosen = pareto_front(
+        [memory for _, memory, _ in points],
+        [score for _, _, score in points],
+        higher_is_better=all(row.is_share for row in rows),
+    )
+    return [points[index][0] for index in chosen]
