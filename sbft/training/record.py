@@ -56,6 +56,8 @@ class RunRecord:
     step_s: dict[str, float | None] = field(default_factory=dict)
     optimizer_s: dict[str, float | None] = field(default_factory=dict)
     tokens_per_s: float | None = None
+    started_at: str | None = None
+    """When the run began, UTC, ISO 8601."""
     train_s: float | None = None
     eval_s: float | None = None
     total_s: float | None = None

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,7 @@ def _begin(recipe: Recipe) -> RunRecord:
         second_moment_half_life=recipe.optimizer.second_moment_half_life,
         learning_rate=float(training["learning_rate"]),
         recipe=recipe.model_dump(mode="json", exclude_none=True),
+        started_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions(),
         git_commit=git_commit(),
     )

@@ -56,6 +56,7 @@ def record(one: Suite, run: Run, exact_match: float = 0.5, loss: float = 0.4, **
         model=run.model,
         dataset=recipe.data.train,
         seed=run.seed,
+        started_at="2026-01-02T03:04:05+00:00",
         status="ok",
         device="Some CPU, 2 cores",
         dtype=str(recipe.dtype),

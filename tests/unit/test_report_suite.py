@@ -436,7 +436,7 @@ def test_results_can_be_had_in_the_schema_of_pefts_comparison(tmp_path):
         assert set(content["run_info"]["train_config"]) == TRAIN_CONFIG | {"gradient_accumulation_steps"}
         assert set(content["meta_info"]) == META_INFO
         assert content["meta_info"]["package_info"]["torch-version"] == "2.13.0"
-        assert content["run_info"]["created_at"] is None
+        assert content["run_info"]["created_at"] == "2026-01-02T03:04:05+00:00"
     assert lora["run_info"]["peft_config"]["peft_type"] == "LORA" and lora["run_info"]["peft_config"]["r"] == 16
     assert lora["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 2e-3
     assert lora["train_info"]["accelerator_memory_max"] == 3_000_000_000

@@ -43,7 +43,7 @@ def _content(name: str, row: Row, record: RunRecord) -> dict[str, Any]:
     on_gpu = record.memory_kind == "cuda_allocated"
     return {
         "run_info": {
-            "created_at": None,
+            "created_at": record.started_at,
             "total_time": record.total_s,
             "experiment_name": name,
             "peft_branch": None,
