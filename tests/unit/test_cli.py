@@ -129,7 +129,7 @@ def test_the_progress_of_a_long_run_fits_80_columns() -> None:
     out = io.StringIO()
     progress = TrainingProgress(Console(file=out, force_terminal=True, width=80, color_system=None))
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=54_000)
-    arguments: Any = None
+    arguments: Any = SimpleNamespace(device="cpu")
     progress.on_train_begin(arguments, state, arguments)
     state.global_step = 5_400
     progress.on_log(arguments, state, arguments, logs={"loss": 12.345, "tokens_seen": 1_000_000})
