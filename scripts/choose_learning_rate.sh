@@ -2,7 +2,7 @@
 # Choose the learning rates of the quickstart: train every method over a grid of the same width, measure on the validation part
 # (never on the part that quickstart reports), and print the table. A quarter of an hour on two cores.
 #
-#   bash scripts/choose_learning_rate.sh          both methods; or name one: sbft, lora
+#   bash scripts/choose_learning_rate.sh          all; or name one: sbft, lora, nearest
 #
 # Records lie in runs/learning-rate; a run that is there already is not made again.
 set -euo pipefail
@@ -20,10 +20,11 @@ try() { # recipe, name, rates
             --set data.eval_size=null --set evaluation.before=false
     done
 }
-for method in "${@:-sbft lora}"; do
+for method in "${@:-sbft lora nearest}"; do
     case "$method" in
         *sbft*) try quickstart sbft 1e-3 3e-4 1e-4 3e-3 ;;&
-        *lora*) try quickstart-lora lora 1e-3 5e-4 2e-3 2e-4 ;;
+        *lora*) try quickstart-lora lora 1e-3 5e-4 2e-3 2e-4 ;;&
+        *nearest*) try quickstart-nearest nearest 1e-3 ;; # at the rate of sbft: what the rounding alone does
     esac
 done
 "$sbft" report "$runs"
