@@ -139,7 +139,8 @@ def evaluate(
         return result
 
     asked = [rendering.question_and_answer(row, kind) for row in rows]
-    references = [reference for _, reference in asked]
+    references = _references(rows, rendering, kind)
+    _check_answered(references)
     predictions: list[dict[str, Any]] = [{"prompt": question, "reference": reference} for question, reference in asked]
     options = metric_options or {}
     if scores:
@@ -186,6 +187,16 @@ def _references(rows: Dataset, rendering: Rendering, kind: str) -> list[str]:
     if kind == "completion":
         return ["" if answer is None else str(answer) for answer in rows[rendering.completion]]
     return [rendering.question_and_answer(row, kind)[1] for row in rows]
+
+
+def _check_answered(references: list[str]) -> None:
+    """Refuses rows that have no right answer: nothing that a model says of them could be right."""
+    unanswered = [number for number, reference in enumerate(references, start=1) if not reference.strip()]
+    if unanswered:
+        raise DataError(
+            f"{len(unanswered)} of {len(references)} rows of the evaluation data have no right answer, the first of them "
+            f"row {unanswered[0]}. Leave them out, or set evaluation.metrics: [] to measure the loss alone."
+        )
 
 
 def _label_words(labels: list[str] | str, references: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 SETUP = Path(__file__).parent.parent / "scripts" / "setup.sh"
-"""Installs all extras; it is there in a checkout only."""
+"""Installs what the methods and the built-in model need; it is there in a checkout only."""
 
 
 def how_to_install(pip_arguments: str) -> str:

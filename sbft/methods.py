@@ -98,6 +98,9 @@ _LORA = {
     "dora": False,
     "target_modules": "all-linear",
 }
+# adam8bit and hf-adafactor are what people run with transformers' Trainer as it is: it clips the gradient's norm, and takes
+# the loss from the logits of all tokens.
+_PLAIN_TRAINER = {"max_grad_norm": 1.0}
 # The default of transformers' TrainingArguments, which most people leave as it is.
 _USUAL_LEARNING_RATE = 5e-5
 
@@ -153,8 +156,8 @@ METHODS: dict[str, Method] = {
         optimizer="bitsandbytes_adamw8bit",
         learning_rate=_USUAL_LEARNING_RATE,
         dtype="bfloat16",
-        optimizer_defaults=_USUAL_ADAM,
-        training_defaults={"gradient_accumulation_steps": 16},
+        optimizer_defaults={**_USUAL_ADAM, "logits_free_loss": False},
+        training_defaults={"gradient_accumulation_steps": 16, **_PLAIN_TRAINER},
         packages={"bitsandbytes": "bitsandbytes"},
     ),
     "hf-adafactor": Method(
@@ -162,8 +165,8 @@ METHODS: dict[str, Method] = {
         optimizer="transformers_adafactor",
         learning_rate=_USUAL_LEARNING_RATE,
         dtype="bfloat16",
-        # The loss from all logits, as the plain Trainer takes it.
         optimizer_defaults={"weight_decay": 0.0, "logits_free_loss": False},
+        training_defaults=_PLAIN_TRAINER,
     ),
     "lora": Method(
         summary="PEFT LoRA of rank 16 on every linear layer: bfloat16 base, float32 adapters, torch's AdamW.",

@@ -42,23 +42,23 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
     )
 
 
-def check_bitsandbytes(what: str, device: torch.device) -> None:
+def check_bitsandbytes(what: str, device: torch.device, *, optimizer: bool) -> None:
     """See whether bitsandbytes works here: its wheel may lack the library for this device.
 
     Args:
         what: what needs it, the beginning of a sentence.
         device: where it shall work.
+        optimizer: whether it is its 8-bit optimizer that is needed, and not its 4-bit weights.
 
     Raises:
         MissingPackageError: if it does not.
     """
-    import torch
 
     try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        values = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
-        dequantize_4bit(*quantize_4bit(values, quant_type="nf4"))
+        if optimizer:
+            _step_in_8_bits(device)
+        else:
+            _round_trip_in_4_bits(device)
     except ImportError as error:
         raise MissingPackageError(f"{what} needs the package bitsandbytes. " + how_to_install(_EXTRA)) from error
     except (RuntimeError, NotImplementedError, AttributeError, OSError) as error:
@@ -67,6 +67,23 @@ def check_bitsandbytes(what: str, device: torch.device) -> None:
             f"{what} needs the package bitsandbytes, which does not work on this machine's {device.type} device: {reason} "
             "Install a version built for it, or take another method."
         ) from error
+
+
+def _round_trip_in_4_bits(device: torch.device) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    values = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    dequantize_4bit(*quantize_4bit(values, quant_type="nf4"))
+
+
+def _step_in_8_bits(device: torch.device) -> None:
+    import torch
+    from bitsandbytes.optim import AdamW8bit
+
+    values = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16, device=device))  # smaller ones stay in 32 bits
+    values.grad = torch.ones_like(values)
+    AdamW8bit([values]).step()
 
 
 def keep_trainable(model: nn.Module) -> None:

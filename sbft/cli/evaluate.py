@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +69,8 @@ def evaluate(
 
         rows = _rows(recipe, data)
         loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
-        metrics = measure(recipe, loaded, tokenizer, rows, predictions)
+        with _memory_suffices(recipe.evaluation.batch_size):
+            metrics = measure(recipe, loaded, tokenizer, rows, predictions)
         _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
 
 
@@ -123,10 +126,28 @@ def _on_public_tasks(
     from sbft.cli.load import load_for_use
 
     loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
-    results = run_tasks(loaded, tokenizer, tasks, **settings)
+    with _memory_suffices(settings["batch_size"]):
+        results = run_tasks(loaded, tokenizer, tasks, **settings)
     if destination is not None:
         save(results, destination, model=model, dtype=str(recipe.dtype), **settings)
     _print_tasks(results, destination, as_json)
+
+
+@contextmanager
+def _memory_suffices(batch_size: int) -> Iterator[None]:
+    """Says what to type where memory runs out."""
+    from sbft.errors import DataError
+    from sbft.training.failures import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = (
+            f"--batch-size {batch_size // 2}" if batch_size > 1 else "--limit N, shorter examples or a smaller model"
+        )
+        raise DataError(f"Out of memory with {batch_size} examples at once. Try {smaller}.") from error
 
 
 def _recipe_of(

@@ -50,11 +50,11 @@ def label_words(dataset: Dataset, column: str, names: dict[str, str] | None, sou
         )
     classes = feature.names if isinstance(feature, ClassLabel) else None
     named = None if names is None else {_key(value): word for value, word in names.items()}
-    words = {
-        value: _word(value, classes, named, f"{column!r} of {source}")
-        for value in dict.fromkeys(dataset.unique(column))
-        if not _missing(value, classes)
-    }
+    found = list(dict.fromkeys(dataset.unique(column)))
+    given = [value for value in found if not _missing(value, classes)]
+    # Tables hold whole numbers as floating-point ones where some are missing.
+    whole = len(given) < len(found) and all(isinstance(value, float) and value.is_integer() for value in given)
+    words = {value: _word(int(value) if whole else value, classes, named, f"{column!r} of {source}") for value in given}
     values = pa.array([words.get(value) for value in dataset[column]], type=pa.string())
     order = dataset.column_names
     return dataset.remove_columns(column).add_column(column, values).select_columns(order)
@@ -65,6 +65,8 @@ def _single(kind: str | None) -> bool:
 
 
 def _missing(value: Any, classes: list[str] | None) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value)) or (classes is not None and value == -1)
 
 

@@ -133,9 +133,9 @@ class LoraConfig(_Section):
     rslora: bool | None = None
     """Scale by the root of the rank, so that a higher rank does not learn more slowly (arXiv 2312.03732)."""
     dora: bool | None = None
-    """Train the length of each row of a weight apart from its direction (arXiv 2402.09353); slower."""
+    """Train the magnitude of each column of a weight apart from its direction (arXiv 2402.09353); slower."""
     target_modules: str | list[str] | None = None
-    """Names of the layers that get an adapter, or all-linear."""
+    """Names of the layers that get an adapter, or all-linear, or a regular expression of their whole paths."""
 
 
 class EvaluationConfig(_Section):

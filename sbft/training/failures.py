@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from sbft.errors import SbftError, TrainingError
+from sbft.methods import METHODS
 from sbft.recipe import Recipe
 from sbft.training.checkpoints import find_checkpoint
 from sbft.training.output import RECIPE_FILE, RunFolder
@@ -139,7 +140,9 @@ def advice(recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None
         activations = "training.gradient_checkpointing=true (a third slower)"
     if batch_size > 1:
         activations = "training.per_device_train_batch_size=1 (training is as good at batch size 1)"
-    can_release = recipe.training.get("gradient_accumulation_steps", 1) == 1
+    accumulates = recipe.training.get("gradient_accumulation_steps", 1) > 1
+    clips = float(recipe.training.get("max_grad_norm") or 0) > 0
+    can_release = "gradient_release" in METHODS[recipe.method].settings and not accumulates and not clips
     gradients = "optimizer.gradient_release=true" if can_release else "method=sbft"
     switches = {
         "the weights": "dtype=bfloat16" if recipe.dtype == "float32" else "",

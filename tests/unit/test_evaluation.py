@@ -179,6 +179,13 @@ def test_conversations_are_asked_for_their_last_answer(tmp_path: Path) -> None:
     assert (line["prompt"], line["reference"]) == ("c", "d")
 
 
+def test_rows_without_a_right_answer_are_refused_where_answers_are_scored() -> None:
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}])
+    with pytest.raises(DataError, match="1 of 2 rows .* have no right answer, the first of them row 2"):
+        evaluate(tiny_model(), tiny_tokenizer(), rows, metrics=["exact_match"])
+    assert "loss" in evaluate(tiny_model(), tiny_tokenizer(), rows, metrics=[])
+
+
 def test_text_has_a_loss_and_no_answers() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     assert set(evaluate(model, tokenizer, TEXTS, metrics=["perplexity"])) == {"loss", "perplexity"}
@@ -197,6 +204,7 @@ def test_unknown_metrics_are_refused_before_anything_runs() -> None:
         (" 42 \n", "42"),
         ("12 + 30 = 42 #### 42", "42"),
         ("#### 1 #### 2 ", "2"),
+        ("#### 5\n\nQuestion: what else?", "5"),
         (r"so \boxed{1} and \boxed{ 7 }", "7"),
         (r"hence \boxed{\frac{1}{2}} or {x}", r"\frac{1}{2}"),
         (r"cut off: \boxed{\frac{1}", r"\frac{1}"),
@@ -212,6 +220,18 @@ def test_final_answers_after_given_words() -> None:
     assert is_match("So x = 18.\nThe answer is: 18.\nDone", "#### 18", answer_after="The answer is:")
     assert not is_match("The answer is: 18", "#### 18")
     assert not is_match("The answer is: 18\nThe answer is: 19", "18", answer_after="The answer is:")
+
+
+def test_numbers_are_compared_as_numbers_where_asked() -> None:
+    for same in ("18", "$18", "18.00", "18%", "18."):
+        assert is_match(f"The answer is: {same}", "#### 18", answer_after="The answer is:", numeric=True)
+    assert is_match("1,000", "1000", numeric=True) and not is_match("1,000", "1000")
+    assert not is_match("18.5", "18", numeric=True)
+    assert is_match("eighteen", "eighteen", numeric=True) and not is_match("eighteen", "18", numeric=True)
+
+
+def test_an_empty_answer_matches_nothing() -> None:
+    assert not is_match(r"\boxed{5} ####", r"\boxed{7} ####") and not is_match("", "")
 
 
 def test_matches_are_exact_unless_told_otherwise() -> None:

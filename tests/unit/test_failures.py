@@ -46,6 +46,7 @@ def test_what_counts_as_out_of_memory() -> None:
         (["method=adam"], {"weights": 4, "gradients": 4, "optimizer_state": 8}, "optimizer's state", "method=sbft"),
         (["optimizer.gradient_release=false"], {"weights": 1, "gradients": 9}, "gradients", "gradient_release=true"),
         (["method=adam-accum"], {"weights": 1, "gradients": 9}, "gradients", "method=sbft"),
+        (["method=hf-adafactor"], {"weights": 1, "gradients": 9}, "gradients", "method=sbft"),
         (["method=adam"], {"weights": 9, "gradients": 1}, "weights", "dtype=bfloat16"),
         ([], {"weights": 9, "gradients": 1}, "weights", "smaller model"),
     ],

@@ -50,6 +50,13 @@ class Optimizers(TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self.name = f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}"
         self.group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        self.state = {
+            (name, key): value.dtype
+            for name, parameter in kwargs["model"].named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        self.arguments = args
 
 
 @pytest.fixture
@@ -80,8 +87,8 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], torch.dtype, int]] = {
     "adam-batch": ("sbft.AdamW", PER_STEP, torch.float32, 16),
     "adam8bit": ("bitsandbytes.AdamW", {"betas": (0.9, 0.999)}, torch.bfloat16, 16),
     "hf-adafactor": ("transformers.Adafactor", ABSOLUTE, torch.bfloat16, 1),
-    "lora": ("torch.AdamW", {"betas": (0.9, 0.999)}, torch.float32, 1),
-    "qlora": ("torch.AdamW", {"betas": (0.9, 0.999)}, torch.float32, 1),
+    "lora": ("torch.AdamW", {"betas": (0.9, 0.999), "fused": True}, torch.float32, 1),
+    "qlora": ("torch.AdamW", {"betas": (0.9, 0.999), "fused": True}, torch.float32, 1),
 }
 """The optimizer that trains and what it is set to, what the trained weights are saved in, and the examples of a step."""
 
@@ -92,7 +99,7 @@ def test_every_method_trains_and_saves_what_it_measured(
 ) -> None:
     optimizer, settings, dtype, examples = EXPECTED[method]
     # Rates at which a few steps show on a tiny model of random weights.
-    rate = {"sgd": 0.1, "sbft": 1e-2}.get(method, 5e-3)
+    rate = {"sgd": 0.1, "sbft": 1e-2, "lora": 1e-2, "qlora": 1e-2}.get(method, 5e-3)
     seen = Optimizers()
     # Measured before training too: nothing that this leaves behind may keep the model from learning.
     record = train(method, f"training.learning_rate={rate}", "training.num_train_epochs=3", callbacks=[seen])
@@ -121,6 +128,23 @@ def test_every_method_trains_and_saves_what_it_measured(
     loaded = load_model(str(out), dtype=torch.float32 if method.startswith("adam-") else torch.bfloat16)
     again = measure(recipe, loaded, load_tokenizer(str(out)), rows)
     assert again["loss"] == pytest.approx(record.metrics["loss"], rel=1e-3)
+
+
+def test_the_rivals_are_what_people_run(train: Train) -> None:
+    seen = Optimizers()
+    train("adam8bit", "training.max_steps=1", callbacks=[seen])
+    moments = {dtype for (name, key), dtype in seen.state.items() if key == "state1" and "up_proj" in name}
+    assert moments == {torch.uint8}
+    moments = {dtype for (name, key), dtype in seen.state.items() if key == "state1" and "embed" in name}
+    assert moments == {torch.float32}
+    assert (seen.arguments.max_grad_norm, seen.arguments.logits_free_loss) == (1.0, False)
+    train("hf-adafactor", "training.max_steps=1", callbacks=[seen])
+    assert (seen.arguments.max_grad_norm, seen.arguments.logits_free_loss) == (1.0, False)
+
+
+def test_one_name_of_a_layer_is_a_name_and_no_pattern(train: Train, tmp_path: Path) -> None:
+    train("lora", "lora.target_modules=q_proj", "training.max_steps=1")
+    assert {name.split(".")[-3] for name in weights(tmp_path / "lora")} == {"q_proj"}
 
 
 def test_accumulating_and_batching_see_the_same_and_learn_the_same(train: Train, tmp_path: Path) -> None:
@@ -270,6 +294,7 @@ def test_bitsandbytes_that_does_not_work_here_is_a_result_with_its_reason(
         raise RuntimeError("the native library was not found")
 
     monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", broken)
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", broken)
     for method in ("qlora", "adam8bit"):
         with pytest.raises(MissingPackageError, match="does not work on this machine's"):
             train(method)

@@ -3,13 +3,15 @@
 This file stands alone: the package `evaluate` copies it and loads the copy.
 """
 
+from decimal import Decimal, InvalidOperation
+
 import datasets
 import evaluate
 
 _DESCRIPTION = """
 The share of predictions whose final answer equals that of the reference. The final answer is what follows `answer_after`
-where that is given and there, else what follows the last "####", else what the last \\boxed{} holds, else the whole text;
-white space at both ends is left out and white space within counts as one space.
+where that is given and there, else what follows the last "####" on its line, else what the last \\boxed{} holds, else the
+whole text; white space at both ends is left out and white space within counts as one space. An empty one matches nothing.
 """
 
 _INPUTS = """
@@ -18,6 +20,7 @@ Args:
     references (list of str): the right answers.
     ignore_case (bool): take upper and lower case for the same. Default False.
     ignore_punctuation (bool): leave out punctuation at both ends, signs excepted. Default False.
+    numeric (bool): compare numbers as numbers, without thousands separators, currency and per cent signs. Default False.
     answer_after (str): words that a final answer comes after, to the end of its line, such as "The answer is:". It is
         stripped of a closing full stop. Default None.
 Returns:
@@ -34,7 +37,7 @@ def final_answer(text: str, answer_after: str | None = None) -> str:
         line = text.rpartition(answer_after)[2].strip().partition("\n")[0]
         text = line.strip().removesuffix(".")
     elif "####" in text:
-        text = text.rpartition("####")[2]
+        text = text.rpartition("####")[2].strip().partition("\n")[0]
     elif _BOXED in text:
         text = _up_to_its_brace(text.rpartition(_BOXED)[2])
     return " ".join(text.split())
@@ -50,16 +53,31 @@ def _up_to_its_brace(text: str) -> str:
     return text
 
 
+def _number(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text.replace(",", "").strip(" .!?$%"))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
 def is_match(
     prediction: str,
     reference: str,
     *,
     ignore_case: bool = False,
     ignore_punctuation: bool = False,
+    numeric: bool = False,
     answer_after: str | None = None,
 ) -> bool:
     """Whether one prediction's final answer is the reference's."""
     answers = [final_answer(text, answer_after) for text in (prediction, reference)]
+    if not all(answers):
+        return False
+    if numeric:
+        numbers = [_number(answer) for answer in answers]
+        if None not in numbers:
+            return numbers[0] == numbers[1]
     if ignore_case:
         answers = [answer.casefold() for answer in answers]
     if ignore_punctuation:
@@ -86,6 +104,7 @@ class ExactMatch(evaluate.Metric):
         references: list[str],
         ignore_case: bool = False,
         ignore_punctuation: bool = False,
+        numeric: bool = False,
         answer_after: str | None = None,
     ) -> dict[str, float]:
         matches = [
@@ -94,6 +113,7 @@ class ExactMatch(evaluate.Metric):
                 reference,
                 ignore_case=ignore_case,
                 ignore_punctuation=ignore_punctuation,
+                numeric=numeric,
                 answer_after=answer_after,
             )
             for prediction, reference in zip(predictions, references, strict=True)
