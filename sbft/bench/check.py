@@ -9,18 +9,18 @@ import sys
 
 from sbft.bench.runs import possible_runs
 from sbft.bench.suite import Suite, refusal
-from sbft.errors import RecipeError
+from sbft.errors import RecipeError, SbftError
 from sbft.methods import METHODS
 
 
 def check_recipes(suite: Suite) -> list[str]:
-    """Check the recipe of every run before the first is made.
+    """Check the recipe of every run, and read the data of every task, before the first is made.
 
     Returns:
         What CUDA_VISIBLE_DEVICES calls each GPU of this machine; empty where there is none.
 
     Raises:
-        RecipeError: with every problem of every recipe at once.
+        RecipeError: with every problem of every recipe at once, or else of the data.
     """
     done = subprocess.run(
         [sys.executable, "-m", "sbft.bench.check"], input=suite.to_yaml(), capture_output=True, text=True
@@ -55,12 +55,34 @@ def recipe_problems(suite: Suite) -> list[str]:
     return list(found.values())
 
 
+def data_problems(suite: Suite) -> list[str]:
+    """Why the data of a task cannot be read, or may not be used so; each task and phase is read once, by its first run.
+
+    Test runs come hours after the validation runs that choose their rates: too late to hear of a misspelt file.
+    """
+    from sbft.training.run import read_splits
+
+    found: dict[str, None] = {}
+    seen: set[tuple[str, str]] = set()
+    for run in possible_runs(suite):
+        part = (run.task, run.phase)
+        if part in seen or METHODS[suite.method_of(run.variant)].missing_packages:
+            continue
+        seen.add(part)
+        try:
+            read_splits(run.whole_recipe(suite))
+        except SbftError as error:
+            found.setdefault(f"tasks.{run.task}.data: {error}")
+    return list(found)
+
+
 def _main() -> None:
     import torch
     import yaml
 
     suite = Suite.model_validate(yaml.safe_load(sys.stdin.read()))
-    print(json.dumps({"problems": recipe_problems(suite), "gpus": torch.cuda.device_count()}))
+    problems = recipe_problems(suite) or data_problems(suite)
+    print(json.dumps({"problems": problems, "gpus": torch.cuda.device_count()}))
 
 
 if __name__ == "__main__":

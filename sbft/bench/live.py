@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sbft.bench.plan import Planned, duration, predictions, time_left
 from sbft.bench.process import Active
-from sbft.bench.runs import choose_rate, groups
+from sbft.bench.runs import RateChoice, choose_rate, groups
 from sbft.bench.suite import Suite
 from sbft.training.record import RunRecord
 
@@ -31,6 +31,8 @@ class SuiteProgress:
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._drawn = 0.0
         self._waits_for: tuple[str, ...] = ()
+        self._chosen_for: Sequence[Planned] | None = None
+        self._choices: dict[tuple[str, str, str], RateChoice] = {}
 
     def __enter__(self) -> SuiteProgress:
         if self._live is not None:
@@ -82,12 +84,13 @@ class SuiteProgress:
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("now")
         known = predictions(planned)
+        choices = self._rates(planned)
         for model, task in groups(self._suite):
             for variant in self._suite.ordered_methods():
                 mine = [one for one in planned if one.row == (model, task, variant)]
                 if not mine:
                     continue
-                rate = choose_rate(self._suite, self._folder, model, task, variant)
+                rate = choices[model, task, variant]
                 left = [known.get(one.name) for one in mine if one.state == "to do"]
                 table.add_row(
                     *([model] if several else []),
@@ -100,6 +103,14 @@ class SuiteProgress:
                     _now(mine, active),
                 )
         return table
+
+    def _rates(self, planned: Sequence[Planned]) -> dict[tuple[str, str, str], RateChoice]:
+        """The learning rate of each row; records are read only for a new plan, which there is when a run has ended."""
+        if planned is not self._chosen_for:
+            rows = dict.fromkeys(one.row for one in planned)
+            self._choices = {row: choose_rate(self._suite, self._folder, *row) for row in rows}
+            self._chosen_for = planned
+        return self._choices
 
 
 def _count(planned: Sequence[Planned]) -> str:

@@ -10,7 +10,16 @@ import signal
 from pathlib import Path
 
 from sbft.bench.process import Active, log_beside, recipe_beside
-from sbft.bench.runs import LOG_FILE, PROCESS_FILE, RECIPE_FILE, Run, run_folder, stored_record
+from sbft.bench.runs import (
+    LOG_FILE,
+    PROCESS_FILE,
+    RECIPE_FILE,
+    STOPPED,
+    Run,
+    run_folder,
+    stored_record,
+    was_stopped,
+)
 from sbft.bench.suite import Suite
 from sbft.install import how_to_install
 from sbft.methods import METHODS
@@ -19,8 +28,6 @@ from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord, git_commit, v
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What is of use without the weights; tensorboard's events are there where the suite asks for them.
 _KEPT = (FILE_NAME, RECIPE_FILE, LOG_FILE, PROCESS_FILE, "*.jsonl", "events.out.*")
-# How `sbft train` says that somebody told it to stop.
-_STOPPED = "Stopped by Ctrl-C"
 _LAST_LINES = 3
 
 
@@ -44,7 +51,7 @@ def write_unsupported(suite: Suite, folder: Path, run: Run, reason: str) -> RunR
     return record
 
 
-def conclude(suite: Suite, active: Active, at_once: int) -> RunRecord | None:
+def conclude(suite: Suite, active: Active) -> RunRecord | None:
     """The record of a run whose process has ended; None if somebody stopped it, so that it is still to be made.
 
     The process's output becomes the folder's log, and the weights are removed, unless the suite keeps them.
@@ -52,7 +59,6 @@ def conclude(suite: Suite, active: Active, at_once: int) -> RunRecord | None:
     Args:
         suite: what the run belongs to.
         active: the run.
-        at_once: how many runs shared the machine.
     """
     record = stored_record(active.folder)
     if record is None or record.status != "ok":
@@ -62,11 +68,19 @@ def conclude(suite: Suite, active: Active, at_once: int) -> RunRecord | None:
             record.status, record.error = "error", f"timed out after {active.time_limit_s:g} s"
         elif record.error in (None, UNFINISHED):
             record.status, record.error = _how_it_ended(active.process.returncode, log_beside(active.folder))
-        if record.error is not None and record.error.startswith(_STOPPED):
-            return None
+        stopped = was_stopped(record)
+        if stopped:
+            record.status, record.error = "error", UNFINISHED
         active.folder.mkdir(parents=True, exist_ok=True)
         record.save(active.folder)
-    process = {"elapsed_s": round(active.elapsed_s, 3), "exit_code": active.process.returncode, "at_once": at_once}
+        if stopped:
+            return None
+    process = {
+        "elapsed_s": round(active.elapsed_s, 3),
+        "exit_code": active.process.returncode,
+        "at_once": active.at_once,
+        "cores": os.cpu_count(),
+    }
     (active.folder / PROCESS_FILE).write_text(json.dumps(process) + "\n", encoding="utf-8")
     return tidy(suite, active.folder)
 
@@ -74,9 +88,6 @@ def conclude(suite: Suite, active: Active, at_once: int) -> RunRecord | None:
 def tidy(suite: Suite, folder: Path) -> RunRecord | None:
     """Bring the folder of a finished run into its last state; does nothing where that is done."""
     record = stored_record(folder)
-    if log_beside(folder).exists():
-        os.replace(log_beside(folder), folder / LOG_FILE)
-    recipe_beside(folder).unlink(missing_ok=True)
     if record is None:
         return None
     weights = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
@@ -89,6 +100,10 @@ def tidy(suite: Suite, folder: Path) -> RunRecord | None:
                 path.unlink()
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    recipe_beside(folder).unlink(missing_ok=True)
+    # Last: while the log lies beside the folder, the next runner takes the run for one that is still to be tidied.
+    if log_beside(folder).exists():
+        os.replace(log_beside(folder), folder / LOG_FILE)
     return record
 
 
@@ -120,6 +135,9 @@ def _how_it_ended(code: int, log: Path) -> tuple[str, str]:
             "The system ended the process (signal 9), as it does when the machine's memory runs out. End other programs, "
             "run fewer at once (--jobs 1), or take a smaller model."
         )
+    if code in (-signal.SIGTERM, -signal.SIGINT):
+        # While it loaded, before it listened; a run that is over its time does not come here.
+        return "error", f"{STOPPED} or SIGTERM."
     if code < 0:
         return "error", f"The process was ended by {signal.Signals(-code).name}.{_last_lines(log)}"
     if paragraph := _error_paragraph(log):

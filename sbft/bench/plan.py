@@ -17,6 +17,7 @@ from sbft.bench.runs import (
     groups,
     prefix,
     read_run,
+    repeats,
     run_name,
     searches,
     seconds,
@@ -81,10 +82,9 @@ def _planned(folder: Path, run: Run) -> Planned:
 
 def _tests(suite: Suite, folder: Path, model: str, task: str, variant: str) -> list[Planned]:
     choice = choose_rate(suite, folder, model, task, variant)
-    before = prefix(suite, model)
     if choice.rate is not None:
-        rate = choice.rate
-        return [_planned(folder, Run(model, task, variant, rate, seed, "test", before)) for seed in suite.seeds]
+        return [_planned(folder, run) for run in repeats(suite, model, task, variant, choice.rate)]
+    before = prefix(suite, model)
     hopeless = choice.reason if choice.decided else None
     return [
         Planned(

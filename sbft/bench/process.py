@@ -38,6 +38,23 @@ def try_lock(folder: Path, run: Run) -> int | None:
     return descriptor
 
 
+def held_locks(folder: Path) -> int:
+    """How many runs of a suite's folder are being worked on, by whatever runner."""
+    return sum(_is_held(path) for path in (folder / LOCKS_FOLDER).glob("*.lock"))
+
+
+def _is_held(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        # Shared, so that two that count do not count each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def log_beside(folder: Path) -> Path:
     """Where the output of a run goes while it works: `sbft train` wants its own folder empty."""
     return folder.with_name(f"{folder.name}.log")
@@ -60,6 +77,8 @@ class Active:
     time_limit_s: float | None
     began: float = field(default_factory=time.monotonic)
     timed_out: bool = False
+    at_once: int = 1
+    """The most runs of the suite's folder, this one among them, that were seen to share the machine."""
 
     @property
     def elapsed_s(self) -> float:

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from sbft.bench.live import SuiteProgress
 from sbft.bench.outcome import conclude, missing_package, tidy, write_unsupported
 from sbft.bench.plan import Planned, is_wanted, plan
-from sbft.bench.process import Active, log_beside, start, try_lock
+from sbft.bench.process import Active, held_locks, log_beside, start, try_lock
 from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.bench.suite import Suite
 from sbft.errors import RecipeError, TrainingError
@@ -217,7 +217,8 @@ class _Runner:
     def collect(self) -> None:
         """Take in the runs that have ended."""
         for active in [one for one in self.active if one.has_ended()]:
-            record = conclude(self.suite, active, self.jobs)
+            self.count()
+            record = conclude(self.suite, active)
             self.active.remove(active)
             active.release()
             self.look()
@@ -243,9 +244,16 @@ class _Runner:
             self.active.append(
                 start(self.suite, self.folder, run, lock=lock, slot=slot, environment=self._environment(slot))
             )
+            self.count()
             self.progress.begins(run.name, self.planned)
             return True
         return False
+
+    def count(self) -> None:
+        """Note with how many others each run shares the machine, those of other runners on this folder included."""
+        held = held_locks(self.folder)
+        for active in self.active:
+            active.at_once = max(active.at_once, held)
 
     def _needs_no_process(self, run: Run) -> bool:
         if read_run(self.folder, run) is not None:

@@ -21,7 +21,9 @@ RUNS_FOLDER = "runs"
 LOG_FILE = "log.txt"
 RECIPE_FILE = "recipe.yaml"
 PROCESS_FILE = "process.json"
-"""How long the process of a run took, from its start to its end, how it ended, and how many ran at once."""
+"""How long the process of a run took, from its start to its end, how it ended, how many ran at once, and on what."""
+STOPPED = "Stopped by Ctrl-C"
+"""How the error of a run begins that somebody told to stop, by SIGTERM too: see sbft.training.failures."""
 Phase = Literal["validation", "test"]
 
 
@@ -126,14 +128,19 @@ def searches(suite: Suite, model: str, task: str, variant: str) -> list[Run]:
     ]
 
 
+def repeats(suite: Suite, model: str, task: str, variant: str, rate: float) -> list[Run]:
+    """The test runs of one row at a learning rate."""
+    return [Run(model, task, variant, rate, seed, "test", prefix(suite, model)) for seed in suite.seeds]
+
+
 def test_runs(suite: Suite, folder: Path) -> list[Run]:
     """The runs that give the reported figures, for every variant whose learning rate is decided."""
     return [
-        Run(model, task, variant, rate, seed, "test", prefix(suite, model))
+        run
         for model, task in groups(suite)
         for variant in suite.ordered_methods()
-        if (rate := chosen_rate(suite, folder, model, task, variant)) is not None
-        for seed in suite.seeds
+        if (rate := choose_rate(suite, folder, model, task, variant).rate) is not None
+        for run in repeats(suite, model, task, variant, rate)
     ]
 
 
@@ -144,11 +151,11 @@ test_runs.__test__ = False  # type: ignore[attr-defined]
 def possible_runs(suite: Suite) -> list[Run]:
     """Every run that the suite may have: all validation runs, and test runs at every rate of each grid."""
     tests = [
-        Run(model, task, variant, rate, seed, "test", prefix(suite, model))
+        run
         for model, task in groups(suite)
         for variant in suite.ordered_methods()
         for rate in suite.grid(variant)
-        for seed in suite.seeds
+        for run in repeats(suite, model, task, variant, rate)
     ]
     return [*validation_runs(suite), *tests]
 
@@ -156,7 +163,12 @@ def possible_runs(suite: Suite) -> list[Run]:
 def read_run(folder: Path, run: Run) -> RunRecord | None:
     """The record of a run; None if it has not been made, or was interrupted."""
     record = stored_record(run_folder(folder, run))
-    return None if record is None or record.error == UNFINISHED else record
+    return None if record is None or record.error == UNFINISHED or was_stopped(record) else record
+
+
+def was_stopped(record: RunRecord) -> bool:
+    """Whether a run says that somebody told it to stop."""
+    return record.status != "ok" and (record.error or "").startswith(STOPPED)
 
 
 def stored_record(folder: Path) -> RunRecord | None:
@@ -209,11 +221,6 @@ class RateChoice:
         if len(rates) < 2 or self.rate not in (rates[0], rates[-1]):
             return None
         return "lowest" if self.rate == rates[0] else "highest"
-
-
-def chosen_rate(suite: Suite, folder: Path, model: str, task: str, variant: str) -> float | None:
-    """The learning rate that a row's test runs are made at; None while it is not decided, or if every rate failed."""
-    return choose_rate(suite, folder, model, task, variant).rate
 
 
 def choose_rate(suite: Suite, folder: Path, model: str, task: str, variant: str) -> RateChoice:

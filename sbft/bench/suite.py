@@ -30,6 +30,13 @@ _ELSEWHERE = {
     "output_dir": "--output-dir on the command line",
 }
 """Keys of a recipe that a suite decides itself, and where."""
+_FOR_ALL = {
+    "data": "tasks.NAME.data",
+    "evaluation": "tasks.NAME.evaluation",
+    "training.num_train_epochs": "training of the suite",
+    "training.max_steps": "training of the suite",
+}
+"""Keys and sections that are the same for all methods of a suite, or it would compare nothing, and where they stand."""
 
 
 class _Section(BaseModel):
@@ -259,6 +266,12 @@ def _variant_problems(suite: Suite, name: str) -> Iterator[tuple[Key, str]]:
     for key in variant.set:
         if key in _ELSEWHERE:
             yield (*at, "set", key), f"cannot be set here: write {_ELSEWHERE[key]}."
+        elif (place := _FOR_ALL.get(key, _FOR_ALL.get(key.partition(".")[0]))) is not None:
+            yield (
+                (*at, "set", key),
+                "cannot be set for one method: data, measurement and number of examples are equal for all, or their "
+                f"results could not be compared. Write it in {place}.",
+            )
 
 
 def _task_problems(suite: Suite, data: DataConfig) -> Iterator[str]:

@@ -118,10 +118,11 @@ def load_splits(
         options: settings of a generated task.
         prompt, messages, text: names of the columns; what a row asks is found in the first of these that it has.
         completion, label_names: as for `load_source`.
-        allow_overlap: take questions that are in a given evaluation source and in training, too.
+        allow_overlap: take questions that are in two of training, validation and evaluation, where these are given.
 
     Raises:
-        DataError: as `load_source`; or a given validation or evaluation source shares questions with training.
+        DataError: as `load_source`; or a given validation or evaluation source shares questions with training, or one
+            of the two with the other.
         MissingPackageError: as `load_source`.
     """
     for name, size in (("train_size", train_size), ("validation_size", validation_size), ("eval_size", eval_size)):
@@ -153,6 +154,12 @@ def load_splits(
         "completion": completion,
         "label_names": label_names,
     }
+    places = [_place(source, part, split) for part, (source, split, _) in given.items()]
+    if validation is not None and not allow_overlap and places[0] == places[1]:
+        raise DataError(
+            f"The validation and the evaluation data are both {validation}. A learning rate would be chosen on the data "
+            "that it is then tested on: give one of them a source or split of its own, or set data.allow_overlap: true."
+        )
     held: dict[str, Dataset | None] = {
         part: None if source is None else load_source(source, split=_part(source, part, split), size=size, **shared)
         for part, (source, split, size) in given.items()
@@ -164,6 +171,8 @@ def load_splits(
         for part, rows in held.items():
             if rows is not None:
                 _refuse_overlap(rest, rows, columns, part, str(given[part][0]))
+        if held["validation"] is not None and held["eval"] is not None:
+            _refuse_choice_on_test(held["validation"], held["eval"], columns, (str(validation), str(eval)))
     dropped = 0
     for part in ("eval", "validation"):
         source, _, size = given[part]
@@ -171,6 +180,14 @@ def load_splits(
             held[part], rest, copies = _split_off(rest, size, seed, columns, part)
             dropped += copies
     return Splits(_choose(rest, train_size, seed), held["validation"], held["eval"], dropped)
+
+
+def _place(source: str | None, part: str, split: str) -> tuple[str | None, str]:
+    """What a source and its split are of; two that are equal hold the same rows."""
+    if source is None or generated.is_generated(source):
+        return source, part
+    path = Path(source).expanduser()
+    return (str(path.resolve()), "") if path.is_file() else (source, split)
 
 
 def _part(source: str, part: str, split: str) -> str:
@@ -248,15 +265,31 @@ def _split_off(
 
 
 def _refuse_overlap(train: Dataset, rows: Dataset, columns: tuple[str, ...], part: str, source: str) -> None:
-    asked = set(questions(train, columns))
-    both = [question for question in dict.fromkeys(questions(rows, columns)) if question in asked]
-    if both:
-        count = "1 question" if len(both) == 1 else f"{len(both)} questions"
+    if shared := _shared_questions(train, rows, columns):
         raise DataError(
-            f"The {part} data {source} shares {count} with the training data, the first: {both[0][:120]!r}. "
-            "A model that trained on its own test proves nothing: take them out of one of the two, or set "
+            f"The {part} data {source} shares {shared} with the training data. A model that trained on its own test "
+            "proves nothing: take them out of one of the two, or set data.allow_overlap: true."
+        )
+
+
+def _refuse_choice_on_test(
+    validation: Dataset, eval: Dataset, columns: tuple[str, ...], sources: tuple[str, str]
+) -> None:
+    if shared := _shared_questions(validation, eval, columns):
+        raise DataError(
+            f"The validation data {sources[0]} shares {shared} with the evaluation data {sources[1]}. A learning rate "
+            "would be chosen on the data that it is then tested on: take them out of one of the two, or set "
             "data.allow_overlap: true."
         )
+
+
+def _shared_questions(first: Dataset, second: Dataset, columns: tuple[str, ...]) -> str | None:
+    """How many questions of the second are in the first too, and one of them; None if none is."""
+    asked = set(questions(first, columns))
+    both = [question for question in dict.fromkeys(questions(second, columns)) if question in asked]
+    if not both:
+        return None
+    return f"{len(both)} question{'s' * (len(both) > 1)} (the first: {both[0][:120]!r})"
 
 
 def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> list[str]:
@@ -331,7 +364,7 @@ def _pick(loaded: Dataset | DatasetDict, split: str | None, source: str) -> Data
     if wanted not in loaded:
         raise DataError(
             f"The data {source} has no split {wanted!r}; it has {', '.join(loaded)}. "
-            "Set data.train_split or data.eval_split."
+            "Set data.train_split, data.validation_split or data.eval_split."
         )
     return loaded[wanted]
 

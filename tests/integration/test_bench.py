@@ -21,11 +21,20 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sbft.bench.live import SuiteProgress
-from sbft.bench.outcome import conclude
+from sbft.bench.outcome import conclude, write_unsupported
 from sbft.bench.plan import plan
-from sbft.bench.process import Active, log_beside, try_lock
+from sbft.bench.process import Active, held_locks, log_beside, try_lock
 from sbft.bench.runner import prepare, run_suite
-from sbft.bench.runs import Run, chosen_rate, possible_runs, read_run, run_folder, stored_record, stored_suite
+from sbft.bench.runs import (
+    RateChoice,
+    Run,
+    choose_rate,
+    possible_runs,
+    read_run,
+    run_folder,
+    stored_record,
+    stored_suite,
+)
 from sbft.bench.suite import Suite, load_suite
 from sbft.cli.app import app
 from sbft.methods import METHODS
@@ -135,7 +144,7 @@ def test_a_suite_goes_on_after_ctrl_c_and_kill_and_makes_every_run_once(made: tu
 def test_rates_are_chosen_on_validation_and_measured_on_the_evaluation_part(made: tuple[Path, Path, str, str]) -> None:
     path, out, _, _ = made
     suite = load_suite(path)
-    chosen = chosen_rate(suite, out, suite.models[0], "sums", "sbft")
+    chosen = choose_rate(suite, out, suite.models[0], "sums", "sbft").rate
     measured = {}
     for one in plan(suite, out):
         assert one.run is not None and one.record is not None
@@ -157,6 +166,7 @@ def test_records_predictions_and_logs_are_kept_and_weights_are_not(made: tuple[P
         assert "Measuring the trained model" in (folder / "log.txt").read_text()
         assert (one.record.saved_bytes or 0) > 10_000
         process = json.loads((folder / "process.json").read_text())
+        assert (process["at_once"], process["cores"]) == (1, os.cpu_count())
         assert process["exit_code"] == 0 and process["elapsed_s"] > (one.record.train_s or 0)
         assert not log_beside(folder).exists()
 
@@ -213,6 +223,8 @@ def test_two_runners_share_a_suite_and_neither_repeats_the_other(content: dict[s
     # Each has made a validation run; the test run waits for both, and one runner for the other.
     assert all("validation-seed=0 begins" in text for text in said)
     assert "Waiting for another runner" in "".join(said)
+    counts = [json.loads((tmp_path / "runs" / one.name / "process.json").read_text())["at_once"] for one in planned]
+    assert max(counts[:2]) == 2
 
 
 def test_a_run_over_its_time_is_ended_and_only_made_again_when_asked(content: dict[str, Any], tmp_path: Path) -> None:
@@ -275,17 +287,71 @@ def test_a_process_that_leaves_no_record_gets_one_that_says_why(
 ) -> None:
     suite = suite_of(content, "lora")
     active = ended(suite, tmp_path, code)
-    record = conclude(suite, active, 1)
+    record = conclude(suite, active)
     assert record is not None and record.status == status and error in (record.error or "")
     assert record.error is not None and "model: x" not in record.error
     assert read_run(tmp_path, active.run) == record and (active.folder / "log.txt").exists()
 
 
-def test_a_run_that_somebody_stopped_is_no_result(content: dict[str, Any], tmp_path: Path) -> None:
+def left_by_sigint(suite: Suite, folder: Path) -> Active:
+    """A run that was told to stop while it trained, and has said so in its record."""
+    stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To go on, type: sbft train x"
+    active = ended(suite, folder, f"print('Error: {stopped}'); raise SystemExit(2)")
+    record = write_unsupported(suite, folder, active.run, stopped)
+    record.status = "error"
+    record.save(active.folder)
+    return active
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["print('Error: Stopped by Ctrl-C.'); raise SystemExit(2)", "import os; os.kill(os.getpid(), 15)", None],
+    ids=["while loading", "before it listened", "while training"],
+)
+def test_a_run_that_somebody_stopped_is_no_result(code: str | None, content: dict[str, Any], tmp_path: Path) -> None:
     suite = suite_of(content, "lora")
-    active = ended(suite, tmp_path, "print('Error: Stopped by Ctrl-C.'); raise SystemExit(2)")
-    assert conclude(suite, active, 1) is None
+    active = left_by_sigint(suite, tmp_path) if code is None else ended(suite, tmp_path, code)
+    assert conclude(suite, active) is None
     assert read_run(tmp_path, active.run) is None
+    record = stored_record(active.folder)
+    assert record is not None and (record.status, record.error) == ("error", UNFINISHED)
+
+
+@pytest.mark.parametrize("stage", ["loading", "training"])
+def test_a_run_that_was_stopped_for_its_time_is_a_result(stage: str, content: dict[str, Any], tmp_path: Path) -> None:
+    suite = suite_of(content, "lora")
+    loading = "import os; os.kill(os.getpid(), 15)"
+    active = left_by_sigint(suite, tmp_path) if stage == "training" else ended(suite, tmp_path, loading)
+    active.timed_out, active.time_limit_s = True, 7.0
+    record = conclude(suite, active)
+    assert record is not None and (record.status, record.error) == ("error", "timed out after 7 s")
+    assert read_run(tmp_path, active.run) == record
+
+
+def test_a_run_is_tidied_again_where_that_was_cut_off(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = suite_of(content, "lora")
+    active = ended(suite, tmp_path, "raise SystemExit('Error: no')")
+    checkpoint = active.folder / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("sbft.bench.outcome.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            conclude(suite, active)
+    assert read_run(tmp_path, active.run) is not None and checkpoint.exists()
+    prepare(suite, tmp_path)
+    assert not checkpoint.exists() and (active.folder / "log.txt").exists() and not log_beside(active.folder).exists()
+
+
+def test_runs_of_other_runners_on_the_folder_are_counted(content: dict[str, Any], tmp_path: Path) -> None:
+    suite = suite_of(content, "sbft")
+    locks = [try_lock(tmp_path, run) for run in possible_runs(suite)[:2]]
+    assert held_locks(tmp_path) == 2
+    for number, lock in enumerate(locks):
+        assert lock is not None
+        os.close(lock)
+        assert held_locks(tmp_path) == 1 - number
 
 
 def test_on_a_terminal_there_is_a_table_of_every_row(content: dict[str, Any], tmp_path: Path) -> None:
@@ -301,3 +367,24 @@ def test_on_a_terminal_there_is_a_table_of_every_row(content: dict[str, Any], tm
     assert lora.split()[:4] == ["sums", "lora", "0.01", "0/1"]
     assert "0/2" in sbft and "lr 0.001 0 s" in sbft
     assert "4 runs to do" in shown
+
+
+def test_drawing_again_reads_no_record(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = Suite.model_validate(content)
+    asked: list[str] = []
+
+    def counted(suite: Suite, folder: Path, model: str, task: str, variant: str) -> RateChoice:
+        asked.append(variant)
+        return choose_rate(suite, folder, model, task, variant)
+
+    monkeypatch.setattr("sbft.bench.live.choose_rate", counted)
+    monkeypatch.setattr("sbft.bench.live._REDRAW_EVERY_S", 0.0)
+    with SuiteProgress(Console(file=io.StringIO(), force_terminal=True), suite, tmp_path, 1) as progress:
+        planned = plan(suite, tmp_path)
+        for _ in range(3):
+            progress.draw(planned, [])
+        assert sorted(asked) == ["lora", "sbft"]
+        progress.draw(plan(suite, tmp_path), [])
+        assert sorted(asked) == ["lora", "lora", "sbft", "sbft"]

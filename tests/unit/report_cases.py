@@ -95,8 +95,13 @@ def record(one: Suite, run: Run, exact_match: float = 0.5, loss: float = 0.4, **
     return made
 
 
-def leave(folder: Path, run: Run, made: RunRecord, right: list[bool] | None = None, at_once: int = 1) -> None:
-    """Put a record where its run would have, with predictions if it is said which were right."""
+def leave(
+    folder: Path, run: Run, made: RunRecord, right: list[bool] | None = None, at_once: int = 1, cores: int | None = None
+) -> None:
+    """Put a record where its run would have, with predictions if it is said which were right.
+
+    Runs from before the cores were written down have none.
+    """
     place = run_folder(folder, run)
     place.mkdir(parents=True, exist_ok=True)
     if right is not None:
@@ -104,7 +109,8 @@ def leave(folder: Path, run: Run, made: RunRecord, right: list[bool] | None = No
         rows = [{"prompt": f"q{i}", "reference": "a", "prediction": "?", "exact_match": r} for i, r in enumerate(right)]
         (place / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made.save(place)
-    (place / "process.json").write_text(json.dumps({"elapsed_s": 175.0, "exit_code": 0, "at_once": at_once}))
+    process = {"elapsed_s": 175.0, "exit_code": 0, "at_once": at_once} | ({} if cores is None else {"cores": cores})
+    (place / "process.json").write_text(json.dumps(process))
 
 
 def search(one: Suite, folder: Path, result: Callable[[Run], RunRecord | None]) -> None:

@@ -104,9 +104,20 @@ def test_figures_are_written_for_people():
     assert formats.estimate(Estimate(0.021, 0.008), 100, signed=True) == "+2.1 ± 0.8"
     assert formats.estimate(Estimate(-0.021), 100, signed=True) == "−2.1"
     assert formats.estimate(Estimate(-0.0001), 100, signed=True) == "0.0"
-    assert formats.estimate(None) == "" and formats.gibibytes(None) == "" and formats.duration(None) == ""
-    assert [formats.duration(s) for s in (3.21, 48, 59.9, 170, 599, 725, 3900, 7199)] == [
-        "3.2 s", "48 s", "60 s", "2 min 50 s", "10 min", "12 min", "1 h 05 min", "2 h 00 min",
-    ]  # fmt: skip
+    assert formats.estimate(None) == "" and formats.gibibytes(None) == ""
     assert formats.mebibytes(256 << 20) == "256" and formats.mebibytes(1 << 20) == "1.0"
     assert formats.superscript(12) == "¹²"
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        ([("Some CPU, 1 core", 2), ("Some CPU, 1 core", 2)], "Some CPU, 2 cores, 1 thread a run"),
+        ([("Some CPU, 1 core", None)], "Some CPU, 1 thread a run"),
+        ([("Some CPU, 1 core", None), ("Some CPU, 16 cores", 16)], "Some CPU, 16 cores, 1 / 16 threads a run"),
+        ([("NVIDIA H100 80GB HBM3 x 2", 16), (None, 16)], "NVIDIA H100 80GB HBM3 x 2"),
+        ([("A, 2 cores", 4), ("B, 1 core", 1)], "A, 4 cores, 2 threads a run / B, 1 core, 1 thread a run"),
+    ],
+)
+def test_a_machine_is_told_with_its_cores_and_the_threads_of_a_run(runs, told):
+    assert formats.machines(runs) == told

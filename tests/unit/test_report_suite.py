@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from sbft.bench.report import export_peft_json, write_report
+from sbft.bench.report import charts, export_peft_json, scatter, write_report
 from sbft.bench.report.comparison import Comparison, Row, compare
 from sbft.bench.report.labels import overlap
 from sbft.bench.report.notes import command
@@ -80,7 +81,7 @@ def test_a_finished_suite_has_everything(crowded):
     assert cells(crowded, "lora")[1:4:2] == ["0.002", "baseline"]
     assert cells(crowded, "qlora")[2].startswith("no learning rate worked; unsupported: Method qlora needs the package")
     assert "**0.002: " in text and "9e-05: failed ¹" in text
-    for said in ("Some CPU, 2 cores", "torch 2.13.0", "0123abc", "Seeds 0, 1, 2", "on 100 items (eval)"):
+    for said in ("Some CPU, 2 threads a run.", "torch 2.13.0", "0123abc", "Seeds 0, 1, 2", "on 100 items (eval)"):
         assert said in text
 
 
@@ -97,7 +98,7 @@ def test_the_figures_are_means_over_seeds_with_the_paired_difference(tmp_path):
     assert cells(tmp_path, "lora")[1:5] == ["0.002", "80.0 ± 2.3", "baseline", "0.500 ± 0.058"]
     peak = record(one, validation_runs(one)[0]).peak_memory_bytes or 0
     assert cells(tmp_path, "lora")[5:] == [
-        f"{peak / 2**30:.2f}", "199", "1.40", "457", "79", "140", "2 min 50 s", "4.9", "18.6",
+        f"{peak / 2**30:.2f}", "199", "1.40", "457", "79", "140", "3 min", "4.9", "18.6",
     ]  # fmt: skip
     with (tmp_path / "summary.csv").open() as lines:
         summary = {line["variant"]: line for line in csv.DictReader(lines)}
@@ -256,11 +257,131 @@ def test_several_models_are_compared_apart(tmp_path):
 def test_runs_that_shared_the_machine_are_told(tmp_path):
     one = chosen(suite(), tmp_path)
     write_report(tmp_path)
-    assert "One run at a time was on the machine" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "Each runner made one run at a time." in text and "--jobs" not in text
     run = validation_runs(one)[0]
-    leave(tmp_path, run, scored(one, run), at_once=2)
+    leave(tmp_path, run, scored(one, run), at_once=2, cores=4)
     write_report(tmp_path)
-    assert "Up to 2 runs at a time were on the machine" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "Up to 2 runs at a time were on the machine" in text and "Each runner" not in text
+    assert f"--output-dir {tmp_path} --jobs 2\n" in text
+    assert "Machine: Some CPU, 4 cores, 2 threads a run." in text
+
+
+def test_on_gpus_the_command_leaves_the_number_of_runs_at_once_to_the_machine(tmp_path):
+    one = chosen(suite(), tmp_path)
+    run = validation_runs(one)[0]
+    leave(tmp_path, run, record(one, run, memory_kind="cuda_allocated", device="NVIDIA H100"), at_once=2)
+    assert "--jobs" not in command(compare(one, tmp_path))
+
+
+def test_a_row_with_a_failed_seed_is_not_on_the_front_and_says_so_wherever_it_is_shown(tmp_path, monkeypatch):
+    one = chosen(suite(), tmp_path)
+
+    def result(run: Run) -> RunRecord:
+        if run.variant == "sbft" and run.seed == 1:
+            return record(one, run, status="error", error="timed out after 60 s", metrics={})
+        # The better score at less memory: alone on the front, were it not for the seed.
+        return record(
+            one, run, 0.9 if run.variant == "sbft" else 0.5, peak_memory_bytes=10**9 + (run.variant == "lora")
+        )
+
+    leave_tests(one, tmp_path, result)
+    names: list[str] = []
+    place = scatter.place
+    monkeypatch.setattr(
+        scatter, "place", lambda a, points, *rest: names.extend(p.name for p in points) or place(a, points, *rest)
+    )
+    write_report(tmp_path)
+    assert [row.variant for row in front(compare(one, tmp_path).rows)] == ["lora"]
+    assert sorted(names) == ["lora", "sbft (2 of 3 seeds)"]
+    assert cells(tmp_path, "sbft")[2] == "90.0 ± 0.0 (2 of 3 seeds)" and cells(tmp_path, "lora")[2] == "50.0 ± 0.0"
+    text = (tmp_path / "report.md").read_text()
+    assert "score and peak memory: lora. Not considered for the Pareto front, because a seed failed: sbft." in text
+    with (tmp_path / "summary.csv").open() as lines:
+        on_front = {line["variant"]: line["on_pareto_front"] for line in csv.DictReader(lines)}
+    assert on_front == {"lora": "True", "sbft": "False"}
+
+
+@pytest.mark.parametrize("failed", ["error", "no number"])
+def test_where_every_row_has_a_failed_seed_there_is_a_picture_without_a_front(failed, tmp_path):
+    one = chosen(suite(), tmp_path)
+
+    def result(run: Run) -> RunRecord:
+        if run.seed != 1:
+            return record(one, run)
+        if failed == "error":
+            return record(one, run, status="error", error="timed out", metrics={})
+        return record(one, run, metrics={"exact_match": math.nan, "loss": 0.4})
+
+    leave_tests(one, tmp_path, result)
+    write_report(tmp_path)
+    assert front(compare(one, tmp_path).rows) == [] and (tmp_path / "accuracy-memory.png").exists()
+    text = (tmp_path / "report.md").read_text()
+    assert "On the Pareto front" not in text
+    why = "error: timed out" if failed == "error" else "its exact match is no finite number"
+    assert f"sbft: 2 of 3 seeds; seed 1 failed: {why}." in text
+
+
+RATES = "## Validation scores by learning rate: needle"
+
+
+def test_validation_scores_have_the_standard_error_of_the_share_with_one_search_seed(tmp_path):
+    one = chosen(suite(), tmp_path)
+    write_report(tmp_path)
+    # sqrt(0.9 * 0.1 / 100) and sqrt(0.6 * 0.4 / 100), the items of the validation part.
+    assert cells(tmp_path, "sbft", RATES)[1:3] == ["0.0001: 60.0 ± 4.9", "**0.0003: 90.0 ± 3.0**"]
+    drawn = charts._curve(row_of(one, tmp_path, "sbft"))
+    assert drawn[3e-4].standard_error == pytest.approx(0.03) and list(drawn) == [1e-4, 3e-4, 1e-3]
+
+
+def test_validation_scores_over_several_search_seeds_have_the_error_over_them(tmp_path):
+    one = store(suite(search_seeds=[0, 1]), tmp_path)
+    parsed = suite(search_seeds=[0, 1])
+    assert one == tmp_path
+
+    def result(run: Run) -> RunRecord | None:
+        if run.variant == "lora":
+            return None if run.seed == 1 else record(parsed, run, 0.5)
+        if run.learning_rate == 1e-3:
+            return record(parsed, run, metrics={"exact_match": None if run.seed else 0.9, "loss": 0.4})
+        return record(parsed, run, [0.8, 0.9][run.seed])
+
+    search(parsed, tmp_path, result)
+    write_report(tmp_path)
+    # Deviations of 5 from 85: a sample standard deviation of 5 times the root of 2, over the root of 2.
+    assert cells(tmp_path, "sbft", RATES)[1] == "**0.0001: 85.0 ± 5.0**"
+    assert cells(tmp_path, "sbft", RATES)[3] == "0.001: failed ¹"
+    assert "¹ its exact match is no finite number" in (tmp_path / "report.md").read_text()
+    assert cells(tmp_path, "lora", RATES)[1] == "0.001: 50.0 ± 5.0 (1 of 2 seeds)"
+    assert list(charts._curve(row_of(parsed, tmp_path, "sbft"))) == [1e-4, 3e-4]
+
+
+def test_a_loss_and_a_score_that_is_no_share_of_items_have_no_error_of_one_seed(tmp_path):
+    one = chosen(suite(seeds=[0]), tmp_path)
+    leave_tests(one, tmp_path, lambda run: record(one, run, metrics={"exact_match": 0.5, "loss": 0.4, "rouge": 31.5}))
+    row = row_of(one, tmp_path, "sbft")
+    for metric, mean in (("rouge", 31.5), ("loss", 0.4)):
+        score = replace(row, metric=metric).score
+        assert score is not None and (score.mean, score.standard_error) == (mean, None)
+
+
+@pytest.mark.parametrize("kind", ["resident", "cuda_allocated"])
+def test_the_memory_by_part_stands_in_a_table_in_mebibytes(kind, tmp_path):
+    methods = {"adam": {"learning_rates": [1e-5]}, "sbft": {"learning_rates": [1e-4]}}
+    one = chosen(suite(methods=methods, baseline="adam"), tmp_path)
+    leave_tests(one, tmp_path, lambda run: record(one, run, memory_kind=kind))
+    write_report(tmp_path)
+    heading, gpu = "## Peak memory by part, MiB: needle", kind == "cuda_allocated"
+    # 700 MB held before, weights, two moments and gradients of 538060032 bytes each, and 150 MB.
+    peak = 850_000_000 + 4 * 538_060_032
+    parts = ["668", "513", "1026", "513", "143", f"{peak / 2**20:.0f}"]
+    assert cells(tmp_path, "adam", heading) == ["adam", *parts, *([f"{peak / 1e9:.2f}"] if gpu else [])]
+    process = "held before by others" if gpu else "Python and libraries"
+    # No adapters: nothing here has them.
+    head = ["method", process, "weights", "optimizer state", "gradients", "activations and temporaries", "peak"]
+    assert cells(tmp_path, "method", heading) == [*head, *(["peak, GB (10⁹ bytes)"] if gpu else [])]
+    assert "<h2>Peak memory by part, MiB: needle</h2>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("above", [3_000_000_000, 300_000_000, 40_000_000, 0])

@@ -123,6 +123,34 @@ def test_shared_questions_are_refused_unless_allowed(tmp_path: Path) -> None:
     assert allowed.eval is not None and allowed.eval.num_rows == 2 and allowed.train.num_rows == 40
 
 
+def test_a_validation_part_that_is_tested_on_is_refused_unless_allowed(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", ROWS[:30])
+    first, second = write_jsonl(tmp_path / "a.jsonl", ROWS[30:36]), write_jsonl(tmp_path / "b.jsonl", ROWS[35:])
+    with pytest.raises(
+        DataError, match=r"shares 1 question \(the first: 'question 35'\) .* chosen on the data that it"
+    ):
+        load_splits(train=train, validation=first, eval=second)
+    # One file is refused also where the rows that are taken of it happen to differ.
+    for size in (None, 1):
+        with pytest.raises(DataError, match=r"are both .*b\.jsonl.*chosen on the data that it is then tested on"):
+            load_splits(train=train, validation=second, eval=second, validation_size=size, eval_size=5)
+    allowed = load_splits(train=train, validation=second, eval=second, allow_overlap=True)
+    assert allowed.validation is not None and allowed.eval is not None
+    assert allowed.validation.to_list() == allowed.eval.to_list() == ROWS[35:]
+
+
+def test_splits_of_one_data_set_are_different_data(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": ROWS[:20], "validation": ROWS[20:30], "test": ROWS[30:]}
+    source = str(tmp_path / "saved")
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(source)
+    splits = load_splits(train=source, validation=source, eval=source)
+    assert splits.validation is not None and splits.validation.to_list() == ROWS[20:30]
+    with pytest.raises(DataError, match="a source or split of its own"):
+        load_splits(train=source, validation=source, eval=source, validation_split="test")
+
+
 def test_shared_conversations_are_refused(tmp_path: Path) -> None:
     def chat(question: str, answer: str) -> dict:
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

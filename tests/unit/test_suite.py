@@ -14,13 +14,11 @@ from sbft.bench.runner import check_same
 from sbft.bench.runs import (
     Run,
     choose_rate,
-    chosen_rate,
     model_folder,
     possible_runs,
     read_run,
     run_folder,
     stored_suite,
-    test_runs,
     validation_runs,
 )
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
@@ -143,6 +141,11 @@ def test_all_mistakes_are_in_one_error_with_their_lines(tmp_path: Path) -> None:
             "expected a method with learning_rates: adam-accum, lora, sbft",
         ),
         ("methods.nearest.set={training.learning_rate: 1.0}", "write learning_rates of each method"),
+        ("methods.nearest.set={data.train_size: 60}", "data.train_size cannot be set for one method"),
+        ("methods.nearest.set={evaluation: {metrics: []}}", "Write it in tasks.NAME.evaluation."),
+        ("methods.nearest.set={data: null}", "Write it in tasks.NAME.data."),
+        ("methods.nearest.set={training: {num_train_epochs: 2}}", "training.num_train_epochs cannot be set for one"),
+        ("methods.nearest.set={training.max_steps: 2}", "Write it in training of the suite."),
         ("training.seed=1", "write seeds, and search_seeds"),
         ("seeds=[0, 0]", "holds a seed twice"),
         ("tasks={a/b: {data: {train: generated:x, validation_size: 1, eval_size: 1}}}", "names a folder"),
@@ -202,7 +205,7 @@ def test_baseline_and_sbft_come_first_and_one_rate_needs_no_validation(suite: Su
         "needle/adam-accum/lr=1e-05/validation-seed=0",
         "needle/adam-accum/lr=0.0001/validation-seed=0",
     ]
-    assert [run.name for run in test_runs(suite, tmp_path)] == [
+    assert [one.name for one in plan(suite, tmp_path) if one.phase == "test" and one.run is not None] == [
         "needle/lora/lr=0.001/test-seed=0",
         "needle/lora/lr=0.001/test-seed=1",
     ]
@@ -218,14 +221,15 @@ def test_the_best_validation_score_chooses_and_its_loss_where_scores_are_equal(s
     searched(suite, tmp_path, "sbft", {1e-4: measured(0.8, 0.5)})
     undecided = choose_rate(suite, tmp_path, MODEL, "needle", "sbft")
     assert (undecided.rate, undecided.decided) == (None, False) and "1 of 2 validation runs" in undecided.reason
-    assert chosen_rate(suite, tmp_path, MODEL, "needle", "nearest") is None
+    assert choose_rate(suite, tmp_path, MODEL, "needle", "nearest").rate is None
     searched(suite, tmp_path, "sbft", {1e-3: measured(0.8, 0.4)})
     choice = choose_rate(suite, tmp_path, MODEL, "needle", "sbft")
     assert (choice.rate, choice.edge) == (1e-3, "highest") and "exact_match" in choice.reason
     assert [(one.learning_rate, one.score, one.loss) for one in choice.tried] == [(1e-4, 0.8, 0.5), (1e-3, 0.8, 0.4)]
     # Another's rate, and no search of its own.
-    assert chosen_rate(suite, tmp_path, MODEL, "needle", "nearest") == 1e-3
-    assert [run.learning_rate for run in test_runs(suite, tmp_path) if run.variant == "nearest"] == [1e-3, 1e-3]
+    assert choose_rate(suite, tmp_path, MODEL, "needle", "nearest").rate == 1e-3
+    runs = [one.run for one in plan(suite, tmp_path) if one.variant == "nearest"]
+    assert [run and run.learning_rate for run in runs] == [1e-3, 1e-3]
 
 
 def test_the_mean_over_search_seeds_decides_and_one_failure_spoils_a_rate(suite: Suite, tmp_path: Path) -> None:
@@ -238,17 +242,17 @@ def test_the_mean_over_search_seeds_decides_and_one_failure_spoils_a_rate(suite:
             figures = measured(0.9, 1.0) if run.learning_rate == 1e-4 else measured(0.1, 1.0)
             failed = run.learning_rate == 1e-4 and run.seed == 1
             finished(suite, tmp_path, run, **({"status": "oom", "error": "no memory"} if failed else figures))
-    assert chosen_rate(suite, tmp_path, MODEL, "needle", "sbft") == 1e-3  # 0.55 against 0.5
-    assert chosen_rate(suite, tmp_path, MODEL, "needle", "adam-accum") == 1e-5
+    assert choose_rate(suite, tmp_path, MODEL, "needle", "sbft").rate == 1e-3  # 0.55 against 0.5
+    assert choose_rate(suite, tmp_path, MODEL, "needle", "adam-accum").rate == 1e-5
 
 
 def test_without_a_metric_the_lowest_loss_decides_and_no_number_is_worst(tmp_path: Path) -> None:
     tasks = {"needle": {"data": CONTENT["tasks"]["needle"]["data"]}}
     suite = Suite.model_validate({**CONTENT, "tasks": tasks})
     searched(suite, tmp_path, "sbft", {1e-4: {"metrics": {"loss": 2.0}}, 1e-3: {"metrics": {"loss": 1.0}}})
-    assert chosen_rate(suite, tmp_path, MODEL, "needle", "sbft") == 1e-3
+    assert choose_rate(suite, tmp_path, MODEL, "needle", "sbft").rate == 1e-3
     searched(suite, tmp_path, "adam-accum", {1e-5: {"metrics": {"loss": 9.0}}, 1e-4: {"metrics": {"loss": math.nan}}})
-    assert chosen_rate(suite, tmp_path, MODEL, "needle", "adam-accum") == 1e-5
+    assert choose_rate(suite, tmp_path, MODEL, "needle", "adam-accum").rate == 1e-5
 
 
 def test_where_every_rate_failed_there_is_none_and_the_reason(suite: Suite, tmp_path: Path) -> None:
@@ -266,6 +270,30 @@ def test_an_interrupted_run_is_none(suite: Suite, tmp_path: Path) -> None:
     run = validation_runs(suite)[0]
     finished(suite, tmp_path, run, status="error", error=UNFINISHED)
     assert read_run(tmp_path, run) is None
+    # What a run leaves whose runner was killed before it could say so.
+    stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To go on, type: sbft train x"
+    other = validation_runs(suite)[1]
+    finished(suite, tmp_path, other, status="error", error=stopped)
+    assert read_run(tmp_path, other) is None and plan(suite, tmp_path)[1].state == "to do"
+
+
+def test_data_that_only_test_runs_read_are_read_before_the_first_run(tmp_path: Path) -> None:
+    from sbft.bench.check import data_problems
+
+    rows = [f'{{"prompt": "q{n}", "completion": "a"}}\n' for n in range(6)]
+    for part, kept in (("train", rows[:2]), ("validation", rows[2:4]), ("test", rows[4:])):
+        (tmp_path / f"{part}.jsonl").write_text("".join(kept))
+    files = {name: str(tmp_path / f"{file}.jsonl") for name, file in
+             (("train", "train"), ("validation", "validation"), ("eval", "test"))}  # fmt: skip
+
+    def problems(**changes: str) -> list[str]:
+        return data_problems(Suite.model_validate({**CONTENT, "tasks": {"own": {"data": {**files, **changes}}}}))
+
+    assert problems() == []
+    (told,) = problems(eval=str(tmp_path / "tset.jsonl"))
+    assert told.startswith("tasks.own.data: There is no file ") and "tset.jsonl" in told
+    (told,) = problems(eval=files["validation"])
+    assert "chosen on the data that it is then tested on" in told
 
 
 def test_the_time_of_a_run_is_that_of_its_row_or_else_of_its_method(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from sbft.bench.report.comparison import Comparison, Row
 from sbft.bench.report.formats import GIBIBYTE, MEBIBYTE
-from sbft.bench.report.parts import NAMES, PROCESS, parts_of_row
-from sbft.bench.report.statistics import Estimate, over_seeds, smoothed
+from sbft.bench.report.parts import names_of, parts_of_row
+from sbft.bench.report.statistics import Estimate, smoothed
 from sbft.bench.report.style import (
     BLUE,
     GREEN,
@@ -67,11 +67,8 @@ def _stack(axes: Axes, measured: list[tuple[Row, dict[str, float]]], highest: fl
     size, _ = _unit(highest)
     places = list(range(len(measured)))[::-1]
     begin = [0.0] * len(measured)
-    on_gpu = any(record.memory_kind == "cuda_allocated" for row, _ in measured for record in row.records)
-    for (part, name), colour in zip(NAMES.items(), _PART_COLOURS, strict=True):
+    for (part, name), colour in zip(names_of([row for row, _ in measured]).items(), _PART_COLOURS, strict=True):
         lengths = [parts[part] / size for _, parts in measured]
-        if part == PROCESS and on_gpu:
-            name = "held before by others"
         # A part that nothing has is not in the legend.
         if max(lengths) > 0:
             axes.barh(places, lengths, 0.66, left=begin, color=colour, edgecolor="white", linewidth=0.5, label=name)
@@ -110,14 +107,7 @@ def draw_rates(comparison: Comparison, path: Path) -> bool:
 
 def _curve(row: Row) -> dict[float, Estimate]:
     """Score by learning rate, of the rates at which no run failed."""
-    scores: dict[float, list[float]] = {}
-    failed = {made.run.learning_rate for made in row.searched if made.failure}
-    for made in row.searched:
-        rate = made.run.learning_rate
-        value = None if made.ok is None else made.ok.metrics.get(row.metric)
-        if value is not None and rate not in failed:
-            scores.setdefault(rate, []).append(value)
-    return {rate: mean for rate in sorted(scores) if (mean := over_seeds(scores[rate])) is not None}
+    return {one.learning_rate: one.score for one in row.validations() if one.score is not None}
 
 
 def _draw_rates(axes: Axes, row: Row, look: Look) -> None:
@@ -140,7 +130,7 @@ def _mark_failures(axes: Axes, rows: list[Row], styles: dict[str, Look]) -> None
     """A cross at the lower edge for each rate at which a run failed, one above the other."""
     seen: dict[float, int] = {}
     for row in rows:
-        for rate in sorted({made.run.learning_rate for made in row.searched if made.failure}):
+        for rate in [one.learning_rate for one in row.validations() if one.failure]:
             height = 0.03 + 0.045 * seen.setdefault(rate, 0)
             seen[rate] += 1
             axes.plot(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from sbft.bench.report import statistics
 from sbft.bench.report.statistics import Estimate
@@ -26,6 +27,7 @@ from sbft.methods import METHODS
 from sbft.training.record import RunRecord
 
 LOSSES = frozenset({"loss", "perplexity"})
+_SHARES_OF_ITEMS = frozenset({"exact_match", "label_accuracy", "accuracy"})
 # What a line of predictions.jsonl calls the outcome of a metric.
 _OUTCOMES = {"exact_match": "exact_match", "label_accuracy": "label_match"}
 
@@ -50,13 +52,26 @@ class Made:
             return None
         return f"{self.record.status}: {self.record.error}"
 
+    def failure_of(self, metric: str) -> str | None:
+        """Why the run has no such figure: it failed, or came to no finite number."""
+        # A record has None where a number was not finite.
+        if self.ok is not None and self.ok.metrics.get(metric) is None:
+            return f"its {metric.replace('_', ' ')} is no finite number"
+        return self.failure
+
     @property
     def at_once(self) -> int | None:
-        """How many runs shared the machine, where that is known."""
+        """How many runs its runner made at a time, where that is known."""
+        return self._process().get("at_once")
+
+    @property
+    def cores(self) -> int | None:
+        """How many the machine has, where that is known: older runs did not write it down."""
+        return self._process().get("cores")
+
+    def _process(self) -> dict[str, Any]:
         path = self.folder / PROCESS_FILE
-        if not path.is_file():
-            return None
-        return int(json.loads(path.read_text(encoding="utf-8"))["at_once"])
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     def outcomes(self, metric: str) -> list[tuple[str, str, bool]] | None:
         """Prompt, reference and whether the answer was right, for each item; None where that was not kept."""
@@ -70,6 +85,21 @@ class Made:
         if not all(key in line for line in lines):
             return None
         return [(line["prompt"], line["reference"], bool(line[key])) for line in lines]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the validation runs at one learning rate came to."""
+
+    learning_rate: float
+    runs: int
+    """How many there are, one for each search seed."""
+    done: int
+    """How many of them have a score."""
+    score: Estimate | None
+    """None if one failed, or none is done."""
+    failure: str | None
+    """Why the first that failed did."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +136,36 @@ class Row:
         return METHODS[self.method].lora_defaults is not None
 
     @property
+    def is_on_gpu(self) -> bool:
+        """Whether its memory is that of a GPU, and not of the process."""
+        return any(record.memory_kind == "cuda_allocated" for record in self.records)
+
+    @property
     def score(self) -> Estimate | None:
         """The metric over the seeds, or over the items of a single seed."""
-        measured = [record for record in self.records if record.metrics.get(self.metric) is not None]
-        if len(measured) == 1 and self.is_share:
-            return statistics.of_share(measured[0].metrics[self.metric], measured[0].data.get("evaluation_examples"))
-        return statistics.over_seeds([record.metrics[self.metric] for record in measured])
+        return _estimate(self.metric, self.records)
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """By seed, why a test run has no score."""
+        return {made.run.seed: why for made in self.tested if (why := made.failure_of(self.metric)) is not None}
+
+    @property
+    def seeds_short(self) -> str:
+        """Such as ` (2 of 3 seeds)`, behind a figure that is not of all seeds; empty if it is, or there is none."""
+        scored, all_seeds = len(self.values(self.metric)), len(self.tested)
+        return f" ({scored} of {all_seeds} seeds)" if 0 < scored < all_seeds else ""
+
+    def validations(self) -> list[Validation]:
+        """Of each learning rate that was searched, by rising rate."""
+        found = []
+        for rate in sorted({made.run.learning_rate for made in self.searched}):
+            runs = [made for made in self.searched if made.run.learning_rate == rate]
+            failure = next((why for made in runs if (why := made.failure_of(self.metric)) is not None), None)
+            done = [made.ok for made in runs if made.ok is not None]
+            score = None if failure else _estimate(self.metric, done)
+            found.append(Validation(rate, len(runs), len(done), score, failure))
+        return found
 
     @property
     def loss(self) -> Estimate | None:
@@ -211,6 +265,14 @@ def compare(suite: Suite, folder: Path) -> Comparison:
                 )
             )
     return Comparison(suite, folder, rows)
+
+
+def _estimate(metric: str, records: list[RunRecord]) -> Estimate | None:
+    """A metric over the seeds; of a single one that is a share of items, over the items."""
+    measured = [record for record in records if record.metrics.get(metric) is not None]
+    if len(measured) == 1 and metric in _SHARES_OF_ITEMS:
+        return statistics.of_share(measured[0].metrics[metric], measured[0].data.get("evaluation_examples"))
+    return statistics.over_seeds([record.metrics[metric] for record in measured])
 
 
 def _made(folder: Path, run: Run) -> Made:

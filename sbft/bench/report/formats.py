@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Iterable
 
 from sbft.bench.report.statistics import Estimate
 
 GIBIBYTE, MEBIBYTE = 1 << 30, 1 << 20
 _LONGEST_REASON = 200
 _MINUS = "\N{MINUS SIGN}"
+_PROCESSOR = re.compile(r"(?P<name>.+), (?P<threads>\d+) (core|thread)s?")
 _SMALL = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 
@@ -53,18 +56,6 @@ def whole(number: float | None) -> str:
     return "" if number is None else f"{number:.0f}"
 
 
-def duration(seconds: float | None) -> str:
-    """Such as `48 s`, `12 min`, `1 h 05 min`."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 10:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def rate(value: float | None) -> str:
     """A learning rate."""
     return "" if value is None else f"{value:g}"
@@ -74,6 +65,40 @@ def reason(text: str | None) -> str:
     """The beginning of an error, on one line."""
     first = (text or "").strip().splitlines() or [""]
     return textwrap.shorten(first[0], _LONGEST_REASON, placeholder=" …")
+
+
+def machines(runs: Iterable[tuple[str | None, int | None]]) -> str:
+    """The machines of runs, such as `Intel Xeon Processor, 2 cores, 1 thread a run`.
+
+    Args:
+        runs: of each the device in its record, which counts torch's threads as cores, and the cores of its machine
+            where they are known.
+    """
+    cores: dict[str, set[int]] = {}
+    threads: dict[str, set[int]] = {}
+    for device, known in runs:
+        if not device:
+            continue
+        found = _PROCESSOR.fullmatch(device)
+        name = found["name"] if found else device
+        cores.setdefault(name, set())
+        threads.setdefault(name, set())
+        if found:
+            threads[name].add(int(found["threads"]))
+            if known is not None:
+                cores[name].add(known)
+    return " / ".join(
+        ", ".join(
+            [name, *_counted(cores[name], "core"), *(f"{one} a run" for one in _counted(threads[name], "thread"))]
+        )
+        for name in cores
+    )
+
+
+def _counted(numbers: set[int], what: str) -> list[str]:
+    if not numbers:
+        return []
+    return [f"{' / '.join(map(str, sorted(numbers)))} {what}{'' if numbers == {1} else 's'}"]
 
 
 def superscript(number: int) -> str:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from sbft.bench.report import formats
 from sbft.bench.report.comparison import Comparison
 from sbft.bench.report.tables import metric_name
 from sbft.bench.runs import SUITE_FILE
@@ -41,7 +42,17 @@ def summary(comparison: Comparison) -> str:
 def command(comparison: Comparison) -> str:
     """What to type to make the same runs."""
     folder = _relative(comparison.folder)
-    return f"sbft bench {shlex.quote(_source(comparison.suite, folder))} --output-dir {shlex.quote(folder)}"
+    jobs = _most_at_once(comparison)
+    on_cpu = not any(one.record.memory_kind == "cuda_allocated" for one in comparison.made() if one.record is not None)
+    # On GPUs sbft bench makes as many runs at once as there are, by itself.
+    at_once = f" --jobs {jobs}" if on_cpu and jobs is not None and jobs > 1 else ""
+    return f"sbft bench {shlex.quote(_source(comparison.suite, folder))} --output-dir {shlex.quote(folder)}{at_once}"
+
+
+def _most_at_once(comparison: Comparison) -> int | None:
+    """The most runs that a runner made at a time; None where that is not known."""
+    known = [count for one in comparison.made() if one.record is not None and (count := one.at_once) is not None]
+    return max(known, default=None)
 
 
 def _source(suite: Suite, folder: str) -> str:
@@ -64,7 +75,8 @@ def notes(comparison: Comparison) -> list[str]:
         f"data.seed, which these are: the same for every method. Seeds {_listed(suite.search_seeds)} for the choice of the "
         "learning rate, on the validation part.",
         "± is one standard error: over the seeds, the sample standard deviation over the root of their number; with "
-        "one seed that of a share of that many items, and none for a loss.",
+        "one seed that of a share of that many items, and none for a loss. So it is for the validation scores, over the "
+        "search seeds or the items of the validation part.",
         *_items(comparison),
     ]
     if (uneven := uneven_grids(suite)) is not None:
@@ -76,18 +88,17 @@ def notes(comparison: Comparison) -> list[str]:
         "ms a step is the median over the steps of a run, the mean over the seeds of that; a step is one update, with "
         "accumulation of several batches. Total time is that of one run, from reading the data to the last measurement."
     )
-    counts = [count for one in made if (count := one.at_once) is not None]
-    if any(count > 1 for count in counts):
-        most = max(counts)
+    most = _most_at_once(comparison)
+    if most is not None and most > 1:
         where = (
             "each on a GPU of its own or sharing one" if "cuda_allocated" in _kinds(records) else "sharing its cores"
         )
         found.append(
             f"Up to {most} runs at a time were on the machine, {where}: times are longer than those of one alone."
         )
-    elif counts:
-        found.append("One run at a time was on the machine, as far as the suite's own runs go.")
-    found.append(f"Machine: {_every(record.device for record in records)}.")
+    elif most is not None:
+        found.append("Each runner made one run at a time.")
+    found.append(f"Machine: {formats.machines((one.record.device, one.cores) for one in made if one.record)}.")
     found.append(f"Versions: {', '.join(_versions(records))}.")
     found.append(f"Commits: {_every(record.git_commit for record in records) or 'not run from a checkout'}.")
     return found

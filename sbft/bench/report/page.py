@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sbft.bench.report import notes as sentences
 from sbft.bench.report.comparison import Comparison, Row
 from sbft.bench.report.pictures import Picture
-from sbft.bench.report.tables import Table, front, main_table, rates_table
+from sbft.bench.report.tables import Table, front, main_table, memory_table, rates_table
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --page: #ffffff; --line: #d8dce1; --quiet: #5b6470; --band: #f5f7f9; }
@@ -44,6 +44,7 @@ class _Section:
     title: str
     main: Table
     notes: list[str]
+    memory: Table | None
     rates: Table | None
 
 
@@ -52,13 +53,17 @@ def _sections(comparison: Comparison) -> list[_Section]:
     for title, rows in comparison.groups():
         table = main_table(comparison, rows)
         best = _front_sentence(rows)
-        sections.append(_Section(title, table, [*table.notes(), *([best] if best else [])], rates_table(rows)))
+        notes = [*table.notes(), *([best] if best else [])]
+        sections.append(_Section(title, table, notes, memory_table(rows), rates_table(rows)))
     return sections
 
 
 def _front_sentence(rows: list[Row]) -> str:
     best = front(rows)
-    return f"On the Pareto front of score and peak memory: {', '.join(row.variant for row in best)}." if best else ""
+    failed = [row.variant for row in rows if row.failed and row.records]
+    told = f"On the Pareto front of score and peak memory: {', '.join(row.variant for row in best)}." if best else ""
+    left_out = f"Not considered for the Pareto front, because a seed failed: {', '.join(failed)}." if failed else ""
+    return f"{told} {left_out}".strip()
 
 
 def _title(comparison: Comparison) -> str:
@@ -69,11 +74,15 @@ def markdown(comparison: Comparison, pictures: Sequence[Picture]) -> str:
     """The report as Markdown; the pictures lie beside it."""
     parts = [f"# {_title(comparison)}", sentences.summary(comparison), f"    {sentences.command(comparison)}"]
     by_name = {picture.path.name: picture for picture in pictures}
-    for section in _sections(comparison):
+    sections = _sections(comparison)
+    for section in sections:
         parts += [f"## {section.title}", section.main.markdown(), "  \n".join(section.notes)]
     for picture in by_name.values():
         parts += [f"## {picture.title}", f"![{picture.title}]({picture.path.name})", picture.caption]
-    for section in _sections(comparison):
+    for section in sections:
+        if section.memory is not None:
+            parts += [f"## Peak memory by part, MiB: {section.title}", section.memory.markdown()]
+    for section in sections:
         if section.rates is not None:
             parts += [f"## Validation scores by learning rate: {section.title}", section.rates.markdown()]
             parts += ["  \n".join(section.rates.notes())]
@@ -88,11 +97,15 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
         _paragraph(sentences.summary(comparison)),
         f"<p><code>{html.escape(sentences.command(comparison))}</code></p>",
     ]
-    for section in _sections(comparison):
+    sections = _sections(comparison)
+    for section in sections:
         body += [f"<h2>{html.escape(section.title)}</h2>", section.main.html()]
         body += [_paragraph(note, "note") for note in section.notes]
     body += [_figure(picture) for picture in pictures]
-    for section in _sections(comparison):
+    for section in sections:
+        if section.memory is not None:
+            body += [f"<h2>Peak memory by part, MiB: {html.escape(section.title)}</h2>", section.memory.html()]
+    for section in sections:
         if section.rates is not None:
             body += [f"<h2>Validation scores by learning rate: {html.escape(section.title)}</h2>", section.rates.html()]
             body += [_paragraph(note, "note") for note in section.rates.notes()]

@@ -19,6 +19,11 @@ NAMES = {
 """The parts in their order, and what people read."""
 
 
+def names_of(rows: list[Row]) -> dict[str, str]:
+    """What people read where these rows are shown: on a GPU there is no Python."""
+    return {**NAMES, PROCESS: "held before by others"} if any(row.is_on_gpu for row in rows) else NAMES
+
+
 def parts_of(record: RunRecord, is_adapter: bool) -> dict[str, float] | None:
     """Bytes by part, which add up to the peak; None where they were not measured.
 

@@ -21,7 +21,8 @@ class Picture:
 
 _SCATTER = (
     "Each point is the mean over the seeds, its bar one standard error (see the notes). The dashed stairs are the "
-    "Pareto front: a method on them is beaten by none that needs as little memory."
+    "Pareto front: a method on them is beaten by none that needs as little memory. One of which a seed failed is not on "
+    "them, and says behind its name how many seeds it is the mean of."
 )
 _MEMORY = (
     "Mean over the seeds; the figure at the end of a bar is the peak of the training loop. The optimizer's state, the "
@@ -29,8 +30,8 @@ _MEMORY = (
     "are the rest of what the loop added."
 )
 _RATES = (
-    "The validation part chooses the learning rate, which is ringed. A flat line is a method that forgives a wrong one. "
-    "Crosses at the lower edge: the run failed."
+    "The validation part chooses the learning rate, which is ringed; bars are one standard error (see the notes). "
+    "A flat line is a method that forgives a wrong one. Crosses at the lower edge: the run failed."
 )
 _LOSSES = (
     "Mean over the seeds of the loss on training data, which was logged every few steps; smoothed by averaging over "

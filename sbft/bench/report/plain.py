@@ -79,7 +79,7 @@ def footer(records: dict[str, RunRecord]) -> str:
         f"({every(run.evaluated_on for run in runs)}); ± is one standard error of that sample.",
         f"Peak memory ({every(run.memory_kind for run in runs)}) is that of the training loop; above the model: what the loop "
         "added to what was held when it began.",
-        f"Machine: {every(run.device for run in runs)}; {', '.join(packages)}.",
+        f"Machine: {formats.machines((run.device, None) for run in runs)}; {', '.join(packages)}.",
     ]
     return "\n".join(lines)
 

@@ -67,9 +67,10 @@ def _draw(axes: Axes, title: str, rows: list[Row], styles: dict[str, Look]) -> t
             elinewidth=1.3,
             zorder=3,
         )
-        points.append(Named(x, y, short(row.variant), look.colour, error))
+        points.append(Named(x, y, short(row.variant) + row.seeds_short, look.colour, error))
     _limits(axes, points)
-    stairs = _draw_front(axes, front(rows), scale)
+    best = front(rows)
+    stairs = _draw_front(axes, best, scale) if best else []
     name = metric_name(rows[0].metric)
     axes.set(title=title, xlabel="peak memory of the training loop, GiB")
     axes.set_ylabel(f"{name}, %" if rows[0].is_share else f"{name} (lower is better)")

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sbft.bench.plan import duration
 from sbft.bench.report import formats
-from sbft.bench.report.comparison import Comparison, Row
-from sbft.bench.report.statistics import over_seeds, pareto_front
+from sbft.bench.report.comparison import Comparison, Row, Validation
+from sbft.bench.report.parts import names_of, parts_of_row
+from sbft.bench.report.statistics import Estimate, pareto_front
 
 _WARNING = "⚠"
 
@@ -67,7 +69,15 @@ def metric_name(metric: str) -> str:
 
 
 def _score(row: Row) -> str:
-    return formats.estimate(row.score, 100) if row.is_share else formats.estimate(row.score, digits=3)
+    return _written(row, row.score) + row.seeds_short
+
+
+def _written(row: Row, score: Estimate | None) -> str:
+    return formats.estimate(score, 100) if row.is_share else formats.estimate(score, digits=3)
+
+
+def _duration(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
 
 
 def _difference(comparison: Comparison, row: Row, table: Table) -> str:
@@ -100,13 +110,13 @@ def _rate(row: Row, table: Table) -> str:
 
 def _name(row: Row, table: Table) -> str:
     """The variant, with what is missing of its seeds."""
-    failures = {made.run.seed: made.failure for made in row.tested if made.failure}
+    failures = row.failed
     missing = [made.run.seed for made in row.tested if made.record is None]
     if not row.records or not (failures or missing):
         return row.variant
     told = [f"seed {seed} failed: {formats.reason(why)}" for seed, why in failures.items()]
     told += [f"seed {seed} not run yet" for seed in missing]
-    note = f"{row.variant}: {len(row.records)} of {len(row.tested)} seeds; {'; '.join(told)}."
+    note = f"{row.variant}: {len(row.values(row.metric))} of {len(row.tested)} seeds; {'; '.join(told)}."
     return f"{row.variant} {_WARNING if failures else ''}{table.mark(note)}"
 
 
@@ -126,7 +136,7 @@ def main_table(comparison: Comparison, rows: list[Row]) -> Table:
         ("ms a step", lambda row, _: formats.milliseconds(row.mean(lambda r: r.step_s.get("median")))),
         ("of it update", lambda row, _: formats.milliseconds(row.mean(lambda r: r.optimizer_s.get("median")))),
         ("tokens/s", lambda row, _: formats.whole(row.mean(lambda r: r.tokens_per_s))),
-        ("total time", lambda row, _: formats.duration(row.mean(lambda r: r.total_s))),
+        ("total time", lambda row, _: _duration(row.mean(lambda r: r.total_s))),
         ("trained, M", lambda row, _: formats.millions(row.mean(lambda r: r.trainable_parameters))),
         ("on disk, MiB", lambda row, _: formats.mebibytes(row.mean(lambda r: r.saved_bytes))),
     ]
@@ -158,41 +168,59 @@ def _filled(columns: list[tuple[str, Callable[[Row, Table], str]]], rows: list[R
 
 def rates_table(rows: list[Row]) -> Table | None:
     """The validation score of every learning rate that was tried; None where there was nothing to choose."""
-    searched = [row for row in rows if row.searched]
+    searched = [(row, row.validations()) for row in rows if row.searched]
     if not searched:
         return None
-    grids = {row.variant: sorted({made.run.learning_rate for made in row.searched}) for row in searched}
-    table = Table(["method", "learning rate: score", *[""] * (max(map(len, grids.values())) - 1)])
-    for row in searched:
-        cells = [_validation_cell(row, rate, table) for rate in grids[row.variant]]
-        table.rows.append([row.variant, *cells, *[""] * (len(table.head) - 1 - len(cells))])
+    longest = max(len(tried) for _, tried in searched)
+    table = Table(["method", "learning rate: score", *[""] * (longest - 1)])
+    for row, tried in searched:
+        cells = [_validation_cell(row, one, table) for one in tried]
+        table.rows.append([row.variant, *cells, *[""] * (longest - len(cells))])
     return table
 
 
-def _validation_cell(row: Row, rate: float, table: Table) -> str:
-    text = f"{formats.rate(rate)}: {_validation_score(row, rate, table)}"
-    return f"**{text}**" if rate == row.choice.rate else text
+def _validation_cell(row: Row, one: Validation, table: Table) -> str:
+    text = f"{formats.rate(one.learning_rate)}: {_validation_score(row, one, table)}"
+    return f"**{text}**" if one.learning_rate == row.choice.rate else text
 
 
-def _validation_score(row: Row, rate: float, table: Table) -> str:
-    runs = [made for made in row.searched if made.run.learning_rate == rate]
-    failures = [made.failure for made in runs if made.failure]
-    if failures:
-        return f"failed {table.mark(formats.reason(failures[0]))}"
-    done = [made.ok.metrics.get(row.metric) for made in runs if made.ok is not None]
-    values = [value for value in done if value is not None]
-    if len(values) < len(done):
-        return f"failed {table.mark(f'Its {metric_name(row.metric)} is no finite number.')}"
-    if not values:
+def _validation_score(row: Row, one: Validation, table: Table) -> str:
+    if one.failure is not None:
+        return f"failed {table.mark(formats.reason(one.failure))}"
+    if one.score is None:
         return "to do"
-    mean = over_seeds(values)
-    text = formats.estimate(mean, 100) if row.is_share else formats.estimate(mean, digits=3)
-    return text if len(values) == len(runs) else f"{text} ({len(values)} of {len(runs)} seeds)"
+    text = _written(row, one.score)
+    return text if one.done == one.runs else f"{text} ({one.done} of {one.runs} seeds)"
+
+
+def memory_table(rows: list[Row]) -> Table | None:
+    """The parts of the peak memory in MiB, and the peak; None where none was measured.
+
+    On a GPU the peak stands in GB too, the unit of papers.
+    """
+    measured = [(row, parts) for row in rows if (parts := parts_of_row(row)) is not None]
+    if not measured:
+        return None
+    names = names_of([row for row, _ in measured])
+    # As in the picture: a part that nothing has is left out.
+    shown = [part for part in names if any(parts[part] > 0 for _, parts in measured)]
+    in_gb = any(row.is_on_gpu for row, _ in measured)
+    table = Table(["method", *(names[part] for part in shown), "peak", *(["peak, GB (10⁹ bytes)"] if in_gb else [])])
+    for row, parts in measured:
+        peak = sum(parts.values())
+        cells = [formats.mebibytes(parts[part]) for part in shown]
+        table.rows.append(
+            [row.variant + row.seeds_short, *cells, formats.mebibytes(peak), *([f"{peak / 1e9:.2f}"] if in_gb else [])]
+        )
+    return table
 
 
 def front(rows: list[Row]) -> list[Row]:
-    """The rows on the Pareto front of score and peak memory, by rising memory."""
-    placed = [(row, row.peak_bytes, row.score) for row in rows]
+    """The rows on the Pareto front of score and peak memory, by rising memory.
+
+    A row of which a seed failed is not on it: the mean of those that did not is no fair figure.
+    """
+    placed = [(row, row.peak_bytes, row.score) for row in rows if not row.failed]
     points = [(row, memory, score.mean) for row, memory, score in placed if memory is not None and score is not None]
     chosen = pareto_front(
         [memory for _, memory, _ in points],
