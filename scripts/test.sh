@@ -13,4 +13,6 @@ bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
 "$bin/mypy"
 # Two workers on one thread each: the tests are many and small, and threads of several processes fight for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+# No test compiles with torch, but importing bitsandbytes would load the compiler into each of some eighty processes.
+export TORCHDYNAMO_DISABLE=1
 "$bin/python" -m pytest -n "${SBFT_TEST_WORKERS:-2}" --dist worksteal "$@"
