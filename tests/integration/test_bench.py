@@ -106,9 +106,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> t
     stopped.send_signal(signal.SIGINT)
     _, said_when_stopped = stopped.communicate(timeout=PATIENCE_S)
     assert stopped.returncode == 2 and read_run(out, first) is None
-    # It has ended its run before it ended itself.
-    assert (lock := try_lock(out, first)) is not None
-    os.close(lock)
+    # Its run has ended with it, long before training and evaluation could have.
+    wait_for(lambda: (lock := try_lock(out, first)) is not None and os.close(lock) is None)
+    assert read_run(out, first) is None
 
     killed = bench(path, "--output-dir", out)
     wait_for(lambda: (record := stored_record(run_folder(out, first))) and record.error == UNFINISHED)
