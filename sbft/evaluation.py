@@ -127,11 +127,14 @@ def evaluate(
     rendering = Rendering(prompt, completion, messages, text, chat_template, system)
     kind = rendering.kind(rows.column_names)
     scores = _checked(metrics, labels, kind)
-    words = _label_words(labels, _references(rows, rendering, kind)) if labels else []
+    references = _references(rows, rendering, kind) if scores or labels else []
+    words = _label_words(labels, references) if labels else []
     if limit is not None:
         rows = rows.select(range(min(limit, rows.num_rows)))
+        references = references[:limit]
     if words:
-        _check_references(_references(rows, rendering, kind), words)
+        _check_references(references, words)
+    _check_answered(references)
     columns: dict[str, Any] = {**rendering.__dict__}
     formatted, _ = format_dataset(rows, tokenizer, max_length=max_length, **columns)
     result = evaluate_loss(model, formatted, Collator(pad_token(tokenizer)), batch_size=batch_size)
@@ -139,8 +142,6 @@ def evaluate(
         return result
 
     asked = [rendering.question_and_answer(row, kind) for row in rows]
-    references = _references(rows, rendering, kind)
-    _check_answered(references)
     predictions: list[dict[str, Any]] = [{"prompt": question, "reference": reference} for question, reference in asked]
     options = metric_options or {}
     if scores:

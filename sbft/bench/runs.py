@@ -133,21 +133,6 @@ def repeats(suite: Suite, model: str, task: str, variant: str, rate: float) -> l
     return [Run(model, task, variant, rate, seed, "test", prefix(suite, model)) for seed in suite.seeds]
 
 
-def test_runs(suite: Suite, folder: Path) -> list[Run]:
-    """The runs that give the reported figures, for every variant whose learning rate is decided."""
-    return [
-        run
-        for model, task in groups(suite)
-        for variant in suite.ordered_methods()
-        if (rate := choose_rate(suite, folder, model, task, variant).rate) is not None
-        for run in repeats(suite, model, task, variant, rate)
-    ]
-
-
-# pytest would take the name for that of a test.
-test_runs.__test__ = False  # type: ignore[attr-defined]
-
-
 def possible_runs(suite: Suite) -> list[Run]:
     """Every run that the suite may have: all validation runs, and test runs at every rate of each grid."""
     tests = [

@@ -174,7 +174,15 @@ def test_the_help_names_every_method() -> None:
 
 def test_two_processes_train_together(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     command = [
-        *("train", "--model", str(tiny_dir), "--data", str(data / "train.jsonl"), "--output-dir", str(tmp_path / "out")),
+        *(
+            "train",
+            "--model",
+            str(tiny_dir),
+            "--data",
+            str(data / "train.jsonl"),
+            "--output-dir",
+            str(tmp_path / "out"),
+        ),
         *("--num-processes", "2", "--set", "training.logging_steps=3"),
     ]
     refused = CliRunner().invoke(app, command)
@@ -217,9 +225,7 @@ def test_a_fault_inside_training_is_recorded(
         raise ZeroDivisionError("made on purpose")
 
     monkeypatch.setattr("sbft.training.run.SmallBatchTrainer.train", broken)
-    recipe = load_recipe(
-        None, model=str(tiny_dir), data=str(data / "train.jsonl"), output_dir=str(tmp_path / "out")
-    )
+    recipe = load_recipe(None, model=str(tiny_dir), data=str(data / "train.jsonl"), output_dir=str(tmp_path / "out"))
     with pytest.raises(ZeroDivisionError):
         run(recipe)
     record = RunRecord.load(tmp_path / "out")

@@ -64,7 +64,6 @@ def test_the_command_runs_from_another_folder_with_its_recipes(environment: Path
 
 def test_a_metric_of_the_wheel_computes(environment: Path, tmp_path: Path) -> None:
     code = (
-        "from sbft import metrics\n"
-        "print(metrics.compute('exact_match', predictions=['4', '5'], references=['4', '6']))"
+        "from sbft import metrics\nprint(metrics.compute('exact_match', predictions=['4', '5'], references=['4', '6']))"
     )
     assert run(environment / "python", "-c", code, cwd=tmp_path).strip() == "0.5"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sbft.bench.runs import Run, run_folder, test_runs, validation_runs
+from sbft.bench.runs import Run, choose_rate, groups, repeats, run_folder, validation_runs
 from sbft.bench.suite import Suite
 from sbft.training.record import RunRecord
 
@@ -122,7 +122,7 @@ def search(one: Suite, folder: Path, result: Callable[[Run], RunRecord | None]) 
 
 def test(one: Suite, folder: Path, result: Callable[[Run], RunRecord | None]) -> None:
     """Leave the test runs that have a result, at the rates that were chosen."""
-    for run in test_runs(one, folder):
+    for run in decided_runs(one, folder):
         if (made := result(run)) is not None:
             leave(folder, run, made)
 
@@ -184,3 +184,14 @@ def crowd(folder: Path, *, tasks: int = 2, seeds: int = 3) -> Suite:
     search(one, folder, result)
     test(one, folder, result)
     return one
+
+
+def decided_runs(suite: Suite, folder: Path) -> list[Run]:
+    """The test runs of every variant whose learning rate is decided."""
+    return [
+        run
+        for model, task in groups(suite)
+        for variant in suite.ordered_methods()
+        if (rate := choose_rate(suite, folder, model, task, variant).rate) is not None
+        for run in repeats(suite, model, task, variant, rate)
+    ]

@@ -11,11 +11,11 @@ import pytest
 from sbft.bench.report import export_peft_json, write_report
 from sbft.bench.report.comparison import Comparison, compare
 from sbft.bench.report.parts import parts_of
-from sbft.bench.runs import Run, run_folder, test_runs, validation_runs
+from sbft.bench.runs import Run, run_folder, validation_runs
 from sbft.bench.suite import Suite
 from sbft.recipe import Recipe
 from sbft.training.run import run
-from tests.unit.report_cases import store
+from tests.unit.report_cases import decided_runs, store
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def trained(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Compari
     store(suite, folder)
     for one in validation_runs(suite):
         train(suite, folder, one)
-    for one in test_runs(suite, folder):
+    for one in decided_runs(suite, folder):
         train(suite, folder, one)
     return compare(suite, folder)
 
