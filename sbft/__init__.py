@@ -12,13 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sbft.errors import SbftError as SbftError
+    from sbft.fine_tuning import run as run
     from sbft.optim import SGD as SGD
     from sbft.optim import Adafactor as Adafactor
     from sbft.optim import AdamW as AdamW
     from sbft.recipe import Recipe as Recipe
     from sbft.recipe import load_recipe as load_recipe
     from sbft.training.arguments import SmallBatchTrainingArguments as SmallBatchTrainingArguments
-    from sbft.training.run import run as run
     from sbft.training.trainer import SmallBatchMixin as SmallBatchMixin
     from sbft.training.trainer import SmallBatchTrainer as SmallBatchTrainer
 
@@ -32,7 +32,7 @@ _HOME = {
     "SmallBatchMixin": "sbft.training.trainer",
     "SmallBatchTrainer": "sbft.training.trainer",
     "SmallBatchTrainingArguments": "sbft.training.arguments",
-    "run": "sbft.training.run",
+    "run": "sbft.fine_tuning",
 }
 
 __all__ = ["__version__", *_HOME]

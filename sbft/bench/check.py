@@ -60,7 +60,7 @@ def data_problems(suite: Suite) -> list[str]:
 
     Test runs come hours after the validation runs that choose their rates: too late to hear of a misspelt file.
     """
-    from sbft.training.run import read_splits
+    from sbft.training.prepared import read_splits
 
     found: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()

@@ -65,7 +65,7 @@ def evaluate(
 
         quiet_libraries()
         from sbft.cli.load import load_for_use
-        from sbft.training.run import measure
+        from sbft.fine_tuning import measure
 
         rows = _rows(recipe, data)
         loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
@@ -180,7 +180,7 @@ def _recipe_of(
 def _rows(recipe: Recipe, data: str | None) -> Dataset:
     from sbft.data.sources import load_source
     from sbft.errors import DataError
-    from sbft.training.run import evaluation_rows, read_splits
+    from sbft.training.prepared import evaluation_rows, read_splits
 
     if data is None:
         rows = evaluation_rows(read_splits(recipe))

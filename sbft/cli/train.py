@@ -61,7 +61,7 @@ def train(
             from rich.console import Console
 
             from sbft.cli.progress import TrainingProgress
-            from sbft.training.run import run
+            from sbft.fine_tuning import run
 
         console = Console(highlight=False, quiet=is_silent_rank())
         console.print(chosen.to_yaml(), style="dim", markup=False)

@@ -199,7 +199,7 @@ def test_out_of_memory_says_what_was_largest_and_which_switch_lowers_it(tmp_path
     code = f"""
         import resource, sys
         from sbft.cli.app import app
-        import sbft.training.run, peft, torch
+        import sbft.fine_tuning, peft, torch
         held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
         app(["train", "--model", {str(model)!r}, "--data", {str(long)!r}, "--output-dir", {str(tmp_path / "out")!r},

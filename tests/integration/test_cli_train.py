@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from sbft.cli.app import app
 from sbft.cli.progress import TrainingProgress
+from sbft.fine_tuning import run
 from sbft.methods import METHODS
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.training.record import RunRecord
-from sbft.training.run import run
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(24)]
 
@@ -224,7 +224,7 @@ def test_a_fault_inside_training_is_recorded(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("made on purpose")
 
-    monkeypatch.setattr("sbft.training.run.SmallBatchTrainer.train", broken)
+    monkeypatch.setattr("sbft.fine_tuning.SmallBatchTrainer.train", broken)
     recipe = load_recipe(None, model=str(tiny_dir), data=str(data / "train.jsonl"), output_dir=str(tmp_path / "out"))
     with pytest.raises(ZeroDivisionError):
         run(recipe)

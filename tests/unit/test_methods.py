@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sbft.errors import MissingPackageError, ModelError
+from sbft.fine_tuning import measure, run
 from sbft.methods import METHODS
 from sbft.models import load_model, load_tokenizer
 from sbft.recipe import load_recipe, resolve
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 from sbft.training.methods import prepare_model
+from sbft.training.prepared import evaluation_rows, read_splits
 from sbft.training.record import UNFINISHED, RunRecord
-from sbft.training.run import evaluation_rows, measure, read_splits, run
 from tests.tiny import save_tiny
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(40)]

@@ -339,7 +339,7 @@ def test_gradient_checkpointing_is_said_by_its_current_name(wanted: bool, tmp_pa
 
 
 def test_the_recipe_for_text_takes_a_file_of_few_paragraphs(tmp_path: Path) -> None:
-    from sbft.training.run import read_splits
+    from sbft.training.prepared import read_splits
 
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"Paragraph {number}." for number in range(20)))

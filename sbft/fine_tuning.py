@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
@@ -16,13 +15,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from sbft.data.collate import Collator
-from sbft.data.format import FormatReport, format_dataset
-from sbft.data.sources import Splits, load_splits
+from sbft.data.format import FormatReport
+from sbft.data.sources import Splits
 from sbft.errors import MissingPackageError, TrainingError
 from sbft.evaluation import evaluate
 from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
 from sbft.methods import METHODS
-from sbft.models import load_tokenizer
 from sbft.quantization import scales_bytes, write_note
 from sbft.recipe import Recipe, resolve
 from sbft.training.card import write_card
@@ -36,6 +34,7 @@ from sbft.training.output import (
     check_output_folder,
     check_same_recipe,
 )
+from sbft.training.prepared import evaluation_rows, prepare, rendering
 from sbft.training.record import UNFINISHED, RunRecord, git_commit, quantiles, versions
 from sbft.training.trainer import SmallBatchTrainer
 
@@ -78,9 +77,8 @@ def run(
     arguments = training_arguments(recipe, folder)
     output = RunFolder(folder, resume, main=arguments.process_index == 0)
     say(f"Reading {recipe.data.train}")
-    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    splits = read_splits(recipe)
-    examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
+    prepared = prepare(recipe, arguments)
+    tokenizer, splits, report = prepared.tokenizer, prepared.splits, prepared.report
     say(_describe(report, splits))
     with failures_recorded(recipe, record, output) as stage, _timed(record, begun):
         say(f"Loading {recipe.model}")
@@ -90,7 +88,7 @@ def run(
         trainer = SmallBatchTrainer(
             model=model,
             args=arguments,
-            train_dataset=examples,
+            train_dataset=prepared.examples,
             data_collator=Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,
             callbacks=[*callbacks, stop, MarkComplete()],
@@ -162,42 +160,6 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Re
     quantization = METHODS[recipe.method].quantization
     if quantization is not None:
         write_note(folder, quantization)
-
-
-def read_splits(recipe: Recipe) -> Splits:
-    """Training, validation and evaluation data of a resolved recipe.
-
-    Raises:
-        DataError: if they cannot be read, or a question of the evaluation is also in training.
-    """
-    data = recipe.data
-    return load_splits(
-        train=data.train,
-        validation=data.validation,
-        eval=data.eval,
-        train_split=data.train_split,
-        validation_split=data.validation_split,
-        eval_split=data.eval_split,
-        subset=data.subset,
-        train_size=data.train_size,
-        validation_size=data.validation_size,
-        eval_size=data.eval_size,
-        seed=data.seed,
-        options=data.options,
-        prompt=data.prompt,
-        completion=data.completion,
-        messages=data.messages,
-        text=data.text,
-        label_names=data.label_names,
-        allow_overlap=data.allow_overlap,
-    )
-
-
-def rendering(recipe: Recipe) -> dict[str, Any]:
-    """How a recipe's rows become token ids: keyword arguments of `format_dataset` and `evaluate`."""
-    data = recipe.data
-    names = ("prompt", "completion", "messages", "text", "max_length", "chat_template", "system")
-    return {name: getattr(data, name) for name in names}
 
 
 def _begin(recipe: Recipe) -> RunRecord:
@@ -351,11 +313,6 @@ def _keep_the_higher_peak(record: RunRecord, former: RunRecord) -> None:
         record.peak_memory_bytes = former.peak_memory_bytes
         for part in ("baseline", "above_baseline", "reserved_peak"):
             record.memory[part] = former.memory.get(part)
-
-
-def evaluation_rows(splits: Splits) -> Dataset | None:
-    """What the run is measured on: the evaluation data, or validation data where a recipe has only these."""
-    return splits.eval if splits.eval is not None else splits.validation
 
 
 def _evaluate(

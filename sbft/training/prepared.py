@@ -1,0 +1,89 @@
+"""A resolved recipe with everything read that its training needs, the model aside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from sbft.data.format import FormatReport, format_dataset
+from sbft.data.sources import Splits, load_splits
+from sbft.models import load_tokenizer
+from sbft.recipe import Recipe
+from sbft.training.arguments import SmallBatchTrainingArguments
+from sbft.training.methods import training_arguments
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run has in hand before it loads its model."""
+
+    recipe: Recipe
+    arguments: SmallBatchTrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    splits: Splits
+    examples: Dataset
+    """Token ids and labels of the training data, as `sbft.data.format.format_dataset` makes them."""
+    report: FormatReport
+
+
+def prepare(recipe: Recipe, arguments: SmallBatchTrainingArguments | None = None) -> Prepared:
+    """Read the tokenizer and the data of a resolved recipe.
+
+    Args:
+        recipe: as `sbft.recipe.resolve` returns it.
+        arguments: of its training, where they are made already.
+
+    Raises:
+        SbftError: if anything is missing, cannot be read, or leaves nothing to train on.
+    """
+    if arguments is None:
+        arguments = training_arguments(recipe, Path(str(recipe.output_dir)))
+    tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    splits = read_splits(recipe)
+    examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
+    return Prepared(recipe, arguments, tokenizer, splits, examples, report)
+
+
+def read_splits(recipe: Recipe) -> Splits:
+    """Training, validation and evaluation data of a resolved recipe.
+
+    Raises:
+        DataError: if they cannot be read, or a question of the evaluation is also in training.
+    """
+    data = recipe.data
+    return load_splits(
+        train=data.train,
+        validation=data.validation,
+        eval=data.eval,
+        train_split=data.train_split,
+        validation_split=data.validation_split,
+        eval_split=data.eval_split,
+        subset=data.subset,
+        train_size=data.train_size,
+        validation_size=data.validation_size,
+        eval_size=data.eval_size,
+        seed=data.seed,
+        options=data.options,
+        prompt=data.prompt,
+        completion=data.completion,
+        messages=data.messages,
+        text=data.text,
+        label_names=data.label_names,
+        allow_overlap=data.allow_overlap,
+    )
+
+
+def rendering(recipe: Recipe) -> dict[str, Any]:
+    """How a recipe's rows become token ids: keyword arguments of `format_dataset` and `evaluate`."""
+    data = recipe.data
+    names = ("prompt", "completion", "messages", "text", "max_length", "chat_template", "system")
+    return {name: getattr(data, name) for name in names}
+
+
+def evaluation_rows(splits: Splits) -> Dataset | None:
+    """What the run is measured on: the evaluation data, or validation data where a recipe has only these."""
+    return splits.eval if splits.eval is not None else splits.validation
