@@ -21,6 +21,7 @@ from sbft.errors import MissingPackageError, TrainingError
 from sbft.evaluation import evaluate
 from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
 from sbft.methods import METHODS
+from sbft.planning.check import expected_memory, warnings_in_brief
 from sbft.quantization import scales_bytes, write_note
 from sbft.recipe import Recipe, resolve
 from sbft.training.card import write_card
@@ -80,6 +81,12 @@ def run(
     prepared = prepare(recipe, arguments)
     tokenizer, splits, report = prepared.tokenizer, prepared.splits, prepared.report
     say(_describe(report, splits))
+    prediction, of_memory = expected_memory(prepared)
+    for line in warnings_in_brief(prepared, of_memory):
+        say(line)
+    if prediction is not None:
+        record.memory["predicted_peak"] = prediction.peak_bytes
+        record.memory["predicted_above_baseline"] = prediction.above_model_bytes
     with failures_recorded(recipe, record, output) as stage, _timed(record, begun):
         say(f"Loading {recipe.model}")
         with _unsupported_is_a_result(recipe, record, output):
@@ -251,7 +258,6 @@ def _train(
         # Where the peak cannot be set back (`note`), it is that of the whole process, and says nothing of the loop.
         record.memory["above_baseline"] = None if peak.note else peak.peak_bytes - peak.baseline_bytes
         record.memory["reserved_peak"] = peak.reserved_peak_bytes
-        record.memory["predicted_peak"] = None
         if trainer.optimizer is not None:
             record.memory["optimizer_state"] = optimizer_state_bytes(trainer.optimizer)
         record.tokens = trainer.tokens_seen
@@ -295,7 +301,8 @@ def _take_over(trainer: SmallBatchTrainer, checkpoint: str, record: RunRecord, f
     record.history = _history(state)
     if former is None:
         return
-    for name in ("peak_memory_bytes", "memory_kind", "memory", "step_s", "optimizer_s", "tokens_per_s"):
+    record.memory = {**former.memory, **record.memory}
+    for name in ("peak_memory_bytes", "memory_kind", "step_s", "optimizer_s", "tokens_per_s"):
         setattr(record, name, getattr(former, name))
     if former.steps == record.steps:
         record.train_loss = former.train_loss

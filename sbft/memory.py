@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_MEMORY = Path("/proc/meminfo")
+# Of a container, by the second and the first version of control groups.
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _RESET_HIGHEST = "5"  # proc(5): sets the highest resident size back to the current one
 
 
@@ -66,7 +70,7 @@ class PeakMemory:
         else:
             _return_free_memory()
             self.note = _reset_highest_resident()
-            self.baseline_bytes = _resident_bytes()
+            self.baseline_bytes = resident_bytes()
         self._running = True
         self._read()
         return self
@@ -102,6 +106,22 @@ def model_bytes(model: nn.Module) -> int:
     return _storage_bytes([*model.parameters(), *model.buffers()])
 
 
+def available_bytes(device: torch.device | str | None = None) -> int:
+    """The most memory that this process can hold on a device: all of a CUDA device's; elsewhere what it has, and what the
+    kernel can give it, within the limit of its container.
+
+    Args:
+        device: where there is one, the accelerator of this process when None.
+    """
+    if _type_of(device) == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    limits = [resident_bytes() + _free_bytes()]
+    for file in _CONTAINER_LIMITS:
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
 def device_name(device: torch.device | str | None = None) -> str:
     """A device by name, the one that torch trains on here when None: "NVIDIA H100 80GB HBM3", "Intel Xeon, 2 cores"."""
     kind = _type_of(device)
@@ -112,6 +132,11 @@ def device_name(device: torch.device | str | None = None) -> str:
         return f"Apple {platform.machine()} GPU"
     threads = torch.get_num_threads()
     return f"{_processor()}, {threads} core{'s' if threads > 1 else ''}"
+
+
+def runs_on() -> str:
+    """The type of device that torch trains on here: "cuda", "mps", "cpu"."""
+    return _type_of(None)
 
 
 def _type_of(device: torch.device | str | None) -> str:
@@ -145,7 +170,8 @@ def _reset_highest_resident() -> str | None:
     return None
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """What this process holds in memory now; where that is not known, the most that it ever held."""
     if _STATUS.exists():
         return _status_bytes("VmRSS")
     return _highest_resident_bytes()
@@ -158,6 +184,14 @@ def _highest_resident_bytes() -> int:
 
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024  # macOS counts bytes, others KiB
+
+
+def _free_bytes() -> int:
+    if _MEMORY.exists():
+        for line in _MEMORY.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _status_bytes(key: str) -> int:

@@ -15,11 +15,12 @@ from sbft.errors import MissingPackageError, ModelError
 from sbft.hub import hub_reachable, hub_state
 from sbft.install import how_to_install
 from sbft.quantization import Quantization, keep_trainable, quantization_config, read_note
-from sbft.random_models import byte_tokenizer, is_random, random_config, random_model, training_device
+from sbft.random_models import ARCHITECTURES, byte_tokenizer, is_random, random_config, random_model, training_device
+from sbft.random_models import PREFIX as RANDOM_PREFIX
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PREFIX = "builtin:"
 _CONVERSION = 1  # raise it when what `convert` writes changes, so that nobody keeps an older one
@@ -57,12 +58,16 @@ def resolve(model: str) -> str:
         hint = f" Did you mean {_PREFIX}{near[0]}?" if near else ""
         known = ", ".join(_PREFIX + one for one in BUILTIN)
         raise ModelError(f"There is no built-in model {name!r}; there is: {known}.{hint}")
-    destination = cache_dir() / "models" / f"{name}-v{_CONVERSION}"
+    destination = _converted(name)
     if (destination / "model.safetensors").exists():
         return str(destination)
     builtin = BUILTIN[name]
     gguf_file = find_gguf(builtin.package, builtin.requirement, builtin.hub_id)
     return str(convert(gguf_file, destination, name=builtin.hub_id))
+
+
+def _converted(name: str) -> Path:
+    return cache_dir() / "models" / f"{name}-v{_CONVERSION}"
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -151,7 +156,7 @@ def load_model(
         quantization = quantization or read_note(Path(folder))
         return _load_adapter(folder, adapter, dtype, trust_remote_code, attn_implementation, quantization)
     local_only = _local_only(folder)
-    _check_architecture(model, folder, trust_remote_code, local_only)
+    _causal_config(model, folder, trust_remote_code, local_only)
     try:
         with_report: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -202,14 +207,8 @@ def _load_adapter(
         raise MissingPackageError(
             f"{folder} holds a LoRA adapter, which needs the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"The adapter in {folder} does not say which model it was trained on. Set base_model_name_or_path in "
-            f"{config} to the id or folder of that model."
-        )
     loaded = load_model(
-        base,
+        _base_of_adapter(folder, config),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         attn_implementation=attn_implementation,
@@ -218,6 +217,16 @@ def _load_adapter(
     adapted: Any = PeftModel.from_pretrained(loaded, folder)
     result: PreTrainedModel = adapted.eval()
     return result
+
+
+def _base_of_adapter(folder: str, config: Path) -> str:
+    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"The adapter in {folder} does not say which model it was trained on. Set base_model_name_or_path in "
+            f"{config} to the id or folder of that model."
+        )
+    return str(base)
 
 
 def _looks_like_path(model: str) -> bool:
@@ -243,12 +252,37 @@ def _local_only(folder: str) -> bool:
     return not Path(folder).is_dir() and not hub_reachable()
 
 
-def _check_architecture(model: str, folder: str, trust_remote_code: bool, local_only: bool) -> None:
-    """Refuses what is no causal language model before its weights are read."""
+def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a causal language model, for an adapter that of its base; no weights are read or fetched.
+
+    Args:
+        model: as for `load_model`.
+        trust_remote_code: run the Python code that comes with the checkpoint.
+
+    Raises:
+        ModelError: no such model, the hub cannot be reached, or no causal language model.
+    """
+    if is_random(model):
+        return random_config(model)
+    name = model.removeprefix(_PREFIX)
+    if model.startswith(_PREFIX) and name in ARCHITECTURES and not (_converted(name) / "config.json").exists():
+        return random_config(RANDOM_PREFIX + name)
+    folder = resolve(model)
+    _check_folder(model, folder)
+    adapter = Path(folder) / "adapter_config.json"
+    if adapter.is_file() and not (Path(folder) / "config.json").is_file():
+        return load_config(_base_of_adapter(folder, adapter), trust_remote_code=trust_remote_code)
+    return _causal_config(model, folder, trust_remote_code, _local_only(folder))
+
+
+def _causal_config(model: str, folder: str, trust_remote_code: bool, local_only: bool) -> PreTrainedConfig:
+    """The config in a folder or of a hub id; what is no causal language model is refused before its weights are read."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=local_only)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=local_only
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise _not_loaded(model, folder, error, "model") from error
     kind, settings = type(config), config.to_dict()
@@ -260,6 +294,7 @@ def _check_architecture(model: str, folder: str, trust_remote_code: bool, local_
         names = {one.__name__ for one in (masked if isinstance(masked, tuple) else (masked,)) if one}
         if names & set(config.architectures or []):
             raise _not_causal(model, config)
+    return config
 
 
 def _not_causal(model: str, config: Any) -> ModelError:

@@ -36,6 +36,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_LLAMA_3, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
         "tie_word_embeddings": False,
     },
+    "llama-70b": {
+        **_LLAMA_3, "hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
+    "qwen3-4b": {
+        "model_type": "qwen3", "hidden_size": 2560, "num_hidden_layers": 36, "intermediate_size": 9728,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": True, "max_position_embeddings": 40960,
+    },
+    "gemma3-4b": {
+        "model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 1024,
+        "tie_word_embeddings": True, "max_position_embeddings": 131072,
+    },
     # The paper's memory figure: 40 layers, width 5140, vocabulary 50257, 2048 tokens. GPT-3's 13B has 40 heads of 128,
     # which make 5120, not 5140, so the heads' size cannot be derived from the width; 257 (20 heads), what the width
     # would divide into, is odd and above the 256 that flash attention takes. With 40 heads of 128 there are 13.18e9
@@ -47,7 +61,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "max_position_embeddings": 2048,
     },
 }  # fmt: skip
-"""Settings of the transformers config of each model: SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B as published."""
+"""Settings of the transformers config of each model: those of SmolLM2, Llama 3, Qwen3 and Gemma 3 (its text) as published."""
 
 
 def is_random(model: str) -> bool:

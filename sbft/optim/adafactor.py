@@ -97,11 +97,22 @@ class Adafactor(TokenOptimizer):
             return self._average_weight(group, _SECOND_MOMENT)
         return (self.clock.steps + 1.0) ** -group["beta2"]
 
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        def zeros(shape: torch.Size | tuple[int, ...]) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=param.device)
+
+        if state:
+            return
+        if param.ndim >= 2 and min(param.shape[-2:]) >= _FACTORED_FROM:
+            state["row"] = zeros(param.shape[:-1])
+            state["column"] = zeros(param.shape[:-2] + param.shape[-1:])
+        else:
+            state["second_moment"] = zeros(param.shape)
+        state["mass"] = zeros(())
+
     def _update(
         self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
     ) -> float | Tensor:
-        if not state:
-            _init_state(param, state)
         version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
         settings = {
             "average_weight": self._second_moment_weight(group),
@@ -124,15 +135,3 @@ class Adafactor(TokenOptimizer):
             )
         self._weight_square_sums[param] = ((param.data_ptr(), param._version), square_sum)
         return grad_square_sum
-
-
-def _init_state(param: Tensor, state: dict[str, Tensor]) -> None:
-    def zeros(shape: torch.Size | tuple[int, ...]) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=param.device)
-
-    if param.ndim >= 2 and min(param.shape[-2:]) >= _FACTORED_FROM:
-        state["row"] = zeros(param.shape[:-1])
-        state["column"] = zeros(param.shape[:-2] + param.shape[-1:])
-    else:
-        state["second_moment"] = zeros(param.shape)
-    state["mass"] = zeros(())

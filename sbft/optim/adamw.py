@@ -71,17 +71,18 @@ class AdamW(TokenOptimizer):
         if not (group["eps"] > 0 and math.isfinite(group["eps"])):
             raise ValueError(f"eps must be a positive, finite number, got {group['eps']!r}")
 
-    def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
-    ) -> float | Tensor:
-        first_weight = self._average_weight(group, _FIRST_MOMENT)
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         if not state:
             state["second_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
             state["first_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["second_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        if first_weight < 1.0 and "first_moment" not in state:
+        if self._average_weight(group, _FIRST_MOMENT) < 1.0 and "first_moment" not in state:
             state["first_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
             state["first_mass"].zero_()
+
+    def _update(
+        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+    ) -> float | Tensor:
         return backend_for(param.device).adamw(
             param,
             grad,
@@ -89,7 +90,7 @@ class AdamW(TokenOptimizer):
             state["second_moment"],
             state["first_mass"],
             state["second_mass"],
-            first_weight=first_weight,
+            first_weight=self._average_weight(group, _FIRST_MOMENT),
             second_weight=self._average_weight(group, _SECOND_MOMENT),
             lr=float(group["lr"]),
             eps=group["eps"],

@@ -43,7 +43,8 @@ class TokenOptimizer(torch.optim.Optimizer):
     Set `tokens_per_step` to the number of tokens of the coming step (all ranks together) before backward runs; `step()`
     consumes it. Every average takes a half-life in tokens or a fixed decay factor per step, never both.
 
-    A subclass names its `averages` and implements `_update`; everything else, the release of gradients included, is here.
+    A subclass names its `averages` and implements `_init_state` and `_update`; all else is here, the release
+    of gradients included.
 
     Args:
         params: parameters or parameter groups; float32 or bfloat16.
@@ -244,7 +245,23 @@ class TokenOptimizer(torch.optim.Optimizer):
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             key = noise_key(self.seed, self.clock.steps, index)
         self._updated.add(param)
-        self._square_sums.append(self._update(param, grad, group, self.state[param], key))
+        state = self.state[param]
+        self._init_state(param, group, state)
+        self._square_sums.append(self._update(param, grad, group, state, key))
+
+    def initialize_state(self, param: Tensor) -> None:
+        """Make now what a parameter's first update would make of its state; `tokens_per_step` has to be set.
+
+        Raises:
+            RuntimeError: if the tokens of the coming step were not set.
+        """
+        if self._tokens_per_step is None:
+            raise RuntimeError(_TOKENS_NOT_SET)
+        self._init_state(param, self.param_groups[self._positions[param][0]], self.state[param])
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """Put into `state` what an update needs and does not find there: before the first, everything."""
+        raise NotImplementedError  # abstract
 
     def _update(
         self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None

@@ -55,19 +55,20 @@ class SGD(TokenOptimizer):
         }
         super().__init__(params, defaults, seed)
 
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        if not state and self._average_weight(group, _MOMENTUM) < 1.0:
+            state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
+
     def _update(
         self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
     ) -> float | Tensor:
-        momentum_weight = self._average_weight(group, _MOMENTUM)
-        if momentum_weight < 1.0 and not state:
-            state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-            state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
         return backend_for(param.device).sgd(
             param,
             grad,
             state.get("momentum"),
             state.get("mass"),
-            momentum_weight=momentum_weight,
+            momentum_weight=self._average_weight(group, _MOMENTUM),
             lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
             key=key,

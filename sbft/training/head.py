@@ -115,6 +115,15 @@ def find_head(model: nn.Module) -> Head:
     Raises:
         UnknownHead: if the model's logits or its loss are not those of a plain linear head.
     """
+    return _verified(unwrap(model), head_candidates(model))
+
+
+def head_candidates(model: nn.Module) -> list[Head]:
+    """What the head may be by the model's config, the likeliest first; nothing is run.
+
+    Raises:
+        UnknownHead: as `find_head`, as far as it shows without running the model.
+    """
     model = unwrap(model)
     if not isinstance(model, PreTrainedModel):
         raise UnknownHead(f"{type(model).__name__} is no transformers model")
@@ -126,8 +135,7 @@ def find_head(model: nn.Module) -> Head:
     settings = model.config.get_text_config().to_dict()
     if settings.get("output_router_logits"):
         raise UnknownHead("its loss has a part for the balance of experts (`output_router_logits`)")
-    heads = [Head(linear, scale, _first(settings, _SOFTCAPS)) for scale in _scales(settings)]
-    return _verified(model, heads)
+    return [Head(linear, scale, _first(settings, _SOFTCAPS)) for scale in _scales(settings)]
 
 
 def _scales(settings: dict[str, Any]) -> list[float]:
@@ -140,7 +148,7 @@ def _first(settings: dict[str, Any], names: tuple[str, ...]) -> float | None:
 
 
 @torch.no_grad()
-def _verified(model: PreTrainedModel, heads: list[Head]) -> Head:
+def _verified(model: Any, heads: list[Head]) -> Head:
     """The one of `heads` that makes of large random hidden states the logits which the model itself makes of them."""
     linear = heads[0].linear
     generator = torch.Generator().manual_seed(0)

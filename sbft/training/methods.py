@@ -101,6 +101,16 @@ def prepare_model(recipe: Recipe) -> PreTrainedModel:
         trust_remote_code=recipe.trust_remote_code,
         quantization=method.quantization,
     )
+    return make_trainable(model, recipe)
+
+
+def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """Put a resolved recipe's adapter on a model, or freeze what its `freeze` names; the model is changed.
+
+    Raises:
+        ModelError: if it has no layers that the adapter names, or no weights that `freeze` names, or none beside these.
+        MissingPackageError: if there is an adapter, and peft is not installed.
+    """
     if recipe.lora is not None:
         return _with_adapter(model, recipe, recipe.lora.model_dump())
     _freeze(model, recipe)

@@ -20,13 +20,14 @@ from sbft.optim.base import TokenOptimizer
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.head import Head, UnknownHead, find_head
 from sbft.training.tied import TiedEmbedding
+from sbft.training.watch import TrainingWatch
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZERS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw": AdamW, "sgd": SGD}
 # Up to this length, torch's plain attention is faster than its flash kernel on a CPU in bfloat16 (forward and backward,
 # 9 heads of 64, 2 cores: 1.2 against 15.9 ms at 40 tokens, 20 against 52 at 256, but 183 against 66 at 512).
-_PLAIN_ATTENTION_TOKENS = 256
+PLAIN_ATTENTION_TOKENS = 256
 _COUNTED = "SmallBatchMixin"
 
 
@@ -78,10 +79,12 @@ class SmallBatchMixin(_Base):
         self._tied: TiedEmbedding | None = None
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
+        self._watch = TrainingWatch()
         super().__init__(*args, **kwargs)
         self._check_arguments()
         self._check_weights()
         self.add_callback(_StepEvents(self))
+        self.add_callback(self._watch)
 
     # Set-up
 
@@ -228,10 +231,12 @@ class SmallBatchMixin(_Base):
             loss = error.loss.detach()
         finally:
             self._in_training_step = False
+        self._watch.add_loss(loss, self._step_tokens)
         return loss
 
     def _before_update(self) -> None:
         if self._skip_this_step:
+            self._watch.leave_step_out()
             self.model.zero_grad()  # what earlier micro-batches of this step have left
             self.accelerator.gradient_state._set_sync_gradients(False)  # accelerate's wrapper then makes no step
             optimizer = self._token_optimizer
@@ -425,7 +430,7 @@ def _count_tokens(batch: dict[str, Any]) -> int:
 def _fast_attention(inputs: dict[str, Any]) -> Iterator[None]:
     """Torch's plain attention for short examples on a CPU; around backward too, which may recompute the forward."""
     ids = inputs.get("input_ids")
-    if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.shape[-1] <= _PLAIN_ATTENTION_TOKENS:
+    if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.shape[-1] <= PLAIN_ATTENTION_TOKENS:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     else:

@@ -33,7 +33,7 @@ def test_help_answers_quickly_and_names_every_verb() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     end = os.times()
     seconds = (end.children_user + end.children_system - begin.children_user - begin.children_system) / 3
-    for verb in ("train", "eval", "generate", "recipes", "bench", "version"):
+    for verb in ("train", "eval", "generate", "recipes", "batch-size", "bench", "check", "plan", "version"):
         assert f"\n  {verb} " in done.stdout
     assert seconds < HELP_LIMIT_S
 

@@ -57,3 +57,19 @@ def parts_of_row(row: Row) -> dict[str, float] | None:
     if not measured:
         return None
     return {name: fmean(parts[name] for parts in measured) for name in NAMES}
+
+
+def prediction_of_row(row: Row) -> tuple[float, float] | None:
+    """The predicted and the measured bytes, means over the seeds: on a GPU of the peak, elsewhere above the loaded model."""
+    found = [pair for record in row.records if (pair := _prediction_of(record)) is not None]
+    if not found:
+        return None
+    return fmean(predicted for predicted, _ in found), fmean(measured for _, measured in found)
+
+
+def _prediction_of(record: RunRecord) -> tuple[int, int] | None:
+    if record.memory_kind == "cuda_allocated":
+        predicted, measured = record.memory.get("predicted_peak"), record.peak_memory_bytes
+    else:
+        predicted, measured = record.memory.get("predicted_above_baseline"), record.memory.get("above_baseline")
+    return (predicted, measured) if predicted and measured else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sbft.bench.plan import duration
 from sbft.bench.report import formats
 from sbft.bench.report.comparison import Comparison, Row, Validation
-from sbft.bench.report.parts import names_of, parts_of_row
+from sbft.bench.report.parts import names_of, parts_of_row, prediction_of_row
 from sbft.bench.report.statistics import Estimate, pareto_front
 
 _WARNING = "⚠"
@@ -196,7 +196,7 @@ def _validation_score(row: Row, one: Validation, table: Table) -> str:
 def memory_table(rows: list[Row]) -> Table | None:
     """The parts of the peak memory in MiB, and the peak; None where none was measured.
 
-    On a GPU the peak stands in GB too, the unit of papers.
+    On a GPU the peak stands in GB too, the unit of papers. Where it was predicted before training, so does that.
     """
     measured = [(row, parts) for row in rows if (parts := parts_of_row(row)) is not None]
     if not measured:
@@ -205,14 +205,32 @@ def memory_table(rows: list[Row]) -> Table | None:
     # As in the picture: a part that nothing has is left out.
     shown = [part for part in names if any(parts[part] > 0 for _, parts in measured)]
     in_gb = any(row.is_on_gpu for row, _ in measured)
-    table = Table(["method", *(names[part] for part in shown), "peak", *(["peak, GB (10⁹ bytes)"] if in_gb else [])])
+    predicted = {row.variant: prediction_of_row(row) for row, _ in measured}
+    ahead = any(predicted.values())
+    table = Table(
+        [
+            "method",
+            *(names[part] for part in shown),
+            "peak",
+            *(["peak, GB (10⁹ bytes)"] if in_gb else []),
+            *([f"{'peak' if in_gb else 'above the model'}, predicted", "error"] if ahead else []),
+        ]
+    )
     for row, parts in measured:
         peak = sum(parts.values())
         cells = [formats.mebibytes(parts[part]) for part in shown]
+        cells += [formats.mebibytes(peak), *([f"{peak / 1e9:.2f}"] if in_gb else [])]
         table.rows.append(
-            [row.variant + row.seeds_short, *cells, formats.mebibytes(peak), *([f"{peak / 1e9:.2f}"] if in_gb else [])]
+            [row.variant + row.seeds_short, *cells, *(_predicted(predicted[row.variant]) if ahead else [])]
         )
     return table
+
+
+def _predicted(prediction: tuple[float, float] | None) -> list[str]:
+    if prediction is None:
+        return ["", ""]
+    predicted, measured = prediction
+    return [formats.mebibytes(predicted), f"{100 * (predicted / measured - 1):+.0f} %".replace("-", "−")]
 
 
 def front(rows: list[Row]) -> list[Row]:

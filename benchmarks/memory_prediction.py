@@ -1,0 +1,217 @@
+"""The planner's peak memory against the measured one: each row is trained in a process of its own, and predicted.
+
+    python benchmarks/memory_prediction.py --json memory_prediction.json [--only smollm2 sbft]
+
+On a CPU what is compared is the peak of resident memory above what the process held when the loop began, its model loaded;
+on CUDA the peak of allocated memory. With `--again FILE` the measurements of a former run are predicted anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MEBIBYTE = 1 << 20
+STEPS = 4
+
+SMOLLM2 = "random:smollm2-135m"
+METHODS = ("sbft", "sgd", "adam", "adam-accum", "adam-batch", "adam8bit", "hf-adafactor", "lora", "qlora")
+_COMMON = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+# Real architectures, made small; the vocabulary of Gemma 3 stays large beside the rest.
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-untied": {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": False,
+    },
+    "llama": {
+        "model_type": "llama", **_COMMON, "intermediate_size": 1792, "vocab_size": 32768, "tie_word_embeddings": False,
+    },
+    "qwen3": {
+        "model_type": "qwen3", **_COMMON, "head_dim": 128, "intermediate_size": 1536, "vocab_size": 65536,
+        "tie_word_embeddings": True,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text", **_COMMON, "head_dim": 128, "intermediate_size": 2048, "vocab_size": 131072,
+        "sliding_window": 128, "tie_word_embeddings": True, "layer_types": ["sliding_attention"] * 5
+        + ["full_attention"] + ["sliding_attention"] * 2,
+    },
+    "mixtral": {
+        "model_type": "mixtral", **_COMMON, "intermediate_size": 896, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "vocab_size": 32768, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training run."""
+
+    shape: str
+    method: str
+    tokens: int
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its settings in words."""
+        return f"{self.shape} {self.method} {self.tokens}{' checkpointing' * self.checkpointing}"
+
+
+ROWS = [
+    *(Row("smollm2", method, tokens) for tokens in (64, 256) for method in METHODS if method != "qlora"),
+    *(Row("smollm2", method, 1024, chosen) for method in ("sbft", "lora", "adam") for chosen in (False, True)),
+    *(Row("smollm2", method, 256, True) for method in ("sbft", "lora")),
+    *(Row("smollm2-untied", method, tokens) for method in ("sbft", "lora", "adam") for tokens in (64, 1024)),
+    *(
+        Row(shape, method, 256)
+        for shape in ("llama", "qwen3", "gemma3", "mixtral")
+        for method in ("sbft", "lora", "adam")
+    ),
+    Row("llama", "qlora", 256),  # random weights are not held in 4 bits; a checkpoint of them is
+]
+
+
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.again:
+            results = json.loads(arguments.again.read_text())
+        else:
+            results = []
+            for row in (row for row in ROWS if all(word in row.name.split() for word in arguments.only)):
+                results.append({**asdict(row), **measure(row, Path(folder))})
+                write(arguments.json, results)  # a run that is stopped keeps what it has
+        for result in results:
+            result.update(predict(result, Path(folder)))
+    write(arguments.json, results)
+    show(results)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], help="rows that hold all of these words")
+    parser.add_argument("--again", type=Path, help="predict the rows measured in this file")
+    parser.add_argument("--json", type=Path, required=True, help="write measurements and predictions here")
+    return parser.parse_args()
+
+
+def write(path: Path, results: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def recipe_of(row: Row, model: str) -> dict[str, Any]:
+    size = 4 if row.method == "adam-batch" else 1
+    accumulation = 2 if row.method in ("adam-accum", "adam8bit") else 1
+    return {
+        "model": model,
+        "method": row.method,
+        "data": {
+            "train": "generated:random_text",
+            "options": {"length": row.tokens},
+            "max_length": row.tokens,
+            "train_size": STEPS * size * accumulation,
+        },
+        "training": {
+            "learning_rate": 1e-6,
+            "gradient_checkpointing": row.checkpointing,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+        },
+        "evaluation": {"before": False},
+        "save_model": False,
+    }
+
+
+def measure(row: Row, folder: Path) -> dict[str, Any]:
+    model = SMOLLM2 if row.shape == "smollm2" else str(checkpoint(row.shape, folder))
+    name = row.name.replace(" ", "-")
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump({**recipe_of(row, model), "output_dir": str(folder / name)}))
+    command = [sys.executable, "-W", "ignore", "-m", "sbft", "train", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stdout + done.stderr)[-600:]}
+    record = json.loads((folder / name / "run.json").read_text())
+    memory = record["memory"]
+    return {
+        "failed": None,
+        "device": record["device"],
+        "versions": record["versions"],
+        "memory_kind": record["memory_kind"],
+        "peak_bytes": record["peak_memory_bytes"],
+        "baseline_bytes": memory["baseline"],
+        "measured_bytes": record["peak_memory_bytes"]
+        - (memory["baseline"] if record["memory_kind"] == "resident" else 0),
+    }
+
+
+def checkpoint(shape: str, folder: Path) -> Path:
+    """A folder with a model of random weights and a tokenizer of bytes."""
+    path = folder / shape
+    if not path.exists():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from sbft.random_models import byte_tokenizer
+
+        AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16).save_pretrained(path)
+        byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def config_of(shape: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        **SHAPES[shape], max_position_embeddings=4096, bos_token_id=256, eos_token_id=257, pad_token_id=258
+    )
+
+
+def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    from sbft.models import load_config
+    from sbft.planning.predict import predict_recipe
+    from sbft.recipe import load_recipe, resolve
+
+    if result["failed"]:
+        return {}
+    row = Row(**{name: result[name] for name in Row.__dataclass_fields__})
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_of(row, SMOLLM2)))
+    kind = "cuda" if result["memory_kind"] == "cuda_allocated" else "cpu"
+    config = load_config(SMOLLM2) if row.shape == "smollm2" else config_of(row.shape)
+    found = predict_recipe(resolve(load_recipe(recipe)), longest=row.tokens, device=kind, config=config)
+    predicted = found.above_model_bytes if kind == "cpu" else found.peak_bytes
+    return {
+        "predicted_bytes": predicted,
+        "error": predicted / result["measured_bytes"] - 1,
+        "phase": found.phase,
+        "parts": found.parts,
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        name = f"{result['shape']:15} {result['method']:13} {result['tokens']:5} {'checkpointing' * result['checkpointing']:13}"
+        if result["failed"]:
+            print(name, result["failed"].strip().splitlines()[-1])
+            continue
+        measured, predicted = (result[f"{key}_bytes"] / MEBIBYTE for key in ("measured", "predicted"))
+        print(f"{name} {measured:8.0f} {predicted:8.0f} {result['error']:+7.1%}  {result['phase']}")
+    errors = [abs(result["error"]) for result in results if not result["failed"]]
+    if errors:
+        print(f"{len(errors)} rows, median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()

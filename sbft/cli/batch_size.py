@@ -1,0 +1,115 @@
+"""`sbft batch-size`: the smallest batch at full throughput, measured on this machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.methods import METHODS
+
+if TYPE_CHECKING:
+    from sbft.planning.batch_size import BatchSizes
+
+
+def batch_size(
+    recipe: Annotated[
+        str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: data.max_length=512. May be repeated."),
+    ] = None,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of the best tokens/s, what counts as full throughput.")
+    ] = 0.95,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Run no larger batch size.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Peak memory to stay within: 20GiB; by default what is free.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time each size for at least so long.")] = 2.0,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the plot and the figures; runs/batch-size-RECIPE if not given.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Find the smallest batch at full throughput: times training with 1, 2, 4, ... of the longest examples.
+
+    Small batches train as well as large ones, so that more than this gains nothing; a few hundred tokens a device are
+    where to begin. The model stays as it is.
+    """
+    with ctrl_c_ends_at_once():
+        from sbft.recipe import load_recipe, resolve
+    with shown_as_a_paragraph(traceback):
+        flags = {"model": model, "data": data, "method": method}
+        chosen = resolve(load_recipe(recipe, overrides, **flags))
+        with ctrl_c_ends_at_once():
+            from sbft.cli.quiet import quiet_libraries
+
+            quiet_libraries()
+            from rich.console import Console
+
+            from sbft.planning.batch_size import find_batch_size
+            from sbft.planning.usable_memory import parse_bytes
+
+        # The progress is no part of the JSON.
+        console = Console(highlight=False, stderr=json_output)
+        found = find_batch_size(
+            chosen,
+            share=share,
+            largest=max_batch_size,
+            limit_bytes=None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
+            seconds=seconds,
+            say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
+        )
+        folder = output_dir or Path("runs") / f"batch-size-{Path(recipe or chosen.data.train).stem}"
+        lines = _written(found, folder)
+        if json_output:
+            import json
+
+            print(json.dumps({**found.to_dict(), "command": _command(found, recipe, flags, overrides)}))
+            return
+        from sbft.cli.batch_size_table import print_batch_sizes
+
+        print_batch_sizes(console, found, _command(found, recipe, flags, overrides))
+        print("\n".join(lines))
+
+
+def _command(found: BatchSizes, recipe: str | None, flags: dict[str, str | None], given: list[str] | None) -> str:
+    """What was typed, as a training command that takes the batch size that was found."""
+    words = ["sbft", "train", *([] if recipe is None else [recipe])]
+    for flag, value in flags.items():
+        words += [] if value is None else [f"--{flag}", value]
+    new = found.settings.overrides
+    kept = [one for one in given or [] if one.partition("=")[0].strip() not in new]
+    for override in [*kept, *(f"{key}={value}" for key, value in new.items())]:
+        words += ["--set", override]
+    return shlex.join(words)
+
+
+def _written(found: BatchSizes, folder: Path) -> list[str]:
+    """Write the figures and their plot, those of a former run replaced, and say where."""
+    import json
+
+    from sbft.cli.batch_size_plot import draw_batch_sizes
+    from sbft.install import how_to_install
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figures, plot = folder / "batch-size.json", folder / "batch-size.png"
+    figures.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    try:
+        draw_batch_sizes(found, plot)
+    except ImportError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        missing = "There is no plot: matplotlib, which draws it, is not installed. " + how_to_install("'sbft[report]'")
+        return [f"Written: {figures}", missing]
+    return [f"Written: {plot}, {figures}"]

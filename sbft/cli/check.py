@@ -1,0 +1,188 @@
+"""`sbft check`: what can be said of a run before it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sbft.cli.errors import USER_ERROR, TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.methods import METHODS
+
+if TYPE_CHECKING:
+    from sbft.planning.check import Check
+    from sbft.planning.checks.finding import Finding
+
+_WIDTH = 80
+_LABEL = 10
+_TITLES = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
+
+
+def check(
+    recipe: Annotated[
+        str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Data to measure the result on.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder for the model and its record.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=100. May be repeated."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Say before training: is it valid, will it fit, how long will it take, what will go wrong.
+
+    Exit code 0: nothing is wrong; 1: there are warnings; 2: there are errors.
+    """
+    with ctrl_c_ends_at_once():
+        from sbft.recipe import load_recipe, resolve
+    with shown_as_a_paragraph(traceback):
+        from sbft.errors import SbftError
+
+        try:
+            chosen = resolve(
+                load_recipe(
+                    recipe,
+                    overrides,
+                    model=model,
+                    data=data,
+                    eval_data=eval_data,
+                    method=method,
+                    output_dir=output_dir,
+                )
+            )
+            with ctrl_c_ends_at_once():
+                from sbft.cli.quiet import quiet_libraries
+
+                quiet_libraries()
+                from sbft.planning import check as planning
+            found = planning.check(chosen)
+        except SbftError as error:
+            if not as_json:
+                raise
+            _print_json({"valid": False, "problems": str(error), "findings": []})
+            raise typer.Exit(USER_ERROR) from error
+        if as_json:
+            _print_json(_for_machines(found))
+        else:
+            print(_for_people(found))
+        raise typer.Exit(found.exit_code)
+
+
+def _for_people(found: Check) -> str:
+    lines = [_labelled(label, text) for label, text in _summary(found).items()]
+    for severity, title in _TITLES.items():
+        those = [finding for finding in found.findings if finding.severity == severity]
+        if those:
+            lines += ["", f"{title}: {len(those)}"]
+        for finding in those:
+            lines += ["", *_described(finding)]
+    verdict = ("Nothing is wrong.", "sbft train would warn of this, and go on.", "Mend the errors before you train.")
+    return "\n".join([*lines, "", verdict[found.exit_code]])
+
+
+def _summary(found: Check) -> dict[str, str]:
+    from sbft.memory import device_name
+    from sbft.planning.checks.fit import gib
+
+    chosen, report, length = found.prepared.recipe, found.prepared.report, found.length
+    rows = "examples" if report.packed_into is None else "rows"
+    packed = "" if report.packed_into is None else f", packed into {report.packed_into:,} rows"
+    tokens = f"{length.tokens:,}" if length.exact else f"about {length.tokens:,}"
+    epochs = f"{length.epochs:.3g} epoch{'s' * (length.epochs != 1)}"
+    peak = "not known" if found.prediction is None else f"a peak of {gib(found.prediction.peak_bytes)}, predicted"
+    return {
+        "model": f"{chosen.model}, {chosen.dtype}",
+        "method": f"{chosen.method}: {METHODS[chosen.method].summary}",
+        "data": f"{report.examples:,} examples, {report.tokens:,} tokens, the longest {report.longest:,}{packed}",
+        "run": f"{length.steps:,} steps on {length.rows:,} {rows}, {tokens} tokens, {epochs}",
+        "memory": f"{peak}; {gib(found.available_bytes)} are there",
+        "time": _time(found),
+        "device": device_name(),
+    }
+
+
+def _time(found: Check) -> str:
+    from sbft.bench.plan import duration
+
+    if found.duration is None:
+        folder = found.prepared.recipe.output_dir
+        return (
+            f"not known, as no run of this model, method, batch and device lies in {folder} or beside it. sbft "
+            "batch-size measures it, or sbft train with --set training.max_steps=20 --output-dir DIR"
+        )
+    data = "" if found.duration.same_data else ", on other data"
+    return (
+        f"about {duration(found.duration.train_s)} of training, if it is as fast as {found.duration.source} was"
+        f"{data}: {found.duration.tokens_per_s:,.0f} tokens a second"
+    )
+
+
+def _described(finding: Finding) -> list[str]:
+    mend = [] if finding.mend is None else [_to_type(finding.mend, "  mend: ")]
+    return [_wrapped(finding.title, "", "  "), _wrapped(finding.why, "  ", "  "), *mend]
+
+
+def _to_type(mend: str, first: str) -> str:
+    """Flags that do not fit one line go on in the next, as a shell takes them."""
+    others = " " * len(first)
+    if len(first + mend) <= _WIDTH:
+        return first + mend
+    if mend.startswith("--") and " --" in mend:
+        return first + mend.replace(" --", f" \\\n{others}--")
+    return _wrapped(mend, first, others)
+
+
+def _labelled(label: str, text: str) -> str:
+    return _wrapped(text, f"{label:<{_LABEL}}", " " * _LABEL)
+
+
+def _wrapped(text: str, first: str, others: str) -> str:
+    """The text in lines within the width, except for words that are longer."""
+    import textwrap
+
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _for_machines(found: Check) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from sbft.memory import device_name
+
+    chosen, prediction = found.prepared.recipe, found.prediction
+    return {
+        "valid": True,
+        "exit_code": found.exit_code,
+        "model": chosen.model,
+        "method": chosen.method,
+        "device": device_name(),
+        "data": asdict(found.prepared.report),
+        "run": asdict(found.length),
+        "memory": {
+            "predicted_peak_bytes": None if prediction is None else prediction.peak_bytes,
+            "parts_bytes": None if prediction is None else prediction.parts,
+            "phase": None if prediction is None else prediction.phase,
+            "available_bytes": found.available_bytes,
+        },
+        "duration": None if found.duration is None else asdict(found.duration),
+        "findings": [asdict(finding) for finding in found.findings],
+        "recipe": chosen.model_dump(mode="json", exclude_none=True),
+    }
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    import json
+
+    print(json.dumps(content, indent=2))

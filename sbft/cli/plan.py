@@ -1,0 +1,180 @@
+"""`sbft plan`: what each method would need of memory, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.methods import METHODS
+
+if TYPE_CHECKING:
+    from sbft.planning.fit import Plan, Row
+
+_HEADINGS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer_state": "state",
+    "activations": "activ",
+    "logits": "logit",
+    "workspace": "work",
+    "runtime": "run",
+}
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Hub id, local folder, builtin:NAME, or random:NAME for a known shape.")],
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of the GPU, such as 24GiB. What this machine has where it is not given."),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of the longest example.")] = 1024,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples in a forward pass; each method's own where it is not given.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="NAME,NAME", help=f"Some of {', '.join(METHODS)}; all where it is not given.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the Python code that comes with a hub id.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines: bytes.")] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Predict each method's peak memory and the longest sequence that fits: sbft plan --model M.
+
+    Only the model's config is read. All tokens are taken to have a label.
+    """
+    with shown_as_a_paragraph(traceback):
+        with ctrl_c_ends_at_once():
+            from sbft.cli.quiet import quiet_libraries
+
+            quiet_libraries()
+            from rich.console import Console
+
+            from sbft.memory import available_bytes, runs_on
+            from sbft.planning.fit import make_plan
+            from sbft.planning.usable_memory import parse_bytes
+        chosen = _chosen(methods)
+        device = "cuda" if gpu_memory is not None else runs_on()
+        memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+        with Console(stderr=True).status("Planning") as status:
+            made = make_plan(
+                model,
+                sequence_length=sequence_length,
+                memory_bytes=memory,
+                device=device,
+                methods=chosen,
+                batch_size=batch_size,
+                trust_remote_code=trust_remote_code,
+                say=lambda method: status.update(f"Planning {method}"),
+            )
+        if as_json:
+            import json
+
+            print(json.dumps(_for_machines(made), indent=1))
+        else:
+            _print_for_people(made)
+
+
+def _chosen(methods: str | None) -> list[str]:
+    from sbft.errors import RecipeError
+    from sbft.recipe.nearest import nearest
+
+    names = list(METHODS) if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    for name in names:
+        if name not in METHODS:
+            raise RecipeError(
+                f"--methods names {name!r}, expected some of {', '.join(METHODS)}{nearest(name, METHODS)}."
+            )
+    if not names:
+        raise RecipeError(f"--methods is empty, expected some of {', '.join(METHODS)}.")
+    return names
+
+
+def _print_for_people(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sbft.planning.fit import TIGHT
+
+    console = Console(highlight=False)
+    where = "GPU" if plan.device == "cuda" else "CPU"
+    console.print(
+        f"{plan.model}, sequences of {plan.sequence_length} tokens, {where} with {_gib(plan.memory_bytes)} GiB. "
+        "Sizes in GiB, at the peak:",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", no_wrap=True, min_width=max(len(_label(row)) for row in plan.rows))
+    for heading in (*_HEADINGS.values(), "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    table.add_column("longest", justify="right", no_wrap=True)
+    for row in plan.rows:
+        name = _label(row)
+        if row.prediction is None:
+            table.add_row(name, *[""] * (len(_HEADINGS) + 1), "?", "")
+            continue
+        needed = row.prediction.needed_bytes
+        fits = "yes" if needed <= TIGHT * plan.memory_bytes else "tight" if row.fits else "no"
+        parts = [_gib(row.prediction.parts[part]) for part in _HEADINGS]
+        table.add_row(name, *parts, _gib(needed), fits, "-" if row.longest is None else str(row.longest))
+    console.print(table)
+    for problem in dict.fromkeys(row.problem for row in plan.rows if row.problem is not None):
+        console.print(f"\nNot predicted: {problem}", markup=False, soft_wrap=True)
+    console.print(
+        "\n+c: with gradient checkpointing, which computes activations again in backward. run: what the process takes beside "
+        "tensors. longest: tokens of the longest sequence that fits.",
+        markup=False,
+        soft_wrap=True,
+    )
+    lines = [row.command for row in _to_type(plan)]
+    if lines:
+        console.print("\nWhat fits, to type:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
+    else:
+        console.print("\nNothing fits at this length.", markup=False)
+
+
+def _to_type(plan: Plan) -> list[Row]:
+    """Of each method that fits, the variant without checkpointing if that does, for it is faster."""
+    found: dict[str, Row] = {}
+    for row in plan.rows:
+        if row.fits:
+            found.setdefault(row.method, row)
+    return list(found.values())
+
+
+def _for_machines(plan: Plan) -> dict[str, Any]:
+    return {
+        "model": plan.model,
+        "device": plan.device,
+        "memory_bytes": plan.memory_bytes,
+        "sequence_length": plan.sequence_length,
+        "rows": [
+            {
+                "method": row.method,
+                "checkpointing": row.checkpointing,
+                "batch_size": row.batch_size,
+                "problem": row.problem,
+                "phase": None if row.prediction is None else row.prediction.phase,
+                "parts": None if row.prediction is None else row.prediction.parts,
+                "peak_bytes": None if row.prediction is None else row.prediction.peak_bytes,
+                "needed_bytes": None if row.prediction is None else row.prediction.needed_bytes,
+                "fits": row.fits,
+                "longest": row.longest,
+                "command": row.command,
+            }
+            for row in plan.rows
+        ],
+    }
+
+
+def _label(row: Row) -> str:
+    return f"{row.method} +c" if row.checkpointing else row.method
+
+
+def _gib(size_bytes: int) -> str:
+    size = size_bytes / 2**30
+    return f"{size:.2f}" if size < 10 else f"{size:.1f}"

@@ -1,0 +1,71 @@
+"""Whether a run fits the memory there is, by its predicted peak."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from sbft.planning.checks.finding import Finding
+from sbft.recipe import Recipe
+from sbft.training.failures import advice
+from sbft.training.prepared import Prepared
+
+# A prediction that leaves less than this share of the memory free may come out above it.
+MARGIN = 0.1
+# What `advice` puts before the switch that it names.
+_ADD = "What lowers it most: add "
+
+
+class Prediction(Protocol):
+    """What `sbft.planning.predict.predict_recipe` returns."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest that training will hold."""
+
+    @property
+    def above_model_bytes(self) -> int:
+        """What of it training adds to the loaded model."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What lies in it, in bytes: weights, gradients, optimizer_state, activations and others."""
+
+    @property
+    def phase(self) -> str:
+        """Where in a step it is reached."""
+
+
+class Predict(Protocol):
+    """How `sbft.planning.predict.predict_recipe` is called."""
+
+    def __call__(
+        self, recipe: Recipe, *, longest: int, labelled: int, device: torch.device | str | None = None
+    ) -> Prediction:
+        """The peak of a run whose longest row has `longest` tokens, and none more than `labelled` labels."""
+
+
+def fit(prepared: Prepared, prediction: Prediction, available_bytes: int) -> Finding | None:
+    """What there is to say of a predicted peak beside the memory there is; None where there is room."""
+    peak = prediction.peak_bytes
+    if peak <= (1 - MARGIN) * available_bytes:
+        return None
+    over = peak > available_bytes
+    sizes = f"{gib(peak)} are needed at the peak ({prediction.phase}), and {gib(available_bytes)} are there"
+    known: dict[str, int | None] = {
+        name: prediction.parts.get(name) for name in ("weights", "gradients", "optimizer_state")
+    }
+    told = advice(prepared.recipe, known, peak, prepared.arguments.per_device_train_batch_size)
+    return Finding(
+        "does-not-fit" if over else "hardly-fits",
+        "error" if over else "warning",
+        "It will not fit into memory" if over else "It may not fit into memory",
+        f"{sizes}{'' if over else ', less than a tenth more, which the prediction may be wrong by'}.",
+        told.partition(_ADD)[2].removesuffix("."),
+    )
+
+
+def gib(size_bytes: int) -> str:
+    """A size for people."""
+    return f"{size_bytes / 2**30:.2f} GiB"

@@ -1,0 +1,94 @@
+"""What each optimizer holds for its parameters, and what it takes for a moment to update them, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+from sbft.methods import METHODS
+from sbft.optim import SGD, Adafactor, AdamW
+from sbft.optim.base import TokenOptimizer
+from sbft.recipe import Recipe
+
+_OURS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw": AdamW, "sgd": SGD}
+# Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.
+_SMALLEST_IN_8_BITS, _BLOCK = 4096, 256
+
+
+class PlannedOptimizer:
+    """The optimizer of a resolved recipe on its model's parameters on the meta device.
+
+    sbft's own update one parameter at a time in its place, and torch's fused AdamW updates all in theirs: nothing to
+    speak of is allocated. transformers' Adafactor is run.
+    """
+
+    def __init__(self, recipe: Recipe, model: PreTrainedModel, device: str) -> None:
+        self._device = device
+        self._name = METHODS[recipe.method].optimizer
+        self._settings = recipe.optimizer
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._of_embeddings = {
+            module.weight
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module.weight is not None
+        }
+        self._ours = self._make_ours() if self._name in _OURS else None
+        # As transformers' Trainer makes it.
+        self._transformers: Any = (
+            TransformersAdafactor(self._parameters, lr=1e-5, scale_parameter=False, relative_step=False)
+            if self._name == "transformers_adafactor"
+            else None
+        )
+        self._adam: dict[Tensor, list[Tensor]] = {}
+
+    def make_state(self, parameter: Tensor) -> list[Tensor]:
+        """What is kept for a parameter from its first update on."""
+        if self._ours is not None:
+            self._ours.initialize_state(parameter)
+            kept = self._ours.state[parameter].values()
+        elif self._transformers is not None:
+            kept = self._transformers.state[parameter].values()  # made by its first update
+        else:
+            kept = self._adam.setdefault(parameter, list(self._adam_state(parameter)))
+        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+    def update(self) -> None:
+        """What the update of all parameters allocates beside their state, the gradients being there."""
+        if self._transformers is not None:
+            self._transformers.step()
+        elif self._name == "bitsandbytes_adamw8bit" and self._device == "cpu":
+            self._update_in_plain_torch()
+
+    def _make_ours(self) -> TokenOptimizer:
+        settings = self._settings.model_dump(exclude_none=True)
+        names = {"adamw": ("beta1", "first_moment_half_life"), "sgd": ("momentum", "momentum_half_life")}
+        chosen = {name: settings[name] for name in names.get(self._name, ()) if name in settings}
+        optimizer = _OURS[self._name](self._parameters, **chosen)
+        optimizer.tokens_per_step = 1
+        return optimizer
+
+    def _adam_state(self, parameter: Tensor) -> Iterator[Tensor]:
+        in_8_bits = (
+            self._name == "bitsandbytes_adamw8bit"
+            and parameter.numel() >= _SMALLEST_IN_8_BITS
+            and parameter not in self._of_embeddings
+        )
+        if in_8_bits:
+            for _ in range(2):
+                yield torch.empty(parameter.shape, dtype=torch.uint8)
+                yield torch.empty(-(-parameter.numel() // _BLOCK), dtype=torch.float32)
+            return
+        dtype = torch.float32 if self._name == "bitsandbytes_adamw8bit" else parameter.dtype
+        for _ in range(2):
+            yield torch.empty(parameter.shape, dtype=dtype)
+        yield torch.empty((), dtype=torch.float32)
+
+    def _update_in_plain_torch(self) -> None:
+        for parameter in self._parameters:
+            if parameter not in self._of_embeddings:
+                _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(4)]
