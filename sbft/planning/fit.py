@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ TIGHT = 0.95
 """A prediction over this share of the memory may be too low by as much as is left."""
 _MULTIPLE = 16  # of tokens, that the collator pads to
 _CLOSE_ENOUGH = 0.02
+_STRAIGHT = 6
 _DATA = "my.jsonl"
 
 
@@ -146,11 +148,16 @@ def longest_that_fits(
             return None
     if low >= at_most or fits(min(high, at_most)):
         return min(high, at_most) if low < at_most else at_most
-    while high - low > max(_CLOSE_ENOUGH * low, _MULTIPLE):
-        # Where a straight line would end, but inside, so that each try tells something.
-        share = (memory_bytes - known[low]) / max(known[high] - known[low], 1)
-        guess = low + round((high - low) * min(max(share, 0.05), 0.95))
-        guess = min(max(guess // _MULTIPLE * _MULTIPLE, low + _MULTIPLE), high - 1)
+    for tries in itertools.count():
+        step = max(round(_CLOSE_ENOUGH * low), _MULTIPLE)
+        if high - low <= step:
+            break
+        # Where a straight line would end, which is nearly right; halving ends the search where it is not.
+        share = (memory_bytes - known[low]) / max(known[high] - known[low], 1) if tries < _STRAIGHT else 0.5
+        guess = (low + round((high - low) * share)) // _MULTIPLE * _MULTIPLE
+        guess = max(min(guess, high - step), low + step)
+        if guess >= high:
+            break
         if fits(guess):
             low = guess
         else:

@@ -40,7 +40,7 @@ class Heap:
         self._pinned = pinned
         self._pieces = 0
         self._threshold = _FIRST_THRESHOLD
-        self._trim_threshold = 2 * _FIRST_THRESHOLD
+        self._trim_threshold = _FIRST_THRESHOLD
         self._top = 0  # where the last chunk ends: all after it is free
         self._end = 0  # of what was asked of the kernel
         self._touched = 0  # of the heap, from its start

@@ -31,7 +31,9 @@ class PlannedOptimizer:
         self._device = device
         self._name = METHODS[recipe.method].optimizer
         self._settings = recipe.optimizer
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # In the order of the Trainer's groups, those that decay first: each update holds on to what the one before made.
+        self._parameters = sorted(trainable, key=lambda parameter: parameter.dim() < 2)
         self._of_embeddings = {
             module.weight
             for module in model.modules()
@@ -86,7 +88,8 @@ class PlannedOptimizer:
         dtype = torch.float32 if self._name == "bitsandbytes_adamw8bit" else parameter.dtype
         for _ in range(2):
             yield torch.empty(parameter.shape, dtype=dtype)
-        yield torch.empty((), dtype=torch.float32)
+        if self._name != "bitsandbytes_adamw8bit":  # which counts its steps in a plain number
+            yield torch.empty((), dtype=torch.float32)
 
     def _update_in_plain_torch(self) -> None:
         for parameter in self._parameters:

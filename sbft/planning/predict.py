@@ -117,7 +117,7 @@ def _step(
     layers = config.get_text_config().num_hidden_layers
     short, long = (layers, layers) if whole else _few_layers(recipe, config)
     try:
-        if long >= layers:
+        if short + long >= layers:
             return trace_step(recipe, config, shape, kind, checkpointing=checkpointing)
         steps = [
             trace_step(recipe, shortened(config, count), shape, kind, checkpointing=checkpointing)

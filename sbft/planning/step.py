@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from sbft.stand_in import standing_for
 from sbft.training.head import Head, UnknownHead, head_candidates, unwrap
 from sbft.training.loss import linear_cross_entropy
 from sbft.training.trainer import PLAIN_ATTENTION_TOKENS
+
+_usual_autocast = torch.autocast
 
 FORWARD: Phase = ("forward", None)
 LOSS: Phase = ("loss", None)
@@ -167,7 +170,8 @@ class _Simulation:
             self.trace.label([parameter.grad], "gradients")
 
         stand_in.register_post_accumulate_grad_hook(complete)
-        handle = embedding.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+        anchor = torch.empty((), requires_grad=True)
+        handle = embedding.register_forward_hook(lambda module, args, output: _Cut.apply(anchor, output.detach()))
         yield stand_in
         handle.remove()
         # Together they are the gradient, in the place of the head's.
@@ -234,6 +238,18 @@ def _at_gradient(hidden: Tensor, trace: AllocationTrace) -> None:
     hidden.register_hook(left)
 
 
+class _Cut(torch.autograd.Function):
+    """The same tensor, whose gradient ends here. A leaf would be kept for as long as the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @contextlib.contextmanager
 def _attention(shape: StepShape, device: str) -> Iterator[None]:
     """The attention that the trainer or torch takes on a device, which may not be there to ask.
@@ -246,12 +262,16 @@ def _attention(shape: StepShape, device: str) -> Iterator[None]:
         chosen = _plain_attention
     else:
         chosen = _cpu_attention
-    usual = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = chosen
-    try:
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", chosen),
+        mock.patch.object(torch, "autocast", _autocast),
+    ):
         yield
-    finally:
-        functional.scaled_dot_product_attention = usual
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+    """Autocast, which the meta device does not have: PEFT switches it off there."""
+    return contextlib.nullcontext() if device_type == "meta" else _usual_autocast(device_type, *args, **kwargs)
 
 
 def _plain_attention(

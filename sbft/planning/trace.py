@@ -58,7 +58,9 @@ class AllocationTrace(TorchDispatchMode):
         """Called by torch for every operation."""
         if function is torch.ops.aten._local_scalar_dense.default:
             return self.answer
-        result = function(*args, **(kwargs or {}))
+        # Its rule for the meta device knows bfloat16 alone, its kernels more.
+        run = _grouped_product if function is torch.ops.aten._grouped_mm.default else function
+        result = run(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self._write_down(result)
         elif isinstance(result, (tuple, list)):
@@ -139,3 +141,20 @@ class AllocationTrace(TorchDispatchMode):
         self._events.append(_Event(number, -size, self.phase))
         if self.heap is not None:
             self.heap.free(number)
+
+
+def _grouped_product(
+    left: Tensor,
+    right: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The result of `torch._grouped_mm`: products of groups of rows with matrices, or of groups of both."""
+    shape = [left.shape[-2], right.shape[-1]]
+    if left.dim() == 2 and right.dim() == 2:
+        assert offs is not None
+        shape = [offs.shape[0], *shape]
+    elif left.dim() == 3 and right.dim() == 3:
+        shape = [left.shape[0], *shape]
+    return left.new_empty(shape, dtype=out_dtype)

@@ -145,10 +145,9 @@ def _by_end(phase: Phase, phases: Any, layers: int) -> Counter[str]:
         (llama(12), "sbft", ()),
         (llama(12, tie_word_embeddings=True), "adam", ("training.gradient_checkpointing=true",)),
         (llama(12), "lora", ()),
-        (gemma(16), "sbft", ()),
-        (gemma(15), "hf-adafactor", ()),
+        (gemma(13), "sbft", ()),
         (mixtral(12), "sbft", ("training.gradient_checkpointing=true",)),
-        (mixtral(12), "adam-accum", ()),
+        (mixtral(5), "adam-accum", ()),
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else None,
 )
@@ -163,7 +162,7 @@ def test_a_step_of_few_layers_tells_that_of_all_exactly(
     layers = config.num_hidden_layers
     short, long = predict._few_layers(recipe, config)
     assert short < long < layers
-    told = predict._step(recipe, config, shape, "cuda", checkpointing).phases
+    told = predict._step(recipe, config, shape, "cuda", checkpointing, whole=False).phases
     whole = trace_step(recipe, config, shape, "cuda", checkpointing=checkpointing).phases
     for phase, held in told.items():
         assert +held == +_by_end(phase, whole, layers), phase
@@ -179,7 +178,8 @@ def test_layers_that_are_not_alike_are_all_traced() -> None:
     config = gemma(12)
     config.layer_types = kinds
     assert predict._few_layers(resolved(), config) == (12, 12)
-    assert predict._few_layers(resolved(), llama(12)) == (4, 8)
+    short, long = predict._few_layers(resolved(), llama(12))
+    assert short < long < 12
     first = trace_step(one_layer_frozen, llama(12), StepShape(1, 16, 15, False), "cuda", checkpointing=False)
     assert ("backward", 3) not in first.phases and ("backward", 4) in first.phases
 
@@ -187,49 +187,50 @@ def test_layers_that_are_not_alike_are_all_traced() -> None:
 # Predictions
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-@pytest.mark.parametrize("method", ["sbft", "adam", "hf-adafactor"])
+@pytest.mark.parametrize(("device", "method"), [("cuda", "sbft"), ("cpu", "adam")])
 def test_the_parts_are_all_that_is_held_at_the_peak(device: str, method: str) -> None:
-    recipe, config = resolved(method), llama(12)
+    recipe, config = resolved(method), llama(4)
     found = predict_recipe(recipe, longest=64, device=device, config=config)
     assert tuple(found.parts) == PARTS and min(found.parts.values()) >= 0
-    step = predict._step(recipe, config, StepShape(1, 64, 63, False), device, False)
+    step = predict._step(recipe, config, StepShape(1, 64, 63, False), device, False, whole=device == "cpu")
     traced = max(phase.total() for phase in step.phases.values())
     model = model_bytes(skeleton(recipe, config))
     assert found.parts["weights"] == pytest.approx(model, rel=0.02)  # each tensor in whole blocks
     assert found.above_model_bytes == found.needed_bytes - found.parts["weights"] - found.parts["runtime"]
     if device == "cuda":
-        assert found.allocated and found.peak_bytes == found.needed_bytes - found.parts["runtime"]
+        assert found.heap_ratio is None and found.peak_bytes == found.needed_bytes - found.parts["runtime"]
         assert found.peak_bytes == traced + 2 * predict._cublas_bytes()
     else:
-        assert not found.allocated and found.peak_bytes == found.needed_bytes
-        assert step.heap_bytes is not None
+        assert found.peak_bytes == found.needed_bytes
+        assert step.heap_bytes is not None and found.heap_ratio is not None and found.heap_ratio >= 1
         held = max(step.heap_bytes, traced - found.parts["weights"])
         assert found.above_model_bytes == held + predict._FIRST_USE_BYTES
+        again = predict_recipe(recipe, longest=64, device=device, config=config, heap_ratio=found.heap_ratio)
+        assert again.above_model_bytes == found.above_model_bytes
+        twice = predict_recipe(recipe, longest=64, device=device, config=config, heap_ratio=2.0)
+        assert twice.above_model_bytes == 2 * (traced - found.parts["weights"]) + predict._FIRST_USE_BYTES
         assert found.parts["runtime"] == pytest.approx(resident_bytes(), rel=0.05)
 
 
 def test_a_longer_sequence_never_needs_less() -> None:
-    for method in ("sbft", "hf-adafactor", "lora"):
-        recipe = resolved(method)
-        # Padding takes a mask, so that 63 tokens may need more than 64.
-        for lengths in (range(16, 800, 112), range(17, 800, 112)):
-            needed = [predict_recipe(recipe, longest=n, device="cuda").needed_bytes for n in lengths]
-            assert needed == sorted(needed) and needed[0] < needed[-1]
+    # Padding takes a mask, so that 63 tokens may need more than 64.
+    for method, lengths in (("sbft", range(16, 1100, 512)), ("hf-adafactor", range(17, 1100, 512))):
+        needed = [predict_recipe(resolved(method), longest=n, device="cuda").needed_bytes for n in lengths]
+        assert needed == sorted(needed) and needed[0] < needed[-1]
 
 
-@pytest.mark.parametrize("method", ["sbft", "adam"])
 @pytest.mark.parametrize(
-    "config", [llama(8), llama(8, tie_word_embeddings=True), mixtral(8)], ids=["untied", "tied", "experts"]
+    ("method", "config"),
+    [("sbft", llama(5)), ("sbft", llama(5, tie_word_embeddings=True)), ("adam", mixtral(5))],
+    ids=["untied", "tied", "experts"],
 )
 def test_releasing_gradients_never_needs_more_than_holding_them(method: str, config: PreTrainedConfig) -> None:
-    held, released = (
-        predict_recipe(
-            resolved(method, f"optimizer.gradient_release={flag}"), longest=32, device="cuda", config=config
-        ).needed_bytes
-        for flag in ("false", "true")
-    )
-    assert released < held
+    def needed(release: bool, labelled: int) -> int:
+        recipe = resolved(method, f"optimizer.gradient_release={str(release).lower()}")
+        return predict_recipe(recipe, longest=16, labelled=labelled, device="cuda", config=config).needed_bytes
+
+    assert needed(True, 15) <= needed(False, 15)
+    assert needed(True, 1) < needed(False, 1)  # the peak lies in backward, not in the loss
 
 
 def test_fewer_labels_and_recomputed_activations_need_less() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import random
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,14 @@ FIRST, SECOND = ("first", None), ("second", None)
 
 def resolved(method: str, *overrides: str, model: str = "random:tiny") -> Recipe:
     return resolve(load_recipe(None, list(overrides), model=model, method=method, data="generated:random_text"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_imported_is_collected() -> Iterator[None]:
+    """Every trainer collects garbage when it ends, which takes 0.4 s where all that was imported is looked through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 # Storages
@@ -397,13 +407,9 @@ def train(recipe: Recipe, config: PreTrainedConfig, tokens: int, folder: Path) -
         ("sbft", True, False, 64),
         ("sbft", True, True, 300),
         ("sbft", False, False, 300),
-        ("adam", True, False, 300),
         ("adam", False, True, 64),
-        ("adam-accum", True, True, 64),
         ("adam-accum", False, False, 300),
         ("lora", True, True, 300),
-        ("lora", False, False, 64),
-        ("hf-adafactor", True, True, 300),
         ("hf-adafactor", False, False, 64),
     ],
 )
