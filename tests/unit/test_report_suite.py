@@ -413,6 +413,31 @@ def test_memory_that_was_not_measured_has_no_parts(tmp_path):
     assert parts_of(made, False) is None
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_prediction_stands_beside_what_was_measured(gpu, tmp_path):
+    one = chosen(suite(methods={"lora": {"learning_rates": [1e-3]}, "sbft": {"learning_rates": [1e-3]}}), tmp_path)
+
+    def result(run: Run) -> RunRecord:
+        made = record(one, run)
+        made.memory |= {"above_baseline": 1000 << 20, "baseline": 1000 << 20}
+        made.peak_memory_bytes = 2000 << 20
+        if gpu:
+            made.memory_kind = "cuda_allocated"
+        if run.variant == "sbft":  # in truth 2000 MiB on a GPU, elsewhere 1000 above the model
+            made.memory |= {"predicted_peak": 1900 << 20, "predicted_above_baseline": 1100 << 20}
+        return made
+
+    leave_tests(one, tmp_path, result)
+    write_report(tmp_path)
+    heading = "## Peak memory by part, MiB: needle"
+    assert cells(tmp_path, "method", heading)[-2:] == [
+        "peak, predicted" if gpu else "above the model, predicted",
+        "error",
+    ]
+    assert cells(tmp_path, "sbft", heading)[-2:] == (["1900", "−5 %"] if gpu else ["1100", "+10 %"])
+    assert cells(tmp_path, "lora", heading)[-2:] == ["", ""]
+
+
 @pytest.mark.parametrize("tasks, seeds", [(2, 3), (1, 1), (3, 2)])
 def test_no_name_in_the_picture_covers_another_or_leaves_its_panel(tasks, seeds, tmp_path):
     one = crowd(tmp_path, tasks=tasks, seeds=seeds)
