@@ -28,11 +28,17 @@ def llama_parameters(*, layers: int, width: int, mlp: int, kv: int, vocabulary: 
 
 # L (4 D 40 128 + 8 D^2 + 4 D) + 2 V D + 2 D: attention, MLP and the two LayerNorms, embedding and head, last LayerNorm.
 GPT3_13B = 40 * (4 * 5140 * 40 * 128 + 8 * 5140**2 + 4 * 5140) + 2 * 50257 * 5140 + 2 * 5140
+# Query and output; key and value; a gated MLP; the norms of the layer and of its heads. Then embedding and last norm.
+QWEN3_4B = 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128) + (151936 + 1) * 2560
+GEMMA3_4B = 34 * (2 * 2560 * 2048 + 2 * 2560 * 1024 + 3 * 2560 * 10240 + 4 * 2560 + 2 * 256) + (262208 + 1) * 2560
 PARAMETERS = {
     "tiny": llama_parameters(layers=2, width=160, mlp=320, kv=80, vocabulary=512, heads=1),
     "smollm2-135m": llama_parameters(layers=30, width=576, mlp=1536, kv=192, vocabulary=49152, heads=1),
     "llama-1b": llama_parameters(layers=16, width=2048, mlp=8192, kv=512, vocabulary=128256, heads=1),
     "llama-8b": llama_parameters(layers=32, width=4096, mlp=14336, kv=1024, vocabulary=128256, heads=2),
+    "llama-70b": llama_parameters(layers=80, width=8192, mlp=28672, kv=1024, vocabulary=128256, heads=2),
+    "qwen3-4b": QWEN3_4B,
+    "gemma3-4b": GEMMA3_4B,
     "gpt3-13b": GPT3_13B,
 }
 
