@@ -41,7 +41,7 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        self.kind = "cuda_allocated" if _type_of(device) == "cuda" else "resident"
+        self.kind = "cuda_allocated" if type_of(device) == "cuda" else "resident"
         self.note: str | None = None
         self.baseline_bytes = 0
         self._peak_bytes = 0
@@ -93,7 +93,7 @@ class PeakMemory:
 
 def current_peak_bytes(device: torch.device | str | None = None) -> int:
     """The highest since a `PeakMemory` of this device was last entered, read from anywhere: for those who only watch."""
-    return _cuda(torch.cuda.max_memory_allocated) if _type_of(device) == "cuda" else _highest_resident_bytes()
+    return _cuda(torch.cuda.max_memory_allocated) if type_of(device) == "cuda" else _highest_resident_bytes()
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -113,7 +113,7 @@ def available_bytes(device: torch.device | str | None = None) -> int:
     Args:
         device: where there is one, the accelerator of this process when None.
     """
-    if _type_of(device) == "cuda":
+    if type_of(device) == "cuda":
         return torch.cuda.mem_get_info()[1]
     limits = [resident_bytes() + _free_bytes()]
     for file in _CONTAINER_LIMITS:
@@ -124,7 +124,7 @@ def available_bytes(device: torch.device | str | None = None) -> int:
 
 def device_name(device: torch.device | str | None = None) -> str:
     """A device by name, the one that torch trains on here when None: "NVIDIA H100 80GB HBM3", "Intel Xeon, 2 cores"."""
-    kind = _type_of(device)
+    kind = type_of(device)
     if kind == "cuda":
         count = torch.cuda.device_count()
         return torch.cuda.get_device_name() + (f" x {count}" if count > 1 else "")
@@ -134,12 +134,8 @@ def device_name(device: torch.device | str | None = None) -> str:
     return f"{_processor()}, {threads} core{'s' if threads > 1 else ''}"
 
 
-def runs_on() -> str:
-    """The type of device that torch trains on here: "cuda", "mps", "cpu"."""
-    return _type_of(None)
-
-
-def _type_of(device: torch.device | str | None) -> str:
+def type_of(device: torch.device | str | None = None) -> str:
+    """The type of a device, of the one that torch trains on here when None: "cuda", "mps", "cpu"."""
     found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
     return "cpu" if found is None else found.type
 
@@ -187,18 +183,23 @@ def _highest_resident_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    if _MEMORY.exists():
-        for line in _MEMORY.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    known = _field_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known is None else known
 
 
 def _status_bytes(key: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+    found = _field_bytes(_STATUS, key)
+    if found is None:
+        raise OSError(f"{_STATUS} has no {key}")
+    return found
+
+
+def _field_bytes(file: Path, key: str) -> int | None:
+    """A line `key:  123 kB` of a file in /proc."""
+    for line in file.read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {key}")
+    return None
 
 
 def _processor() -> str:

@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.options import DataOption, MethodOption, ModelOption, RecipeArgument
 from sbft.cli.starting import ctrl_c_ends_at_once
-from sbft.methods import METHODS
 
 if TYPE_CHECKING:
     from sbft.planning.batch_size import BatchSizes
 
 
 def batch_size(
-    recipe: Annotated[
-        str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
+    recipe: RecipeArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    method: MethodOption = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key: data.max_length=512. May be repeated."),

@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.errors import USER_ERROR, TracebackOption, shown_as_a_paragraph
+from sbft.cli.options import (
+    DataOption,
+    EvalDataOption,
+    MethodOption,
+    ModelOption,
+    OutputOption,
+    RecipeArgument,
+    SetOption,
+)
 from sbft.cli.starting import ctrl_c_ends_at_once
 from sbft.methods import METHODS
 
@@ -20,18 +29,13 @@ _TITLES = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 
 
 def check(
-    recipe: Annotated[
-        str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Data to measure the result on.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="Folder for the model and its record.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=100. May be repeated."),
-    ] = None,
+    recipe: RecipeArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    eval_data: EvalDataOption = None,
+    method: MethodOption = None,
+    output_dir: OutputOption = None,
+    overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
     traceback: TracebackOption = False,
 ) -> None:

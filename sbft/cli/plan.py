@@ -52,11 +52,11 @@ def plan(
             quiet_libraries()
             from rich.console import Console
 
-            from sbft.memory import available_bytes, runs_on
+            from sbft.memory import available_bytes, type_of
             from sbft.planning.fit import make_plan
             from sbft.planning.usable_memory import parse_bytes
         chosen = _chosen(methods)
-        device = "cuda" if gpu_memory is not None else runs_on()
+        device = "cuda" if gpu_memory is not None else type_of()
         memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
         with Console(stderr=True).status("Planning") as status:
             made = make_plan(

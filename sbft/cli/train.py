@@ -8,8 +8,16 @@ import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.launch import is_silent_rank
+from sbft.cli.options import (
+    DataOption,
+    EvalDataOption,
+    MethodOption,
+    ModelOption,
+    OutputOption,
+    RecipeArgument,
+    SetOption,
+)
 from sbft.cli.starting import ctrl_c_ends_at_once
-from sbft.methods import METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,18 +27,13 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Data to measure the result on.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")] = None,
-    output_dir: Annotated[str | None, typer.Option(help="Folder for the model and its record.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=100. May be repeated."),
-    ] = None,
+    recipe: RecipeArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    eval_data: EvalDataOption = None,
+    method: MethodOption = None,
+    output_dir: OutputOption = None,
+    overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")] = False,
     num_processes: Annotated[int, typer.Option(min=1, help="Data-parallel processes on this machine.")] = 1,

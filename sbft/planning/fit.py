@@ -146,8 +146,9 @@ def longest_that_fits(
         low = min(_MULTIPLE, at_most)
         if not fits(low):
             return None
-    if low >= at_most or fits(min(high, at_most)):
-        return min(high, at_most) if low < at_most else at_most
+    high = min(high, at_most)
+    if fits(high):
+        return high
     for tries in itertools.count():
         step = max(round(_CLOSE_ENOUGH * low), _MULTIPLE)
         if high - low <= step:

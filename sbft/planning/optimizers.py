@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from sbft.methods import METHODS
-from sbft.optim import SGD, Adafactor, AdamW
 from sbft.optim.base import TokenOptimizer
 from sbft.recipe import Recipe
+from sbft.training.trainer import TOKEN_OPTIMIZERS
 
-_OURS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw": AdamW, "sgd": SGD}
 # Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.
 _SMALLEST_IN_8_BITS, _BLOCK = 4096, 256
 
@@ -39,7 +38,7 @@ class PlannedOptimizer:
             for module in model.modules()
             if isinstance(module, nn.Embedding) and module.weight is not None
         }
-        self._ours = self._make_ours() if self._name in _OURS else None
+        self._ours = self._make_ours() if self._name in TOKEN_OPTIMIZERS else None
         # As transformers' Trainer makes it.
         self._transformers: Any = (
             TransformersAdafactor(self._parameters, lr=1e-5, scale_parameter=False, relative_step=False)
@@ -52,11 +51,13 @@ class PlannedOptimizer:
         """What is kept for a parameter from its first update on."""
         if self._ours is not None:
             self._ours.initialize_state(parameter)
-            kept = self._ours.state[parameter].values()
+            kept = list(self._ours.state[parameter].values())
         elif self._transformers is not None:
-            kept = self._transformers.state[parameter].values()  # made by its first update
+            kept = list(self._transformers.state[parameter].values())  # made by its first update
         else:
-            kept = self._adam.setdefault(parameter, list(self._adam_state(parameter)))
+            if parameter not in self._adam:
+                self._adam[parameter] = list(self._adam_state(parameter))
+            kept = self._adam[parameter]
         return [tensor for tensor in kept if isinstance(tensor, Tensor)]
 
     def update(self) -> None:
@@ -70,7 +71,7 @@ class PlannedOptimizer:
         settings = self._settings.model_dump(exclude_none=True)
         names = {"adamw": ("beta1", "first_moment_half_life"), "sgd": ("momentum", "momentum_half_life")}
         chosen = {name: settings[name] for name in names.get(self._name, ()) if name in settings}
-        optimizer = _OURS[self._name](self._parameters, **chosen)
+        optimizer = TOKEN_OPTIMIZERS[self._name](self._parameters, **chosen)
         optimizer.tokens_per_step = 1
         return optimizer
 

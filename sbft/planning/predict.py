@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from sbft.data.collate import Collator
 from sbft.errors import SbftError
-from sbft.memory import resident_bytes
+from sbft.memory import resident_bytes, type_of
 from sbft.models import load_config
 from sbft.planning.skeleton import period_of_layers, shortened, skeleton
 from sbft.planning.step import BACKWARD, StepShape, TracedStep, trace_step
@@ -29,6 +26,7 @@ _CUBLAS_BYTES, _CUBLAS_BYTES_HOPPER = 8 * MEBIBYTE + MEBIBYTE // 8, 32 * MEBIBYT
 _HOPPER = (9, 0)
 _CUDA_CONTEXT_BYTES = 512 * MEBIBYTE
 _FEWEST_LAYERS = 2
+_periods: dict[str, int | None] = {}  # by config; a plan asks for the same one dozens of times
 
 PARTS = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace", "runtime")
 
@@ -85,7 +83,7 @@ def predict_recipe(
         PlanError: if the model cannot be traced.
         SbftError: if the model is not found, or cannot be made trainable as the recipe says.
     """
-    kind = _kind(device)
+    kind = "cpu" if type_of(device) == "cpu" else "cuda"
     if config is None:
         config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     whole = kind == "cpu" and heap_ratio is None
@@ -137,7 +135,7 @@ def _step(
 def _few_layers(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int]:
     """Two numbers of layers by which a step of all of them can be told; the second is all where it cannot."""
     layers = config.get_text_config().num_hidden_layers
-    period = _period(_Keyed(config.to_json_string(), (recipe, config)))
+    period = _period(recipe, config)
     alike = all(pattern == "embeddings" for pattern in recipe.freeze)
     targets = None if recipe.lora is None else recipe.lora.target_modules
     if period is None or not alike or (isinstance(targets, str) and targets != "all-linear"):
@@ -147,25 +145,12 @@ def _few_layers(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int]:
     return short, short + period
 
 
-@dataclass(frozen=True)
-class _Keyed:
-    """A value that is cached under a key."""
-
-    key: Hashable
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-@functools.lru_cache(maxsize=8)
-def _period(model: _Keyed) -> int | None:
-    recipe, config = model.value
-    plain = recipe.model_copy(update={"lora": None, "freeze": [], "method": "sbft"})
-    return period_of_layers(config, skeleton(plain, config))
+def _period(recipe: Recipe, config: PreTrainedConfig) -> int | None:
+    key = config.to_json_string()
+    if key not in _periods:
+        plain = recipe.model_copy(update={"lora": None, "freeze": [], "method": "sbft"})
+        _periods[key] = period_of_layers(config, skeleton(plain, config))
+    return _periods[key]
 
 
 def _extrapolated(short: TracedStep, long: TracedStep, short_layers: int, long_layers: int, layers: int) -> TracedStep:
@@ -216,11 +201,6 @@ def _shape(recipe: Recipe, longest: int, labelled: int | None) -> StepShape:
 def _checkpoints(recipe: Recipe) -> bool:
     names = ("gradient_checkpointing", "activation_checkpointing")
     return any(recipe.training.get(name) for name in names)
-
-
-def _kind(device: torch.device | str | None) -> str:
-    found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
-    return "cpu" if found is None or found.type == "cpu" else "cuda"
 
 
 def _cublas_bytes() -> int:

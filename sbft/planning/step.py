@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sbft.planning.attention import attention_on
 from sbft.planning.optimizers import PlannedOptimizer
 from sbft.planning.skeleton import layers_of, skeleton
 from sbft.planning.trace import BUILD, AllocationTrace, Phase
@@ -21,7 +22,6 @@ from sbft.recipe import Recipe
 from sbft.stand_in import standing_for
 from sbft.training.head import Head, UnknownHead, head_candidates, unwrap
 from sbft.training.loss import linear_cross_entropy
-from sbft.training.trainer import PLAIN_ATTENTION_TOKENS
 
 _usual_autocast = torch.autocast
 
@@ -75,7 +75,7 @@ def trace_step(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if recipe.lora is not None:
             model.enable_input_require_grads()
-    with standing_for(device), _attention(shape, device), torch.device("meta"), AllocationTrace(device) as trace:
+    with standing_for(device), _replaced(shape, device), torch.device("meta"), AllocationTrace(device) as trace:
         return _Simulation(model.train(), recipe, shape, device, trace).run()
 
 
@@ -251,19 +251,13 @@ class _Cut(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _attention(shape: StepShape, device: str) -> Iterator[None]:
-    """The attention that the trainer or torch takes on a device, which may not be there to ask.
+def _replaced(shape: StepShape, device: str) -> Iterator[None]:
+    """What asks for a real device, replaced by what does not.
 
-    Not a mode of torch's, which would be off in backward, where checkpointing computes attention again.
+    Not by a mode of torch's, which would be off in backward, where checkpointing computes attention again.
     """
-    if device == "cuda":
-        chosen = _cuda_attention
-    elif shape.tokens <= PLAIN_ATTENTION_TOKENS:
-        chosen = _plain_attention
-    else:
-        chosen = _cpu_attention
     with (
-        mock.patch.object(functional, "scaled_dot_product_attention", chosen),
+        mock.patch.object(functional, "scaled_dot_product_attention", attention_on(device, shape.tokens)),
         mock.patch.object(torch, "autocast", _autocast),
     ):
         yield
@@ -272,73 +266,3 @@ def _attention(shape: StepShape, device: str) -> Iterator[None]:
 def _autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
     """Autocast, which the meta device does not have: PEFT switches it off there."""
     return contextlib.nullcontext() if device_type == "meta" else _usual_autocast(device_type, *args, **kwargs)
-
-
-def _plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    result: Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return result
-
-
-def _cpu_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Torch's flash kernel for CPUs."""
-    key, value = _repeated(query, key, value, enable_gqa)
-    result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=_as_numbers(attn_mask, query), scale=scale
-    )[0]
-    return result
-
-
-def _cuda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Flash attention where there is no mask, memory-efficient attention where there is one."""
-    key, value = _repeated(query, key, value, enable_gqa)
-    aten: Any = torch.ops.aten
-    if attn_mask is None and query.dtype != torch.float32:
-        flash: Tensor = aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-        return flash
-    mask = _as_numbers(attn_mask, query)
-    if mask is not None:
-        mask = mask.expand(*query.shape[:-1], key.shape[-2])
-    efficient: Tensor = aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, True, dropout_p, is_causal, scale=scale
-    )[0]
-    return efficient
-
-
-def _repeated(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor]:
-    repeats = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    return (key, value) if repeats == 1 else (key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3))
-
-
-def _as_numbers(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    return torch.zeros_like(mask, dtype=query.dtype) if mask is not None and mask.dtype == torch.bool else mask

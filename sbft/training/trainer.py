@@ -24,7 +24,7 @@ from sbft.training.watch import TrainingWatch
 
 logger = logging.getLogger(__name__)
 
-_OPTIMIZERS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw": AdamW, "sgd": SGD}
+TOKEN_OPTIMIZERS: dict[str, type[TokenOptimizer]] = {"adafactor": Adafactor, "adamw": AdamW, "sgd": SGD}
 # Up to this length, torch's plain attention is faster than its flash kernel on a CPU in bfloat16 (forward and backward,
 # 9 heads of 64, 2 cores: 1.2 against 15.9 ms at 40 tokens, 20 against 52 at 256, but 183 against 66 at 512).
 PLAIN_ATTENTION_TOKENS = 256
@@ -146,7 +146,7 @@ class SmallBatchMixin(_Base):
         else:
             groups = [{"params": [p for _, p in trainable]}]
         try:
-            self.optimizer = _OPTIMIZERS[self.args.token_optimizer](groups, **self.args.token_optimizer_settings())
+            self.optimizer = TOKEN_OPTIMIZERS[self.args.token_optimizer](groups, **self.args.token_optimizer_settings())
         except ValueError as error:
             raise ArgumentError(f"The optimizer {self.args.token_optimizer} cannot be made: {error}.") from error
         return self.optimizer

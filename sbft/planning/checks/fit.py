@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from sbft.planning.checks.finding import Finding
+from sbft.planning.predict import Prediction
 from sbft.recipe import Recipe
 from sbft.training.failures import advice
 from sbft.training.prepared import Prepared
@@ -15,26 +16,6 @@ from sbft.training.prepared import Prepared
 MARGIN = 0.1
 # What `advice` puts before the switch that it names.
 _ADD = "What lowers it most: add "
-
-
-class Prediction(Protocol):
-    """What `sbft.planning.predict.predict_recipe` returns."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """The highest that training will hold."""
-
-    @property
-    def above_model_bytes(self) -> int:
-        """What of it training adds to the loaded model."""
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """What lies in it, in bytes: weights, gradients, optimizer_state, activations and others."""
-
-    @property
-    def phase(self) -> str:
-        """Where in a step it is reached."""
 
 
 class Predict(Protocol):

@@ -1,0 +1,22 @@
+"""Arguments and options that several verbs take, the recipe and the flags in its place."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sbft.methods import METHODS
+
+RecipeArgument = Annotated[
+    str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
+]
+ModelOption = Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")]
+DataOption = Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")]
+EvalDataOption = Annotated[str | None, typer.Option(help="Data to measure the result on.")]
+MethodOption = Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")]
+OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and its record.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=100. May be repeated."),
+]

@@ -1,0 +1,63 @@
+"""Attention on the meta device, as the kernels of a device that may not be there would do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbft.training.trainer import PLAIN_ATTENTION_TOKENS
+
+
+def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
+    """What stands in for `torch.nn.functional.scaled_dot_product_attention`: that which the trainer or torch takes.
+
+    On CUDA flash attention where there is no mask, memory-efficient attention where there is one; on a CPU torch's plain
+    attention for short rows, else its flash kernel for CPUs.
+
+    Args:
+        device: "cpu" or "cuda".
+        tokens: length of the rows.
+    """
+    plain = device != "cuda" and tokens <= PLAIN_ATTENTION_TOKENS
+    aten: Any = torch.ops.aten
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        result: Tensor
+        if plain:
+            result, *_ = aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+            return result
+        if enable_gqa and (repeats := query.shape[-3] // key.shape[-3]) > 1:
+            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        if device != "cuda":
+            result, *_ = aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )
+        elif attn_mask is None and query.dtype != torch.float32:
+            result, *_ = aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )
+        else:
+            if attn_mask is not None:
+                attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+            result, *_ = aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+            )
+        return result
+
+    return attention
