@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -77,6 +78,7 @@ def data_problems(suite: Suite) -> list[str]:
 
 
 def _main() -> None:
+    gc.disable()  # a short life, most of it imports, which the collector would walk again and again
     import torch
     import yaml
 

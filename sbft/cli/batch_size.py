@@ -10,7 +10,7 @@ import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.options import DataOption, MethodOption, ModelOption, RecipeArgument
-from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.cli.starting import starting
 
 if TYPE_CHECKING:
     from sbft.planning.batch_size import BatchSizes
@@ -44,12 +44,12 @@ def batch_size(
     Small batches train as well as large ones, so that more than this gains nothing; a few hundred tokens a device are
     where to begin. The model stays as it is.
     """
-    with ctrl_c_ends_at_once():
+    with starting():
         from sbft.recipe import load_recipe, resolve
     with shown_as_a_paragraph(traceback):
         flags = {"model": model, "data": data, "method": method}
         chosen = resolve(load_recipe(recipe, overrides, **flags))
-        with ctrl_c_ends_at_once():
+        with starting():
             from sbft.cli.quiet import quiet_libraries
 
             quiet_libraries()

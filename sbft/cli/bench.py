@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.cli.starting import starting
 
 if TYPE_CHECKING:
     from sbft.bench.plan import Planned
@@ -36,7 +36,7 @@ def bench(
     traceback: TracebackOption = False,
 ) -> None:
     """Compare methods: sbft bench SUITE makes all of its runs, and goes on where it was stopped."""
-    with ctrl_c_ends_at_once():
+    with starting():
         from sbft.bench.plan import listing
         from sbft.bench.suite import find_suite, load_suite, uneven_grids
     with shown_as_a_paragraph(traceback):

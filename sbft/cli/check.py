@@ -16,7 +16,7 @@ from sbft.cli.options import (
     RecipeArgument,
     SetOption,
 )
-from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.cli.starting import starting
 from sbft.methods import METHODS
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def check(
 
     Exit code 0: nothing is wrong; 1: there are warnings; 2: there are errors.
     """
-    with ctrl_c_ends_at_once():
+    with starting():
         from sbft.recipe import load_recipe, resolve
     with shown_as_a_paragraph(traceback):
         from sbft.errors import SbftError
@@ -60,7 +60,7 @@ def check(
                     output_dir=output_dir,
                 )
             )
-            with ctrl_c_ends_at_once():
+            with starting():
                 from sbft.cli.quiet import quiet_libraries
 
                 quiet_libraries()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import starting
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,13 +61,14 @@ def evaluate(
             settings = {"limit": limit, "batch_size": batch_size or 1, "chat_template": chat_template}
             _on_public_tasks(model, harness, harness_tasks, overrides, settings, output, json_output)
             return
+        with starting():
+            from sbft.cli.quiet import quiet_libraries
+
+            quiet_libraries()
+            from sbft.cli.load import load_for_use
+            from sbft.fine_tuning import measure
+
         recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
-        from sbft.cli.quiet import quiet_libraries
-
-        quiet_libraries()
-        from sbft.cli.load import load_for_use
-        from sbft.fine_tuning import measure
-
         rows = _rows(recipe, data)
         loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
         with _memory_suffices(recipe.evaluation.batch_size):
@@ -99,9 +101,14 @@ def _on_public_tasks(
     as_json: bool,
 ) -> None:
     """Measure on tasks of lm-evaluation-harness, print what came out, and keep it beside the model."""
-    from sbft.errors import DataError
-    from sbft.harness import FILE_NAME, load_tasks, read, run_tasks, save
-    from sbft.recipe import load_recipe, resolve
+    with starting():
+        from sbft.cli.quiet import quiet_libraries
+
+        quiet_libraries()
+        from sbft.cli.load import load_for_use
+        from sbft.errors import DataError
+        from sbft.harness import FILE_NAME, load_tasks, read, run_tasks, save
+        from sbft.recipe import load_recipe, resolve
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
@@ -119,12 +126,7 @@ def _on_public_tasks(
     destination = output or (Path(model) / FILE_NAME if Path(model).is_dir() else None)
     if destination is not None:
         read(destination)  # refused now, not after hours
-    from sbft.cli.quiet import quiet_libraries
-
-    quiet_libraries()
     tasks = load_tasks(wanted, folder)
-    from sbft.cli.load import load_for_use
-
     loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
     with _memory_suffices(settings["batch_size"]):
         results = run_tasks(loaded, tokenizer, tasks, **settings)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import starting
 
 
 def generate(
@@ -18,13 +19,14 @@ def generate(
 ) -> None:
     """Print a model's answer to a prompt, put to it as in training; always the likeliest token."""
     with shown_as_a_paragraph(traceback):
-        from sbft.cli.quiet import quiet_libraries
-        from sbft.recipe import load_recipe
+        with starting():
+            from sbft.cli.quiet import quiet_libraries
 
-        quiet_libraries()
-        from sbft.cli.load import load_for_use
-        from sbft.data.format import encode_prompts
-        from sbft.evaluation import generate_answers
+            quiet_libraries()
+            from sbft.cli.load import load_for_use
+            from sbft.data.format import encode_prompts
+            from sbft.evaluation import generate_answers
+            from sbft.recipe import load_recipe
 
         saved = Path(model) / "recipe.yaml"
         recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")

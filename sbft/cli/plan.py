@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.cli.starting import starting
 from sbft.methods import METHODS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def plan(
     Only the model's config is read. All tokens are taken to have a label.
     """
     with shown_as_a_paragraph(traceback):
-        with ctrl_c_ends_at_once():
+        with starting():
             from sbft.cli.quiet import quiet_libraries
 
             quiet_libraries()

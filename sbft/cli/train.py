@@ -17,7 +17,7 @@ from sbft.cli.options import (
     RecipeArgument,
     SetOption,
 )
-from sbft.cli.starting import ctrl_c_ends_at_once
+from sbft.cli.starting import starting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ def train(
     traceback: TracebackOption = False,
 ) -> None:
     """Fine-tune a model: sbft train RECIPE, or sbft train --model M --data D."""
-    with ctrl_c_ends_at_once():
+    with starting():
         from sbft.recipe import load_recipe, resolve
     with shown_as_a_paragraph(traceback):
         chosen = resolve(
@@ -57,7 +57,7 @@ def train(
         if num_processes > 1:
             flags = [flag for flag, given in {"--resume": resume, "--overwrite": overwrite}.items() if given]
             raise typer.Exit(_train_in_parallel(chosen, flags, num_processes))
-        with ctrl_c_ends_at_once():
+        with starting():
             from sbft.cli.quiet import quiet_libraries
 
             quiet_libraries()

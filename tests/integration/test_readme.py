@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from sbft.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -57,16 +60,21 @@ def test_the_first_python_example_is_ten_lines_of_code():
     assert len(lines) <= 10
 
 
-def test_commands_of_the_command_line_run_in_their_order(folder, tiny_dir):
+def test_commands_of_the_command_line_run_in_their_order(folder, tiny_dir, monkeypatch):
+    """All in this process, which has its imports behind it: test_cli_train.py and others start processes."""
+    monkeypatch.chdir(folder)
     for command in commands():
         words = shlex.split(command)
         if words[0] == "bash":
             continue
+        assert words[0] == "sbft"
         if words[1] == "train":
             words += ["--set", f"model={tiny_dir}", "--set", "data.max_length=128"]
         if words[1] == "bench":  # test_bench.py runs suites
             words += ["--dry-run"]
-        out = run(words, folder)
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, f"{command}\n{done.output}"
+        out = done.output
         if words[1] == "recipes" and words[2] == "ls":
             assert "questions" in out
     record = json.loads((folder / "runs" / "mine" / "run.json").read_text())
