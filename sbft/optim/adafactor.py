@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sbft.optim.base import Average, TokenOptimizer
 from sbft.optim.kernels import backend_for
+from sbft.optim.sharding import Shard, zeros_beside
 
 _FACTORED_FROM = 128
 _SECOND_MOMENT = Average("second_moment_half_life", "beta2")
@@ -98,20 +99,24 @@ class Adafactor(TokenOptimizer):
         return (self.clock.steps + 1.0) ** -group["beta2"]
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        def zeros(shape: torch.Size | tuple[int, ...]) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=param.device)
-
         if state:
             return
         if param.ndim >= 2 and min(param.shape[-2:]) >= _FACTORED_FROM:
-            state["row"] = zeros(param.shape[:-1])
-            state["column"] = zeros(param.shape[:-2] + param.shape[-1:])
+            state["row"] = zeros_beside(param, param.shape[:-1])
+            # Sums over rows, which may lie on several ranks: then each of these has the average of all.
+            state["column"] = zeros_beside(param, param.shape[:-2] + param.shape[-1:], cut=param.ndim > 2)
         else:
-            state["second_moment"] = zeros(param.shape)
-        state["mass"] = zeros(())
+            state["second_moment"] = zeros_beside(param, param.shape)
+        state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
     def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Tensor],
+        key: tuple[int, int] | None,
+        shard: Shard | None,
     ) -> float | Tensor:
         version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
         settings = {
@@ -122,6 +127,7 @@ class Adafactor(TokenOptimizer):
             "eps": group["eps"],
             "weight_decay": group["weight_decay"],
             "key": key,
+            "shard": shard,
         }
         known = square_sum if version == (param.data_ptr(), param._version) else None
         kernels = backend_for(param.device)

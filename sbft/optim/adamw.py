@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sbft.optim.base import Average, TokenOptimizer
 from sbft.optim.kernels import backend_for
+from sbft.optim.sharding import Shard, zeros_beside
 
 _FIRST_MOMENT = Average("first_moment_half_life", "beta1", default_beta=0.9)
 _SECOND_MOMENT = Average("second_moment_half_life", "beta2")
@@ -73,15 +74,21 @@ class AdamW(TokenOptimizer):
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         if not state:
-            state["second_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["second_moment"] = zeros_beside(param, param.shape)
             state["first_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["second_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
         if self._average_weight(group, _FIRST_MOMENT) < 1.0 and "first_moment" not in state:
-            state["first_moment"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["first_moment"] = zeros_beside(param, param.shape)
             state["first_mass"].zero_()
 
     def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Tensor],
+        key: tuple[int, int] | None,
+        shard: Shard | None,
     ) -> float | Tensor:
         return backend_for(param.device).adamw(
             param,
@@ -96,4 +103,5 @@ class AdamW(TokenOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             key=key,
+            shard=shard,
         )

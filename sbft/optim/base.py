@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sbft.optim.release import GradientRelease
+from sbft.optim.sharding import Shard, local, shard_of
 from sbft.rounding import noise_key
 from sbft.tokens import FINE_TUNING_HALF_LIFE, debias
 
@@ -237,6 +238,8 @@ class TokenOptimizer(torch.optim.Optimizer):
             return
         if grad.is_sparse:
             raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
+        shard = shard_of(param)
+        grad = local(grad)
         if grad.ndim > 3 and not grad.is_contiguous():
             grad = grad.contiguous()  # channels-last kernels of convolutions: no stack of matrices can be seen in them
         group_index, index = self._positions[param]
@@ -247,7 +250,8 @@ class TokenOptimizer(torch.optim.Optimizer):
         self._updated.add(param)
         state = self.state[param]
         self._init_state(param, group, state)
-        self._square_sums.append(self._update(param, grad, group, state, key))
+        here = {name: local(value) for name, value in state.items()}
+        self._square_sums.append(self._update(local(param), grad, group, here, key, shard))
 
     def initialize_state(self, param: Tensor) -> None:
         """Make now what a parameter's first update would make of its state; `tokens_per_step` has to be set.
@@ -264,9 +268,18 @@ class TokenOptimizer(torch.optim.Optimizer):
         raise NotImplementedError  # abstract
 
     def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Tensor],
+        key: tuple[int, int] | None,
+        shard: Shard | None,
     ) -> float | Tensor:
-        """Update one parameter in place; returns the sum of its squared gradient (no update if that is not finite)."""
+        """Update one parameter in place; returns the sum of its squared gradient (no update if that is not finite).
+
+        Of a parameter that is spread over several processes, the tensors are the parts that lie here.
+        """
         raise NotImplementedError  # abstract
 
     def _close_step(self) -> None:

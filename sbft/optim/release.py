@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from sbft.optim.sharding import is_sharded
+
 if TYPE_CHECKING:
     from sbft.optim.base import TokenOptimizer
 
@@ -22,7 +24,7 @@ class GradientRelease:
     """
 
     def __init__(self, optimizer: TokenOptimizer) -> None:
-        _refuse_replicas()
+        _refuse_replicas(param for group in optimizer.param_groups for param in group["params"])
         self._optimizer = optimizer
         self._handles: list[RemovableHandle] = []
         for group in optimizer.param_groups:
@@ -54,10 +56,13 @@ class GradientRelease:
         self.remove()
 
 
-def _refuse_replicas() -> None:
+def _refuse_replicas(params: Iterable[Tensor]) -> None:
+    """FSDP2 reduces a sharded parameter's gradient before its hooks run; DDP does so after those of a plain one."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    if several and not all(is_sharded(param) for param in params):
         raise RuntimeError(
             "gradient release with several processes would update each replica from its own gradient, before "
-            "DistributedDataParallel averages them: train in one process, or without release_gradients()."
+            "DistributedDataParallel averages them: shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), train in "
+            "one process, or without release_gradients()."
         )

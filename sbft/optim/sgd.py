@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sbft.optim.base import Average, TokenOptimizer
 from sbft.optim.kernels import backend_for
+from sbft.optim.sharding import Shard, zeros_beside
 
 _MOMENTUM = Average("momentum_half_life", "momentum", default_beta=0.0)
 
@@ -57,11 +58,17 @@ class SGD(TokenOptimizer):
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         if not state and self._average_weight(group, _MOMENTUM) < 1.0:
-            state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+            state["momentum"] = zeros_beside(param, param.shape)
             state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
     def _update(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], state: dict[str, Tensor], key: tuple[int, int] | None
+        self,
+        param: Tensor,
+        grad: Tensor,
+        group: dict[str, Any],
+        state: dict[str, Tensor],
+        key: tuple[int, int] | None,
+        shard: Shard | None,
     ) -> float | Tensor:
         return backend_for(param.device).sgd(
             param,
@@ -72,4 +79,5 @@ class SGD(TokenOptimizer):
             lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
             key=key,
+            shard=shard,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbft.planning.heap import Heap
+from sbft.planning.recall import recalled
 
 Phase = tuple[str, int | None]
 """A part of a training step: its name, and the layer where there is one of each."""
@@ -59,7 +60,7 @@ class AllocationTrace(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             return self.answer
         # Its rule for the meta device knows bfloat16 alone, its kernels more.
-        run = _grouped_product if function is torch.ops.aten._grouped_mm.default else function
+        run = _grouped_product if function is torch.ops.aten._grouped_mm.default else recalled(function)
         result = run(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self._write_down(result)

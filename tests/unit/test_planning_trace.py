@@ -45,14 +45,6 @@ def resolved(method: str, *overrides: str, model: str = "random:tiny") -> Recipe
     return resolve(load_recipe(None, list(overrides), model=model, method=method, data="generated:random_text"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_imported_is_collected() -> Iterator[None]:
-    """Every trainer collects garbage when it ends, which takes 0.4 s where all that was imported is looked through."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 # Storages
 
 

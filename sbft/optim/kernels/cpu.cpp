@@ -271,11 +271,33 @@ float step_size(float lr, int relative, float clip_threshold, double count, doub
     return step / clip;
 }
 
+// What part of a parameter the tensors are. `sum` replaces numbers by their sums over all ranks; called by the thread that
+// called us, since it may run Python. Null where the tensors are all of the parameter.
+struct Shard {
+    void (*sum)(double* values, int64_t count);
+    int64_t offset;      // global index of the first element
+    int64_t rows;        // of the whole, where the rows of one matrix lie on several ranks; else as here
+    int64_t count;       // elements of the whole
+    int32_t rows_split;  // whether they do
+};
+
 struct Settings {
     double average_weight, lr, clip_threshold, eps, weight_decay;
     int32_t relative_step, threads;
     Key key;
+    Shard shard;
 };
+
+float global_step_size(const Settings& s, double update_sum, double weight_sum) {
+    double both[2] = {update_sum, weight_sum};
+    if (s.shard.sum) s.shard.sum(both, 2);
+    return step_size((float)s.lr, s.relative_step, (float)s.clip_threshold, (double)s.shard.count, both[0], both[1]);
+}
+
+double global_sum(const Settings& s, double value) {
+    if (s.shard.sum) s.shard.sum(&value, 1);
+    return (float)value;
+}
 
 // One matrix or a stack of them, second moment factored
 
@@ -283,16 +305,20 @@ template <class W, class G>
 double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* row,
                           float* column, float* mass, double* weight_sum, const Settings& s) {
     const int64_t count = stack * rows * columns;
+    const Shard& shard = s.shard;
     const int64_t budget = std::max<int64_t>(512 << 10, count * (int64_t)sizeof(W) / 200);
     const Parts parts = Parts::of_matrices(stack, rows, columns, budget);
     const bool gathered = grad.column_stride != 1;
-    Scratch scratch(parts.total * (columns * 4 + 3 * 8 + 512) + stack * (rows + columns) * 4 * 2 + 1024);
+    const int64_t shared = shard.sum ? stack * columns + 2 : 0;
+    Scratch scratch(parts.total * (columns * 4 + 3 * 8 + 512) + stack * (rows + columns) * 4 * 2 + (shared + stack) * 8 + 1024);
     float* column_parts = scratch.take<float>(parts.total * columns);
     double* sums = scratch.take<double>(parts.total);
     double* update_sums = scratch.take<double>(parts.total);
     double* weight_sums = scratch.take<double>(parts.total);
     float* row_factor = scratch.take<float>(stack * rows);  // holds the row sums first
     float* column_factor = scratch.take<float>(stack * columns);
+    double* message = scratch.take<double>(shared);
+    double* row_totals = scratch.take<double>(stack);
     double grad_sum = 0, known_sum = *weight_sum;
     float step = 0;
     const float w_average = (float)s.average_weight, eps = (float)s.eps;
@@ -342,35 +368,50 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
             }
         }
 
-#pragma omp single
-        grad_sum = (float)ordered_sum(sums, parts.total);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < stack * columns; i++) {
+            const float* from = column_parts + i / columns * parts.per_matrix * columns + i % columns;
+            float total = 0;
+            for (int64_t p = 0; p < parts.per_matrix; p++) total += from[p * columns];
+            column_factor[i] = total;
+        }
+
+#pragma omp master
+        {
+            grad_sum = (float)ordered_sum(sums, parts.total);
+            if (shard.sum) {
+                const int64_t split = shard.rows_split ? stack * columns : 0;
+                for (int64_t i = 0; i < split; i++) message[i] = column_factor[i];
+                message[split] = grad_sum;
+                shard.sum(message, split + 1);
+                for (int64_t i = 0; i < split; i++) column_factor[i] = (float)message[i];
+                grad_sum = (float)message[split];
+            }
+        }
+#pragma omp barrier
 
         if (std::isfinite(grad_sum)) {
             // The averages, and what a gradient is multiplied with.
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < stack * columns; i++) {
-                const float* from = column_parts + i / columns * parts.per_matrix * columns + i % columns;
-                float total = 0;
-                for (int64_t p = 0; p < parts.per_matrix; p++) total += from[p * columns];
-                column_factor[i] = total;
-            }
-#pragma omp single
+#pragma omp master
             {
                 average(mass, 1.0f, w_average);
                 for (int64_t i = 0; i < stack * columns; i++) {
-                    average(column + i, column_factor[i] / (float)rows + eps, w_average);
+                    average(column + i, column_factor[i] / (float)shard.rows + eps, w_average);
                     column_factor[i] = 1.0f / std::sqrt(column[i] / *mass);
                 }
                 for (int64_t b = 0; b < stack; b++) {
-                    double total = 0;
                     for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
                         average(row + r, row_factor[r] / (float)columns + eps, w_average);
-                        total += row[r];
+                        row_totals[b] += row[r];
                     }
-                    const float mean = (float)(total / (double)rows);
+                }
+                if (shard.sum && shard.rows_split) shard.sum(row_totals, stack);
+                for (int64_t b = 0; b < stack; b++) {
+                    const float mean = (float)(row_totals[b] / (double)shard.rows);
                     for (int64_t r = b * rows; r < (b + 1) * rows; r++) row_factor[r] = 1.0f / std::sqrt(row[r] / mean);
                 }
             }
+#pragma omp barrier
 
             // Sum of the squared update, and of the weights where the last update did not leave it.
 #pragma omp for schedule(static)
@@ -399,19 +440,19 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                         }
                         if (s.relative_step && known_sum < 0) {
                             const int64_t origin = (b * rows + r + i) * columns;
-                            weight_sums[p] += square_sum_of_row(weight + origin, columns, origin);
+                            weight_sums[p] += square_sum_of_row(weight + origin, columns, origin + shard.offset);
                         }
                     }
                     update_sums[p] += sum(total[0] + total[1] + (total[2] + total[3]));
                 }
             }
 
-#pragma omp single
+#pragma omp master
             {
                 if (known_sum < 0) known_sum = ordered_sum(weight_sums, parts.total);
-                step = step_size((float)s.lr, s.relative_step, (float)s.clip_threshold, (double)count,
-                                 ordered_sum(update_sums, parts.total), known_sum);
+                step = global_step_size(s, ordered_sum(update_sums, parts.total), known_sum);
             }
+#pragma omp barrier
 
             // The new weights, rounded, and their sum of squares.
 #pragma omp for schedule(static)
@@ -428,7 +469,7 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                         const F16 rf = splat(row_factor[b * rows + r + i]), by = splat(step);
                         W* w = weight + origin;
                         const G* gi = g[i];
-                        weight_sums[p] += store_row(w, columns, origin, s.key, [=](int64_t c, int64_t m) INLINE {
+                        weight_sums[p] += store_row(w, columns, origin + shard.offset, s.key, [=](int64_t c, int64_t m) INLINE {
                             return load_any(w + c, m) * shrink - load_any(gi + c, m) * rf * load_any(cf + c, m) * by;
                         });
                     }
@@ -494,10 +535,11 @@ double square_sum(const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t 
 template <class W, class G>
 double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* moment,
                       float* mass, double* weight_sum, const Settings& s) {
-    const int64_t count = stack * rows * columns, runs = run_count(stack, rows, columns);
+    const int64_t runs = run_count(stack, rows, columns);
     Scratch scratch(2 * (runs * 8 + 64));
     double *sums = scratch.take<double>(runs), *weight_sums = scratch.take<double>(runs);
-    const double grad_sum = square_sum(grad, stack, rows, columns, s.threads, sums);
+    const double grad_sum = global_sum(s, square_sum(grad, stack, rows, columns, s.threads, sums));
+    const int64_t offset = s.shard.offset;
     if (!std::isfinite(grad_sum)) return grad_sum;
     average(mass, 1.0f, (float)s.average_weight);
     const F16 w_average = splat((float)s.average_weight), eps = splat((float)s.eps), by_mass = splat(*mass);
@@ -516,16 +558,15 @@ double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t
             total += u * u;
         }
         sums[p] = sum(total);
-        if (!know) weight_sums[p] = square_sum_of_row(weight + origin, n, origin);
+        if (!know) weight_sums[p] = square_sum_of_row(weight + origin, n, origin + offset);
     });
     if (!know) *weight_sum = ordered_sum(weight_sums, runs);
-    const F16 by = splat(step_size((float)s.lr, s.relative_step, (float)s.clip_threshold, (double)count,
-                                   ordered_sum(sums, runs), *weight_sum));
+    const F16 by = splat(global_step_size(s, ordered_sum(sums, runs), *weight_sum));
     const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
     for_runs(grad, stack, rows, columns, s.threads, [&](int64_t p, int64_t n, int64_t origin, const G* g) {
         W* w = weight + origin;
         const float* v = moment + origin;
-        weight_sums[p] = store_row(w, n, origin, s.key, [=](int64_t j, int64_t m) INLINE {
+        weight_sums[p] = store_row(w, n, origin + offset, s.key, [=](int64_t j, int64_t m) INLINE {
             const F16 u = load_any(g + j, m) / root(load_any(v + j, m) / by_mass);
             return load_any(w + j, m) * shrink - u * by;
         });
@@ -539,7 +580,8 @@ double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, in
              float* second, float* first_mass, float* second_mass, double first_weight, const Settings& s) {
     Scratch scratch(run_count(stack, rows, columns) * 8 + 64);
     double* sums = scratch.take<double>(run_count(stack, rows, columns));
-    const double grad_sum = square_sum(grad, stack, rows, columns, s.threads, sums);
+    const double grad_sum = global_sum(s, square_sum(grad, stack, rows, columns, s.threads, sums));
+    const int64_t offset = s.shard.offset;
     if (!std::isfinite(grad_sum)) return grad_sum;
     average(first_mass, 1.0f, (float)first_weight);
     average(second_mass, 1.0f, (float)s.average_weight);
@@ -549,7 +591,7 @@ double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, in
     for_runs(grad, stack, rows, columns, s.threads, [&](int64_t, int64_t n, int64_t origin, const G* g) {
         W* w = weight + origin;
         float *m1 = first ? first + origin : nullptr, *m2 = second + origin;
-        store_row(w, n, origin, s.key, [=](int64_t j, int64_t m) INLINE {
+        store_row(w, n, origin + offset, s.key, [=](int64_t j, int64_t m) INLINE {
             const F16 gradient = load_any(g + j, m);
             F16 v = load_any(m2 + j, m), mean = gradient;
             v += (gradient * gradient - v) * w2;
@@ -571,7 +613,8 @@ double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int6
            float* mass, const Settings& s) {
     Scratch scratch(run_count(stack, rows, columns) * 8 + 64);
     double* sums = scratch.take<double>(run_count(stack, rows, columns));
-    const double grad_sum = square_sum(grad, stack, rows, columns, s.threads, sums);
+    const double grad_sum = global_sum(s, square_sum(grad, stack, rows, columns, s.threads, sums));
+    const int64_t offset = s.shard.offset;
     if (!std::isfinite(grad_sum)) return grad_sum;
     if (momentum) average(mass, 1.0f, (float)s.average_weight);
     const F16 by_mass = splat(momentum ? *mass : 1.0f), w_average = splat((float)s.average_weight);
@@ -579,7 +622,7 @@ double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int6
     for_runs(grad, stack, rows, columns, s.threads, [&](int64_t, int64_t n, int64_t origin, const G* g) {
         W* w = weight + origin;
         float* m1 = momentum ? momentum + origin : nullptr;
-        store_row(w, n, origin, s.key, [=](int64_t j, int64_t m) INLINE {
+        store_row(w, n, origin + offset, s.key, [=](int64_t j, int64_t m) INLINE {
             F16 u = load_any(g + j, m);
             if (m1) {
                 F16 mean = load_any(m1 + j, m);
@@ -603,15 +646,16 @@ struct Call {  // packed by cpu.py
     void* weight;
     const void* grad;
     float *row, *column, *first, *second, *mass, *second_mass;
-    int64_t stack, rows, columns, stack_stride, row_stride, column_stride;
+    void (*sum)(double*, int64_t);
+    int64_t stack, rows, columns, stack_stride, row_stride, column_stride, offset, all_rows, all_count;
     double weight_sum, average_weight, first_weight, lr, clip_threshold, eps, weight_decay;
-    int32_t is_bf16, relative_step, threads, stochastic;
+    int32_t is_bf16, relative_step, threads, stochastic, rows_split;
     uint32_t key_first, key_second;
 };
 
 static Settings settings(const Call& c) {
     return {c.average_weight, c.lr, c.clip_threshold, c.eps, c.weight_decay, c.relative_step, c.threads,
-            {c.key_first, c.key_second, c.stochastic != 0}};
+            {c.key_first, c.key_second, c.stochastic != 0}, {c.sum, c.offset, c.all_rows, c.all_count, c.rows_split}};
 }
 
 #define FOR_DTYPES(CALL)                                    \

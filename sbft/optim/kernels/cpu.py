@@ -26,6 +26,7 @@ from torch import Tensor
 from sbft.cache import cache_dir
 from sbft.optim.kernels import reference
 from sbft.optim.kernels.reference import Key
+from sbft.optim.sharding import Shard
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 # -O1 with inlining measured as fast as -O2 and -O3 here (the vectors are explicit) and compiles in two thirds of the time.
@@ -37,11 +38,12 @@ _ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake 
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
-# The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 25 fields one
+# The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 30 fields one
 # by one takes longer than updating a layer norm.
-_CALL = struct.Struct("@8P6q7d4i2I")
+_CALL = struct.Struct("@9P9q7d5i2I")
 _WEIGHT_SUM = struct.Struct("@d")
-_WEIGHT_SUM_OFFSET = struct.calcsize("@8P6q")
+_WEIGHT_SUM_OFFSET = struct.calcsize("@9P9q")
+_SUM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
 class CompilerMissing(Exception):
@@ -138,7 +140,30 @@ def _share_openmp_runtime() -> None:
 
 def _covers(weight: Tensor, grad: Tensor) -> bool:
     """Whether the compiled code can do this update; otherwise the reference does."""
-    return library() is not None and weight.is_contiguous() and grad.dtype == weight.dtype
+    usual = weight.is_contiguous() and grad.dtype == weight.dtype and weight.numel() > 0
+    return usual and library() is not None
+
+
+class _SumOverRanks:
+    """`Shard.sum` as a function that compiled code may call. What goes wrong in it is raised by `check`."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._error: BaseException | None = None
+        self._function = _SUM(self._sum)  # must live as long as it may be called
+        self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def _sum(self, address: int, count: int) -> None:
+        values = torch.frombuffer((ctypes.c_double * count).from_address(address), dtype=torch.float64)
+        try:
+            self._shard.all_reduce(values)
+        except BaseException as error:  # it cannot pass through compiled code
+            self._error = error
+            values.fill_(float("nan"))
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def _run(
@@ -146,6 +171,7 @@ def _run(
     weight: Tensor,
     grad: Tensor,
     key: Key,
+    shard: Shard | None,
     *,
     row: Tensor | None = None,
     column: Tensor | None = None,
@@ -173,17 +199,25 @@ def _run(
     count = weight.numel()
     threads = min(torch.get_num_threads(), count // _ELEMENTS_PER_THREAD) or 1
     tensors = (weight, grad, row, column, first, second, mass, second_mass)
+    sums, whole, rows_split = None, (0, geometry[1], count), False
+    if shard is not None:
+        sums, rows_split = _SumOverRanks(shard), shard.rows_split
+        whole = (shard.offset, shard.shape[0] if rows_split else geometry[1], shard.count)
     call = ctypes.create_string_buffer(
         _CALL.pack(
             *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+            0 if sums is None else sums.address,
             *geometry,
+            *whole,
             *(weight_sum, average_weight, first_weight, lr, clip_threshold, eps, weight_decay),
-            *(weight.dtype == torch.bfloat16, relative_step, threads, key is not None),
+            *(weight.dtype == torch.bfloat16, relative_step, threads, key is not None, rows_split),
             *(key or (0, 0)),
         ),
         _CALL.size,
     )
     grad_square_sum: float = getattr(library(), function)(call)
+    if sums is not None:
+        sums.check()
     torch.autograd.graph.increment_version(weight)
     (new_sum,) = _WEIGHT_SUM.unpack_from(call, _WEIGHT_SUM_OFFSET)
     return grad_square_sum, new_sum if new_sum >= 0 else None
@@ -198,14 +232,24 @@ def adafactor_factored(
     weight_square_sum: float | None,
     *,
     key: Key,
+    shard: Shard | None = None,
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
     """See `reference.adafactor_factored`."""
     if not _covers(weight, grad):
-        return reference.adafactor_factored(weight, grad, row, column, mass, None, key=key, **settings)
+        return reference.adafactor_factored(weight, grad, row, column, mass, None, key=key, shard=shard, **settings)
     known = -1.0 if weight_square_sum is None else weight_square_sum
     return _run(
-        "sbft_adafactor_factored", weight, grad, key, row=row, column=column, mass=mass, weight_sum=known, **settings
+        "sbft_adafactor_factored",
+        weight,
+        grad,
+        key,
+        shard,
+        row=row,
+        column=column,
+        mass=mass,
+        weight_sum=known,
+        **settings,
     )
 
 
@@ -217,13 +261,16 @@ def adafactor_full(
     weight_square_sum: float | None,
     *,
     key: Key,
+    shard: Shard | None = None,
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
     """See `reference.adafactor_full`."""
     if not _covers(weight, grad):
-        return reference.adafactor_full(weight, grad, second_moment, mass, None, key=key, **settings)
+        return reference.adafactor_full(weight, grad, second_moment, mass, None, key=key, shard=shard, **settings)
     known = -1.0 if weight_square_sum is None else weight_square_sum
-    return _run("sbft_adafactor_full", weight, grad, key, second=second_moment, mass=mass, weight_sum=known, **settings)
+    return _run(
+        "sbft_adafactor_full", weight, grad, key, shard, second=second_moment, mass=mass, weight_sum=known, **settings
+    )
 
 
 def adamw(
@@ -236,16 +283,17 @@ def adamw(
     *,
     second_weight: float,
     key: Key,
+    shard: Shard | None = None,
     **settings: Any,
 ) -> float | Tensor:
     """See `reference.adamw`."""
     if not _covers(weight, grad):
         return reference.adamw(
             weight, grad, first_moment, second_moment, first_mass, second_mass, second_weight=second_weight, key=key,
-            **settings,
+            shard=shard, **settings,
         )  # fmt: skip
     return _run(
-        "sbft_adamw", weight, grad, key, first=first_moment, second=second_moment, mass=first_mass,
+        "sbft_adamw", weight, grad, key, shard, first=first_moment, second=second_moment, mass=first_mass,
         second_mass=second_mass, average_weight=second_weight, **settings,
     )[0]  # fmt: skip
 
@@ -258,9 +306,14 @@ def sgd(
     *,
     momentum_weight: float,
     key: Key,
+    shard: Shard | None = None,
     **settings: Any,
 ) -> float | Tensor:
     """See `reference.sgd`."""
     if not _covers(weight, grad):
-        return reference.sgd(weight, grad, momentum, mass, momentum_weight=momentum_weight, key=key, **settings)
-    return _run("sbft_sgd", weight, grad, key, first=momentum, mass=mass, average_weight=momentum_weight, **settings)[0]
+        return reference.sgd(
+            weight, grad, momentum, mass, momentum_weight=momentum_weight, key=key, shard=shard, **settings
+        )
+    return _run(
+        "sbft_sgd", weight, grad, key, shard, first=momentum, mass=mass, average_weight=momentum_weight, **settings
+    )[0]

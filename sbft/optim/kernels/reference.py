@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sbft.optim.sharding import Shard
 from sbft.rounding import noise_from_key, stochastic_round
 
 BLOCK_ELEMENTS = 1 << 13
@@ -58,7 +59,7 @@ def matrices(tensor: Tensor) -> Tensor:
 def blocks(shape: torch.Size) -> Iterator[Block]:
     """Cut a (B, R, C) shape into blocks of at most `BLOCK_ELEMENTS` elements, in order of their global index."""
     stack, rows, columns = shape
-    row_step, column_step = max(1, BLOCK_ELEMENTS // max(columns, 1)), min(columns, BLOCK_ELEMENTS)
+    row_step, column_step = max(1, BLOCK_ELEMENTS // max(columns, 1)), max(1, min(columns, BLOCK_ELEMENTS))
     for b in range(stack):
         for r in range(0, rows, row_step):
             for c in range(0, columns, column_step):
@@ -80,10 +81,11 @@ def average_(average: Tensor, value: Tensor, weight: float) -> Tensor:
     return average.add_((value - average).mul_(weight))
 
 
-def store_(weight: Tensor, block: Block, values: Tensor, key: Key) -> None:
+def store_(weight: Tensor, block: Block, values: Tensor, key: Key, shard: Shard | None) -> None:
     """Write float32 `values` into a block of a (B, R, C) weight, rounded as its dtype and the key ask."""
     if weight.dtype == torch.bfloat16 and key is not None:
-        noise = noise_from_key(key, block.count, block.offset, weight.device)
+        offset = block.offset + (0 if shard is None else shard.offset)
+        noise = noise_from_key(key, block.count, offset, weight.device)
         values = stochastic_round(values, noise.view(values.shape))
     weight[block.index].copy_(values)
 
@@ -127,16 +129,27 @@ def row_and_column_sums(grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update_factors(
-    row: Tensor, column: Tensor, mass: Tensor, row_sum: Tensor, column_sum: Tensor, average_weight: float, eps: float
+    row: Tensor,
+    column: Tensor,
+    mass: Tensor,
+    row_sum: Tensor,
+    column_sum: Tensor,
+    average_weight: float,
+    eps: float,
+    shard: Shard | None,
 ) -> tuple[Tensor, Tensor]:
     """Take the sums into the averages (in place) and return what a gradient is multiplied with, by row and by column.
 
     `row` and `row_sum` are (B, R), `column` and `column_sum` (B, C), all float32; so are the two factors.
     """
+    rows = row.shape[1] if shard is None else shard.shape[-2]
     average_(row, row_sum / column.shape[1] + eps, average_weight)
-    average_(column, column_sum / row.shape[1] + eps, average_weight)
+    average_(column, column_sum / rows + eps, average_weight)
     average_(mass, torch.ones_like(mass), average_weight)
-    return 1.0 / square_root(row / row.mean(dim=1, keepdim=True)), 1.0 / square_root(column / mass)
+    total = row.sum(dim=1, keepdim=True)
+    if shard is not None and shard.rows_split:
+        (total,) = shard.sum(total)
+    return 1.0 / square_root(row / (total / rows)), 1.0 / square_root(column / mass)
 
 
 def factored_update(grad: Tensor, row_factor: Tensor, column_factor: Tensor) -> Callable[[Block], Tensor]:
@@ -150,12 +163,18 @@ def factored_update(grad: Tensor, row_factor: Tensor, column_factor: Tensor) -> 
 
 
 def apply_(
-    weight: Tensor, update: Callable[[Block], Tensor], step: Tensor | float, shrink: float, key: Key, want_sum: bool
+    weight: Tensor,
+    update: Callable[[Block], Tensor],
+    step: Tensor | float,
+    shrink: float,
+    key: Key,
+    shard: Shard | None,
+    want_sum: bool,
 ) -> Tensor | None:
     """`weight = weight * shrink - step * update`, rounded; returns the sum of the squared new weights if wanted."""
     square_sum = torch.zeros((), dtype=torch.float32, device=weight.device) if want_sum else None
     for block in blocks(weight.shape):
-        store_(weight, block, weight[block.index].float() * shrink - update(block) * step, key)
+        store_(weight, block, weight[block.index].float() * shrink - update(block) * step, key, shard)
         if square_sum is not None:
             square_sum += weight[block.index].float().square().sum()
     return square_sum
@@ -176,6 +195,7 @@ def adafactor_factored(
     eps: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Adafactor with a second moment factored over the last two dimensions (arXiv 1804.04235, algorithm 4).
 
@@ -193,20 +213,26 @@ def adafactor_factored(
         eps: added to the squared gradient.
         weight_decay: decoupled: the weight shrinks by `lr * weight_decay`.
         key: noise key, or None.
+        shard: what part of the parameter this is, or None.
 
     Returns:
-        Sum of the squared gradient; and of the squared new weights, if `relative_step`.
+        Sum of the squared gradient; and of the squared new weights here, if `relative_step`.
     """
     w, g = matrices(weight), matrices(grad)
-    row, column = row.view(-1, w.shape[1]), column.view(-1, w.shape[2])
+    # A rank may have none of the rows, and has the averages of all columns nevertheless.
+    row, column = row.view(w.shape[:2]), column.view(w.shape[0], w.shape[2])
     row_sum, column_sum = row_and_column_sums(g)
     grad_square_sum = row_sum.sum()
+    if shard is not None and shard.rows_split:
+        column_sum, grad_square_sum = shard.sum(column_sum, grad_square_sum)
+    elif shard is not None:
+        (grad_square_sum,) = shard.sum(grad_square_sum)
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum, weight_square_sum
-    factors = update_factors(row, column, mass, row_sum, column_sum, average_weight, eps)
+    factors = update_factors(row, column, mass, row_sum, column_sum, average_weight, eps, shard)
     update = factored_update(g, *factors)
     return grad_square_sum, _step_and_apply(
-        w, update, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key
+        w, update, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, shard
     )
 
 
@@ -224,13 +250,14 @@ def adafactor_full(
     eps: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Adafactor with a second moment per element, for vectors and small matrices.
 
     `second_moment` is float32 of the weight's shape, contiguous; everything else as in `adafactor_factored`.
     """
     w, g, v = matrices(weight), matrices(grad), matrices(second_moment)
-    grad_square_sum = sum_of_squares(g.shape, lambda block: g[block.index].float(), g.device)
+    grad_square_sum = _gradient_square_sum(g, shard)
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum, weight_square_sum
     for block in blocks(v.shape):
@@ -241,8 +268,13 @@ def adafactor_full(
         return g[block.index].float() / square_root(v[block.index] / mass)
 
     return grad_square_sum, _step_and_apply(
-        w, update, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key
+        w, update, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, shard
     )
+
+
+def _gradient_square_sum(grad: Tensor, shard: Shard | None) -> Tensor:
+    total = sum_of_squares(grad.shape, lambda block: grad[block.index].float(), grad.device)
+    return total if shard is None else shard.sum(total)[0]
 
 
 def _step_and_apply(
@@ -254,12 +286,18 @@ def _step_and_apply(
     clip_threshold: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None,
 ) -> Tensor | None:
     update_square_sum = sum_of_squares(w.shape, update, w.device)
     if relative_step and weight_square_sum is None:
         weight_square_sum = sum_of_squares(w.shape, lambda block: w[block.index].float(), w.device)
-    step = step_size(lr, relative_step, clip_threshold, w.numel(), update_square_sum, weight_square_sum)
-    return apply_(w, update, step, 1.0 - lr * weight_decay, key, relative_step)
+    count = w.numel()
+    if shard is not None:
+        count = shard.count
+        known = torch.zeros_like(update_square_sum) if weight_square_sum is None else weight_square_sum
+        update_square_sum, weight_square_sum = shard.sum(update_square_sum, known)
+    step = step_size(lr, relative_step, clip_threshold, count, update_square_sum, weight_square_sum)
+    return apply_(w, update, step, 1.0 - lr * weight_decay, key, shard, relative_step)
 
 
 # AdamW and SGD
@@ -279,6 +317,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> Tensor:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101); `first_moment=None` means that beta1 is zero.
 
@@ -295,13 +334,14 @@ def adamw(
         eps: added to the root of the second moment.
         weight_decay: decoupled.
         key: noise key, or None.
+        shard: what part of the parameter this is, or None.
 
     Returns:
         Sum of the squared gradient.
     """
     w, g, v = matrices(weight), matrices(grad), matrices(second_moment)
     m = None if first_moment is None else matrices(first_moment)
-    grad_square_sum = sum_of_squares(g.shape, lambda block: g[block.index].float(), g.device)
+    grad_square_sum = _gradient_square_sum(g, shard)
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum
     average_(first_mass, torch.ones_like(first_mass), first_weight)
@@ -313,7 +353,7 @@ def adamw(
         mean = gradient if m is None else average_(m[block.index], gradient, first_weight) / first_mass
         return mean / (square_root(v[block.index] / second_mass) + eps)
 
-    apply_(w, update, lr, 1.0 - lr * weight_decay, key, want_sum=False)
+    apply_(w, update, lr, 1.0 - lr * weight_decay, key, shard, want_sum=False)
     return grad_square_sum
 
 
@@ -327,6 +367,7 @@ def sgd(
     lr: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Stochastic gradient descent, with the gradient's bias-corrected average in its place where `momentum` is given.
 
@@ -339,16 +380,17 @@ def sgd(
         lr: learning rate.
         weight_decay: decoupled.
         key: noise key, or None.
+        shard: what part of the parameter this is, or None.
 
     Returns:
         Sum of the squared gradient.
     """
     w, g = matrices(weight), matrices(grad)
-    grad_square_sum = sum_of_squares(g.shape, lambda block: g[block.index].float(), g.device)
+    grad_square_sum = _gradient_square_sum(g, shard)
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum
     if momentum is None:
-        apply_(w, lambda block: g[block.index].float(), lr, 1.0 - lr * weight_decay, key, want_sum=False)
+        apply_(w, lambda block: g[block.index].float(), lr, 1.0 - lr * weight_decay, key, shard, want_sum=False)
         return grad_square_sum
     assert mass is not None
     m = matrices(momentum)
@@ -357,5 +399,5 @@ def sgd(
     def update(block: Block) -> Tensor:
         return average_(m[block.index], g[block.index].float(), momentum_weight) / mass
 
-    apply_(w, update, lr, 1.0 - lr * weight_decay, key, want_sum=False)
+    apply_(w, update, lr, 1.0 - lr * weight_decay, key, shard, want_sum=False)
     return grad_square_sum

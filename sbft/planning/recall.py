@@ -1,0 +1,91 @@
+"""Operations on the meta device, each worked out once: the layers of a model ask for the same ones again and again.
+
+Torch finds the shape of most results in Python, which takes some tenths of a millisecond; looking one up takes a tenth of
+that.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOST = 1 << 16
+_makers: dict[Hashable, Callable[[], Any]] = {}
+
+
+class _NotRecalled(Exception):
+    """What an operation takes or gives cannot be looked up."""
+
+
+@functools.cache
+def recalled(function: Any) -> Callable[..., Any]:
+    """An operation of torch that remembers what its results on the meta device look like.
+
+    One that writes to its arguments, or whose results share memory with them, is returned as it is.
+    """
+    schema = function._schema
+    if schema.is_mutable or any(one.alias_info is not None for one in schema.returns):
+        as_it_is: Callable[..., Any] = function
+        return as_it_is
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            key = (function, _key(args), _key(tuple(kwargs.items())))
+            make = _makers.get(key)
+        except (_NotRecalled, TypeError):  # TypeError: something without a hash
+            return function(*args, **kwargs)
+        if make is not None:
+            return make()
+        result = function(*args, **kwargs)
+        try:
+            make = _maker(result, {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))})
+        except _NotRecalled:
+            return result
+        if len(_makers) >= _MOST:
+            _makers.clear()
+        _makers[key] = make
+        return result
+
+    return run
+
+
+def _key(value: Any) -> Hashable:
+    """All of an argument that a result can depend on."""
+    if isinstance(value, Tensor):
+        if value.device.type != "meta":
+            raise _NotRecalled
+        return (Tensor, value.shape, value.stride(), value.dtype)
+    if isinstance(value, (tuple, list)):
+        return tuple(_key(one) for one in value)
+    return (type(value), value)  # True == 1 == 1.0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _maker(result: Any, taken: set[int]) -> Callable[[], Any]:
+    """What makes another like it: tensors with memory of their own (`taken` are the storages of the arguments), numbers."""
+    if isinstance(result, Tensor):
+        shape, strides = result.shape, result.stride()
+        storage = result.untyped_storage()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        whole = storage.nbytes() == (span if result.numel() else 0) * result.element_size()
+        if result.device.type != "meta" or not whole or storage._cdata in taken:
+            raise _NotRecalled
+        taken.add(storage._cdata)
+        return functools.partial(torch.empty_strided, shape, strides, dtype=result.dtype, device="meta")
+    if isinstance(result, (tuple, list)):
+        kind, makers = type(result), [_maker(one, taken) for one in result]
+        return lambda: kind(make() for make in makers)
+    if result is None or isinstance(result, (int, float)):
+        return lambda: result
+    raise _NotRecalled

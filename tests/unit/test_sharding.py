@@ -1,0 +1,169 @@
+"""Updates of parameters that lie on several ranks, against the update of the whole."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbft.optim.kernels import cpu, reference
+from sbft.optim.sharding import Shard
+from sbft.rounding import noise_key
+
+KEY = noise_key(1, 2, 3)
+BACKENDS = {"reference": reference, "cpu": cpu}
+ADAFACTOR = {"average_weight": 0.3, "relative_step": True, "clip_threshold": 1.0, "eps": 1e-30}
+COMMON = {"lr": 1e-2, "weight_decay": 0.1}
+# Rows that do not divide by the ranks, fewer rows than ranks (where factored), stacks of matrices, and lines.
+SHAPES = [(130, 129), (513, 200), (128, 300), (3, 128, 130), (70_001,), (5,), (3, 4, 5)]
+
+
+class Ranks:
+    """As many ranks as threads, which meet to add tensors up."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._barrier = threading.Barrier(count, timeout=30)
+        self._here: list[Tensor] = [torch.empty(0)] * count
+        self.messages = 0
+
+    def all_reduce(self, rank: int) -> Callable[[Tensor], None]:
+        def add(tensor: Tensor) -> None:
+            self._here[rank] = tensor.clone()
+            self._barrier.wait()
+            assert len({(one.shape, one.dtype) for one in self._here}) == 1
+            total = torch.stack(self._here).sum(0)
+            self._barrier.wait()
+            tensor.copy_(total)
+            if rank == 0:
+                self.messages += 1
+
+        return add
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What `work(rank)` gives on every rank."""
+        results: list[Any] = [None] * self.count
+
+        def one(rank: int) -> None:
+            try:
+                results[rank] = work(rank)
+            except BaseException as error:
+                results[rank] = error
+                self._barrier.abort()
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        errors = [result for result in results if isinstance(result, BaseException)]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return results
+
+
+def update(kernels: Any, rule: str, weight: Tensor, grad: Tensor, shard: Shard | None, whole: torch.Size) -> Tensor:
+    """The sum of the squared gradient after two updates of `weight`, in place."""
+    settings: dict[str, Any] = {**COMMON, "key": KEY, "shard": shard}
+    mass, total = torch.zeros(()), torch.zeros(())
+    factored = rule == "adafactor" and len(whole) > 1 and min(whole[-2:]) >= 128
+    state = [torch.zeros(weight.shape), torch.zeros(weight.shape)]
+    if factored:
+        state = [torch.zeros(weight.shape[:-1]), torch.zeros(weight.shape[:-2] + weight.shape[-1:])]
+    known = None
+    for _ in range(2):
+        if factored:
+            total, known = kernels.adafactor_factored(weight, grad, *state, mass, known, **ADAFACTOR, **settings)
+        elif rule == "adafactor":
+            total, known = kernels.adafactor_full(weight, grad, state[0], mass, known, **ADAFACTOR, **settings)
+        elif rule == "adamw":
+            second_mass = torch.zeros(()) + mass
+            total = kernels.adamw(
+                weight, grad, *state, mass, second_mass, first_weight=0.1, second_weight=0.02, eps=1e-8, **settings
+            )
+        else:
+            total = kernels.sgd(weight, grad, None, None, momentum_weight=1.0, **settings)
+    return torch.as_tensor(float(total))
+
+
+def parts(tensor: Tensor, ranks: int) -> list[Tensor]:
+    """As FSDP2 cuts: equal chunks along the first dimension, the last ones shorter or empty."""
+    size = -(-tensor.shape[0] // ranks)
+    return [tensor[rank * size : (rank + 1) * size].clone() for rank in range(ranks)]
+
+
+def offset(tensor: Tensor, ranks: int, rank: int) -> int:
+    size = -(-tensor.shape[0] // ranks)
+    return min(rank * size, tensor.shape[0]) * tensor[:1].numel()
+
+
+def on_ranks(kernels: list[Any], rule: str, weight: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor], int]:
+    ranks = Ranks(len(kernels))
+    weights, grads = parts(weight, ranks.count), parts(grad, ranks.count)
+
+    def work(rank: int) -> Tensor:
+        torch.set_num_threads(1)
+        shard = Shard(offset(weight, ranks.count, rank), weight.shape, ranks.all_reduce(rank))
+        return update(kernels[rank], rule, weights[rank], grads[rank], shard, weight.shape)
+
+    totals = ranks.run(work)
+    return torch.cat(weights), totals, ranks.messages
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rule", ["adafactor", "adamw", "sgd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_make_the_update_of_the_whole(
+    backend: str, rule: str, shape: tuple[int, ...], ranks: int
+) -> None:
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight, grad = (torch.randn(shape, generator=generator) for _ in range(2))
+    kernels = BACKENDS[backend]
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = weight.to(dtype, copy=True)
+        total = update(kernels, rule, expected, grad.to(dtype), None, expected.shape)
+        found, totals, _ = on_ranks([kernels] * ranks, rule, weight.to(dtype), grad.to(dtype))
+        assert all(torch.equal(one, totals[0]) for one in totals)
+        torch.testing.assert_close(totals[0], total, rtol=1e-5, atol=0)
+        if rule == "adafactor" and dtype == torch.float32:
+            # Sums in another order: some float32 steps of the update, which is a hundredth of the weight.
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        elif rule == "adafactor":
+            # Rounded up or down by the same noise, but where a number lies that close to the border.
+            different = found != expected
+            assert different.float().mean() < 1e-3
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(found, expected)
+
+
+def test_backends_may_be_mixed_for_one_that_has_no_rows_uses_the_reference() -> None:
+    weight, grad = torch.randn(130, 140), torch.randn(130, 140)
+    whole = weight.clone()
+    update(cpu, "adafactor", whole, grad, None, weight.shape)
+    found, _, messages = on_ranks([cpu, reference], "adafactor", weight, grad)
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-7)
+    assert messages == 2 * 3  # in each update: column sums, row means, and the sums that make the step
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
+    weight, grad = torch.randn(130, 140), torch.randn(130, 140)
+    grad[129, 3] = torch.inf
+    for rule in ("adafactor", "adamw", "sgd"):
+        for kernels in BACKENDS.values():
+            found, totals, _ = on_ranks([kernels] * 2, rule, weight, grad)
+            assert torch.equal(found, weight) and not any(torch.isfinite(total) for total in totals)
+
+
+def test_an_error_between_ranks_is_raised_and_not_lost_in_compiled_code() -> None:
+    def fail(tensor: Tensor) -> None:
+        raise RuntimeError("the other rank is gone")
+
+    weight = torch.randn(130, 140)
+    with pytest.raises(RuntimeError, match="the other rank is gone"):
+        update(cpu, "adafactor", weight[:65].clone(), weight[:65], Shard(0, weight.shape, fail), weight.shape)
