@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ TIGHT = 0.95
 """A prediction over this share of the memory may be too low by as much as is left."""
 _MULTIPLE = 16  # of tokens, that the collator pads to
 _CLOSE_ENOUGH = 0.02
-_STRAIGHT = 6
+_CURVES = 12
 _DATA = "my.jsonl"
 
 
@@ -128,39 +129,45 @@ def longest_that_fits(
     """The longest sequence whose need is no more than the memory, to within 2 % below; it was itself tried.
 
     Args:
-        needed: bytes for so many tokens, which grow with them.
+        needed: bytes for so many tokens: the highest of the needs of some phases, each of which grows with the tokens or
+            with their square.
         memory_bytes: what there is.
         at_most: the most tokens that come into question.
         known: needs that are known already, by tokens.
     """
     known = dict(known or {})
-
-    def fits(tokens: int) -> bool:
-        if tokens not in known:
-            known[tokens] = needed(tokens)
-        return known[tokens] <= memory_bytes
-
-    low = max((tokens for tokens in known if fits(tokens) and tokens <= at_most), default=0)
-    high = min((tokens for tokens in known if not fits(tokens)), default=at_most)
-    if not low:
-        low = min(_MULTIPLE, at_most)
-        if not fits(low):
-            return None
-    high = min(high, at_most)
-    if fits(high):
-        return high
     for tries in itertools.count():
+        low = max((tokens for tokens, need in known.items() if need <= memory_bytes and tokens <= at_most), default=0)
+        high = min((tokens for tokens, need in known.items() if need > memory_bytes), default=at_most + 1)
+        high = min(high, at_most + 1)
         step = max(round(_CLOSE_ENOUGH * low), _MULTIPLE)
-        if high - low <= step:
-            break
-        # Where a straight line would end, which is nearly right; halving ends the search where it is not.
-        share = (memory_bytes - known[low]) / max(known[high] - known[low], 1) if tries < _STRAIGHT else 0.5
-        guess = (low + round((high - low) * share)) // _MULTIPLE * _MULTIPLE
-        guess = max(min(guess, high - step), low + step)
-        if guess >= high:
-            break
-        if fits(guess):
-            low = guess
-        else:
-            high = guess
-    return low
+        if low == at_most or high - low <= (step if high <= at_most else 1):
+            return low or None
+        crossing = _crossing(known, memory_bytes) if tries < _CURVES else (low + high) / 2
+        guess = min(int(crossing), high - 1)
+        if guess < at_most:
+            guess = guess // _MULTIPLE * _MULTIPLE
+            # A little apart from what is known, so that every try tells something.
+            guess = max(min(guess, high - step), low + step if low else min(_MULTIPLE, at_most))
+        if guess in known:
+            return low or None
+        known[guess] = needed(guess)
+    raise AssertionError
+
+
+def _crossing(known: dict[int, int], memory_bytes: int) -> float:
+    """Where the need would reach the memory, by the parabola through the three known lengths whose need is the nearest: the
+    need of every phase is such a one."""
+    nearest = sorted(known, key=lambda tokens: abs(known[tokens] - memory_bytes))[:3]
+    if len(nearest) < 2:
+        tokens = nearest[0] if nearest else _MULTIPLE
+        return tokens * 2 if known.get(tokens, 0) <= memory_bytes else tokens / 2
+    x, *others = nearest
+    slopes = [(known[other] - known[x]) / (other - x) for other in others]
+    bend = 0.0 if len(others) == 1 else (slopes[1] - slopes[0]) / (others[1] - others[0])
+    slope = slopes[0] - bend * (others[0] - x)
+    rest = memory_bytes - known[x]
+    root = slope**2 + 4 * bend * rest
+    if slope <= 0 or root < 0:
+        return x * 2 if rest > 0 else x / 2
+    return x + 2 * rest / (slope + math.sqrt(root))

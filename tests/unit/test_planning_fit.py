@@ -21,15 +21,16 @@ GIB = 2**30
     fixed=st.integers(0, 50_000),
     each=st.integers(1, 400),
     squared=st.sampled_from([0, 0, 1e-3, 0.05]),
+    other=st.tuples(st.integers(0, 500_000), st.integers(0, 50)),
     memory=st.integers(1, 4_000_000),
     at_most=st.integers(2, 200_000),
     first=st.integers(2, 5_000),
 )
 def test_the_longest_sequence_was_tried_fits_and_is_close_to_the_limit(
-    fixed: int, each: int, squared: float, memory: int, at_most: int, first: int
+    fixed: int, each: int, squared: float, other: tuple[int, int], memory: int, at_most: int, first: int
 ) -> None:
     def needed(tokens: int) -> int:
-        return fixed + each * tokens + round(squared * tokens**2)
+        return max(fixed + each * tokens + round(squared * tokens**2), other[0] + other[1] * tokens)
 
     tried = {first: needed(first)}
 
@@ -45,6 +46,8 @@ def test_the_longest_sequence_was_tried_fits_and_is_close_to_the_limit(
     step = max(16, 0.02 * found)
     assert found == at_most or needed(round(found + step + 17)) > memory or found + step + 17 > at_most
     assert len(tried) < 60
+    if other == (0, 0) and first < at_most:
+        assert len(tried) <= 10  # a parabola is known by three lengths
 
 
 def test_a_length_beyond_the_models_own_is_never_the_answer() -> None:
