@@ -69,8 +69,13 @@ class Row:
 ROWS = [
     *(Row("smollm2", method, tokens) for tokens in (64, 256) for method in METHODS if method != "qlora"),
     *(Row("smollm2", method, 1024, chosen) for method in ("sbft", "lora", "adam") for chosen in (False, True)),
-    *(Row("smollm2", method, 256, True) for method in ("sbft", "lora")),
+    *(Row("smollm2", method, 1024) for method in ("sgd", "adam-accum", "adam8bit", "hf-adafactor")),
+    Row("smollm2", "sgd", 1024, True),
+    *(Row("smollm2", method, 256, True) for method in ("sbft", "lora", "adam")),
     *(Row("smollm2-untied", method, tokens) for method in ("sbft", "lora", "adam") for tokens in (64, 1024)),
+    *(Row("smollm2-untied", method, 64) for method in ("sgd", "adam-accum", "adam8bit", "hf-adafactor")),
+    *(Row("smollm2-untied", method, 256) for method in ("sbft", "lora")),
+    Row("smollm2-untied", "sbft", 1024, True),
     *(
         Row(shape, method, 256)
         for shape in ("llama", "qwen3", "gemma3", "mixtral")

@@ -106,7 +106,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _rename(temporary: Path, destination: Path) -> None:
-    os.chmod(temporary, 0o755)
+    os.chmod(temporary, 0o755)  # nosec B103  # weights of a public model, in a cache that others may read
     try:
         os.rename(temporary, destination)
     except OSError:

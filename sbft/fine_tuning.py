@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from sbft.data.collate import Collator
 from sbft.data.format import FormatReport
 from sbft.data.sources import Splits
-from sbft.errors import MissingPackageError, TrainingError
+from sbft.errors import Interrupted, MissingPackageError
 from sbft.evaluation import evaluate
 from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
 from sbft.methods import METHODS
@@ -25,8 +25,8 @@ from sbft.planning.check import expected_memory, warnings_in_brief
 from sbft.quantization import scales_bytes, write_note
 from sbft.recipe import Recipe, resolve
 from sbft.training.card import write_card
-from sbft.training.checkpoints import MarkComplete, cut_off_checkpoints, find_checkpoint
-from sbft.training.failures import failures_recorded, resume_command
+from sbft.training.checkpoints import describe_damage, find_checkpoint, go_back_to
+from sbft.training.failures import Stage, failures_recorded, resume_command
 from sbft.training.interrupt import StopBetweenSteps
 from sbft.training.methods import prepare_model, training_arguments
 from sbft.training.output import (
@@ -34,12 +34,19 @@ from sbft.training.output import (
     check_nothing_needed_is_removed,
     check_output_folder,
     check_same_recipe,
+    checkpoint_to_resume,
 )
 from sbft.training.prepared import evaluation_rows, prepare, rendering
 from sbft.training.record import UNFINISHED, RunRecord, git_commit, quantiles, versions
+from sbft.training.saving import saved_whole
+from sbft.training.selection import LogWhereEvaluated, held_out_examples, held_out_part
 from sbft.training.trainer import SmallBatchTrainer
 
 PREDICTIONS_FILE = "predictions.jsonl"
+_CHOSEN_ON_EVALUATION = (
+    "the best checkpoint is chosen by the data that the result is reported on, which makes the result look better than "
+    "it is. Write data.validation, or data.validation_size, to choose it by other data"
+)
 Say = Callable[[str], None]
 
 
@@ -74,16 +81,23 @@ def run(
         check_nothing_needed_is_removed(folder, recipe)
     if resume:
         check_same_recipe(folder, recipe)
+    checkpoint, damaged = checkpoint_to_resume(folder) if resume else (None, {})
     record = _begin(recipe)
     arguments = training_arguments(recipe, folder)
     output = RunFolder(folder, resume, main=arguments.process_index == 0)
+    if checkpoint is not None and damaged:
+        say(f"Warning: {describe_damage(damaged, checkpoint)}")
     say(f"Reading {recipe.data.train}")
     prepared = prepare(recipe, arguments)
+    part = held_out_part(prepared)
+    arguments.per_device_eval_batch_size = recipe.evaluation.batch_size
     tokenizer, splits, report = prepared.tokenizer, prepared.splits, prepared.report
     say(_describe(report, splits))
     prediction, of_memory = expected_memory(prepared)
     for line in warnings_in_brief(prepared, of_memory):
         say(line)
+    if part == "eval" and arguments.load_best_model_at_end:
+        say(f"Warning: {_CHOSEN_ON_EVALUATION}")
     if prediction is not None:
         record.memory["predicted_peak"] = prediction.peak_bytes
         record.memory["predicted_above_baseline"] = prediction.above_model_bytes
@@ -96,18 +110,20 @@ def run(
             model=model,
             args=arguments,
             train_dataset=prepared.examples,
+            eval_dataset=held_out_examples(prepared, part),
             data_collator=Collator(tokenizer.pad_token_id),
             processing_class=tokenizer,
-            callbacks=[*callbacks, stop, MarkComplete()],
+            callbacks=[*callbacks, stop, LogWhereEvaluated()],
         )
         trainer.remove_callback(PrinterCallback)
         _describe_in_record(record, recipe, model, arguments.world_size, report, splits)
-        checkpoint = _checkpoint_to_resume(folder, say) if resume else None
         former = _former_record(folder) if resume else None
         if former is not None:
             record.metrics_before, record.train_s = former.metrics_before, former.train_s
             record.total_s = former.total_s
         output.begin(recipe)
+        if checkpoint is not None and output.main:
+            go_back_to(checkpoint, damaged)
         output.save(record)
         rows = evaluation_rows(splits)
         if rows is not None and recipe.evaluation.before and not record.metrics_before:
@@ -120,14 +136,21 @@ def run(
             say(f"All steps are done in {checkpoint}")
             _take_over(trainer, checkpoint, record, former)
         else:
-            _train(trainer, stop, checkpoint, output, record, former, say)
+            _train(trainer, stop, checkpoint, output, record, former, stage, say)
+        best = trainer.state.best_model_checkpoint if arguments.load_best_model_at_end else None
+        if best is not None:
+            say(f"The model of {Path(best).name} is kept: its loss on the {part} data was the lowest")
         # Before anything is measured: hours of training are not lost to what goes wrong there.
-        if output.main and recipe.save_model:
+        if recipe.save_model and not output.main and recipe.distributed is not None:
+            model.save_pretrained(folder, is_main_process=False)  # it has a part of every weight
+        elif output.main and recipe.save_model:
             _save(model, tokenizer, recipe, folder)
             record.saved_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         stage.trained, stage.kept = True, recipe.save_model
         output.save(record)
         if rows is not None:
+            if stop.requested:
+                raise KeyboardInterrupt(stop.signal)  # it came in the last step
             say("Measuring the trained model")
             stage.evaluating = True
             predictions = folder / PREDICTIONS_FILE if output.main else None
@@ -162,11 +185,12 @@ def _unsupported_is_a_result(recipe: Recipe, record: RunRecord, output: RunFolde
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     quantization = METHODS[recipe.method].quantization
-    if quantization is not None:
-        write_note(folder, quantization)
+    with saved_whole(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if quantization is not None:
+            write_note(part, quantization)
 
 
 def _begin(recipe: Recipe) -> RunRecord:
@@ -236,10 +260,11 @@ def _describe(report: FormatReport, splits: Splits) -> str:
 def _train(
     trainer: SmallBatchTrainer,
     stop: StopBetweenSteps,
-    checkpoint: str | None,
+    checkpoint: Path | None,
     output: RunFolder,
     record: RunRecord,
     former: RunRecord | None,
+    stage: Stage,
     say: Say,
 ) -> None:
     """The training loop, and everything about it that is measured."""
@@ -248,7 +273,11 @@ def _train(
     peak = PeakMemory(trainer.args.device)
     try:
         with peak, stop:
-            outcome = trainer.train(resume_from_checkpoint=checkpoint)
+            outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception:
+        # The trainer takes the wish back when it is fulfilled.
+        stage.evaluating = stage.within_training = trainer.control.should_evaluate
+        raise
     finally:
         elapsed = time.perf_counter() - begin
         record.train_s = (record.train_s or 0.0) + elapsed
@@ -271,31 +300,27 @@ def _train(
     # The trainer's is the mean over this session's steps, and nobody has kept the losses of those before.
     record.train_loss = None if checkpoint is not None else outcome.training_loss
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-        raise TrainingError(
-            f"Stopped by Ctrl-C after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies "
-            f"in {find_checkpoint(output.folder)}. To go on, type: {resume_command(record, output)}"
+        raise Interrupted(
+            stop.signal,
+            f" after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies in "
+            f"{find_checkpoint(output.folder)}. To go on, type: {resume_command(record, output)}",
         )
 
 
-def _checkpoint_to_resume(folder: Path, say: Say) -> str | None:
-    checkpoint = find_checkpoint(folder)
-    if cut_off := cut_off_checkpoints(folder):
-        names = ", ".join(path.name for path in cut_off)
-        say(f"Warning: {names} was cut off while being written; going on from {checkpoint} instead")
-    return checkpoint
-
-
-def _all_steps_done(trainer: SmallBatchTrainer, checkpoint: str) -> bool:
+def _all_steps_done(trainer: SmallBatchTrainer, checkpoint: Path) -> bool:
     """Whether a checkpoint is that of the last step, after which the trainer's loop would make one more."""
     *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     return state.global_step >= max_steps
 
 
-def _take_over(trainer: SmallBatchTrainer, checkpoint: str, record: RunRecord, former: RunRecord | None) -> None:
+def _take_over(trainer: SmallBatchTrainer, checkpoint: Path, record: RunRecord, former: RunRecord | None) -> None:
     """The weights of a checkpoint with nothing left to train, and what its run has measured of the training."""
-    trainer._load_from_checkpoint(checkpoint)
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    state = trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
+    else:
+        trainer._load_from_checkpoint(str(checkpoint))
     record.steps = state.global_step
     record.tokens, record.skipped_steps = trainer.counted_in(state) or (0, 0)
     record.history = _history(state)
@@ -309,9 +334,16 @@ def _take_over(trainer: SmallBatchTrainer, checkpoint: str, record: RunRecord, f
 
 
 def _history(state: TrainerState) -> list[dict[str, float]]:
-    """What was logged in steps, those before a resumed checkpoint too, which keeps them."""
+    """What was logged in steps, those before a resumed checkpoint too, which keeps them; and the loss on held-out data
+    (`eval_loss`) where it was measured.
+    """
     names = {"step": "step", "tokens": "tokens_seen", "loss": "loss", "learning_rate": "learning_rate"}
-    return [{name: entry[key] for name, key in names.items()} for entry in state.log_history if "loss" in entry]
+    history = [{name: entry[key] for name, key in names.items()} for entry in state.log_history if "loss" in entry]
+    measured = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    for entry in history:
+        if entry["step"] in measured:
+            entry["eval_loss"] = measured[entry["step"]]
+    return history
 
 
 def _keep_the_higher_peak(record: RunRecord, former: RunRecord) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbft.builtin import convert, find_gguf
 from sbft.cache import cache_dir
-from sbft.errors import MissingPackageError, ModelError
+from sbft.errors import MissingPackageError, ModelError, SbftError
 from sbft.hub import hub_reachable, hub_state
 from sbft.install import how_to_install
 from sbft.quantization import Quantization, keep_trainable, quantization_config, read_note
@@ -90,7 +90,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=_local_only(folder)
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers package raises Exception itself
         raise _not_loaded(model, folder, error, "tokenizer") from error
     if tokenizer.pad_token_id is None:
         _choose_pad_token(tokenizer)
@@ -117,6 +117,8 @@ def load_model(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     quantization: Quantization | None = None,
+    allow_pickle: bool = False,
+    distributed: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model in one dtype; a folder with a LoRA adapter loads its base with the adapter on it.
 
@@ -127,17 +129,21 @@ def load_model(
         attn_implementation: "sdpa", "eager", ...; transformers' choice when None.
         quantization: "nf4" to hold the linear layers in 4 bits, as the base of an adapter; needs bitsandbytes. An adapter
             that was trained on such a base loads it so by itself.
+        allow_pickle: read weights that are stored as a pickle where there are no safetensors. A pickle is a program;
+            torch's reader (`weights_only=True`, always) runs only the part of it that makes tensors.
+        distributed: `fsdp_size` and `dp_replicate_size` of transformers' DistributedConfig: every process reads its
+            shards of the weights alone.
 
     Returns:
         The model on the CPU, in evaluation mode; one of random weights is made on the device that it is trained on.
 
     Raises:
         ModelError: no such model, the hub cannot be reached, no causal language model, weights missing in the
-            checkpoint, or float16 asked for.
+            checkpoint, weights in a pickle, or float16 asked for.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
 
     if dtype == torch.float16:
         raise ModelError(
@@ -147,16 +153,35 @@ def load_model(
         )
     if is_random(model) and quantization is not None:
         raise ModelError(f"The model {model} has random weights, which are not held in 4 bits. Take another method.")
+    if is_random(model) and distributed is not None:
+        raise ModelError(f"The model {model} has random weights, which are not sharded. Give a checkpoint.")
     if is_random(model):
         return random_model(model, dtype=dtype, device=training_device(), attn_implementation=attn_implementation)
     folder = resolve(model)
     _check_folder(model, folder)
+    if not allow_pickle:
+        _refuse_pickle(model, Path(folder))
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file() and not (Path(folder) / "config.json").is_file():
-        quantization = quantization or read_note(Path(folder))
-        return _load_adapter(folder, adapter, dtype, trust_remote_code, attn_implementation, quantization)
+        if distributed is not None:
+            raise ModelError(
+                f"{model} holds an adapter, which is not sharded. Merge it first: sbft export {model} --to DIR"
+            )
+        return _load_adapter(
+            folder,
+            adapter,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            quantization=quantization or read_note(Path(folder)),
+            allow_pickle=allow_pickle,
+        )
     local_only = _local_only(folder)
-    _causal_config(model, folder, trust_remote_code, local_only)
+    config = _causal_config(model, folder, trust_remote_code, local_only)
+    if not allow_pickle and str(config.to_dict().get("transformers_weights", "")).endswith(".bin"):
+        raise _pickled(model, "its config.json names a .bin file")
+    # transformers would else ask a public service, with the user's token, to make safetensors of a hub id's pickle.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         with_report: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -165,9 +190,15 @@ def load_model(
             attn_implementation=attn_implementation,
             local_files_only=local_only,
             quantization_config=None if quantization is None else quantization_config(quantization, dtype),
+            distributed_config=None if distributed is None else DistributedConfig(**distributed),
+            # True refuses all else; None prefers safetensors.
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+    except (MemoryError, SbftError):
+        raise
+    except Exception as error:  # of transformers, safetensors, torch and the model's own class
         raise _not_loaded(model, folder, error, "model") from error
     loaded, report = with_report
     if missing := sorted(report["missing_keys"]):
@@ -177,7 +208,7 @@ def load_model(
         )
     if quantization is not None:
         keep_trainable(loaded)
-    if not torch.accelerator.is_available():
+    if not torch.accelerator.is_available() and distributed is None:
         _own_weights(loaded)
     result: PreTrainedModel = loaded.eval()
     return result
@@ -193,34 +224,42 @@ def _own_weights(model: PreTrainedModel) -> None:
         parameter.data = parameter.data.clone()
 
 
-def _load_adapter(
-    folder: str,
-    config: Path,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    attn_implementation: str | None,
-    quantization: Quantization | None,
-) -> PreTrainedModel:
+def _load_adapter(folder: str, config: Path, *, quantization: Quantization | None, **how: Any) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise MissingPackageError(
             f"{folder} holds a LoRA adapter, which needs the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
-    loaded = load_model(
-        _base_of_adapter(folder, config),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        quantization=quantization,
-    )
+    loaded = load_model(_base_of_adapter(folder, config), quantization=quantization, **how)
     adapted: Any = PeftModel.from_pretrained(loaded, folder)
     result: PreTrainedModel = adapted.eval()
     return result
 
 
+def _refuse_pickle(model: str, folder: Path) -> None:
+    """Refuse a folder whose weights are there as a pickle only; of a hub id transformers looks itself."""
+    for stem in ("pytorch_model", "adapter_model"):
+        pickles = sorted(folder.glob(f"{stem}*.bin*"))
+        safe = "model" if stem == "pytorch_model" else stem
+        if pickles and not any(folder.glob(f"{safe}*.safetensors*")):
+            raise _pickled(model, pickles[0].name)
+
+
+def _pickled(model: str, found: str) -> ModelError:
+    return ModelError(
+        f"The weights of {model} are stored as a pickle ({found}), which is a program that runs while it is read. Give a "
+        "checkpoint in the safetensors format; or, if you trust the source of this one, set allow_pickle: true in the "
+        "recipe or add --allow-pickle."
+    )
+
+
 def _base_of_adapter(folder: str, config: Path) -> str:
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The file {config} cannot be read as JSON: {error}.") from error
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not base:
         raise ModelError(
             f"The adapter in {folder} does not say which model it was trained on. Set base_model_name_or_path in "
@@ -283,7 +322,7 @@ def _causal_config(model: str, folder: str, trust_remote_code: bool, local_only:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=local_only
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # of transformers, the hub's client and the config's own class
         raise _not_loaded(model, folder, error, "model") from error
     kind, settings = type(config), config.to_dict()
     own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
@@ -310,9 +349,11 @@ def _not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelEr
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         return ModelError(
-            f"The {what} {model} comes with its own Python code. Read it, and if you trust it set "
-            "trust_remote_code: true."
+            f"The {what} {model} comes with its own Python code. Read it, and if you trust it add --trust-remote-code, or "
+            "set trust_remote_code: true in the recipe."
         )
+    if "cannot be loaded with `safetensors`" in reason:
+        return _pickled(model, "it has no model.safetensors")
     if Path(folder).is_dir():
         return ModelError(f"The {what} in the folder {model} could not be loaded: {reason[:400]}")
     builtin = f"The built-in model needs no hub: model: {_PREFIX}{next(iter(BUILTIN))}"

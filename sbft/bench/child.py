@@ -22,7 +22,7 @@ def main() -> None:
         # It may have ended before the line above.
         if os.getppid() != runner:
             sys.exit("The runner has ended.")
-    os.execv(sys.executable, [sys.executable, "-m", "sbft", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "sbft", *arguments])  # nosec B606  # this very Python
 
 
 main()

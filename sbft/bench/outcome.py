@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 from pathlib import Path
 
@@ -14,15 +13,16 @@ from sbft.bench.runs import (
     LOG_FILE,
     PROCESS_FILE,
     RECIPE_FILE,
-    STOPPED,
     Run,
     run_folder,
     stored_record,
     was_stopped,
 )
 from sbft.bench.suite import Suite
+from sbft.errors import Interrupted
 from sbft.install import how_to_install
 from sbft.methods import METHODS
+from sbft.training.checkpoints import remove_checkpoints
 from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord, git_commit, versions
 
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -98,8 +98,7 @@ def tidy(suite: Suite, folder: Path) -> RunRecord | None:
         for path in folder.iterdir():
             if path.is_file() and not any(path.match(pattern) for pattern in _KEPT):
                 path.unlink()
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    remove_checkpoints(folder)
     recipe_beside(folder).unlink(missing_ok=True)
     # Last: while the log lies beside the folder, the next runner takes the run for one that is still to be tidied.
     if log_beside(folder).exists():
@@ -137,7 +136,7 @@ def _how_it_ended(code: int, log: Path) -> tuple[str, str]:
         )
     if code in (-signal.SIGTERM, -signal.SIGINT):
         # While it loaded, before it listened; a run that is over its time does not come here.
-        return "error", f"{STOPPED} or SIGTERM."
+        return "error", str(Interrupted(-code))
     if code < 0:
         return "error", f"The process was ended by {signal.Signals(-code).name}.{_last_lines(log)}"
     if paragraph := _error_paragraph(log):

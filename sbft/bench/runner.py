@@ -20,7 +20,7 @@ from sbft.bench.plan import Planned, is_wanted, plan
 from sbft.bench.process import Active, held_locks, log_beside, start, try_lock
 from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.bench.suite import Suite
-from sbft.errors import RecipeError, TrainingError
+from sbft.errors import Interrupted, RecipeError, signal_of
 from sbft.recipe.schema import Recipe
 from sbft.training.record import UNFINISHED, RunRecord
 
@@ -49,18 +49,19 @@ def run_suite(
         gpus: what CUDA_VISIBLE_DEVICES calls each GPU; each run gets one. Empty: the runs share the CPU.
 
     Raises:
-        TrainingError: if it was stopped by Ctrl-C or SIGTERM.
+        Interrupted: if it was stopped by Ctrl-C or SIGTERM.
     """
     runner = _Runner(suite, folder, progress, only, jobs, gpus)
     try:
         with _sigterm_is_ctrl_c():
             runner.work()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         runner.stop()
         done = sum(one.record is not None for one in plan(suite, folder))
-        raise TrainingError(
-            f"Stopped by Ctrl-C with {done} run{'s' * (done != 1)} finished; what was cut off will be made from its "
-            "beginning. To go on, type the same command again."
+        raise Interrupted(
+            signal_of(interrupt),
+            f" with {done} run{'s' * (done != 1)} finished; what was cut off will be made from its "
+            "beginning. To go on, type the same command again.",
         ) from None
     finally:
         runner.stop()
@@ -164,7 +165,7 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     former = signal.signal(signal.SIGTERM, interrupt)
     try:

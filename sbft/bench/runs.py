@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from sbft.bench.suite import Suite, load_suite
+from sbft.bench.suite import Suite, load_suite, model_folder
 from sbft.recipe.defaults import complete
 from sbft.recipe.schema import Recipe
 from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord
@@ -22,8 +21,8 @@ LOG_FILE = "log.txt"
 RECIPE_FILE = "recipe.yaml"
 PROCESS_FILE = "process.json"
 """How long the process of a run took, from its start to its end, how it ended, how many ran at once, and on what."""
-STOPPED = "Stopped by Ctrl-C"
-"""How the error of a run begins that somebody told to stop, by SIGTERM too: see sbft.training.failures."""
+STOPPED = ("Stopped by Ctrl-C", "Stopped by SIGTERM")
+"""How the error of a run begins that somebody told to stop: see sbft.errors.Interrupted."""
 Phase = Literal["validation", "test"]
 
 
@@ -78,11 +77,6 @@ class Run:
 def run_name(prefix: str, task: str, variant: str, rate: str, phase: str, seed: int) -> str:
     """The name of a run from its parts."""
     return f"{prefix}{task}/{variant}/lr={rate}/{phase}-seed={seed}"
-
-
-def model_folder(model: str) -> str:
-    """A model's name as that of a folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.removeprefix("builtin:")).strip("-.")
 
 
 def prefix(suite: Suite, model: str) -> str:

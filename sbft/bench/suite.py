@@ -39,6 +39,11 @@ _FOR_ALL = {
 """Keys and sections that are the same for all methods of a suite, or it would compare nothing, and where they stand."""
 
 
+def model_folder(model: str) -> str:
+    """A model's name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.removeprefix("builtin:")).strip("-.")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
@@ -227,6 +232,7 @@ def _contradictions(suite: Suite) -> Iterator[tuple[Key, str]]:
         for name in names:
             if not _FOLDER_NAME.fullmatch(name):
                 yield (section, name), "names a folder: expected letters, digits, dots, dashes and underscores alone."
+    yield from _model_problems(suite.models)
     for name in ("seeds", "search_seeds"):
         if len(set(getattr(suite, name))) < len(getattr(suite, name)):
             yield (name,), f"is {getattr(suite, name)}, which holds a seed twice. Keep one."
@@ -243,6 +249,25 @@ def _contradictions(suite: Suite) -> Iterator[tuple[Key, str]]:
     for name, task in suite.tasks.items():
         for text in _task_problems(suite, task.data):
             yield ("tasks", name, "data"), text
+
+
+def _model_problems(models: list[str]) -> Iterator[tuple[Key, str]]:
+    """Models whose runs could not lie in a folder of their own below that of the suite; one alone needs none."""
+    folders: dict[str, str] = {}
+    for model in models if len(models) > 1 else ():
+        name = model_folder(model)
+        if not _FOLDER_NAME.fullmatch(name):
+            yield (
+                ("models",),
+                f"holds {model!r}, after which no folder can be named: expected a letter or a digit in it.",
+            )
+        elif name in folders:
+            yield (
+                ("models",),
+                f"holds {folders[name]!r} and {model!r}, whose runs would lie in one folder, {name}. Keep one, or give "
+                "them paths that differ in more than signs.",
+            )
+        folders.setdefault(name, model)
 
 
 def _variant_problems(suite: Suite, name: str) -> Iterator[tuple[Key, str]]:

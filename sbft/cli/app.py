@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sbft.cli import batch_size, bench, check, evaluate, generate, plan, recipes, report, train, version
+from sbft.cli import batch_size, bench, check, evaluate, export, generate, plan, recipes, report, train, version
 from sbft.cli.quiet import quiet_imports
 
 # Without markup the help is plain text, and does not load rich: `sbft --help` answers in half the time.
@@ -29,6 +29,7 @@ app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.command("plan")(plan.plan)
 app.command("batch-size")(batch_size.batch_size)
 app.command("bench")(bench.bench)

@@ -8,6 +8,7 @@ import typer
 
 from sbft.cli.errors import USER_ERROR, TracebackOption, shown_as_a_paragraph
 from sbft.cli.options import (
+    AllowPickleOption,
     DataOption,
     EvalDataOption,
     MethodOption,
@@ -15,6 +16,7 @@ from sbft.cli.options import (
     OutputOption,
     RecipeArgument,
     SetOption,
+    TrustRemoteCodeOption,
 )
 from sbft.cli.starting import starting
 from sbft.methods import METHODS
@@ -36,6 +38,8 @@ def check(
     method: MethodOption = None,
     output_dir: OutputOption = None,
     overrides: SetOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    allow_pickle: AllowPickleOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
@@ -58,6 +62,8 @@ def check(
                     eval_data=eval_data,
                     method=method,
                     output_dir=output_dir,
+                    trust_remote_code=trust_remote_code or None,
+                    allow_pickle=allow_pickle or None,
                 )
             )
             with starting():

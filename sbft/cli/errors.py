@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from sbft.cli.launch import is_silent_rank
-from sbft.errors import SbftError
+from sbft.errors import Interrupted, SbftError, signal_of
+from sbft.redaction import without_secrets
 
 USER_ERROR = 2
 FAULT = 1
@@ -21,15 +22,21 @@ TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show where i
 
 @contextmanager
 def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
-    """Turn an error into a paragraph on stderr and an exit code: 2 if the user can mend it, 1 if sbft must."""
+    """Turn an error into a paragraph on stderr and an exit code: 2 if the user can mend it, 1 if sbft must, 130 or 143 if
+    somebody stopped it by Ctrl-C or SIGTERM.
+    """
     try:
         yield
+    except Interrupted as stopped:
+        _show(str(stopped), traceback)
+        raise typer.Exit(stopped.exit_code) from stopped
     except SbftError as error:
         _show(str(error), traceback)
         raise typer.Exit(USER_ERROR) from error
     except KeyboardInterrupt as interrupt:
-        _show("Stopped by Ctrl-C.", traceback)
-        raise typer.Exit(USER_ERROR) from interrupt
+        at_once = Interrupted(signal_of(interrupt))
+        _show(str(at_once), traceback)
+        raise typer.Exit(at_once.exit_code) from interrupt
     except BrokenPipeError:
         # The reader of the output, such as `head`, has gone: there is nobody left to tell.
         sys.stderr.close()
@@ -50,4 +57,5 @@ def _show(message: str, traceback: bool) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
-    console.print(f"Error: {message}", style="red", markup=False)
+    # The output of a suite's run is kept, as its log.
+    console.print(f"Error: {without_secrets(message)}", style="red", markup=False)

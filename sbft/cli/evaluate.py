@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.load import asked_for
+from sbft.cli.options import AllowPickleOption, TrustRemoteCodeOption
 from sbft.cli.starting import starting
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="JSON file for the results of --harness; by default in the model's folder.")
     ] = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Measure a model: loss, perplexity, and metrics of its generated answers; or public tasks."""
@@ -57,6 +61,8 @@ def evaluate(
             {"--data": data, "--metric": metric, "--predictions": predictions},
             {"--harness-tasks": harness_tasks, "--chat-template": chat_template, "--output": output},
         )
+        # Before what the user has set, and after what a recipe that came with the model says.
+        overrides = [*asked_for(trust_remote_code, allow_pickle), *(overrides or [])]
         if harness is not None:
             settings = {"limit": limit, "batch_size": batch_size or 1, "chat_template": chat_template}
             _on_public_tasks(model, harness, harness_tasks, overrides, settings, output, json_output)
@@ -70,7 +76,9 @@ def evaluate(
 
         recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
         rows = _rows(recipe, data)
-        loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
+        loaded, tokenizer = load_for_use(
+            model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
+        )
         with _memory_suffices(recipe.evaluation.batch_size):
             metrics = measure(recipe, loaded, tokenizer, rows, predictions)
         _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
@@ -114,10 +122,10 @@ def _on_public_tasks(
     if not wanted:
         raise DataError("--harness names no task. Type, for example: --harness gsm8k,arc_easy")
     for change in overrides or []:
-        if change.partition("=")[0].strip() not in ("dtype", "trust_remote_code"):
+        if change.partition("=")[0].strip() not in ("dtype", "trust_remote_code", "allow_pickle"):
             raise DataError(
                 f"--set {change} changes nothing about the tasks of --harness, which bring their own data and prompts. "
-                "Only dtype and trust_remote_code can be set."
+                "Only dtype, trust_remote_code and allow_pickle can be set."
             )
     saved = Path(model) / "recipe.yaml"
     recipe = resolve(
@@ -127,7 +135,9 @@ def _on_public_tasks(
     if destination is not None:
         read(destination)  # refused now, not after hours
     tasks = load_tasks(wanted, folder)
-    loaded, tokenizer = load_for_use(model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code)
+    loaded, tokenizer = load_for_use(
+        model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
+    )
     with _memory_suffices(settings["batch_size"]):
         results = run_tasks(loaded, tokenizer, tasks, **settings)
     if destination is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.options import AllowPickleOption, TrustRemoteCodeOption
 from sbft.cli.starting import starting
 
 
@@ -15,6 +16,8 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
     prompt: Annotated[str, typer.Argument(help="The question.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Print a model's answer to a prompt, put to it as in training; always the likeliest token."""
@@ -30,7 +33,7 @@ def generate(
 
         saved = Path(model) / "recipe.yaml"
         recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
-        loaded, tokenizer = load_for_use(model, trust_remote_code=recipe.trust_remote_code)
+        loaded, tokenizer = load_for_use(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         style = recipe.data
         encoded = encode_prompts(
             [{"prompt": prompt}], tokenizer, chat_template=style.chat_template, system=style.system

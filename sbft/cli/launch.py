@@ -25,7 +25,7 @@ def launch(arguments: list[str], processes: int) -> int:
     Returns:
         The exit code of the first rank that failed, 0 if none did. When one fails, the others are ended; on Ctrl-C,
         which reaches all of them, they are waited for, unless it comes twice. When this process is told to end
-        (SIGTERM), so are they.
+        (SIGTERM), so are they, and they are waited for likewise.
     """
     former = signal.signal(signal.SIGTERM, _leave)
     try:
@@ -35,7 +35,7 @@ def launch(arguments: list[str], processes: int) -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise KeyboardInterrupt(number)
 
 
 def _launch(arguments: list[str], processes: int) -> int:
@@ -44,14 +44,11 @@ def _launch(arguments: list[str], processes: int) -> int:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sbft", *arguments],
-            env={**threads, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
+        for rank in range(processes):
+            environment = {**threads, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen([sys.executable, "-m", "sbft", *arguments], env=environment))
         return _wait(ranks)
     finally:
         _end(ranks)
@@ -66,16 +63,20 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             codes = [process.poll() for process in ranks]
             failed = [code for code in codes if code]
             if None not in codes or (failed and patience <= 0):
-                return 0 if not failed else failed[0] if failed[0] > 0 else 1
+                # A signal that ended a rank comes as its negative number; shells add 128 to it.
+                return 0 if not failed else failed[0] if failed[0] > 0 else 128 - failed[0]
             time.sleep(_POLL_S)
             # A rank that stops on Ctrl-C ends with a code too, while another still writes the checkpoint.
             if failed and not interrupted:
                 patience -= _POLL_S
-        except KeyboardInterrupt:
-            # The terminal has sent it to the ranks too: they end their step, save, and stop.
+        except KeyboardInterrupt as told:
+            # On Ctrl-C the terminal has told the ranks too: they end their step, save, and stop.
             if interrupted:
                 raise
             interrupted = True
+            if told.args:
+                for process in ranks:
+                    process.terminate()
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

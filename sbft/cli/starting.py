@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_USER_ERROR = 2
+_ENDED_BY_CTRL_C = 128 + signal.SIGINT  # as shells have it
 
 
 @contextmanager
@@ -57,4 +57,4 @@ def _end(number: int, frame: FrameType | None) -> None:
     # Not through `sys.exit`, which a library's `except` or a half-made module could swallow.
     if os.environ.get("RANK", "0") == "0":
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"Error: Stopped by Ctrl-C.\n")
-    os._exit(_USER_ERROR)
+    os._exit(_ENDED_BY_CTRL_C)

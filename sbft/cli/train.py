@@ -9,6 +9,7 @@ import typer
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.launch import is_silent_rank
 from sbft.cli.options import (
+    AllowPickleOption,
     DataOption,
     EvalDataOption,
     MethodOption,
@@ -16,6 +17,7 @@ from sbft.cli.options import (
     OutputOption,
     RecipeArgument,
     SetOption,
+    TrustRemoteCodeOption,
 )
 from sbft.cli.starting import starting
 
@@ -36,7 +38,9 @@ def train(
     overrides: SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")] = False,
-    num_processes: Annotated[int, typer.Option(min=1, help="Data-parallel processes on this machine.")] = 1,
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Fine-tune a model: sbft train RECIPE, or sbft train --model M --data D."""
@@ -52,6 +56,8 @@ def train(
                 eval_data=eval_data,
                 method=method,
                 output_dir=output_dir,
+                trust_remote_code=trust_remote_code or None,
+                allow_pickle=allow_pickle or None,
             )
         )
         if num_processes > 1:
@@ -87,11 +93,12 @@ def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
     from sbft.cli.launch import launch
     from sbft.errors import RecipeError
 
-    if recipe.optimizer.gradient_release:
+    if recipe.optimizer.gradient_release and recipe.distributed is None:
         raise RecipeError(
             f"--num-processes is {processes}, but method {recipe.method} releases each gradient during the backward "
-            "pass, before it could be averaged over processes. Leave --num-processes out, or add "
-            "--set optimizer.gradient_release=false."
+            "pass, before it could be averaged over replicas of the model. Add --set "
+            f"distributed.fsdp_size={processes} to shard the model over the processes, --set "
+            "optimizer.gradient_release=false to replicate it, or leave --num-processes out."
         )
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "recipe.yaml"

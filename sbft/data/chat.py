@@ -80,7 +80,8 @@ def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, 
         # Models that can think before they answer are trained and asked without: data has answers, not thoughts.
         # Templates that know no such switch take no notice.
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
-    except TemplateError as error:
+    # A template's own expressions raise these where they take a list of parts for text, or the other way round.
+    except (TemplateError, TypeError, KeyError, IndexError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. Correct the data "

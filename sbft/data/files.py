@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from sbft.data.tables import GrowingTable, dataset_of
 from sbft.errors import DataError
+
+_SCALARS = {str, int, float, bool}
+_LARGEST, _SMALLEST = 2**63 - 1, -(2**63)  # of a whole number in a table
+# Rows are taken in so many at a time, or fewer where their text is longer than so many characters.
+_ROWS, _CHARACTERS = 10_000, 16 << 20
+_PARQUET_BYTES = 16 << 20
+_CSV_FIELD = 2**31 - 1
+# Half of a character beyond U+FFFF, as JSON writes it; alone it is none.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+Row = dict[str, Any]
 
 
 def read_file(path: Path) -> Dataset:
-    """Reads one local file into memory.
+    """Reads one local file; what is large is mapped into memory, not held in it (a `.json` file is, while it is read).
 
     `.jsonl` has one object a line; `.json` one list of objects; `.csv` a header line, all values text; `.parquet` any
     columns; `.txt` gives a column `text` with one row for each document, documents being set apart by blank lines.
@@ -34,9 +47,17 @@ def read_file(path: Path) -> Dataset:
         table = reader(path)
     except UnicodeDecodeError as error:
         raise DataError(f"The file {path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8.") from error
-    if table.num_rows == 0:
+    except PermissionError as error:
+        raise DataError(f"The file {path} cannot be read: {error.strerror}.") from error
+    if table is None or table.num_rows == 0:
         raise DataError(f"The file {path} is empty: it holds no row. Give a file with at least one example.")
-    return Dataset(table)
+    try:
+        return dataset_of(table)
+    except (pa.ArrowException, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise DataError(
+            f"The columns of {path} are of a kind that datasets cannot hold: {_one_line(error)}. Write them as text, "
+            "numbers and lists."
+        ) from error
 
 
 def looks_like_file(source: str) -> bool:
@@ -51,50 +72,90 @@ def _neighbours(path: Path) -> str:
     return f" The folder {path.parent.resolve()} has {', '.join(names[:6])}." if names else ""
 
 
-def _read_json_lines(path: Path) -> pa.Table:
-    objects = []
+def _read_json_lines(path: Path) -> pa.Table | None:
+    return _table(path, lambda: _in_chunks(_json_lines(path)))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[Row, int]]:
+    """The object of each line, and the length of its line."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"Line {number} of {path} is not valid JSON: {error.msg} at column {error.colno}. Expected one "
-                    f"object a line; the line begins {line.strip()[:60]!r}."
-                ) from error
+            value = _json(line, f"Line {number} of {path}", " Expected one object a line")
             if not isinstance(value, dict):
                 raise DataError(
                     f"Line {number} of {path} holds a {type(value).__name__}; expected one JSON object a line, "
                     'like {"prompt": "...", "completion": "..."}.'
                 )
-            objects.append(value)
-    return _table(path, objects)
+            yield value, len(line)
 
 
-def _read_json(path: Path) -> pa.Table:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return pa.table({})
+def _json(text: str, where: str, expected: str = "") -> Any:
+    """The value of a JSON text, of which a table can hold every character.
+
+    Raises:
+        DataError: it is not valid JSON, nested too deep, or holds a number or a character that cannot be read.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = " A file with one object a line is named .jsonl." if error.msg == "Extra data" else ""
+        begins = f"{expected}; the line begins {text.strip()[:60]!r}." if expected else ""
+        hint = " A file with one object a line is named .jsonl." if error.msg == "Extra data" and not expected else ""
+        line = f", line {error.lineno}" if not expected else ""
         raise DataError(
-            f"Line {error.lineno} of {path} is not valid JSON: {error.msg} at column {error.colno}.{hint}"
+            f"{where} is not valid JSON: {error.msg}{line} at column {error.colno}.{begins}{hint}"
         ) from error
+    except RecursionError as error:
+        raise DataError(
+            f"{where} is nested too deep to be read. Give rows of text, or of lists of messages."
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{where} holds a number of too many digits. Write it as text.") from error
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where} holds {error.object[error.start]!r}, half of a character that JSON writes in two, such as "
+                "\\ud83d\\ude00: the text was cut in between. Correct or remove it."
+            ) from error
+    return value
+
+
+def _read_json(path: Path) -> pa.Table | None:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return None
+    value = _json(text, f"The file {path}")
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise DataError(f"The file {path} holds no list of objects; expected [{{...}}, {{...}}], or name it .jsonl.")
-    return _table(path, value)
+    return _table(path, lambda: _in_chunks((one, 0) for one in value))
 
 
-def _read_csv(path: Path) -> pa.Table:
+def _read_csv(path: Path) -> pa.Table | None:
+    with _long_fields():
+        return _table(path, lambda: _in_chunks(_csv_rows(path)))
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Values of any length, where Python's reader takes 131,072 characters."""
+    former = csv.field_size_limit(_CSV_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(former)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[Row, int]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
-        rows = []
+        begins = 1
         try:
             header = reader.fieldnames or []
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"The header of {path} names the column {twice[0]!r} twice. Rename one of them.")
             begins = reader.line_num + 1
             for row in reader:
                 if None in row or None in row.values():
@@ -103,50 +164,140 @@ def _read_csv(path: Path) -> pa.Table:
                         f"columns ({len(header)}). Put values that hold commas in quotation marks, and "
                         "see that each quotation mark is closed."
                     )
-                rows.append(row)
+                yield row, sum(map(len, row.values()))
                 begins = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
                 f"Line {begins} of {path} begins a row that is not valid CSV: {error}. See that each quotation mark "
                 'in it is closed, and those inside a value are doubled ("").'
             ) from error
-    return _table(path, rows)
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _read_parquet(path: Path) -> pa.Table | None:
+    grown = GrowingTable()
     try:
-        return pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"The file {path} is not a readable Parquet file: {error}.") from error
+        # Not mapped, and no part of the file read ahead: both would count as memory of this process.
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(f"The file {path} has two columns called {twice[0]!r}. Rename one of them.")
+            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
+                grown.add(pa.Table.from_batches([batch], schema=file.schema_arrow))
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise DataError(f"The file {path} is not a readable Parquet file: {_one_line(error)}.") from error
+    return grown.finish()
 
 
-def _read_text(path: Path) -> pa.Table:
-    text = path.read_text(encoding="utf-8-sig")
-    documents = [document.strip("\n") for document in re.split(r"\n\s*\n", text.replace("\r\n", "\n"))]
-    return pa.table({"text": pa.array([one for one in documents if one.strip()], type=pa.string())})
+def _rows_at_once(metadata: pq.FileMetaData) -> int:
+    size = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    return min(max(_PARQUET_BYTES * metadata.num_rows // max(size, 1), 1), _ROWS)
 
 
-def _table(path: Path, objects: Iterable[dict[str, Any]]) -> pa.Table:
-    objects = list(objects)
-    names = dict.fromkeys(name for one in objects for name in one)
-    return pa.table({name: _column(path, name, [one.get(name) for one in objects]) for name in names})
+def _read_text(path: Path) -> pa.Table | None:
+    return _table(path, lambda: _in_chunks(({"text": one}, len(one)) for one in _documents(path)))
 
 
-def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
-    kinds = {type(value) for value in values if value is not None}
-    if len(kinds) > 1 and kinds <= {str, int, float, bool}:
-        # "42" in one row and 42 in the next: both are text to a language model.
-        values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        raise DataError(
-            f"The values of {name!r} in {path} are not all of one kind ({error}). "
-            "Give every row the same kind of value."
-        ) from error
+def _documents(path: Path) -> Iterator[str]:
+    document: list[str] = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                document.append(line)
+            elif document:
+                yield "".join(document).strip("\n")
+                document = []
+    if document:
+        yield "".join(document).strip("\n")
 
 
-READERS: dict[str, Callable[[Path], pa.Table]] = {
+def _in_chunks(rows: Iterator[tuple[Row, int]]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    characters = 0
+    for row, length in rows:
+        chunk.append(row)
+        characters += length
+        if len(chunk) == _ROWS or characters >= _CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _table(path: Path, chunks: Callable[[], Iterator[list[Row]]]) -> pa.Table | None:
+    """All rows as one table; they are read a second time where the first ones did not show what kind all are of."""
+    columns = _Columns(path)
+    grown: GrowingTable | None = GrowingTable()
+    for number, rows in enumerate(chunks()):
+        if columns.learn(rows) and number:
+            grown = None
+        if grown is not None:
+            grown.add(columns.table(rows))
+    if grown is None:
+        grown = GrowingTable()
+        for rows in chunks():
+            grown.add(columns.table(rows))
+    return grown.finish()
+
+
+class _Columns:
+    """The columns of a file and what they hold, as far as it has been read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._kinds: dict[str, set[type]] = {}
+        self._types: dict[str, pa.DataType] = {}
+
+    def learn(self, rows: list[Row]) -> bool:
+        """Looks at more rows; says whether a table of what has been read so far would have other columns than before."""
+        before = dict(self._types)
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [value for row in rows if (value := row.get(name)) is not None]
+            kinds = self._kinds.setdefault(name, set())
+            kinds |= set(map(type, values))
+            # A number that no column of numbers can hold is text too.
+            if int in kinds and any(type(value) is int and not _SMALLEST <= value <= _LARGEST for value in values):
+                kinds.add(str)
+            self._types[name] = pa.string() if self._is_text(name) else self._type(name, values)
+        return before != self._types
+
+    def table(self, rows: list[Row]) -> pa.Table:
+        """Rows that it has learned of."""
+        return pa.table({name: self._array(name, [row.get(name) for row in rows]) for name in self._types})
+
+    def _is_text(self, name: str) -> bool:
+        """ "42" in one row and 42 in the next: both are text to a language model."""
+        kinds = self._kinds[name]
+        return kinds == {str} or (len(kinds) > 1 and kinds <= _SCALARS)
+
+    def _type(self, name: str, values: list[Any]) -> pa.DataType:
+        with self._one_kind(name):
+            found = pa.array(values).type
+            known = self._types.get(name, found)
+            schemas = [pa.schema([("", one)]) for one in (known, found)]
+            return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+
+    def _array(self, name: str, values: list[Any]) -> pa.Array:
+        if self._is_text(name):
+            values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+        with self._one_kind(name):
+            return pa.array(values, type=self._types[name])
+
+    @contextmanager
+    def _one_kind(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(
+                f"The values of {name!r} in {self._path} are not all of one kind ({_one_line(error)}). "
+                "Give every row the same kind of value."
+            ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:300]
+
+
+READERS: dict[str, Callable[[Path], pa.Table | None]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,

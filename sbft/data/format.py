@@ -7,6 +7,7 @@ itself, and an answer's prompt is the pieces before it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from datasets import Dataset
 
 from sbft.data.chat import Piece, end_of_turn, render_messages
 from sbft.data.packing import pack
+from sbft.data.tables import GrowingTable, dataset_of, pieces
 from sbft.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """The label of a token that is not trained on; cross entropy leaves it out."""
-
-_CHUNK = 1_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,14 @@ class Rendering:
             "data.prompt and data.completion, data.messages, or data.text."
         )
 
+    def columns(self, kind: str) -> list[str]:
+        """The columns that rows of this kind are read from."""
+        return {
+            "completion": [self.prompt, self.completion],
+            "messages": [self.messages],
+            "text": [self.text],
+        }[kind]
+
     def kind_of_question(self, columns: list[str]) -> str:
         """The same for rows that are only asked: a prompt needs no completion beside it."""
         return "completion" if self.prompt in columns and self.messages not in columns else self.kind(columns)
@@ -94,28 +102,29 @@ class Rendering:
             messages = self._conversation(row)
             return render_messages(messages, tokenizer) if messages else []
         if kind == "text":
-            text = row[self.text]
-            return [Piece(str(text), True)] if text is not None and str(text).strip() else []
-        question, answer = row[self.prompt], row[self.completion]
-        if question is None or answer is None or not str(answer).strip():
+            text = _text(row, self.text)
+            return [Piece(text, True)] if text is not None and text.strip() else []
+        question, answer = _text(row, self.prompt), _text(row, self.completion)
+        if question is None or answer is None or not answer.strip():
             return []
         if self._uses_template(tokenizer):
-            turns = [*self._asked(str(question)), {"role": "assistant", "content": str(answer)}]
+            turns = [*self._asked(question), {"role": "assistant", "content": answer}]
             return render_messages(turns, tokenizer, markers=False)
-        return [Piece(str(question), False), Piece(str(answer), True)]
+        return [Piece(question, False), Piece(answer, True)]
 
     def question_pieces(self, row: dict[str, Any], kind: str, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
         """The pieces that come before the (last) answer of a row: what is given to the model to be answered."""
         if kind == "messages":
             return render_messages(self._without_answer(self._conversation(row)), tokenizer, ask=True)
+        question = _text(row, self.prompt if kind == "completion" else self.text) or ""
         if kind == "completion" and self._uses_template(tokenizer):
-            return render_messages(self._asked(str(row[self.prompt])), tokenizer, ask=True, markers=False)
-        return [Piece(str(row[self.prompt if kind == "completion" else self.text]), False)]
+            return render_messages(self._asked(question), tokenizer, ask=True, markers=False)
+        return [Piece(question, False)]
 
     def question_and_answer(self, row: dict[str, Any], kind: str) -> tuple[str, str]:
         """A row's question and right answer as plain text, for people to read and metrics to compare."""
         if kind == "completion":
-            return str(row[self.prompt]), str(row[self.completion])
+            return _text(row, self.prompt) or "", _text(row, self.completion) or ""
         turns = self._conversation(row)
         asked = self._without_answer(turns)
         answer = turns[-1] if len(turns) > len(asked) else {"content": ""}
@@ -154,10 +163,14 @@ class Rendering:
                 "which .jsonl, .json and .parquet files can hold."
             )
         for message in conversation:
-            if not isinstance(message, dict) or "role" not in message:
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise DataError(
-                    f"A value of {self.messages!r} holds {message!r}; expected a list of messages such as "
+                    f"A value of {self.messages!r} holds {repr(message)[:120]}; expected a list of messages such as "
                     '{"role": "user", "content": "..."}.'
+                )
+            if not isinstance(message.get("content"), str | list | None):
+                raise DataError(
+                    f"A message of {self.messages!r} has the content {str(message['content'])[:120]}; expected text."
                 )
             # Tables fill the keys that a message lacks with None, which templates take for a value.
             known = {key: value for key, value in message.items() if value is not None}
@@ -208,11 +221,12 @@ def format_dataset(
         raise DataError(f"data.max_length is {max_length}; expected at least 2 tokens, or nothing can be predicted.")
     rendering = Rendering(prompt, completion, messages, text, chat_template, system)
     kind = rendering.kind(dataset.column_names)
-    tables: list[pa.Table] = []
+    formatted = GrowingTable()
+    counts = dict.fromkeys(("examples", "tokens", "completion_tokens", "longest"), 0)
     left_out = dict.fromkeys(("dropped", "empty", "unanswered"), 0)
     truncated = 0
-    for start in range(0, dataset.num_rows, _CHUNK):
-        rows = dataset.select(range(start, min(start + _CHUNK, dataset.num_rows)))
+    for columns in pieces(dataset, rendering.columns(kind)):
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         examples: list[tuple[list[int], list[int]]] = []
         for ids, labels in _examples(rows, rendering, kind, tokenizer):
             if reason := _reason_to_leave_out(labels, max_length, kind):
@@ -220,9 +234,12 @@ def format_dataset(
                 continue
             truncated += len(ids) > max_length
             examples.append((ids[:max_length], labels[:max_length]))
-        tables.append(_table(examples))
-    formatted = pa.concat_tables(tables) if tables else _table([])
-    if formatted.num_rows == 0:
+        if examples:
+            table = _table(examples)
+            _count(table, counts)
+            formatted.add(table)
+    whole = formatted.finish()
+    if whole is None:
         reasons = {
             "dropped": f"nothing to train on within data.max_length ({max_length} tokens)",
             "empty": "an empty text, question or answer",
@@ -232,11 +249,11 @@ def format_dataset(
         raise DataError(
             f"No example is left: of {dataset.num_rows} rows {found}. Raise data.max_length, or check the columns."
         )
-    report = _report(formatted, truncated, left_out)
+    report = FormatReport(**counts, truncated=truncated, packed_into=None, **left_out)
     if not packing:
-        return Dataset(formatted), report
-    packed = pack(formatted, max_length)
-    return Dataset(packed), replace(report, packed_into=packed.num_rows)
+        return dataset_of(whole), report
+    packed = pack(whole, max_length)
+    return dataset_of(packed), replace(report, packed_into=packed.num_rows)
 
 
 def encode_prompts(
@@ -322,8 +339,25 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 
+def _text(row: dict[str, Any], column: str) -> str | None:
+    """A value as text; None where it is missing.
+
+    Raises:
+        DataError: it is bytes, or holds other values.
+    """
+    value = row[column]
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list | dict | bytes):
+        raise DataError(
+            f"A value of {column!r} is a {type(value).__name__}, {str(value)[:60]}; expected text. Name the column that "
+            "holds text with data.prompt, data.completion or data.text; conversations belong into data.messages."
+        )
+    return None if isinstance(value, float) and math.isnan(value) else str(value)
+
+
 def _examples(
-    rows: Dataset, rendering: Rendering, kind: str, tokenizer: PreTrainedTokenizerBase
+    rows: list[dict[str, Any]], rendering: Rendering, kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
     return _tokenize([rendering.pieces(row, kind, tokenizer) for row in rows], tokenizer, ends=True)
 
@@ -334,7 +368,7 @@ def _tokenize(
     """Yields (ids, labels) of each row's pieces; all pieces go through the tokenizer in one call, for speed."""
     flat = [piece.text for row in pieces for piece in row]
     tokenized = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
-    opening = _opening_tokens(tokenizer)
+    opening, end = _opening_tokens(tokenizer), tokenizer.eos_token_id
     for row in pieces:
         ids: list[int] = []
         labels: list[int] = []
@@ -345,9 +379,9 @@ def _tokenize(
             ids += tokens
             labels += tokens if piece.trained else [IGNORED] * len(tokens)
         unended = bool(row) and row[-1].trained and not row[-1].ended
-        if ends and unended and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
+        if ends and unended and end is not None:
+            ids.append(end)
+            labels.append(end)
         if labels:
             labels[0] = IGNORED
         yield ids, labels
@@ -382,15 +416,10 @@ def _table(examples: list[tuple[list[int], list[int]]]) -> pa.Table:
     )
 
 
-def _report(table: pa.Table, truncated: int, left_out: dict[str, int]) -> FormatReport:
+def _count(table: pa.Table, counts: dict[str, int]) -> None:
     lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
     labels = table["labels"].combine_chunks().flatten().to_numpy()
-    return FormatReport(
-        examples=table.num_rows,
-        tokens=int(lengths.sum()),
-        completion_tokens=int((labels != IGNORED).sum()),
-        truncated=truncated,
-        longest=int(lengths.max()),
-        packed_into=None,
-        **left_out,
-    )
+    counts["examples"] += table.num_rows
+    counts["tokens"] += int(lengths.sum())
+    counts["completion_tokens"] += int((labels != IGNORED).sum())
+    counts["longest"] = max(counts["longest"], int(lengths.max()))

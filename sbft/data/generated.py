@@ -51,7 +51,10 @@ def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | Non
     while True:
         task = _create(name, seed=start + done, size=_CHUNK, options=options or {})
         for index in range(_CHUNK):
-            item = task[index]
+            try:
+                item = task[index]
+            except Exception as error:  # a task's own code, of which there are a hundred
+                raise _refused(name, options, error) from error
             if not isinstance(item["answer"], str):
                 raise DataError(
                     f"The task {source} gives no single right answer as text, so that exact match cannot score it. "
@@ -82,7 +85,12 @@ def _create(name: str, *, seed: int, size: int, options: dict[str, Any]) -> Any:
         )
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
-    except (AssertionError, ValueError, TypeError) as error:
-        raise DataError(
-            f"The task {PREFIX}{name} refuses its options {options}: {error}. Correct data.options."
-        ) from error
+    except Exception as error:  # a task's own code, of which there are a hundred
+        raise _refused(name, options, error) from error
+
+
+def _refused(name: str, options: dict[str, Any] | None, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200] or "no reason is given"
+    return DataError(
+        f"The task {PREFIX}{name} refuses its options {str(options)[:200]}: {reason}. Correct data.options."
+    )

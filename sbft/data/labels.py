@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
+from sbft.data.tables import pieces
 from sbft.errors import DataError
 
 
@@ -55,7 +56,10 @@ def label_words(dataset: Dataset, column: str, names: dict[str, str] | None, sou
     # Tables hold whole numbers as floating-point ones where some are missing.
     whole = len(given) < len(found) and all(isinstance(value, float) and value.is_integer() for value in given)
     words = {value: _word(int(value) if whole else value, classes, named, f"{column!r} of {source}") for value in given}
-    values = pa.array([words.get(value) for value in dataset[column]], type=pa.string())
+    named_pieces = [
+        pa.array([words.get(value) for value in piece[column]], type=pa.string()) for piece in pieces(dataset, [column])
+    ]
+    values = pa.chunked_array(named_pieces, type=pa.string())
     order = dataset.column_names
     return dataset.remove_columns(column).add_column(column, values).select_columns(order)
 

@@ -7,6 +7,10 @@ from bisect import bisect_left, insort
 import numpy as np
 import pyarrow as pa
 
+from sbft.data.tables import GrowingTable
+
+_TOKENS_AT_ONCE = 1 << 20
+
 
 def pack(table: pa.Table, max_length: int) -> pa.Table:
     """Puts examples into rows of at most `max_length` tokens, longest first, each into the fullest row that has room.
@@ -20,31 +24,67 @@ def pack(table: pa.Table, max_length: int) -> pa.Table:
         `input_ids`, `labels` and `position_ids`; transformers makes of the positions, where no attention mask is
         given, attention that stays within each example.
     """
-    lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
-    rows = _best_fit(lengths, max_length)
-    order = np.concatenate([np.asarray(row) for row in rows])
-    ends = np.cumsum([sum(int(lengths[index]) for index in row) for row in rows])
-    offsets = pa.array(np.concatenate([[0], ends]), type=pa.int32())
-    positions = np.concatenate([np.arange(lengths[index], dtype=np.int32) for index in order])
-    columns = {
-        name: pa.ListArray.from_arrays(offsets, table[name].combine_chunks().take(pa.array(order)).flatten())
-        for name in ("input_ids", "labels")
-    }
-    return pa.table({**columns, "position_ids": pa.ListArray.from_arrays(offsets, pa.array(positions))})
+    ids, labels = _Lists(table["input_ids"]), _Lists(table["labels"])
+    order, rows = _best_fit(ids.lengths, max_length)
+    # Where each row's first example stands in the order, and where that of the row behind the last would.
+    begins = np.searchsorted(rows, np.arange(rows[-1] + 2))
+    step = max(_TOKENS_AT_ONCE // max_length, 1)
+    packed = GrowingTable()
+    for row in range(0, len(begins) - 1, step):
+        bounds = begins[row : row + step + 1]
+        examples = order[bounds[0] : bounds[-1]]
+        lengths = ids.lengths[examples]
+        ends = np.concatenate([[0], np.cumsum(lengths)])[bounds - bounds[0]]
+        offsets = pa.array(ends, type=pa.int32())
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        columns = {
+            "input_ids": ids.joined(examples),
+            "labels": labels.joined(examples),
+            "position_ids": positions,
+        }
+        packed.add(
+            pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(flat)) for name, flat in columns.items()})
+        )
+    whole = packed.finish()
+    assert whole is not None
+    return whole
 
 
-def _best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    rows: list[list[int]] = []
+class _Lists:
+    """A column of lists, where it lies: taking rows out of it in another order copies these alone."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._values = [chunk.values.to_numpy() for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, chunks)])
+        self.lengths: np.ndarray = np.concatenate([np.diff(offsets) for offsets in self._offsets])
+
+    def joined(self, examples: np.ndarray) -> np.ndarray:
+        """The values of these lists, one behind the other."""
+        chunks = np.searchsorted(self._starts, examples, side="right") - 1
+        parts = []
+        for chunk, place in zip(chunks.tolist(), (examples - self._starts[chunks]).tolist(), strict=True):
+            offsets = self._offsets[chunk]
+            parts.append(self._values[chunk][offsets[place] : offsets[place + 1]])
+        return np.concatenate(parts)
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """The examples in the order of the rows that they are put into, and beside each the number of its row."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    rows = np.empty(len(lengths), dtype=np.int64)
     room: list[tuple[int, int]] = []  # (tokens free, row), sorted
-    for index in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[index])
+    count = 0
+    for index, length in enumerate(lengths[longest_first].tolist()):
         place = bisect_left(room, (length, -1))
         if place < len(room):
             free, row = room.pop(place)
         else:
-            free, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(int(index))
+            free, row = capacity, count
+            count += 1
+        rows[index] = row
         if free > length:
             insort(room, (free - length, row))
-    return rows
+    by_row = np.argsort(rows, kind="stable")
+    return longest_first[by_row], rows[by_row]

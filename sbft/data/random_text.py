@@ -11,6 +11,7 @@ NAME = "random_text"
 # Printable ASCII without the space: every character is one byte, and no two rows are alike but for spaces.
 _FIRST, _LAST = ord("!"), ord("~")
 _DEFAULT_LENGTH = 1024
+_LONGEST = 1 << 24
 
 
 def rows(*, start: int, options: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -44,9 +45,9 @@ def _length(options: dict[str, Any]) -> int:
             "Correct data.options."
         )
     length = options.get("length", _DEFAULT_LENGTH)
-    if not isinstance(length, int) or isinstance(length, bool) or length < 2:
+    if not isinstance(length, int) or isinstance(length, bool) or not 2 <= length <= _LONGEST:
         raise DataError(
-            f"The option length of generated:{NAME} is {length!r}; expected a number of tokens of at least 2, such as "
+            f"The option length of generated:{NAME} is {length!r}; expected a number of tokens from 2 to {_LONGEST:,}, such as "
             "data: {options: {length: 1024}, max_length: 1024}."
         )
     return length

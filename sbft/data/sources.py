@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from sbft.data import generated
 from sbft.data.files import looks_like_file, read_file
 from sbft.data.labels import label_words
+from sbft.data.tables import GrowingTable, dataset_of, pieces
 from sbft.errors import DataError
 from sbft.hub import hub_reachable, hub_state, offline_if_unreachable
 
 # A generated task is given up when this many rows in a row hold nothing new.
 _PATIENCE = 2_000
+_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -216,30 +219,39 @@ def _generated_splits(
             parts[part] = None
             continue
         rows = generated.rows(source, part=part, seed=seed, options=options)
-        kept: list[dict[str, str]] = []
-        without_news = 0
-        while len(kept) < size:
-            row = next(rows)
-            if _asked(row) in seen and not allow_overlap:
-                dropped += 1
-                without_news += 1
-                if without_news == _PATIENCE:
-                    raise DataError(
-                        f"The task {source} has too few different questions: after {len(kept)} of {size} {part} rows, "
-                        f"{_PATIENCE:,} in a row were already in evaluation or validation. Widen data.options, ask "
-                        "for fewer rows, or set data.allow_overlap: true."
-                    )
-                continue
-            without_news = 0
-            kept.append(row)
-        seen.update(_asked(row) for row in kept)
-        parts[part] = label_words(_dataset(kept), completion, label_names, source)
+        drawn = _Drawn(f"{size} {part} rows of the task {source}", set() if allow_overlap else seen)
+        kept = _dataset(islice(drawn.without_seen(rows), size))
+        dropped += drawn.dropped
+        if part != "train":
+            seen.update(questions(kept))
+        parts[part] = label_words(kept, completion, label_names, source)
     assert parts["train"] is not None
     return Splits(parts["train"], parts["validation"], parts["eval"], dropped)
 
 
-def _asked(row: dict[str, str]) -> str:
-    return _normal(row["prompt"] if "prompt" in row else row["text"])
+class _Drawn:
+    """Rows of a generated task whose questions were not seen before; how many others there were."""
+
+    def __init__(self, wanted: str, seen: set[str]) -> None:
+        self._wanted = wanted
+        self._seen = seen
+        self.dropped = 0
+
+    def without_seen(self, rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
+        kept = without_news = 0
+        for row in rows:
+            if _normal(row["prompt"] if "prompt" in row else row["text"]) not in self._seen:
+                kept, without_news = kept + 1, 0
+                yield row
+                continue
+            self.dropped += 1
+            without_news += 1
+            if without_news == _PATIENCE:
+                raise DataError(
+                    f"There are too few different questions for {self._wanted}: after {kept}, {_PATIENCE:,} in a row "
+                    "were already in evaluation or validation. Widen data.options, ask for fewer rows, or set "
+                    "data.allow_overlap: true."
+                )
 
 
 def _split_off(
@@ -252,11 +264,11 @@ def _split_off(
             f"with any left to train on. Lower data.{part}_size, or give data.{part} a source of its own."
         )
     order = np.random.default_rng(seed).permutation(dataset.num_rows)
-    taken = dataset.select(sorted(order[:size].tolist()))
-    rest = dataset.select(sorted(order[size:].tolist()))
+    taken = dataset.select(np.sort(order[:size]))
+    rest = dataset.select(np.sort(order[size:]))
     asked = set(questions(taken, columns))
-    keep = [index for index, question in enumerate(questions(rest, columns)) if question not in asked]
-    if not keep:
+    keep = np.flatnonzero([question not in asked for question in questions(rest, columns)])
+    if not len(keep):
         raise DataError(
             f"No training row is left after {size} rows were split off for {part}: all others ask the same questions. "
             f"Give data.{part} a source of its own."
@@ -285,19 +297,22 @@ def _refuse_choice_on_test(
 
 def _shared_questions(first: Dataset, second: Dataset, columns: tuple[str, ...]) -> str | None:
     """How many questions of the second are in the first too, and one of them; None if none is."""
-    asked = set(questions(first, columns))
-    both = [question for question in dict.fromkeys(questions(second, columns)) if question in asked]
+    # Of the second, the smaller one, all are held; the first passes by.
+    asked = dict.fromkeys(questions(second, columns))
+    shared = {question for question in questions(first, columns) if question in asked}
+    both = [question for question in asked if question in shared]
     if not both:
         return None
     return f"{len(both)} question{'s' * (len(both) > 1)} (the first: {both[0][:120]!r})"
 
 
-def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> list[str]:
+def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> Iterator[str]:
     """What each row asks, spaces and case made alike: its prompt, its turns before the first answer, or its text."""
     name = next((column for column in columns if column in dataset.column_names), None)
     if name is None:
-        return []
-    return [_normal(_question(value)) for value in dataset[name]]
+        return
+    for piece in pieces(dataset, [name]):
+        yield from (_normal(_question(value)) for value in piece[name])
 
 
 def _question(value: Any) -> str:
@@ -325,18 +340,23 @@ def _choose(dataset: Dataset, size: int | None, seed: int) -> Dataset:
     if size is None or size >= dataset.num_rows:
         return dataset
     chosen = np.random.default_rng(seed).choice(dataset.num_rows, size, replace=False)
-    return dataset.select(sorted(chosen.tolist()))
+    return dataset.select(np.sort(chosen))
 
 
-def _dataset(rows: Iterable[dict[str, str]]) -> Dataset:
-    return Dataset.from_list(list(rows))
+def _dataset(rows: Iterator[dict[str, str]]) -> Dataset:
+    grown = GrowingTable()
+    while chunk := list(islice(rows, _AT_ONCE)):
+        grown.add(pa.Table.from_pylist(chunk))
+    table = grown.finish()
+    assert table is not None  # a task has no end
+    return dataset_of(table)
 
 
 def _load_folder(path: Path, split: str | None) -> Dataset:
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever one of datasets' many readers says of the files that it finds there
         raise DataError(f"The folder {path} holds no data set that can be read: {_one_line(error)}") from error
     return _pick(loaded, split, str(path))
 

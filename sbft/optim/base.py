@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sbft.optim.release import GradientRelease
-from sbft.optim.sharding import Shard, local, shard_of
+from sbft.optim.sharding import Shard, cut_like, local, shard_of, whole
 from sbft.rounding import noise_key
 from sbft.tokens import FINE_TUNING_HALF_LIFE, debias
 
@@ -205,8 +205,12 @@ class TokenOptimizer(torch.optim.Optimizer):
         """Forget a step that an error left half done, so that the next may begin; released weights keep their update."""
         self._begin_step()
 
-    def release_gradients(self) -> GradientRelease:
+    def release_gradients(self, held: Iterable[Tensor] = ()) -> GradientRelease:
         """Update each parameter within backward as soon as its gradient is complete, and free that gradient.
+
+        Args:
+            held: parameters that are updated in `step()` nevertheless: those whose hooks run before all of the gradient is
+                there, as FSDP2 runs them for an embedding that is also the output head.
 
         Returns:
             A handle; `handle.remove()`, or leaving it as a context manager, restores the plain behaviour.
@@ -216,7 +220,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         """
         if self._release is not None:
             raise RuntimeError("this optimizer releases gradients already: call remove() on the earlier handle first")
-        self._release = GradientRelease(self)
+        self._release = GradientRelease(self, held)
         return self._release
 
     @property
@@ -298,12 +302,21 @@ class TokenOptimizer(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the token clock and the seed under "clock"."""
+        """As in torch, with the token clock and the seed under "clock"; of a sharded parameter what lies here, as DTensors."""
         return {**super().state_dict(), "clock": {**asdict(self.clock), "seed": self.seed}}
+
+    @torch.no_grad()
+    def whole_state_dict(self) -> dict[str, Any]:
+        """`state_dict()` with every tensor whole and on the CPU, for any number of ranks to load; all ranks have to ask."""
+        found = self.state_dict()
+        state = {i: {name: whole(value).cpu() for name, value in one.items()} for i, one in found["state"].items()}
+        return {**found, "state": state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its own dtype (torch casts float32 state to that of bfloat16 weights).
+
+        A state of whole tensors is cut as the parameters are.
 
         Raises:
             ValueError: if the state comes from another kind of optimizer, or its groups do not fit.
@@ -320,8 +333,16 @@ class TokenOptimizer(torch.optim.Optimizer):
         for i, param in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                self.state[param] = {name: value.to(param.device, copy=True) for name, value in saved.items()}
+                here = {name: value.to(param.device, copy=True) for name, value in saved.items()}
+                self.state[param] = self._cut(here, param) if shard_of(param) is not None else here
         self._begin_step()
+
+    def _cut(self, state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+        """The state of a sharded parameter, cut as it would have been made."""
+        self._tokens_per_step = 1
+        made: dict[str, Tensor] = {}
+        self._init_state(param, self.param_groups[self._positions[param][0]], made)
+        return {name: cut_like(value, made[name]) if name in made else value for name, value in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "seed": self.seed, "clock": self.clock}

@@ -20,12 +20,13 @@ class GradientRelease:
 
     A tied parameter is updated once, after all its uses have contributed. Parameters that are frozen, or that get no
     gradient in a step, stay as they are. Settings of the groups are read when a hook runs, so schedulers and
-    `load_state_dict` work after attaching.
+    `load_state_dict` work after attaching. Parameters in `held` are left to `step()`.
     """
 
-    def __init__(self, optimizer: TokenOptimizer) -> None:
+    def __init__(self, optimizer: TokenOptimizer, held: Iterable[Tensor] = ()) -> None:
         _refuse_replicas(param for group in optimizer.param_groups for param in group["params"])
         self._optimizer = optimizer
+        self._held = set(held)
         self._handles: list[RemovableHandle] = []
         for group in optimizer.param_groups:
             self.attach(group["params"])
@@ -33,7 +34,7 @@ class GradientRelease:
     def attach(self, params: Iterable[Tensor]) -> None:
         """Release these parameters too (`add_param_group` calls this)."""
         for param in params:
-            if param.requires_grad:
+            if param.requires_grad and param not in self._held:
                 self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _on_gradient(self, param: Tensor) -> None:

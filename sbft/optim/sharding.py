@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, zeros
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, zeros
     from torch.distributed.tensor import Shard as ShardPlacement
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -79,12 +79,39 @@ def shard_of(param: Tensor) -> Shard | None:
     return Shard(start[0] * math.prod(param.shape[1:]), param.shape, all_reduce)
 
 
+def is_cut_evenly(tensor: Tensor) -> bool:
+    """Whether every rank has as much of a tensor as the others; true of a plain one."""
+    if not is_sharded(tensor):
+        return True
+    assert isinstance(tensor, DTensor)
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    parts = math.prod(size for placement, size in sizes if isinstance(placement, ShardPlacement))
+    return tensor.shape[0] % parts == 0
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies here; a plain tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     assert isinstance(tensor, DTensor)
     return tensor._local_tensor  # always the same object, which `to_local` of a parameter does not promise
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered from all ranks if it is spread over them, which all have to ask for; without gradient."""
+    if not is_sharded(tensor):
+        return tensor
+    assert isinstance(tensor, DTensor)
+    with torch.no_grad():
+        return tensor.full_tensor()
+
+
+def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """All of a tensor, spread over the ranks as `example` is; each rank takes its part, without a message."""
+    if not is_sharded(example) or is_sharded(tensor):
+        return tensor
+    assert isinstance(example, DTensor)
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
 
 
 def zeros_beside(param: Tensor, shape: torch.Size, *, cut: bool = True) -> Tensor:

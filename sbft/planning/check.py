@@ -21,6 +21,9 @@ from sbft.training.output import check_output_folder
 from sbft.training.prepared import Prepared, prepare, read_splits
 
 CHECKS: tuple[Callable[[Prepared], Finding | None], ...] = (*SETTINGS_CHECKS, *EXAMPLES_CHECKS)
+_NOT_SHARDED = (
+    "Prediction knows a model in one process. Each of several holds its share of the weights, and one layer whole."
+)
 _NOT_MADE = "model-cannot-be-made"
 _EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
 
@@ -78,6 +81,8 @@ def expected_memory(
         predict: what predicts the peak.
         available: bytes to compare it with; what is there now when None.
     """
+    if prepared.recipe.distributed is not None:
+        return None, Finding("peak-not-predicted", "note", "The peak of a sharded model is not predicted", _NOT_SHARDED)
     longest, labelled = largest_row(prepared)
     try:
         prediction = predict(prepared.recipe, longest=longest, labelled=labelled)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from sbft.errors import RecipeError
+from sbft.recipe.shown import shown
 
 Key = tuple[str, ...]
 
@@ -24,13 +25,50 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_NODES = 100_000
+"""Keys and values of a text, each counted as often as an alias repeats it."""
+_DEEPEST = 50
+
+
 def read_yaml(text: str) -> Any:
-    """The value that a YAML text stands for.
+    """The value that a YAML text stands for: plain dicts, lists and scalars, whatever its tags say.
 
     Raises:
-        yaml.YAMLError: if it is not valid YAML.
+        yaml.YAMLError: if it is not valid YAML, or holds what no recipe needs: a tag of its own, hundreds of levels, or
+            aliases that repeat one another without end.
     """
-    return yaml.load(text, Loader=_Loader)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _nodes_below(node, (), {})
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError(f"found more than {_DEEPEST} levels, one in the other") from error
+    except (ValueError, OverflowError) as error:
+        # PyYAML lets through what int() and datetime() say of 2026-13-45 and of numbers of thousands of digits.
+        raise yaml.YAMLError(f"found a number or a date that is none ({error}); quote it if it is text") from error
+    finally:
+        loader.dispose()
+
+
+def _nodes_below(node: yaml.Node, above: tuple[int, ...], known: dict[int, int]) -> int:
+    """How many nodes a node stands for, itself and all that aliases repeat below it."""
+    if id(node) in known:
+        return known[id(node)]
+    if id(node) in above:
+        raise yaml.YAMLError("found an alias inside of what it stands for")
+    if len(above) == _DEEPEST:
+        raise yaml.YAMLError(f"found more than {_DEEPEST} levels, one in the other")
+    inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+    count = 1
+    if not isinstance(node, yaml.ScalarNode):
+        count += sum(_nodes_below(one, (*above, id(node)), known) for one in inner)
+    if count > _MOST_NODES:
+        raise yaml.YAMLError(f"found more than {_MOST_NODES:,} keys and values, those that aliases repeat included")
+    known[id(node)] = count
+    return count
 
 
 FLAGS: dict[str, Key] = {
@@ -39,6 +77,8 @@ FLAGS: dict[str, Key] = {
     "data": ("data", "train"),
     "eval_data": ("data", "eval"),
     "output_dir": ("output_dir",),
+    "trust_remote_code": ("trust_remote_code",),
+    "allow_pickle": ("allow_pickle",),
 }
 """Flags of `sbft train` and the keys they set."""
 
@@ -76,12 +116,19 @@ _IN_PLAIN_WORDS = (
     ("expected ',' or ']'", "a list that is not closed; write ] at its end"),
     ("expected ',' or '}'", "a brace that is not closed; write } at its end"),
     ("found unexpected end of stream", "a quotation mark that is not closed; write it at the end of the text"),
+    (
+        "could not determine a constructor for the tag",
+        "a tag (a word that begins with !), which a recipe has none of; take it out, or quote the text",
+    ),
+    ("found unhashable key", "a list or a mapping in the place of a key; write a word there"),
 )
 """What PyYAML says, and what it means to the author of a recipe."""
 
 
 def _where_and_what(error: yaml.YAMLError) -> str:
     """Line, column and cause of a mistake in YAML."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"is not valid YAML: found the character {chr(error.character)!r}, which no text has."
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
         return f"is not valid YAML: {' '.join(str(error).split())}."
     mark = error.problem_mark or error.context_mark
@@ -94,9 +141,11 @@ def _where_and_what(error: yaml.YAMLError) -> str:
 
 def _file_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 class Draft:
@@ -127,8 +176,9 @@ class Draft:
         else:
             text, name = recipe_text(str(source)), f"recipe {source}"
         try:
-            tree = yaml.compose(text, Loader=_Loader)
             content = read_yaml(text)
+            # Anew, because reading puts into a mapping what `<<` names, in the place where it was written first.
+            tree = yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{name} {_where_and_what(error)}") from error
         if not isinstance(content, dict):
@@ -172,12 +222,16 @@ class Draft:
             path, equals, text = override.partition("=")
             key = tuple(part.strip() for part in path.split("."))
             if not equals or not all(key):
-                self.problems.append(f"--set {override}: expected KEY=VALUE, such as training.learning_rate=1e-4.")
+                self.problems.append(
+                    f"--set {shown(override)}: expected KEY=VALUE, such as training.learning_rate=1e-4."
+                )
                 continue
             try:
                 value = read_yaml(text)
             except yaml.YAMLError:
-                self.problems.append(f"--set {override}: {text!r} is not a YAML value; quote it if it is text.")
+                self.problems.append(
+                    f"--set {path.strip()}: {shown(text)} is not a YAML value; quote it if it is text."
+                )
                 continue
             self._set(key, value, f"--set {path.strip()}")
 
@@ -188,7 +242,9 @@ class Draft:
             if inner is None:
                 inner = section[part] = {}
             if not isinstance(inner, dict):
-                self.problems.append(f"{origin}: {'.'.join(key[:depth])} is {inner!r}, and has no keys of its own.")
+                self.problems.append(
+                    f"{origin}: {'.'.join(key[:depth])} is {shown(inner)}, and has no keys of its own."
+                )
                 return
             section = inner
         section[key[-1]] = value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import typing
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -14,13 +15,16 @@ from sbft.methods import METHODS
 from sbft.recipe.defaults import EXCLUSIVE, complete
 from sbft.recipe.draft import Draft, Key
 from sbft.recipe.nearest import closest, nearest
-from sbft.recipe.schema import DataConfig, EvaluationConfig, LoraConfig, OptimizerConfig, Recipe
-from sbft.recipe.training_keys import REPORTERS, reporters, training_problem, training_types
+from sbft.recipe.schema import DataConfig, DistributedConfig, EvaluationConfig, LoraConfig, OptimizerConfig, Recipe
+from sbft.recipe.shown import shown
+from sbft.recipe.training_keys import RANGES, REPORTERS, reporters, training_problem, training_types
+from sbft.redaction import holds_secret
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
     "optimizer": OptimizerConfig,
     "lora": LoraConfig,
+    "distributed": DistributedConfig,
     "evaluation": EvaluationConfig,
 }
 
@@ -29,15 +33,21 @@ _EXAMPLES = {
     "optimizer": "weight_decay: 0.1",
     "training": "learning_rate: 1.0e-4",
     "lora": "rank: 16",
+    "distributed": "fsdp_size: 2",
     "evaluation": "metrics: [exact_match]",
 }
 """One key and value of each section, to show how it is written."""
 
 _OF_LABELS = "label_accuracy"
+_LARGEST, _SMALLEST = 2**63 - 1, -(2**63)
 _QUOTE = "quote words such as 'yes' and 'no', which YAML takes for true and false"
 _EXPECTED: dict[Key, str] = {
     ("freeze",): "a list of patterns of parameter names, such as [embeddings] or ['model.layers.0.*']",
     ("data", "label_names"): f"a word for each value of the column, such as {{0: negative, 1: positive}}; {_QUOTE}",
+    ("model",): "a hub id, a folder, or builtin:NAME",
+    ("data", "train"): "a file, a hub id, or generated:NAME",
+    ("data", "validation"): "a file, a hub id, or generated:NAME",
+    ("data", "eval"): "a file, a hub id, or generated:NAME",
     ("evaluation", "labels"): f"auto, or a list of two or more different words such as [good, bad]; {_QUOTE}",
 }
 """What keys are like whose type alone says too little."""
@@ -61,23 +71,27 @@ def find_problems(draft: Draft) -> list[str]:
         for key, detail in details:
             if key not in bad_keys and not (detail["type"] == "missing" and key in misspelt):
                 add(key, _schema_problem(key, detail))
+    for key, value, told in _unusable(_without(content, bad_keys), ()):
+        in_range = isinstance(value, float) and key[:1] == ("training",) and key[-1] in RANGES  # which says more below
+        if key not in bad_keys and not in_range:
+            add(key, f"holds {shown(value)}, {told}")
     training = content.get("training")
     homes = {name: name for name in Recipe.model_fields} | {
         name: f"{section}.{name}" for section, model in reversed(SECTIONS.items()) for name in model.model_fields
     }
     for name, value in (training if isinstance(training, dict) else {}).items():
-        if text := training_problem(str(name), value, homes):
+        if ("training", str(name)) not in bad_keys and (text := training_problem(str(name), value, homes)):
             add(("training", str(name)), text)
     method = content.get("method", "sbft")
-    if isinstance(method, str) and method not in METHODS:
-        add(("method",), f"is {method!r}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}.")
+    if ("method",) not in bad_keys and isinstance(method, str) and method not in METHODS:
+        add(("method",), f"is {shown(method)}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}.")
     clean = _without(content, bad_keys)
     measured = [*metrics.available(), _OF_LABELS, "loss", "perplexity"]
     for name in clean.get("evaluation", {}).get("metrics", []):
         if name not in measured:
             add(
                 ("evaluation", "metrics"),
-                f"names {name!r}, expected some of {', '.join(measured)}{nearest(name, measured)}.",
+                f"names {shown(name)}, expected some of {', '.join(measured)}{nearest(name, measured)}.",
             )
     if _OF_LABELS in clean.get("evaluation", {}).get("metrics", []) and not clean["evaluation"].get("labels"):
         add(
@@ -90,6 +104,33 @@ def find_problems(draft: Draft) -> list[str]:
         for key, text in _contradictions(clean, method):
             add(key, text)
     return problems
+
+
+def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
+    """Values anywhere in a recipe that no file can be named by, no text can hold, or no computer counts with."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            deeper = (*key, str(name)) if len(key) < 2 else key
+            yield from _unusable(str(name), deeper)
+            yield from _unusable(inner, deeper)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unusable(inner, key)
+    elif isinstance(value, str) and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
+        yield key, value, "in which a character is none: NUL, or half of one. Take it out."
+    elif isinstance(value, str) and holds_secret(value):
+        yield (
+            key,
+            value,
+            "a password or a token, which the run's record and model card would show. Take it out: type `hf auth login`, or "
+            "set an environment variable such as HF_TOKEN.",
+        )
+    elif isinstance(value, bytes):
+        yield key, value, "expected text in the place of bytes."
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, value, "expected a finite number."
+    elif isinstance(value, int) and not _SMALLEST <= value <= _LARGEST:
+        yield key, value, f"expected a number of at most {_LARGEST:,}."
 
 
 def _without(content: dict[str, Any], bad: set[Key]) -> dict[str, Any]:
@@ -119,13 +160,15 @@ def _meant(key: Key) -> Key:
 def _schema_problem(key: Key, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return _unknown_key(key)
+    if detail["type"] == "invalid_key":
+        return "is no word, expected keys that are: put it in quotation marks, or take it out."
     if detail["type"] == "missing":
         return "is missing: " + {
             ("model",): "write which model to train, such as `model: builtin:smollm2-135m`, or type --model M.",
             ("data",): "write what to train on, such as `data: {train: my.jsonl}`, or type --data D.",
             ("data", "train"): "write what to train on, such as `train: my.jsonl`, or type --data D.",
         }.get(key, "it has no default.")
-    found = repr(detail["input"])
+    found = shown(detail["input"])
     if key in _EXPECTED:
         return f"is {found}, expected {_EXPECTED[key]}."
     if key == ("dtype",) and "float16" in found and "bfloat16" not in found:
@@ -136,7 +179,7 @@ def _schema_problem(key: Key, detail: Any) -> str:
     if detail["type"] in {"model_type", "model_attributes_type", "dict_type"}:
         example = _EXAMPLES.get(key[-1], "key: value")
         if key == ("data",) and isinstance(detail["input"], str):
-            example = f"train: {detail['input']}"
+            example = f"train: {detail['input']}" if len(detail["input"]) < 100 else example
         return f"is {found}, expected keys with values; write `{key[-1]}: {{{example}}}`."
     expected = detail["msg"].removeprefix("Input should be ").partition(", unable to ")[0].replace("a valid ", "a ")
     number = "a number " if expected.startswith(("greater", "less")) else ""
@@ -158,7 +201,7 @@ def _unknown_key(key: Key) -> str:
     return f"is no key of a recipe; expected one of {', '.join(fields)}."
 
 
-def _said_twice(content: dict[str, Any]) -> typing.Iterator[tuple[Key, str]]:
+def _said_twice(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
     for section, one, other in EXCLUSIVE:
         given = content.get(section, {})
         if given.get(one) is not None and given.get(other) is not None and given.get(one) != -1:
@@ -171,7 +214,7 @@ def _said_twice(content: dict[str, Any]) -> typing.Iterator[tuple[Key, str]]:
         )
 
 
-def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple[Key, str]]:
+def _contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, str]]:
     method = METHODS[name]
     for missing in method.missing_packages:
         yield (
@@ -198,6 +241,12 @@ def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple
             ("lora",),
             f"is given, but method {name} trains all weights. Leave it out, or write method: lora or method: qlora.",
         )
+    if content.get("distributed") is not None and method.lora_defaults is not None:
+        yield (
+            ("distributed",),
+            f"is given, but method {name} trains an adapter, which is not sharded. Leave it out: --num-processes then "
+            "replicates the model.",
+        )
     if content.get("freeze") and method.lora_defaults is not None:
         yield (
             ("freeze",),
@@ -208,7 +257,7 @@ def _contradictions(content: dict[str, Any], name: str) -> typing.Iterator[tuple
         yield from _release_contradictions(complete(content), name)
 
 
-def _release_contradictions(whole: dict[str, Any], name: str) -> typing.Iterator[tuple[Key, str]]:
+def _release_contradictions(whole: dict[str, Any], name: str) -> Iterator[tuple[Key, str]]:
     if not whole["optimizer"].get("gradient_release"):
         return
     steps, norm = whole["training"].get("gradient_accumulation_steps", 1), whole["training"].get("max_grad_norm", 0)

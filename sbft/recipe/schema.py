@@ -38,11 +38,11 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """Where the examples come from, and how they become token ids."""
 
-    train: str
+    train: _Word
     """Training data: a hub id, a local .jsonl, .json, .csv, .parquet or .txt file, or generated:NAME."""
-    validation: str | None = None
+    validation: _Word | None = None
     """Data on which settings are chosen; never trained on, never reported as the result."""
-    eval: str | None = None
+    eval: _Word | None = None
     """Data that the reported figures are measured on."""
     train_split: str = "train"
     """Split of a hub data set to train on."""
@@ -138,6 +138,15 @@ class LoraConfig(_Section):
     """Names of the layers that get an adapter, or all-linear, or a regular expression of their whole paths."""
 
 
+class DistributedConfig(_Section):
+    """How a model is spread over several processes, as transformers' DistributedConfig has it."""
+
+    fsdp_size: PositiveInt | None = None
+    """Processes over which the weights are sharded (FSDP2), each of which has data of its own."""
+    dp_replicate_size: PositiveInt | None = None
+    """Replicas of these; the number of processes is the product of the two."""
+
+
 class EvaluationConfig(_Section):
     """What is measured before and after training."""
 
@@ -160,7 +169,7 @@ class EvaluationConfig(_Section):
 class Recipe(_Section):
     """One training run."""
 
-    model: str
+    model: _Word
     """Hub id, local folder, builtin:NAME, or random:NAME for random weights in a known shape."""
     method: str = "sbft"
     """One of the methods of sbft.methods; what it sets can be overridden below."""
@@ -172,6 +181,7 @@ class Recipe(_Section):
     """Weights that are not trained: patterns of parameter names such as model.layers.0.*, or the word embeddings for the
     input embedding and the output head."""
     lora: LoraConfig | None = None
+    distributed: DistributedConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     output_dir: str | None = None
     """Folder for the model, the record and the predictions; runs/DATA-METHOD where it is not given."""
@@ -181,6 +191,8 @@ class Recipe(_Section):
     """What the weights are held in."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub id."""
+    allow_pickle: bool = False
+    """Read weights that are stored as a pickle (pytorch_model.bin, adapter_model.bin) where there are no safetensors."""
 
     def to_yaml(self) -> str:
         """The recipe as the file that would load it again."""

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sbft.recipe.nearest import nearest
+from sbft.recipe.shown import shown
 
 ELSEWHERE = {
     "output_dir": "write output_dir at the top of the recipe",
@@ -25,10 +26,9 @@ ELSEWHERE = {
     "fp16": "float16 overflows above 65504 and needs a loss scaler, which gradient release cannot use; write "
     "dtype: bfloat16 at the top of the recipe",
     "per_device_eval_batch_size": "write evaluation.batch_size",
-    "eval_strategy": "sbft evaluates before and after training; write `evaluation:`",
-    "load_best_model_at_end": "sbft evaluates before and after training alone, so that no model between is known to "
-    "be the best; leave it out",
     "resume_from_checkpoint": "type `sbft train RECIPE --resume`",
+    "hub_token": "it would stand in the run's record; type `hf auth login`, or set HF_TOKEN",
+    "push_to_hub_token": "it would stand in the run's record; type `hf auth login`, or set HF_TOKEN",
     "push_to_hub": "train first, then type `hf upload`",
     "do_train": "sbft train always trains",
     "do_eval": "write `evaluation:`",
@@ -72,24 +72,30 @@ class _Range:
         enough = value > self.lowest if self.above else value >= self.lowest
         return math.isfinite(value) and enough and value <= self.highest
 
-    def __str__(self) -> str:
-        if self.highest < math.inf:
+    def expected(self, value: float) -> str:
+        """What would be right in the place of a value that is not."""
+        if value > self.highest:
             return f"a number from {self.lowest:g} to {self.highest:.0f}"
         return f"a finite number {'greater than' if self.above else 'of at least'} {self.lowest:g}"
 
 
-_RANGES = {
+# More steps than any run makes; beyond about 1e15, what is counted in floating point goes wrong.
+_MOST_STEPS = 10**12
+_LARGEST_BATCH = 2**31 - 1
+_MOST_WORKERS = 4096
+
+RANGES = {
     "learning_rate": _Range(0),
-    "per_device_train_batch_size": _Range(1),
-    "gradient_accumulation_steps": _Range(1),
-    "num_train_epochs": _Range(0, above=True),
-    "max_steps": _Range(1, off=-1),
-    "warmup_steps": _Range(0),
+    "per_device_train_batch_size": _Range(1, _LARGEST_BATCH),
+    "gradient_accumulation_steps": _Range(1, _LARGEST_BATCH),
+    "num_train_epochs": _Range(0, 10**6, above=True),
+    "max_steps": _Range(1, _MOST_STEPS, off=-1),
+    "warmup_steps": _Range(0, _MOST_STEPS),
     "max_grad_norm": _Range(0),
-    "logging_steps": _Range(0, above=True),
-    "save_steps": _Range(0, above=True),
-    "save_total_limit": _Range(1),
-    "dataloader_num_workers": _Range(0),
+    "logging_steps": _Range(0, _MOST_STEPS, above=True),
+    "save_steps": _Range(0, _MOST_STEPS, above=True),
+    "save_total_limit": _Range(1, _MOST_STEPS),
+    "dataloader_num_workers": _Range(0, _MOST_WORKERS),
     "seed": _Range(0, LARGEST_SEED),
     "data_seed": _Range(0, LARGEST_SEED),
 }
@@ -122,10 +128,10 @@ def training_problem(name: str, value: Any, homes: dict[str, str]) -> str | None
         return _reporter_problem(value)
     expected = _mismatch(known[name], value)
     if expected:
-        return f"is {value!r}, expected {expected}."
-    limits = _RANGES.get(name)
+        return f"is {shown(value)}, expected {expected}."
+    limits = RANGES.get(name)
     if limits is not None and value is not None and not limits.holds(float(value)):
-        return f"is {value!r}, expected {limits}."
+        return f"is {shown(value)}, expected {limits.expected(value)}."
     return None
 
 
@@ -137,10 +143,10 @@ def reporters(value: Any) -> list[str]:
 def _reporter_problem(value: Any) -> str | None:
     names = ["none", "all", *REPORTERS]
     if not isinstance(value, str | list | None) or not all(isinstance(one, str) for one in reporters(value)):
-        return f"is {value!r}, expected one of {', '.join(names)}, or a list of them."
+        return f"is {shown(value)}, expected one of {', '.join(names)}, or a list of them."
     for one in reporters(value):
         if one not in names:
-            return f"is {one!r}, expected one of {', '.join(names)}{nearest(one, names)}."
+            return f"is {shown(one)}, expected one of {', '.join(names)}{nearest(one, names)}."
     return None
 
 

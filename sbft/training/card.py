@@ -9,6 +9,7 @@ import yaml
 
 from sbft.methods import METHODS
 from sbft.models import BUILTIN
+from sbft.redaction import without_secrets
 from sbft.training.record import RunRecord
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -22,7 +23,7 @@ def write_card(record: RunRecord, folder: Path) -> Path:
         folder: where its model lies.
     """
     path = folder / "README.md"
-    path.write_text(card(record), encoding="utf-8")
+    path.write_text(without_secrets(card(record)), encoding="utf-8")
     return path
 
 

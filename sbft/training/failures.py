@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from sbft.errors import SbftError, TrainingError
+from sbft.errors import DiskError, Interrupted, SbftError, TrainingError, signal_of
 from sbft.methods import METHODS
 from sbft.recipe import Recipe
 from sbft.training.checkpoints import find_checkpoint
-from sbft.training.output import RECIPE_FILE, RunFolder
+from sbft.training.disk import FULL_OR_READ_ONLY, refusal
+from sbft.training.output import RECIPE_FILE, RunFolder, is_fixed
 from sbft.training.record import RunRecord
+
+logger = logging.getLogger(__name__)
 
 _MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory")
 
@@ -23,6 +29,8 @@ class Stage:
     """How far a run has come."""
 
     evaluating: bool = False
+    within_training: bool = False
+    """Whether what is evaluated is the model as training has it at some step."""
     trained: bool = False
     """Whether training is over."""
     kept: bool = False
@@ -40,25 +48,58 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
     try:
         yield stage
     except (Exception, KeyboardInterrupt) as error:
-        told: BaseException = error
+        told = _told(error, recipe, record, output, stage)
         if is_out_of_memory(error):
             record.status = "oom"
-            told = TrainingError(_out_of_memory(recipe, record, stage))
             # That a model does not fit is a result too, even before there is anything to train.
             if not output.open and not output.resume:
                 output.begin(recipe)
-        elif isinstance(error, KeyboardInterrupt):
-            told = TrainingError(_interrupted(record, output, stage))
         kept = _what_is_kept(output) if stage.kept else ""
         if kept and isinstance(told, SbftError):
-            told = TrainingError(f"{told}{kept}")
+            told.args = (f"{told}{kept}",)
         record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}{kept}"
         # Before it has begun, a run leaves nothing behind.
         if output.open:
-            output.save(record)
+            _save_if_there_is_room(record, output)
         if told is error:
             raise
         raise told from error
+
+
+def _told(error: BaseException, recipe: Recipe, record: RunRecord, output: RunFolder, stage: Stage) -> BaseException:
+    """The error in sentences for the user; the error itself where sbft knows nothing to add."""
+    if is_out_of_memory(error):
+        advised = _out_of_memory(recipe, record, stage)
+        return TrainingError(advised + _where_to_go_on(record, output, stage, advised))
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(signal_of(error), _interrupted(record, output, stage))
+    if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
+        error = DiskError(f"{error.filename or output.folder} could not be written: {refusal(error)}.")
+    if isinstance(error, DiskError):
+        return DiskError(f"{error}{_where_to_go_on(record, output, stage)}")
+    return error
+
+
+def _save_if_there_is_room(record: RunRecord, output: RunFolder) -> None:
+    """What a full disk keeps the record from saying is said on the terminal."""
+    try:
+        output.save(record)
+    except DiskError as error:
+        logger.warning(str(error))
+
+
+def _where_to_go_on(record: RunRecord, output: RunFolder, stage: Stage, advised: str = "") -> str:
+    """The checkpoint that a failure in training has left, and whether what was advised can be set for the rest of it."""
+    checkpoint = find_checkpoint(output.folder) if output.open and not stage.trained else None
+    if checkpoint is None:
+        return ""
+    whole = f" The last checkpoint, {checkpoint}, is whole"
+    switch = re.search(r"--set (([\w.]+)=[^\s.]\S*?)[.,]?(?= |$)", advised)
+    if switch is None:
+        return f"{whole}. To go on from it, type: {resume_command(record, output)}"
+    if is_fixed(switch[2]):
+        return f"{whole}, but {switch[2]} cannot be changed half-way: a run with another begins anew."
+    return f"{whole}. To go on from it with that, type: {resume_command(record, output)} --set {switch[1]}"
 
 
 def resume_command(record: RunRecord, output: RunFolder) -> str:
@@ -72,38 +113,37 @@ def _what_is_kept(output: RunFolder) -> str:
 
 
 def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
+    """What follows "Stopped by Ctrl-C"."""
     if stage.trained:
-        return "Stopped by Ctrl-C after training, before all was measured."
+        return " after training, before all was measured."
     checkpoint = find_checkpoint(output.folder) if output.open else None
     if checkpoint is not None:
-        return (
-            f"Stopped by Ctrl-C; the last checkpoint lies in {checkpoint}. To go on, type: "
-            f"{resume_command(record, output)}"
-        )
-    return "Stopped by Ctrl-C, with no checkpoint to go on from. Type the command again to start over."
+        return f"; the last checkpoint lies in {checkpoint}. To go on, type: {resume_command(record, output)}"
+    return ", with no checkpoint to go on from. Type the command again to start over."
 
 
 def _out_of_memory(recipe: Recipe, record: RunRecord, stage: Stage) -> str:
     if stage.evaluating:
-        return evaluation_advice(recipe, trained=stage.trained)
+        return evaluation_advice(
+            recipe, "half-trained" if stage.within_training else "trained" if stage.trained else "untrained"
+        )
     return advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size)
 
 
-def evaluation_advice(recipe: Recipe, *, trained: bool) -> str:
+def evaluation_advice(recipe: Recipe, which: Literal["untrained", "half-trained", "trained"]) -> str:
     """Sentences that say what to type when memory ran out while the model was measured.
 
     Args:
         recipe: the resolved recipe.
-        trained: whether it was the trained model; measuring the untrained one can be left out.
+        which: the model before, within or after training; measuring the untrained one can be left out.
     """
     settings = recipe.evaluation
     size = settings.batch_size
     switch = (
         f"evaluation.batch_size={size // 2}" if size > 1 else f"data.max_length={max(recipe.data.max_length // 2, 1)}"
     )
-    which = "trained" if trained else "untrained"
     others = ["--set evaluation.limit=N to measure on fewer examples"]
-    if not trained:
+    if which == "untrained":
         others.append("--set evaluation.before=false to leave this measurement out")
     return (
         f"Out of memory while the {which} model was measured, {size} examples at once. What lowers it most: add "

@@ -20,7 +20,11 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import is_peft_available
 
+from sbft.optim.sharding import whole
 from sbft.training.loss import linear_cross_entropy
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
 
 # Where configs keep a factor on the logits. `logits_scaling` divides in Granite and multiplies in HyperCLOVA X.
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -41,7 +45,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of `hidden` (..., hidden size) in float32, (..., vocabulary)."""
-        logits = F.linear(hidden, self.linear.weight, self.linear.bias).float() * self.scale
+        bias = None if self.linear.bias is None else whole(self.linear.bias)
+        logits = F.linear(hidden, whole(self.linear.weight), bias).float() * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def hidden_states(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -128,8 +133,11 @@ def head_candidates(model: nn.Module) -> list[Head]:
     if not isinstance(model, PreTrainedModel):
         raise UnknownHead(f"{type(model).__name__} is no transformers model")
     linear = model.get_output_embeddings()
-    if type(linear) is not nn.Linear:
-        raise UnknownHead(f"its output embedding is {type(linear).__name__}, not a plain Linear")
+    kind = type(linear)
+    if torch.distributed.is_available() and isinstance(linear, FSDPModule):
+        kind = kind.__bases__[1]  # FSDP2 makes a class of its own class and the module's
+    if kind is not nn.Linear:
+        raise UnknownHead(f"its output embedding is {kind.__name__}, not a plain Linear")
     if model.loss_function is not ForCausalLMLoss:
         raise UnknownHead("its loss is not the usual next-token loss")
     settings = model.config.get_text_config().to_dict()
@@ -152,20 +160,30 @@ def _verified(model: Any, heads: list[Head]) -> Head:
     """The one of `heads` that makes of large random hidden states the logits which the model itself makes of them."""
     linear = heads[0].linear
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(2, linear.in_features, generator=generator).to(linear.weight)
+    weight = whole(linear.weight)
+    probe = torch.randn(2, linear.in_features, generator=generator).to(weight)
     # Raw logits of 60 and more: a soft cap or a factor that was overlooked shows.
-    probe = probe * (60.0 / F.linear(probe, linear.weight).float().std().clamp(min=1e-6)).to(probe)
+    probe = probe * (60.0 / F.linear(probe, weight).float().std().clamp(min=1e-6)).to(probe)
     ids = torch.tensor([[0, 1]], device=model.device)
     was_training = model.training
     model.eval()
     with _pre_hook(linear, lambda module, args: (probe.unsqueeze(0),)):
         found = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
+    _shard_again(model)
     for head in heads:
         expected = head.logits(probe.unsqueeze(0))
         if found.shape == expected.shape and _close(found.float(), expected, linear.weight.dtype):
             return head
     raise UnknownHead("its logits are not those of its head, scaled and capped as its config says")
+
+
+def _shard_again(model: nn.Module) -> None:
+    """After a forward that no backward follows FSDP2 keeps some weights whole, in the place of the sharded ones."""
+    if torch.distributed.is_available():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

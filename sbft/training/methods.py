@@ -92,6 +92,7 @@ def prepare_model(recipe: Recipe) -> PreTrainedModel:
         MissingPackageError: if the method's package is not installed, or does not work on this machine.
     """
     method = METHODS[recipe.method]
+    _check_processes(recipe)
     if "bitsandbytes" in method.packages:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         check_bitsandbytes(f"Method {recipe.method}", device, optimizer=method.quantization is None)
@@ -99,9 +100,24 @@ def prepare_model(recipe: Recipe) -> PreTrainedModel:
         recipe.model,
         dtype=DTYPES[str(recipe.dtype)],
         trust_remote_code=recipe.trust_remote_code,
+        allow_pickle=recipe.allow_pickle,
         quantization=method.quantization,
+        distributed=None if recipe.distributed is None else recipe.distributed.model_dump(exclude_none=True),
     )
     return make_trainable(model, recipe)
+
+
+def _check_processes(recipe: Recipe) -> None:
+    """As many processes as the recipe shards the model over, or the library below would say so in its own terms."""
+    if recipe.distributed is None:
+        return
+    wanted = (recipe.distributed.fsdp_size or 1) * (recipe.distributed.dp_replicate_size or 1)
+    found = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if wanted != found:
+        raise RecipeError(
+            f"distributed spreads the model over {wanted} processes, and there {'is' if found == 1 else 'are'} {found}. "
+            f"Add --num-processes {wanted}, or start as many with: torchrun --nproc-per-node {wanted} -m sbft train ..."
+        )
 
 
 def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

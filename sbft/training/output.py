@@ -12,12 +12,13 @@ import yaml
 
 from sbft.errors import TrainingError
 from sbft.recipe import Recipe
-from sbft.training.checkpoints import cut_off_checkpoints, find_checkpoint
+from sbft.training.checkpoints import INCOMPLETE, find_checkpoint, sound_checkpoint
+from sbft.training.disk import writing
 from sbft.training.record import FILE_NAME, RunRecord
 
 RECIPE_FILE = "recipe.yaml"
 # What is left where a run failed before it had trained anything: nobody misses it.
-_FAILED_EARLY = {FILE_NAME, RECIPE_FILE}
+_FAILED_EARLY = {FILE_NAME, RECIPE_FILE, INCOMPLETE}
 # What a run cannot change half-way: other weights or other examples, or what a checkpoint brings back whatever the
 # recipe says.
 _FIXED = ("model", "method", "dtype", "data", "lora", "freeze", "optimizer", "training.seed", "training.learning_rate")
@@ -28,20 +29,13 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse to mix a run with what is there already. Changes nothing.
 
     Raises:
-        TrainingError: if the folder is not empty, unless one of the two says what to do with that; if there is
-            nothing to resume; if `overwrite` would empty a folder that no run has made.
+        TrainingError: if the folder is not empty, unless one of the two says what to do with that; if `overwrite`
+            would empty a folder that no run has made.
     """
     if resume and overwrite:
         raise TrainingError("--resume and --overwrite are both given: one goes on, one begins anew. Keep one.")
     _check_it_can_be_written(folder)
     if resume:
-        if find_checkpoint(folder) is None:
-            cut_off = cut_off_checkpoints(folder)
-            found = f"only {cut_off[0].name}, which was cut off while being written" if cut_off else "no checkpoint"
-            way = "with --overwrite in place of" if cut_off else "without"
-            raise TrainingError(
-                f"There is {found} in {folder}, so nothing to resume. Type the same command {way} --resume."
-            )
         return
     if not folder.is_dir():
         return
@@ -59,6 +53,24 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"--overwrite would remove everything in {folder}, which no run of sbft has made (it holds no "
             f"{FILE_NAME}). Empty it yourself, or type another --output-dir."
         )
+
+
+def checkpoint_to_resume(folder: Path) -> tuple[Path, dict[Path, str]]:
+    """The newest sound checkpoint of the run in a folder, and what is wrong with each newer one. Changes nothing.
+
+    Raises:
+        TrainingError: if there is none.
+    """
+    checkpoint, damaged = sound_checkpoint(folder)
+    if checkpoint is not None:
+        return checkpoint, damaged
+    found = "no checkpoint"
+    if damaged:
+        newest, reason = next(iter(damaged.items()))
+        found = f"no sound checkpoint ({newest.name}: {reason})"
+    begun = folder.is_dir() and {entry.name for entry in folder.iterdir()} - _FAILED_EARLY
+    way = "with --overwrite in place of" if begun else "without"
+    raise TrainingError(f"There is {found} in {folder}, so nothing to resume. Type the same command {way} --resume.")
 
 
 def _failed(folder: Path) -> bool:
@@ -118,7 +130,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     differing = [
         f"{key} (there {former.get(key)}, here {wanted.get(key)})"
         for key in sorted(former.keys() | wanted.keys())
-        if former.get(key) != wanted.get(key) and _is_under(key, _FIXED) and not _is_under(key, _FREE)
+        if former.get(key) != wanted.get(key) and is_fixed(key)
     ]
     if differing:
         raise TrainingError(
@@ -126,6 +138,11 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             f"{', '.join(differing)}. To go on with it, type: sbft train {path} --resume. To replace it, give "
             "--overwrite in place of --resume."
         )
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a setting, by its dotted key, must stay as it was when a run is resumed."""
+    return _is_under(key, _FIXED) and not _is_under(key, _FREE)
 
 
 def _is_under(key: str, sections: tuple[str, ...]) -> bool:
@@ -162,11 +179,19 @@ class RunFolder:
     def begin(self, recipe: Recipe) -> None:
         """Make the folder, empty unless resuming, and keep the recipe in it."""
         if self.main:
-            _make_folder(self.folder, empty=not self.resume)
-            (self.folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+            with writing("The recipe", self.folder):
+                _make_folder(self.folder, empty=not self.resume)
+                part = self.folder / f"{RECIPE_FILE}.part"
+                part.write_text(recipe.to_yaml(), encoding="utf-8")
+                os.replace(part, self.folder / RECIPE_FILE)
         self.open = True
 
     def save(self, record: RunRecord) -> None:
-        """Write `run.json`."""
+        """Write `run.json`.
+
+        Raises:
+            DiskError: if the disk refuses; the former one stays.
+        """
         if self.main:
-            record.save(self.folder)
+            with writing("The record of the run", self.folder):
+                record.save(self.folder)

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sbft.redaction import without_secrets
+
 SCHEMA = 1
 FILE_NAME = "run.json"
 UNFINISHED = "the run has not finished"
@@ -65,7 +67,8 @@ class RunRecord:
     saved_bytes: int | None = None
     """Size of the saved weights: of the model's, or of the adapter's."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """One entry for each logged step: step, tokens (seen until then), loss (mean since the last entry), learning_rate."""
+    """One entry for each logged step: step, tokens (seen until then), loss (mean since the last entry), learning_rate;
+    eval_loss where the run was evaluated on its way."""
     data: dict[str, int | None] = field(default_factory=dict)
     """Counts: examples, tokens, completion_tokens, truncated, dropped (no completion left), dropped_overlap (question
     also in the evaluation), longest, packed_into, evaluation_examples."""
@@ -83,7 +86,7 @@ class RunRecord:
         """Write `run.json` into a folder that exists; a reader never sees half of it."""
         path = folder / FILE_NAME
         part = path.with_suffix(".json.part")
-        content = _without_nan({"schema": SCHEMA, **asdict(self)})
+        content = _fit_to_keep({"schema": SCHEMA, **asdict(self)})
         part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
         return path
@@ -144,12 +147,14 @@ def _git(folder: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinities: None stands for them."""
+def _fit_to_keep(value: Any) -> Any:
+    """JSON has no NaN and no infinities: None stands for them. What an error quotes may hold a password or a token."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, str):
+        return without_secrets(value)
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: _fit_to_keep(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
+        return [_fit_to_keep(inner) for inner in value]
     return value

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from sbft.errors import ModelError, TrainingError
 from sbft.optim import SGD, Adafactor, AdamW
 from sbft.optim.base import TokenOptimizer
+from sbft.optim.sharding import is_cut_evenly, is_sharded
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
-from sbft.training.head import Head, UnknownHead, find_head
+from sbft.training.head import Head, UnknownHead, find_head, unwrap
+from sbft.training.saving import WholeCheckpoints
+from sbft.training.sharded import load_weights, save_states
 from sbft.training.tied import TiedEmbedding
 from sbft.training.watch import TrainingWatch
 
@@ -44,7 +48,7 @@ else:
     _Base = object
 
 
-class SmallBatchMixin(_Base):
+class SmallBatchMixin(WholeCheckpoints, _Base):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
     Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
@@ -80,7 +84,8 @@ class SmallBatchMixin(_Base):
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
-        super().__init__(*args, **kwargs)
+        with _optimizer_checkpoints_allowed((*args, *kwargs.values())):
+            super().__init__(*args, **kwargs)
         self._check_arguments()
         self._check_weights()
         self.add_callback(_StepEvents(self))
@@ -100,11 +105,18 @@ class SmallBatchMixin(_Base):
                 f"One process sees {gpus} GPUs, and would train on {gpus} examples at once through DataParallel. "
                 "Set CUDA_VISIBLE_DEVICES=0 to use one, or start a process for each (sbft train --num-processes)."
             )
-        if self.accelerator.num_processes > 1 and self.args.releases_gradients:
+        if self.accelerator.num_processes > 1 and self.args.releases_gradients and not self._is_sharded:
             raise ArgumentError(
                 f"gradient_release=True with {self.accelerator.num_processes} processes would update each replica "
-                "from its own gradient. Run one process, or set gradient_release=False."
+                "from its own gradient. Shard the model over them with FSDP2 (from_pretrained(..., "
+                "distributed_config=DistributedConfig(fsdp_size=N)); in a recipe distributed.fsdp_size), run one process, "
+                "or set gradient_release=False."
             )
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the model's weights are spread over several processes."""
+        return any(is_sharded(parameter) for parameter in self.model.parameters())
 
     def _check_weights(self) -> None:
         """Refuse float16, and take a float32 model to bfloat16 where its updates will be rounded stochastically."""
@@ -114,11 +126,23 @@ class SmallBatchMixin(_Base):
                 "The model's weights are float16, whose narrow range loses small gradients without a loss scaler. "
                 "Load it with dtype=torch.bfloat16 (or torch.float32)."
             )
+        if not all(is_cut_evenly(weight) for weight in self._tied_and_sharded()):
+            rows = self.model.config.get_text_config().vocab_size
+            raise ModelError(
+                f"The model's input embedding is also its output head, and its {rows} rows do not divide by the "
+                f"{self.accelerator.num_processes} processes it is sharded over. FSDP2 then keeps two copies of it, of "
+                "which one is not trained. Take a number of processes by which they divide."
+            )
         rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
         if not rounds or not isinstance(self.model, PreTrainedModel):
             return
         wide = [parameter for parameter in trainable if parameter.dtype == torch.float32]
         if len(wide) == len(trainable) and wide:
+            if self._is_sharded:
+                raise ModelError(
+                    "The model's weights are float32 and sharded already, too late to cast them to bfloat16. Load it with "
+                    "dtype=torch.bfloat16, or set cast_weights=False to train in float32."
+                )
             logger.warning(
                 "The model's float32 weights are cast to bfloat16, which halves them; updates are rounded "
                 "stochastically. To train in float32, set cast_weights=False."
@@ -157,6 +181,21 @@ class SmallBatchMixin(_Base):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
         return optimizer if isinstance(optimizer, TokenOptimizer) else None
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in `Trainer`, which writes one rank's part of a sharded optimizer's state."""
+        optimizer = self._token_optimizer
+        if optimizer is None or not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            save_states(optimizer, self.lr_scheduler, Path(output_dir), main=self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in `Trainer`, which cannot load a sharded model."""
+        if self._is_sharded:
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     # The loop
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -178,7 +217,7 @@ class SmallBatchMixin(_Base):
         self._attached.close()
         optimizer = self._token_optimizer
         head = self._find_head()
-        if head is not None:
+        if head is not None and not self._is_sharded:
             self._tied = self._attached.enter_context(TiedEmbedding(self.model, head))
         counted = self.counted_in(self.state)
         if counted is not None:
@@ -189,8 +228,16 @@ class SmallBatchMixin(_Base):
             return
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
-            self._attached.enter_context(optimizer.release_gradients())
+            self._attached.enter_context(optimizer.release_gradients(held=self._tied_and_sharded()))
             self._hook_parameters(optimizer, self._update_ends)
+
+    def _tied_and_sharded(self) -> list[Tensor]:
+        """The embedding that is also the output head, where FSDP2 reduces the gradients of its two uses one after the other."""
+        base: Any = unwrap(self.model)
+        head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+        if not self._is_sharded or head is None or head.weight is not base.get_input_embeddings().weight:
+            return []
+        return [head.weight]
 
     def _hook_parameters(self, optimizer: TokenOptimizer, hook: Any) -> None:
         for group in optimizer.param_groups:
@@ -410,6 +457,22 @@ class _StepEvents(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The step is counted; logging and saving come after."""
         self._trainer._after_step()
+
+
+@contextlib.contextmanager
+def _optimizer_checkpoints_allowed(given: tuple[Any, ...]) -> Iterator[None]:
+    """`Trainer` refuses checkpoints of a model that was sharded as it was loaded, since it cannot save such an optimizer's
+    state. The mixin can, that of a token optimizer."""
+    arguments = next((one for one in given if isinstance(one, SmallBatchArguments)), None)
+    if arguments is None or arguments.token_optimizer is None:
+        yield
+        return
+    wanted: Any = arguments
+    former, wanted.save_only_model = wanted.save_only_model, True
+    try:
+        yield
+    finally:
+        wanted.save_only_model = former
 
 
 def _kept_states(state: TrainerState) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def test_overwriting_the_folder_that_the_model_or_the_data_lie_in(refused: Any, 
 def test_nothing_to_resume(refused: Any, tmp_path: Path) -> None:
     assert "no checkpoint" in refused("--resume")
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
-    assert "only checkpoint-3, which was cut off" in refused("--resume")
+    assert "no sound checkpoint (checkpoint-3: it was cut off" in refused("--resume")
 
 
 # ---- what needs a process of its own -----------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_exactly(tmp_path: Path, tiny_dir: 
             break
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 2, said
+    assert running.returncode == 130, said
     last = said.strip().splitlines()[-1]
     assert last.startswith("Error: Stopped by Ctrl-C after step ") and "Traceback" not in said
     resume = last.partition("type: sbft ")[2].split()
@@ -265,5 +265,5 @@ def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, tiny_dir: Path, d
     time.sleep(seconds)
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
-    assert running.returncode == 2 and "Stopped by Ctrl-C" in said and "Traceback" not in said
+    assert running.returncode == 130 and "Stopped by Ctrl-C" in said and "Traceback" not in said
     assert not (tmp_path / "out").exists()

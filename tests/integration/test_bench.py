@@ -105,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> t
     wait_for(log_beside(run_folder(out, first)).exists)
     stopped.send_signal(signal.SIGINT)
     _, said_when_stopped = stopped.communicate(timeout=PATIENCE_S)
-    assert stopped.returncode == 2 and read_run(out, first) is None
+    assert stopped.returncode == 130 and read_run(out, first) is None
     # Its run has ended with it, long before training and evaluation could have.
     wait_for(lambda: (lock := try_lock(out, first)) is not None and os.close(lock) is None)
     assert read_run(out, first) is None
@@ -296,7 +296,7 @@ def test_a_process_that_leaves_no_record_gets_one_that_says_why(
 def left_by_sigint(suite: Suite, folder: Path) -> Active:
     """A run that was told to stop while it trained, and has said so in its record."""
     stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To go on, type: sbft train x"
-    active = ended(suite, folder, f"print('Error: {stopped}'); raise SystemExit(2)")
+    active = ended(suite, folder, f"print('Error: {stopped}'); raise SystemExit(130)")
     record = write_unsupported(suite, folder, active.run, stopped)
     record.status = "error"
     record.save(active.folder)
@@ -305,7 +305,7 @@ def left_by_sigint(suite: Suite, folder: Path) -> Active:
 
 @pytest.mark.parametrize(
     "code",
-    ["print('Error: Stopped by Ctrl-C.'); raise SystemExit(2)", "import os; os.kill(os.getpid(), 15)", None],
+    ["print('Error: Stopped by SIGTERM.'); raise SystemExit(143)", "import os; os.kill(os.getpid(), 15)", None],
     ids=["while loading", "before it listened", "while training"],
 )
 def test_a_run_that_somebody_stopped_is_no_result(code: str | None, content: dict[str, Any], tmp_path: Path) -> None:

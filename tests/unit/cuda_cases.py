@@ -22,6 +22,7 @@ import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sbft.optim.kernels import cuda, cuda_programs, reference  # noqa: E402
+from sbft.optim.sharding import Shard  # noqa: E402
 from sbft.rounding import noise_from_key, noise_key, signed_32, stochastic_round  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -271,6 +272,19 @@ def test_offsets_have_64_bits_where_32_do_not_reach() -> None:
 
 
 # What every update promises
+
+
+@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("shape", [(33, 257), (32, 256), (2, 40, 130), (3000,)])
+def test_a_shard_is_updated_as_the_reference_updates_it(
+    name: str, shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two ranks, whose gradients are the same: sums over both are twice those of one."""
+    if name == "factored" and len(shape) == 1:
+        pytest.skip("has no rows and columns")
+    whole = torch.Size([2 * shape[0], *shape[1:]])
+    shard = Shard(whole.numel() // 2, whole, lambda message: message.mul_(2))
+    compare(UPDATES[name], shape, BF16, shard=shard)
 
 
 @pytest.mark.parametrize("name", UPDATES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from sbft import __version__
 from sbft.cli.app import app
 from sbft.cli.errors import shown_as_a_paragraph
-from sbft.errors import DataError
+from sbft.errors import DataError, Interrupted
 from sbft.recipe import recipe_text
 
 HELP_LIMIT_S = 0.4
@@ -33,7 +34,7 @@ def test_help_answers_quickly_and_names_every_verb() -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     end = os.times()
     seconds = (end.children_user + end.children_system - begin.children_user - begin.children_system) / 3
-    for verb in ("train", "eval", "generate", "recipes", "batch-size", "bench", "check", "plan", "version"):
+    for verb in ("train", "eval", "generate", "export", "recipes", "batch-size", "bench", "check", "plan", "version"):
         assert f"\n  {verb} " in done.stdout
     assert seconds < HELP_LIMIT_S
 
@@ -89,7 +90,9 @@ def test_the_traceback_comes_when_asked_for() -> None:
     ("error", "code", "said"),
     [
         (DataError("The file x is missing."), 2, "Error: The file x is missing."),
-        (KeyboardInterrupt(), 2, "Stopped by Ctrl-C"),
+        (KeyboardInterrupt(), 130, "Error: Stopped by Ctrl-C."),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "Error: Stopped by SIGTERM."),
+        (Interrupted(signal.SIGTERM, " after step 3."), 143, "Error: Stopped by SIGTERM after step 3."),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,9 +16,14 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from sbft.cli.launch import _end, _wait
-from sbft.errors import DataError, TrainingError
+from sbft.errors import DataError, DiskError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.failures import advice, evaluation_advice, failures_recorded, is_out_of_memory
+from sbft.training.failures import (
+    advice,
+    evaluation_advice,
+    failures_recorded,
+    is_out_of_memory,
+)
 from sbft.training.interrupt import StopBetweenSteps
 from sbft.training.output import RunFolder, check_output_folder
 from sbft.training.record import RunRecord
@@ -61,11 +67,11 @@ def test_the_advice_names_the_largest_part_and_a_switch_for_it(
 
 
 def test_the_advice_for_an_evaluation_is_about_the_evaluation() -> None:
-    before = evaluation_advice(given("evaluation.batch_size=8"), trained=False)
+    before = evaluation_advice(given("evaluation.batch_size=8"), "untrained")
     for part in ("untrained", "8 examples", "evaluation.batch_size=4", "evaluation.limit=", "evaluation.before=false"):
         assert part in before
     assert "gradient" not in before
-    after = evaluation_advice(given("evaluation.batch_size=1"), trained=True)
+    after = evaluation_advice(given("evaluation.batch_size=1"), "trained")
     assert "evaluation.before" not in after and "batch_size=" not in after and "data.max_length=" in after
 
 
@@ -78,11 +84,11 @@ signal.signal(signal.SIGINT, lambda *_: heard.append(1))
 print(flush=True)
 while len(heard) < int(sys.argv[1]): time.sleep(0.01)
 time.sleep(float(sys.argv[2]))
-sys.exit(2)
+sys.exit(130)
 """
 
 
-@pytest.mark.parametrize(("signals", "code"), [(1, 2), (2, 99)])
+@pytest.mark.parametrize(("signals", "code"), [(1, 130), (2, 99)])
 def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(signals: int, code: int) -> None:
     command = [sys.executable, "-c", RANK, "1"]
     # The first ends at once, as a rank that writes nothing does; the other still saves.
@@ -106,7 +112,7 @@ def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(sign
     presses.start()
     try:
         if signals == 1:
-            assert _wait(ranks) == 2
+            assert _wait(ranks) == 130
         else:
             with pytest.raises(KeyboardInterrupt):
                 _wait(ranks)
@@ -117,7 +123,7 @@ def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(sign
         for rank in ranks:
             assert rank.stdout is not None
             rank.stdout.close()
-    assert [rank.returncode for rank in ranks] == [2, code]
+    assert [rank.returncode for rank in ranks] == [130, code]
 
 
 def failing(error: BaseException, folder: Path, *, begun: bool, resume: bool = False) -> RunRecord:
@@ -154,6 +160,20 @@ def test_out_of_memory_is_recorded_even_before_it_has_begun_but_never_over_a_run
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["precious"]
 
 
+def test_a_disk_that_takes_not_even_the_record_does_not_hide_what_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "run.json.part")
+
+    monkeypatch.setattr(RunRecord, "save", refuse)
+    with pytest.raises(TrainingError, match="^Out of memory"):
+        failing(MemoryError(), tmp_path / "one", begun=True)
+    assert "The record of the run could not be written" in caplog.text and "mounted read-only" in caplog.text
+    with pytest.raises(DiskError, match="answers.jsonl could not be written: no space is left"):
+        failing(OSError(errno.ENOSPC, "No space left on device", "answers.jsonl"), tmp_path / "two", begun=True)
+
+
 def test_a_folder_with_another_file_in_it_is_never_taken_for_a_failed_run(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: mine")  # a recipe that somebody wrote there by hand
     with pytest.raises(TrainingError, match="not empty"):
@@ -186,7 +206,7 @@ def test_a_parent_that_is_told_to_end_ends_its_ranks(tmp_path: Path) -> None:
     rank = tmp_path / "rank.sh"
     rank.write_text('#!/bin/sh\necho $$ > "$0.$RANK"\nexec sleep 100\n')
     rank.chmod(0o755)
-    code = f"import sys; sys.executable = {str(rank)!r}; from sbft.cli.launch import launch; launch([], 2)"
+    code = f"import sys; sys.executable = {str(rank)!r}; from sbft.cli.launch import launch; sys.exit(launch([], 2))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     files = [Path(f"{rank}.{number}") for number in (0, 1)]
     deadline = time.monotonic() + 30

@@ -236,3 +236,27 @@ def test_conversations_without_an_answer_are_counted_by_themselves() -> None:
 def test_messages_that_are_text_are_refused_with_what_is_expected() -> None:
     with pytest.raises(DataError, match=r"is a str, 'hello'; expected a list of messages"):
         format_dataset(Dataset.from_list([{"messages": "hello"}]), tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": {"a": 1}, "completion": "x"}, "value of 'prompt' is a dict, .*; expected text"),
+        ({"prompt": "a", "completion": ["x"]}, "value of 'completion' is a list"),
+        ({"text": b"\xff"}, "value of 'text' is a bytes"),
+        ({"messages": [{"role": None, "content": "a"}]}, "holds .*; expected a list of messages"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "has the content .*; expected text"),
+        ({"messages": [{"role": "user", "content": [{"a": 1}]}]}, "chat template refuses"),
+    ],
+)
+def test_what_is_no_text_is_refused(row: dict[str, Any], expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        one(row, tiny_tokenizer())
+
+
+def test_a_missing_number_is_a_missing_text() -> None:
+    rows = Dataset.from_list([{"prompt": float("nan"), "completion": "a"}, {"prompt": 1.5, "completion": "b"}])
+    formatted, report = format_dataset(rows, tiny_tokenizer(None))
+    assert (report.examples, report.empty) == (1, 1) and tiny_tokenizer().decode(formatted[0]["input_ids"]).startswith(
+        "1.5"
+    )

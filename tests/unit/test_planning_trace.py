@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import random
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 

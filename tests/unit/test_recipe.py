@@ -344,3 +344,55 @@ def test_the_recipe_for_text_takes_a_file_of_few_paragraphs(tmp_path: Path) -> N
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"Paragraph {number}." for number in range(20)))
     assert read_splits(resolve(load_recipe("text", data=str(book)))).train.num_rows == 20
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('data.system="a\\0b"', "in which a character is none"),
+        ("data.seed=99999999999999999999", "a number of at most 9,223,372,036,854,775,807"),
+        ("data.options.x=.nan", "expected a finite number"),
+        ("method=!!binary ''", "expected text in the place of bytes"),
+        (f"training.learning_rate={'9' * 400}", "a number of at most 9,223"),
+        ("training.neftune_noise_alpha=.inf", "expected a finite number"),
+        ("training.max_steps=10000000000000", "from 1 to 1000000000000"),
+        ("model=''", "is '', expected a hub id, a folder"),
+        ("data.train=' '", "is ' ', expected a file, a hub id"),
+        ("training.hub_token=x", "hf auth login"),
+        ("allow_pickle=maybe", "allow_pickle is 'maybe', expected a boolean"),
+    ],
+)
+def test_a_value_that_nothing_can_use_is_one_of_the_problems(override: str, said: str) -> None:
+    text = problems(None, ["model=m", "data.train=d.jsonl", override, "lorra=1"])
+    assert text.startswith("2 problems") and said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: !!python/object:os.system {}\n", "line 1, column 8 is not valid YAML: found a tag"),
+        ("model: 2026-13-45\n", "a number or a date that is none"),
+        ("? [a]\n: b\n", "a list or a mapping in the place of a key"),
+        ("1: b\n", "1 is no word, expected keys that are"),
+        ("model: \x07\n", "found the character"),
+        (f"model: {'9' * 5_000}\n", "a number or a date that is none"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_a_sentence(tmp_path: Path, text: str, said: str) -> None:
+    assert said in problems(write(tmp_path, text))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text("model: a\r\ndata: {train: b}\r\n", encoding="utf-8-sig")
+    assert load_recipe(path).model == "a"
+
+
+def test_what_a_message_shows_is_short() -> None:
+    assert len(problems(None, [f"method={'x' * 100_000}"], model="m", data="d")) < 1_000
+
+
+def test_a_mapping_may_take_over_another(tmp_path: Path) -> None:
+    text = "model: &m a\ndata: &d {train: b, max_length: 5}\nevaluation: {limit: 3}\noutput_dir: *m\n"
+    recipe = load_recipe(write(tmp_path, text + "training: {<<: {seed: 4}, max_steps: 2}\n"))
+    assert (recipe.output_dir, recipe.training) == ("a", {"seed": 4, "max_steps": 2})

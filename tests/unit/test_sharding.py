@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import Shard as ShardPlacement
 
+from sbft.optim import SGD, Adafactor, AdamW
+from sbft.optim.base import TokenOptimizer
 from sbft.optim.kernels import cpu, reference
-from sbft.optim.sharding import Shard
+from sbft.optim.sharding import Shard, is_sharded, whole
 from sbft.rounding import noise_key
 
 KEY = noise_key(1, 2, 3)
@@ -167,3 +172,90 @@ def test_an_error_between_ranks_is_raised_and_not_lost_in_compiled_code() -> Non
     weight = torch.randn(130, 140)
     with pytest.raises(RuntimeError, match="the other rank is gone"):
         update(cpu, "adafactor", weight[:65].clone(), weight[:65], Shard(0, weight.shape, fail), weight.shape)
+
+
+# Parameters that torch has cut
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A process group of this process alone: its shards are whole, and everything else is as with more."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+MAKERS: dict[str, Callable[[Any], TokenOptimizer]] = {
+    "adafactor": lambda params: Adafactor(params, lr=1e-2),
+    "adamw": lambda params: AdamW(params, lr=1e-2),
+    "sgd": lambda params: SGD(params, lr=1e-2, momentum=0.5),
+}
+
+
+def parameters(mesh: DeviceMesh | None) -> list[nn.Parameter]:
+    made = []
+    for shape in [(140, 130), (140, 140), (2, 130, 128), (9,)]:
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(len(made)))
+        made.append(nn.Parameter(value if mesh is None else distribute_tensor(value, mesh, [ShardPlacement(0)])))
+    return made
+
+
+def step(optimizer: TokenOptimizer, seed: int) -> None:
+    optimizer.tokens_per_step = 50
+    for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + i))
+        shard = parameter.detach()
+        if isinstance(shard, DTensor):
+            grad = distribute_tensor(grad, shard.device_mesh, shard.placements)
+        parameter.grad = grad
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rule", MAKERS)
+def test_a_state_goes_from_sharded_to_plain_parameters_and_back(rule: str, mesh: DeviceMesh) -> None:
+    cut, plain = parameters(mesh), parameters(None)
+    one, other = MAKERS[rule](cut), MAKERS[rule](plain)
+    step(one, 1)
+    assert all(is_sharded(value) for parameter in cut for value in one.state[parameter].values() if value.ndim)
+    other.load_state_dict(one.whole_state_dict())
+    assert not any(is_sharded(value) for parameter in plain for value in other.state[parameter].values())
+    back = MAKERS[rule](cut)
+    back.load_state_dict(other.state_dict())
+    for parameter in cut:
+        for name, value in one.state[parameter].items():
+            found = back.state[parameter][name]
+            assert is_sharded(found) == is_sharded(value) and torch.equal(whole(found), whole(value))
+            if isinstance(value, DTensor):
+                assert isinstance(found, DTensor) and found.placements == value.placements
+
+
+@pytest.mark.parametrize("rule", MAKERS)
+def test_sharded_parameters_are_updated_as_plain_ones(rule: str, mesh: DeviceMesh) -> None:
+    cut, plain = parameters(mesh), parameters(None)
+    one, other = MAKERS[rule](cut), MAKERS[rule](plain)
+    for seed in range(3):
+        step(one, seed)
+        step(other, seed)
+    assert one.grad_norm is not None and other.grad_norm is not None
+    torch.testing.assert_close(one.grad_norm, other.grad_norm)
+    for sharded, expected in zip(cut, plain, strict=True):
+        torch.testing.assert_close(whole(sharded.detach()), expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_another_cut_is_refused_by_name(mesh: DeviceMesh) -> None:
+    columns = nn.Parameter(distribute_tensor(torch.randn(140, 130), mesh, [ShardPlacement(1)]))
+    optimizer = Adafactor([columns])
+    with pytest.raises(TypeError, match=r"shape \(140, 130\).*Shard\(dim=1\).*first dimension"):
+        step(optimizer, 0)
+
+
+def test_sharded_parameters_are_released_and_those_held_are_not(mesh: DeviceMesh) -> None:
+    first, second = parameters(mesh)[:2]
+    optimizer = Adafactor([first, second])
+    with optimizer.release_gradients(held=[second]):
+        optimizer.tokens_per_step = 5
+        (first.to_local().square().sum() + second.to_local().square().sum()).backward()
+        assert first.grad is None and second.grad is not None
+        before = whole(second.detach()).clone()
+        optimizer.step()
+    assert not torch.equal(whole(second.detach()), before)

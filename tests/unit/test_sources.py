@@ -70,12 +70,30 @@ def test_keys_that_only_later_rows_have_are_kept(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", "not a readable Parquet"),
         ("a.xlsx", "x", r"ends in \.xlsx"),
         ("a.jsonl", '{"messages": 1}\n{"messages": [1]}\n', "'messages' .* not all of one kind"),
+        ("a.jsonl", "{}\n{}\n", "empty"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "cut \\ud83d"}\n', r"Line 2 of .* half of a character"),
+        ("a.json", '[{"\\udc00": 1}]', "half of a character"),
+        ("a.jsonl", '{"prompt": ' + "[" * 100_000, "Line 1 of .* nested too deep"),
+        ("a.jsonl", '{"prompt": ' + "9" * 5_000 + "}", "Line 1 of .* too many digits"),
+        ("a.json", "[" * 100_000, "nested too deep"),
+        ("a.csv", "prompt,prompt\na,b\n", "names the column 'prompt' twice"),
     ],
 )
 def test_malformed_files_are_refused_with_the_place(tmp_path: Path, name: str, contents: str, expected: str) -> None:
     (tmp_path / name).write_text(contents, encoding="utf-8")
     with pytest.raises(DataError, match=expected):
         load_source(str(tmp_path / name))
+
+
+def test_numbers_that_no_table_holds_are_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": 1}, {"prompt": 10**30}, {"prompt": None}])
+    assert load_source(path)["prompt"] == ["1", str(10**30), None]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="two columns called 'text'"):
+        load_source(str(tmp_path / "a.parquet"))
 
 
 def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sbft.bench.report.style import (
     VERMILLION,
     Look,
     figure,
+    literal,
     looks,
     panels,
     settings,
@@ -52,7 +53,7 @@ def draw_memory(comparison: Comparison, path: Path) -> bool:
         highest = max(sum(parts.values()) for _, measured in shown for _, parts in measured)
         for axes, (title, measured) in zip(all_axes, shown, strict=True):
             _stack(axes, measured, highest)
-            axes.set(title=title)
+            axes.set(title=literal(title))
         all_axes[-1].set_xlabel(f"peak memory of the training loop, {_unit(highest)[1]}")
         _legend(drawn, all_axes, 3)
         drawn.savefig(path)
@@ -97,7 +98,7 @@ def draw_rates(comparison: Comparison, path: Path) -> bool:
                 _draw_rates(axes, row, styles[row.variant])
             _mark_failures(axes, rows, styles)
             name = metric_name(rows[0].metric)
-            axes.set(title=title, xscale="log", xlabel="learning rate")
+            axes.set(title=literal(title), xscale="log", xlabel="learning rate")
             axes.set_ylabel(f"{name} on validation{', %' if rows[0].is_share else ' (lower is better)'}")
             axes.grid(alpha=0.25, linewidth=0.6)
         _legend(drawn, all_axes, 4)
@@ -161,7 +162,7 @@ def draw_losses(comparison: Comparison, path: Path) -> bool:
                     tokens, curve, color=look.colour, linestyle=look.line, linewidth=1.5, label=short(row.variant),
                     marker=look.marker, markersize=5, markevery=max(1, len(tokens) // _FEW_POINTS),
                 )  # fmt: skip
-            axes.set(title=title, xlabel="tokens seen", ylabel="training loss, smoothed")
+            axes.set(title=literal(title), xlabel="tokens seen", ylabel="training loss, smoothed")
             axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             if min(values) > 0 and max(values) > 5 * min(values):

@@ -78,7 +78,7 @@ class Made:
         key = _OUTCOMES.get(metric)
         if self.ok is None or self.ok.predictions is None or key is None:
             return None
-        path = self.folder / self.ok.predictions
+        path = self.folder / Path(self.ok.predictions).name  # whatever the record says, no other folder's
         if not path.is_file():
             return None
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sbft.bench.report import notes as sentences
 from sbft.bench.report.comparison import Comparison, Row
 from sbft.bench.report.pictures import Picture
-from sbft.bench.report.tables import Table, front, main_table, memory_table, rates_table
+from sbft.bench.report.tables import Table, front, in_markdown, main_table, memory_table, rates_table
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --page: #ffffff; --line: #d8dce1; --quiet: #5b6470; --band: #f5f7f9; }
@@ -72,22 +72,30 @@ def _title(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison, pictures: Sequence[Picture]) -> str:
     """The report as Markdown; the pictures lie beside it."""
-    parts = [f"# {_title(comparison)}", sentences.summary(comparison), f"    {sentences.command(comparison)}"]
+    parts = [
+        f"# {_title(comparison)}",
+        in_markdown(sentences.summary(comparison)),
+        f"    {sentences.command(comparison)}",
+    ]
     by_name = {picture.path.name: picture for picture in pictures}
     sections = _sections(comparison)
     for section in sections:
-        parts += [f"## {section.title}", section.main.markdown(), "  \n".join(section.notes)]
+        parts += [f"## {in_markdown(section.title)}", section.main.markdown(), _lines(section.notes)]
     for picture in by_name.values():
-        parts += [f"## {picture.title}", f"![{picture.title}]({picture.path.name})", picture.caption]
+        parts += [f"## {picture.title}", f"![{picture.title}]({picture.path.name})", in_markdown(picture.caption)]
     for section in sections:
         if section.memory is not None:
-            parts += [f"## Peak memory by part, MiB: {section.title}", section.memory.markdown()]
+            parts += [f"## Peak memory by part, MiB: {in_markdown(section.title)}", section.memory.markdown()]
     for section in sections:
         if section.rates is not None:
-            parts += [f"## Validation scores by learning rate: {section.title}", section.rates.markdown()]
-            parts += ["  \n".join(section.rates.notes())]
-    parts += ["## Notes", "\n".join(f"- {sentence}" for sentence in sentences.notes(comparison))]
+            title = f"## Validation scores by learning rate: {in_markdown(section.title)}"
+            parts += [title, section.rates.markdown(), _lines(section.rates.notes())]
+    parts += ["## Notes", "\n".join(f"- {in_markdown(sentence)}" for sentence in sentences.notes(comparison))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _lines(notes: list[str]) -> str:
+    return "  \n".join(map(in_markdown, notes))
 
 
 def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:

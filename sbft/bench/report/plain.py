@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sbft.bench.report import formats
 from sbft.bench.report.statistics import standard_error
-from sbft.bench.report.style import BLUE, ORANGE
+from sbft.bench.report.style import BLUE, ORANGE, literal
 from sbft.bench.report.tables import Table
 from sbft.errors import DataError
 from sbft.training.record import FILE_NAME, RunRecord
@@ -113,7 +113,8 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
         left.text(value + spread + 1.5, place - 0.2, f"{value:.0f}%", va="center", fontsize=9)
     left.set(xlim=(0, 112), xlabel="exact match, % (± one standard error)", yticks=places)
     # A name of a folder may be as long as the picture is wide.
-    left.set_yticklabels([name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names])
+    shown = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+    left.set_yticklabels(list(map(literal, shown)))
     left.legend(
         loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.42 / (0.62 * len(names))), ncols=2, frameon=False, fontsize=9
     )

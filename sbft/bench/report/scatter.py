@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sbft.bench.report.comparison import Comparison, Row
 from sbft.bench.report.formats import GIBIBYTE
 from sbft.bench.report.labels import Box, Named, place
-from sbft.bench.report.style import GREY, Look, figure, looks, panels, settings, short
+from sbft.bench.report.style import GREY, Look, figure, literal, looks, panels, settings, short
 from sbft.bench.report.tables import front, metric_name
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _draw(axes: Axes, title: str, rows: list[Row], styles: dict[str, Look]) -> t
     best = front(rows)
     stairs = _draw_front(axes, best, scale) if best else []
     name = metric_name(rows[0].metric)
-    axes.set(title=title, xlabel="peak memory of the training loop, GiB")
+    axes.set(title=literal(title), xlabel="peak memory of the training loop, GiB")
     axes.set_ylabel(f"{name}, %" if rows[0].is_share else f"{name} (lower is better)")
     axes.grid(alpha=0.25, linewidth=0.6)
     return points, stairs

@@ -41,7 +41,12 @@ def looks(variants: Sequence[str]) -> dict[str, Look]:
 
 def short(name: str) -> str:
     """A name that fits beside a picture."""
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return literal(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…")
+
+
+def literal(text: str) -> str:
+    """Text for a picture whose dollar signs are no formula's."""
+    return text.replace("$", r"\$")
 
 
 def figure(height: float) -> Figure:

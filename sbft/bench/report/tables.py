@@ -36,7 +36,7 @@ class Table:
 
     def markdown(self) -> str:
         """As Markdown that is readable as plain text too."""
-        rows = [[cell.replace("|", r"\|") for cell in row] for row in [self.head, *self.rows]]
+        rows = [[in_markdown(cell).replace("|", r"\|") for cell in row] for row in [self.head, *self.rows]]
         # A reason that spans the rest of its row must not widen the column in which it begins.
         whole = [row if len(row) == len(self.head) else row[:-1] for row in rows]
         widths = [max(len(row[i]) for row in whole if i < len(row)) for i in range(len(self.head))]
@@ -57,6 +57,11 @@ class Table:
                 cells[-1] = f'<td class="reason" colspan="{span}">{_inline(row[-1])}</td>'
             lines.append("<tr>" + "".join(cells) + "</tr>")
         return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def in_markdown(text: str) -> str:
+    """Text whose HTML and whose links Markdown shows as they are written; bold and code stay."""
+    return " ".join(text.replace("<", r"\<").replace("](", r"]\(").split())
 
 
 def _inline(text: str) -> str:

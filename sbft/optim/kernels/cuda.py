@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sbft.optim.kernels import cuda_elementwise, cuda_programs, reference
 from sbft.optim.kernels.reference import Key, matrices
+from sbft.optim.sharding import Shard
 from sbft.rounding import signed_32
 
 TILE_COLUMNS, SUM_ROWS, APPLY_ROWS = 256, 32, 16
@@ -55,19 +56,24 @@ def adafactor_factored(
     eps: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_factored`; what it returns stays on the device."""
-    if not weight.is_contiguous():
+    if not _covers(weight):
         return reference.adafactor_factored(
             weight, grad, row, column, mass, weight_square_sum, average_weight=average_weight, lr=lr,
             relative_step=relative_step, clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay, key=key,
+            shard=shard,
         )  # fmt: skip
     g = matrices(grad)
     stack, rows, columns = g.shape
     plan = factored_plan(stack, rows, columns, weight.element_size())
     tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": _index(g, weight), **_OPTIONS}
-    usual = grad.is_contiguous() and grad.dtype == weight.dtype == torch.bfloat16 and columns % 32 == 0
+    usual = (
+        grad.is_contiguous() and grad.dtype == weight.dtype == torch.bfloat16 and columns % 32 == 0 and shard is None
+    )
     registers = APPLY_REGISTERS if usual else None
+    offset = 0 if shard is None else shard.offset
     with torch.cuda.device_of(weight):
         scratch = torch.empty(plan.scratch, dtype=torch.float32, device=weight.device)
         scalars = torch.empty(2, dtype=torch.float32, device=weight.device)
@@ -83,15 +89,22 @@ def adafactor_factored(
             TILE_ROWS=SUM_ROWS,
             **tile,
         )
+        groups = plan.column_groups * plan.row_groups * stack
+        if shard is not None:
+            column_sums = scratch[plan.column_sums_at :][: plan.row_groups * stack * columns].view(plan.row_groups, -1)
+            totals = scratch[plan.totals_at :][:groups]
+            _sum_over_ranks(shard, *([column_sums] if shard.rows_split else []), totals.view(-1, 1))
+        all_rows = float(shard.shape[0] if shard is not None and shard.rows_split else rows)
         cuda_programs.update_factors[(plan.row_blocks + plan.column_blocks, stack)](
-            row, column, mass, scratch, scalars, rows, columns, float(rows), float(columns),
-            plan.column_groups * plan.row_groups * stack, plan.column_groups, plan.row_groups, plan.row_blocks,
-            plan.column_sums_at, plan.totals_at, plan.row_means_at, average_weight, eps, num_warps=4, num_stages=1,
-            enable_fp_fusion=False,
+            row, column, mass, scratch, scalars, rows, columns, all_rows, float(columns), groups, plan.column_groups,
+            plan.row_groups, plan.row_blocks, plan.column_sums_at, plan.totals_at, plan.row_means_at, average_weight, eps,
+            num_warps=4, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
+        if shard is not None and shard.rows_split:
+            _sum_over_ranks(shard, scratch[plan.row_means_at :][: plan.row_blocks].view(-1, 1))
         apply_grid = (plan.column_groups, plan.apply_groups, stack)
         cuda_programs.update_square_sums[apply_grid](
-            g, row, scratch, rows, columns, float(rows), *g.stride(), plan.apply_tiles, plan.row_blocks,
+            g, row, scratch, rows, columns, all_rows, *g.stride(), plan.apply_tiles, plan.row_blocks,
             plan.column_sums_at, plan.row_means_at, plan.squares_at, TILE_ROWS=APPLY_ROWS, **tile,
         )  # fmt: skip
 
@@ -99,12 +112,14 @@ def adafactor_factored(
             cuda_programs.apply_factored[apply_grid](
                 weight, g, mass, square_sum, scratch, results, rows, columns, *g.stride(), plan.apply_tiles,
                 plan.column_groups * plan.apply_groups * stack, int(measure), plan.column_sums_at, plan.totals_at,
-                plan.squares_at, plan.weight_squares_at, float(weight.numel()), average_weight, lr,
-                1.0 - lr * weight_decay, clip_threshold, *_words(key), STOCHASTIC=key is not None, RELATIVE=relative_step,
-                ALIGNED=columns % 32 == 0, TILE_ROWS=APPLY_ROWS, maxnreg=registers, **tile,
+                plan.squares_at, plan.weight_squares_at, _count(weight, shard), average_weight, lr,
+                1.0 - lr * weight_decay, clip_threshold, *_words(key), offset, STOCHASTIC=key is not None,
+                RELATIVE=relative_step, SHARDED=shard is not None, ALIGNED=columns % 32 == offset % 32 == 0,
+                TILE_ROWS=APPLY_ROWS, maxnreg=registers, **tile,
             )  # fmt: skip
 
-        return _measure_and_apply(apply, scalars, weight_square_sum, relative_step)
+        squares = scratch[plan.squares_at :][: plan.column_groups * plan.apply_groups * stack]
+        return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
 
 
 def adafactor_full(
@@ -121,14 +136,16 @@ def adafactor_full(
     eps: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_full`; what it returns stays on the device."""
-    if not weight.is_contiguous():
+    if not _covers(weight):
         return reference.adafactor_full(
             weight, grad, second_moment, mass, weight_square_sum, average_weight=average_weight, lr=lr,
             relative_step=relative_step, clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay, key=key,
+            shard=shard,
         )  # fmt: skip
-    line = Line(weight, grad)
+    line = Line(weight, grad, shard)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
     with torch.cuda.device_of(weight):
         scratch, scalars = line.allocate(3)
@@ -142,28 +159,57 @@ def adafactor_full(
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
             cuda_elementwise.apply_full[(line.programs,)](
                 weight, line.grad, second_moment, mass, square_sum, scratch, results, *line.sizes, line.blocks,
-                line.programs, int(measure), squares_at, weight_squares_at, float(weight.numel()), average_weight, eps, lr,
-                1.0 - lr * weight_decay, clip_threshold, *_words(key), ALONE=line.alone, STOCHASTIC=key is not None,
-                RELATIVE=relative_step, **line.options,
+                line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard), average_weight, eps, lr,
+                1.0 - lr * weight_decay, clip_threshold, *_words(key), line.offset, ALONE=line.alone,
+                STOCHASTIC=key is not None, RELATIVE=relative_step, ALIGNED=line.aligned, **line.options,
             )  # fmt: skip
 
-        return _measure_and_apply(apply, scalars, weight_square_sum, relative_step)
+        squares = scratch[squares_at:][: line.programs]
+        return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
 
 
 def _measure_and_apply(
-    apply: Any, scalars: Tensor, weight_square_sum: Tensor | None, relative_step: bool
+    apply: Any,
+    scalars: Tensor,
+    weight_square_sum: Tensor | None,
+    relative_step: bool,
+    squares: Tensor,
+    shard: Shard | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the last launch; before it, if the weight's sum of squares is needed and unknown, the same launch to measure it.
 
-    The same program adds in the same order, so a resumed run continues with the bits that were carried before.
+    The same program adds in the same order, so a resumed run continues with the bits that were carried before. `squares` are
+    the partial sums of the squared update.
     """
     if relative_step and weight_square_sum is None:
         measured = torch.empty_like(scalars)
         apply(measured, measured, True)
         weight_square_sum = measured[1]
-    apply(weight_square_sum if relative_step else scalars, scalars, False)
+    of_all = weight_square_sum if relative_step else scalars
+    if shard is not None:
+        known = torch.zeros_like(squares[0]) if weight_square_sum is None else weight_square_sum
+        update, of_all = shard.sum(squares.sum(), known)
+        squares.zero_()
+        squares[0] = update
+    apply(of_all, scalars, False)
     grad_square_sum, new_square_sum = scalars.unbind()
     return grad_square_sum, new_square_sum if relative_step else weight_square_sum
+
+
+def _sum_over_ranks(shard: Shard, *partial: Tensor) -> None:
+    """Put the sum over its rows, and over all ranks, into the first row of each matrix, and zeros into the others."""
+    for rows, total in zip(partial, shard.sum(*(rows.sum(0) for rows in partial)), strict=True):
+        rows.zero_()
+        rows[0] = total
+
+
+def _count(weight: Tensor, shard: Shard | None) -> float:
+    return float(weight.numel() if shard is None else shard.count)
+
+
+def _covers(weight: Tensor) -> bool:
+    """Whether the programs can update a weight; otherwise the reference does."""
+    return weight.is_contiguous() and weight.numel() > 0
 
 
 # AdamW and SGD
@@ -183,14 +229,15 @@ def adamw(
     eps: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> Tensor:
     """As `reference.adamw`; what it returns stays on the device."""
-    if not weight.is_contiguous():
+    if not _covers(weight):
         return reference.adamw(
             weight, grad, first_moment, second_moment, first_mass, second_mass, first_weight=first_weight,
-            second_weight=second_weight, lr=lr, eps=eps, weight_decay=weight_decay, key=key,
+            second_weight=second_weight, lr=lr, eps=eps, weight_decay=weight_decay, key=key, shard=shard,
         )  # fmt: skip
-    line = Line(weight, grad)
+    line = Line(weight, grad, shard)
     with torch.cuda.device_of(weight):
         scratch, scalars = line.allocate(1)
         if not line.alone:
@@ -198,8 +245,8 @@ def adamw(
         cuda_elementwise.apply_adamw[(line.programs,)](
             weight, line.grad, second_moment if first_moment is None else first_moment, second_moment, first_mass,
             second_mass, scratch, scalars, *line.sizes, line.blocks, line.programs, first_weight, second_weight, lr,
-            1.0 - lr * weight_decay, eps, *_words(key), FIRST_MOMENT=first_moment is not None, ALONE=line.alone,
-            STOCHASTIC=key is not None, **line.options,
+            1.0 - lr * weight_decay, eps, *_words(key), line.offset, FIRST_MOMENT=first_moment is not None,
+            ALONE=line.alone, STOCHASTIC=key is not None, ALIGNED=line.aligned, **line.options,
         )  # fmt: skip
     return scalars[0]
 
@@ -214,13 +261,15 @@ def sgd(
     lr: float,
     weight_decay: float,
     key: Key,
+    shard: Shard | None = None,
 ) -> Tensor:
     """As `reference.sgd`; what it returns stays on the device."""
-    if not weight.is_contiguous():
+    if not _covers(weight):
         return reference.sgd(
-            weight, grad, momentum, mass, momentum_weight=momentum_weight, lr=lr, weight_decay=weight_decay, key=key
-        )
-    line = Line(weight, grad)
+            weight, grad, momentum, mass, momentum_weight=momentum_weight, lr=lr, weight_decay=weight_decay, key=key,
+            shard=shard,
+        )  # fmt: skip
+    line = Line(weight, grad, shard)
     with torch.cuda.device_of(weight):
         scratch, scalars = line.allocate(1)
         if not line.alone:
@@ -228,7 +277,8 @@ def sgd(
         cuda_elementwise.apply_sgd[(line.programs,)](
             weight, line.grad, scalars if momentum is None else momentum, scalars if mass is None else mass, scratch,
             scalars, *line.sizes, line.blocks, line.programs, momentum_weight, lr, 1.0 - lr * weight_decay, *_words(key),
-            MOMENTUM=momentum is not None, ALONE=line.alone, STOCHASTIC=key is not None, **line.options,
+            line.offset, MOMENTUM=momentum is not None, ALONE=line.alone, STOCHASTIC=key is not None,
+            ALIGNED=line.aligned, **line.options,
         )  # fmt: skip
     return scalars[0]
 
@@ -286,14 +336,17 @@ def _cut(tiles: int, most_groups: int) -> tuple[int, int]:
 class Line:
     """A weight as a line of elements: its gradient's sizes and strides, and how many programs share it."""
 
-    def __init__(self, weight: Tensor, grad: Tensor) -> None:
+    def __init__(self, weight: Tensor, grad: Tensor, shard: Shard | None = None) -> None:
         self.grad = matrices(grad)
+        self.shard = shard
+        self.offset = 0 if shard is None else shard.offset
+        self.aligned = self.offset % 32 == 0
         contiguous = grad.is_contiguous()
         # A contiguous gradient needs no shape: equal arguments spare a compilation per shape.
         shape = (16, 16, 16, 16, 16) if contiguous else (*self.grad.shape[1:], *self.grad.stride())
         self.sizes = (weight.numel(), *shape)
         blocks = triton.cdiv(weight.numel(), BLOCK)
-        self.alone = blocks <= ALONE_BLOCKS
+        self.alone = blocks <= ALONE_BLOCKS and shard is None
         self.blocks = blocks if self.alone else triton.cdiv(blocks, MAX_PROGRAMS)
         self.programs = triton.cdiv(blocks, self.blocks)
         self.section = _padded(self.programs)
@@ -313,6 +366,8 @@ class Line:
         cuda_elementwise.grad_square_sums[(self.programs,)](
             self.grad, scratch, *self.sizes, self.blocks, **self.options
         )
+        if self.shard is not None:
+            _sum_over_ranks(self.shard, scratch[16:][: self.programs].view(-1, 1))
 
 
 def _index(grad: Tensor, weight: Tensor) -> Any:

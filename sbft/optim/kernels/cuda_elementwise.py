@@ -1,7 +1,7 @@
 """The Triton programs of the updates that keep whole tensors as state: Adafactor on vectors, AdamW and SGD.
 
 A tensor is a line of elements here, cut into blocks; a program takes `blocks` consecutive ones. A short line is one program's
-(`ALONE`), and its whole update one launch.
+(`ALONE`), and its whole update one launch. `offset` is the global index of the first element.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -174,9 +174,11 @@ def apply_full(
     clip_threshold,
     key_0,
     key_1,
+    offset,
     ALONE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     RELATIVE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
@@ -209,7 +211,9 @@ def apply_full(
         g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
         moment = tl.load(second_moment + start + lane, mask, 1.0)
         new = w * shrink - tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass))) * step
-        stored = store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
+        stored = store_weight(
+            weight + start + lane, new, start + offset, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED
+        )
         if RELATIVE:
             stored = tl.where(write, stored, w)
             square_sum += stored * stored  # zero where the mask is not
@@ -254,9 +258,11 @@ def apply_adamw(
     eps,
     key_0,
     key_1,
+    offset,
     FIRST_MOMENT: tl.constexpr,
     ALONE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
@@ -283,7 +289,7 @@ def apply_adamw(
             tl.store(first_moment + start + lane, first, mask & write)
             mean = tl.div_rn(first, new_first_mass)
         new = w * shrink - tl.div_rn(mean, tl.sqrt_rn(tl.div_rn(second, new_second_mass)) + eps) * lr
-        store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
+        store_weight(weight + start + lane, new, start + offset, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
     last = tl.program_id(0) == 0
     if not ALONE:
         last = is_last(scratch, partials)
@@ -313,9 +319,11 @@ def apply_sgd(
     shrink,
     key_0,
     key_1,
+    offset,
     MOMENTUM: tl.constexpr,
     ALONE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
@@ -342,7 +350,7 @@ def apply_sgd(
             tl.store(momentum + start + lane, mean, mask & write)
             update = tl.div_rn(mean, new_mass)
         new = w * shrink - update * lr
-        store_weight(weight + start + lane, new, start, lane, key_0, key_1, mask & write, STOCHASTIC, True)
+        store_weight(weight + start + lane, new, start + offset, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
     if MOMENTUM:
         last = tl.program_id(0) == 0
         if not ALONE:

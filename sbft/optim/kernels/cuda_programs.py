@@ -17,7 +17,7 @@ PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile in which
 SMALLEST_RMS = tl.constexpr(1e-3)  # as in reference
 
 COUNTS = ["partials", "groups", "blocks", "row_blocks", "column_groups", "row_groups", "measure", "key_0", "key_1"]
-COUNTS += ["weight_square_sum"]
+COUNTS += ["weight_square_sum", "offset"]
 """Arguments whose values do not matter to the compiler: one program serves them all."""
 
 
@@ -285,14 +285,19 @@ def apply_factored(
     clip_threshold,
     key_0,
     key_1,
+    offset,
     STOCHASTIC: tl.constexpr,
     RELATIVE: tl.constexpr,
+    SHARDED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old."""
+    """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old.
+
+    `offset` is the global index of the first element, zero but with `SHARDED`: adding it costs registers.
+    """
     column_group, row_group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     write = (tl.load(scalars) < float("inf")) & (measure == 0)
     update_square_sum = sum_partials(scratch + squares_at, partials)
@@ -311,7 +316,10 @@ def apply_factored(
         g = tl.load(grad + (r.to(INDEX)[:, None] * row_stride + column_offsets), mask, 0.0).to(tl.float32)
         row_factor = tl.load(scratch + b * rows + r, r < rows, 0.0)[:, None]
         new = w * shrink - g * row_factor * column_factor * step
-        stored = store_weight(pointers, new, base, c[None, :], key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
+        noise_base = base
+        if SHARDED:
+            noise_base = base + offset
+        stored = store_weight(pointers, new, noise_base, c[None, :], key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
         if RELATIVE:
             stored = tl.where(write, stored, w)
             square_sum += stored * stored  # zero where the mask is not

@@ -1,0 +1,104 @@
+"""`sbft export`: a trained model as other tools take it, whole or as a LoRA adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.options import TrustRemoteCodeOption
+from sbft.cli.starting import starting
+
+
+def export(
+    source: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, or one of its checkpoints.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")],
+    as_lora: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="RANK", help="Write an adapter: the difference to the base model at this rank."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The model it was trained from, where no recipe.yaml in OUT says it."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float32 or float16; what the run has where it is not given.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Largest size of a file, 5GB where it is not given.")
+    ] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the adapter.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that lies in DIR.")] = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Write a trained model as plain safetensors, an adapter merged into its base; or extract an adapter from it."""
+    with shown_as_a_paragraph(traceback):
+        _refuse_contradictions(as_lora, no_eval, max_shard_size)
+        with starting():
+            from sbft.cli.quiet import quiet_libraries
+
+            quiet_libraries()
+            from sbft.export import MAX_SHARD_BYTES, export_model
+            from sbft.planning.usable_memory import parse_bytes
+
+        if as_lora is not None:
+            settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
+            _extract(source, to, as_lora, not no_eval, trust_remote_code, settings)
+            return
+        size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
+        written = export_model(
+            source,
+            to,
+            base=base,
+            dtype=dtype,
+            max_shard_bytes=size,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+        if written.merged_into is not None:
+            values = ", with the 4-bit values it was trained on" if written.dequantized else ""
+            print(f"The adapter is merged into {written.merged_into}{values}.")
+        files = "1 file" if written.files == 1 else f"{written.files} files"
+        print(f"Written to {to}: {written.size_bytes / 2**20:.0f} MiB of weights in {files}.")
+
+
+def _refuse_contradictions(as_lora: int | None, no_eval: bool, max_shard_size: str | None) -> None:
+    from sbft.errors import ExportError
+
+    if as_lora is None and no_eval:
+        raise ExportError(
+            "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not measured again."
+        )
+    if as_lora is not None and max_shard_size is not None:
+        raise ExportError("--max-shard-size is for whole models; an adapter is one file. Leave it or --as-lora out.")
+
+
+def _extract(
+    source: Path, to: Path, rank: int, evaluate: bool, trust_remote_code: bool, settings: dict[str, Any]
+) -> None:
+    """Write the adapter, then measure it, and keep beside it what came of both."""
+    with starting():
+        from rich.console import Console
+
+        from sbft.export_report import measure_adapter, save_report, tell
+        from sbft.low_rank import extract_lora
+
+    with Console(stderr=True).status("Comparing with the base model") as status:
+        made = extract_lora(
+            source,
+            to,
+            rank,
+            trust_remote_code=trust_remote_code,
+            **settings,
+            progress=lambda name: status.update(f"Comparing {name}"),
+        )
+        save_report(made, source, None)  # what was extracted is not lost to what goes wrong when it is measured
+        metrics = None
+        if evaluate:
+            status.update("Measuring the adapter")
+            metrics = measure_adapter(made, source, trust_remote_code=trust_remote_code)
+            save_report(made, source, metrics)
+    print(f"{tell(made, metrics)}\n\nWritten to {to}")

@@ -1,0 +1,101 @@
+"""Tables that grow: in memory while they are small, from then on in a file that is mapped into memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+import pyarrow as pa
+from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
+
+from sbft.cache import cache_dir
+from sbft.errors import DataError
+
+IN_MEMORY_BYTES = 64 << 20
+"""A table that is larger lies in a file."""
+_BATCH_BYTES = 8 << 20
+_ROWS = 1_000
+_PIECE_BYTES = 1 << 20
+
+
+class GrowingTable:
+    """Collects tables of one schema into one, of whatever size.
+
+    What is mapped from a file is in memory only while it is read, and the system takes it back when it needs the room.
+    The file has no name: it is gone with the last table that is made of it, however the process ends.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[pa.Table] = []
+        self._pending_bytes = 0
+        self._file: IO[bytes] | None = None
+        self._writer: pa.RecordBatchStreamWriter | None = None
+
+    def add(self, table: pa.Table) -> None:
+        """Appends rows.
+
+        Raises:
+            DataError: there is no room for them in the folder of sbft's cache.
+        """
+        self._pending.append(table)
+        self._pending_bytes += table.nbytes
+        if self._pending_bytes > (IN_MEMORY_BYTES if self._file is None else _BATCH_BYTES):
+            self._spill()
+
+    def finish(self) -> pa.Table | None:
+        """The whole table; None where nothing was added."""
+        if self._file is None or self._writer is None:
+            return pa.concat_tables(self._pending) if self._pending else None
+        self._spill()
+        self._writer.close()
+        self._file.flush()
+        # Opened anew by its number: it has no name.
+        with self._file, pa.memory_map(f"/dev/fd/{self._file.fileno()}") as mapped:
+            return pa.ipc.open_stream(mapped).read_all()
+
+    def _spill(self) -> None:
+        if not self._pending:
+            return
+        table = pa.concat_tables(self._pending)
+        try:
+            if self._file is None or self._writer is None:
+                folder = cache_dir()
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, closed in `finish`, or with this
+                self._writer = pa.ipc.new_stream(self._file, table.schema)
+            rows = max(table.num_rows * _BATCH_BYTES // max(table.nbytes, 1), 1)
+            for start in range(0, table.num_rows, rows):
+                self._writer.write_table(table.slice(start, rows).combine_chunks())
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"The data does not fit into memory and is put into a file in {cache_dir()}, which cannot be written: "
+                f"{error.strerror or error}. Make room there, or set SBFT_CACHE to another folder."
+            ) from error
+        self._pending, self._pending_bytes = [], 0
+
+
+def dataset_of(table: pa.Table) -> Dataset:
+    """A table as a data set, without the copy of it that a fingerprint of its contents would take."""
+    return Dataset(table, fingerprint=generate_random_fingerprint())
+
+
+def pieces(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, list]]:
+    """The values of some columns, a thousand rows at a time, or fewer where these are long."""
+    chosen = dataset.select_columns(columns)
+    sizes = chosen.with_format("arrow")
+    for start in range(0, chosen.num_rows, _ROWS):
+        for first, end in _halves(sizes, start, min(start + _ROWS, chosen.num_rows)):
+            yield chosen[first:end]
+
+
+def _halves(sizes: Dataset, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The bounds of the rows, halved until they are short enough or one."""
+    if end - start == 1 or sizes[start:end].nbytes <= _PIECE_BYTES:
+        yield start, end
+        return
+    middle = (start + end) // 2
+    yield from _halves(sizes, start, middle)
+    yield from _halves(sizes, middle, end)

@@ -1,0 +1,76 @@
+"""What is said when the disk refuses: it is full, read-only, or broken."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sbft.errors import DiskError
+
+_REASONS = {
+    errno.ENOSPC: "no space is left there",
+    errno.EDQUOT: "your quota there is used up",
+    errno.EFBIG: "the file would be larger than this process may write (ulimit -f)",
+    errno.EROFS: "it is mounted read-only",
+    errno.EACCES: "there is no permission to",
+    errno.EPERM: "there is no permission to",
+    errno.EIO: "the device answers with an input/output error",
+}
+# Errors that only writing meets.
+FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# safetensors gives the number in words, and torch.save nothing but that its writer failed.
+_IN_WORDS = {f"os error {number}": reason for number, reason in _REASONS.items()}
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why the disk refused, if that is what this error says."""
+    if isinstance(error, OSError):
+        return _REASONS.get(error.errno or 0)
+    said = str(error)
+    if isinstance(error, SafetensorError):
+        return next((reason for words, reason in _IN_WORDS.items() if words in said), None)
+    if isinstance(error, RuntimeError) and any(words in said for words in _TORCH_WRITER):
+        # What it cleans up after the failed write fails too, and is raised in its place.
+        before = error.__context__
+        return (None if before is None else refusal(before)) or "writing failed, as it does where no space is left"
+    return None
+
+
+@contextmanager
+def writing(what: str, folder: Path, *, takes_bytes: int | None = None) -> Iterator[None]:
+    """Around writes: what the disk refuses is said in a sentence.
+
+    Args:
+        what: is written, as a sentence begins.
+        folder: where; it exists, or its parent does.
+        takes_bytes: the room that it takes, if that is known.
+
+    Raises:
+        DiskError: in place of what safetensors, torch or the system raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = refusal(error)
+        if reason is None:
+            raise
+        raise DiskError(f"{what} could not be written to {folder}: {reason}.{_room(folder, takes_bytes)}") from error
+
+
+def _room(folder: Path, takes_bytes: int | None) -> str:
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = f" {_mebibytes(shutil.disk_usage(there).free)} are free there"
+    needed = "" if takes_bytes is None else f", and {_mebibytes(takes_bytes)} are needed"
+    return f"{free}{needed}."
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
