@@ -63,6 +63,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
             codes = [process.poll() for process in ranks]
             failed = [code for code in codes if code]
             if None not in codes or (failed and patience <= 0):
+                if failed and not interrupted and not codes[0]:  # else the first rank has said why
+                    rank = next(number for number, code in enumerate(codes) if code)
+                    print(f"Error: Process {rank} of {len(codes)} failed (exit code {codes[rank]}).", file=sys.stderr)
                 # A signal that ended a rank comes as its negative number; shells add 128 to it.
                 return 0 if not failed else failed[0] if failed[0] > 0 else 128 - failed[0]
             time.sleep(_POLL_S)

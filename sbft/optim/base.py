@@ -306,10 +306,18 @@ class TokenOptimizer(torch.optim.Optimizer):
         return {**super().state_dict(), "clock": {**asdict(self.clock), "seed": self.seed}}
 
     @torch.no_grad()
-    def whole_state_dict(self) -> dict[str, Any]:
-        """`state_dict()` with every tensor whole and on the CPU, for any number of ranks to load; all ranks have to ask."""
+    def whole_state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """`state_dict()` with every tensor whole and on the CPU, for any number of ranks to load.
+
+        All ranks have to ask; those that do not `keep` it get no tensors.
+        """
         found = self.state_dict()
-        state = {i: {name: whole(value).cpu() for name, value in one.items()} for i, one in found["state"].items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, one in found["state"].items():
+            for name, value in one.items():
+                gathered = whole(value)
+                if keep:
+                    state.setdefault(i, {})[name] = gathered.cpu()
         return {**found, "state": state}
 
     @torch.no_grad()

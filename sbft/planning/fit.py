@@ -148,7 +148,7 @@ def longest_that_fits(
         if guess < at_most:
             guess = guess // _MULTIPLE * _MULTIPLE
             # A little apart from what is known, so that every try tells something.
-            guess = max(min(guess, high - step), low + step if low else min(_MULTIPLE, at_most))
+            guess = min(max(min(guess, high - step), low + step if low else _MULTIPLE), at_most)
         if guess in known:
             return low or None
         known[guess] = needed(guess)

@@ -24,7 +24,7 @@ _REASONS = {
 # Errors that only writing meets.
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # safetensors gives the number in words, and torch.save nothing but that its writer failed.
-_IN_WORDS = {f"os error {number}": reason for number, reason in _REASONS.items()}
+_IN_WORDS = {f"os error {number})": reason for number, reason in _REASONS.items()}
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 

@@ -170,7 +170,7 @@ def _verified(model: Any, heads: list[Head]) -> Head:
     with _pre_hook(linear, lambda module, args: (probe.unsqueeze(0),)):
         found = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
-    _shard_again(model)
+    shard_again(model)
     for head in heads:
         expected = head.logits(probe.unsqueeze(0))
         if found.shape == expected.shape and _close(found.float(), expected, linear.weight.dtype):
@@ -178,7 +178,7 @@ def _verified(model: Any, heads: list[Head]) -> Head:
     raise UnknownHead("its logits are not those of its head, scaled and capped as its config says")
 
 
-def _shard_again(model: nn.Module) -> None:
+def shard_again(model: nn.Module) -> None:
     """After a forward that no backward follows FSDP2 keeps some weights whole, in the place of the sharded ones."""
     if torch.distributed.is_available():
         for module in model.modules():

@@ -56,14 +56,14 @@ class StopBetweenSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask the trainer for a checkpoint and an end, if a signal came during the step."""
-        if state.global_step < state.max_steps:
-            self.signal = self._agreed(args)
-            if self.requested:
-                control.should_save = True
-                control.should_training_stop = True
-                # Where only the best are saved, the trainer would take the wish to save back after an evaluation.
-                if args.save_strategy == SaveStrategy.BEST:
-                    control.should_evaluate = False
+        # One that comes while the ranks agree is kept for the next step.
+        if state.global_step < state.max_steps and (agreed := self._agreed(args)):
+            self.signal = agreed
+            control.should_save = True
+            control.should_training_stop = True
+            # Where only the best are saved, the trainer would take the wish to save back after an evaluation.
+            if args.save_strategy == SaveStrategy.BEST:
+                control.should_evaluate = False
         return control
 
     def _agreed(self, args: TrainingArguments) -> int:

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sbft.errors import TrainingError
+from sbft.optim.sharding import is_sharded
 from sbft.training.checkpoints import (
     INCOMPLETE,
     MARK,
@@ -54,6 +55,12 @@ class WholeCheckpoints(_Base):
                 resume_from_checkpoint = str(checkpoint)
                 if damaged:
                     logger.warning(describe_damage(damaged, checkpoint))
+            elif sealed := {path: why for path, why in damaged.items() if (path / MARK).is_file()}:
+                newest, reason = next(iter(sealed.items()))
+                raise TrainingError(
+                    f"No checkpoint in {newest.parent} is sound ({newest.name}: {reason}), so there is nothing to resume. "
+                    "Train without resume_from_checkpoint."
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -117,7 +124,11 @@ class WholeCheckpoints(_Base):
                 f"The best checkpoint, {best}, cannot be taken for the trained model: {reason}. To keep the model as the "
                 "last step leaves it, type the command again with --resume --set training.load_best_model_at_end=false."
             )
-        super()._load_best_model()
+        model: Any = self.model
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            self._load_from_checkpoint(str(best))  # the trainer's way cannot fill sharded weights
+        else:
+            super()._load_best_model()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, which would also remove the newest checkpoint where only one is kept and another is best."""

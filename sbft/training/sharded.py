@@ -13,11 +13,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from sbft.errors import ModelError
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import local, shard_of
+from sbft.training.head import shard_again
 
 
 def save_states(optimizer: TokenOptimizer, scheduler: Any, folder: Path, *, main: bool) -> None:
     """Write the states of optimizer and scheduler as the trainer does of a model in one process; every rank has to ask."""
-    state = optimizer.whole_state_dict()
+    state = optimizer.whole_state_dict(keep=main)
     if main:
         torch.save(state, folder / OPTIMIZER_NAME)
         torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -30,6 +31,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         ModelError: if the files lack a weight.
     """
+    shard_again(model)
     lacking = dict(model.named_parameters())
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -20,7 +20,7 @@ from sbft.optim import SGD, Adafactor, AdamW
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import is_cut_evenly, is_sharded
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
-from sbft.training.head import Head, UnknownHead, find_head, unwrap
+from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import load_weights, save_states
 from sbft.training.tied import TiedEmbedding
@@ -113,6 +113,12 @@ class SmallBatchMixin(WholeCheckpoints, _Base):
                 "or set gradient_release=False."
             )
 
+        if self._is_sharded and self.args.gradient_accumulation_steps > 1:
+            raise ArgumentError(
+                f"gradient_accumulation_steps is {self.args.gradient_accumulation_steps} with a sharded model, of which a "
+                "step whose loss is not finite could not be left out whole. Set it to 1: small batches need no accumulation."
+            )
+
     @property
     def _is_sharded(self) -> bool:
         """Whether the model's weights are spread over several processes."""
@@ -203,6 +209,7 @@ class SmallBatchMixin(WholeCheckpoints, _Base):
         self.step_seconds.clear()
         self.optimizer_seconds.clear()
         self.tokens_seen = self.skipped_steps = self._skipped_in_a_row = self.tokens_of_this_session = 0
+        shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
         try:
             return super().train(*args, **kwargs)
         finally:

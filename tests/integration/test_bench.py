@@ -336,7 +336,7 @@ def test_a_run_is_tidied_again_where_that_was_cut_off(
     checkpoint = active.folder / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr("sbft.bench.outcome.shutil.rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("sbft.bench.outcome.remove_checkpoints", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             conclude(suite, active)
     assert read_run(tmp_path, active.run) is not None and checkpoint.exists()

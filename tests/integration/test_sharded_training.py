@@ -101,7 +101,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "training": {"learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2},
         "optimizer": {"stochastic_rounding": False},
-        "evaluation": {"before": False},
         "dtype": "float32",
     }
     path = folder / "recipe.yaml"

@@ -43,9 +43,10 @@ def test_padding_on_the_left() -> None:
 def test_packing_keeps_every_example_once_within_the_capacity(lengths: list[int]) -> None:
     import numpy as np
 
-    rows = _best_fit(np.array(lengths), 16)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    loads = [sum(lengths[index] for index in row) for row in rows]
+    order, rows = _best_fit(np.array(lengths), 16)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert (np.diff(rows) >= 0).all() and set(rows.tolist()) == set(range(rows[-1] + 1))
+    loads = np.bincount(rows, weights=np.array(lengths)[order]).tolist()
     assert max(loads) <= 16
     # No two rows would have fitted into one.
     assert len(loads) < 2 or sum(sorted(loads)[:2]) > 16

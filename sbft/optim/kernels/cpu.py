@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -154,14 +155,15 @@ class _SumOverRanks:
         self.address = ctypes.cast(self._function, ctypes.c_void_p).value or 0
 
     def _sum(self, address: int, count: int) -> None:
-        values = torch.frombuffer((ctypes.c_double * count).from_address(address), dtype=torch.float64)
+        memory = (ctypes.c_double * count).from_address(address)
         try:
-            self._shard.all_reduce(values)
+            self._shard.all_reduce(torch.frombuffer(memory, dtype=torch.float64))
         except BaseException as error:  # it cannot pass through compiled code
             self._error = error
-            values.fill_(float("nan"))
+            memory[:] = [math.nan] * count
 
     def check(self) -> None:
+        del self._function  # it holds this object, which holds it
         if self._error is not None:
             raise self._error
 

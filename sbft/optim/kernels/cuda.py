@@ -60,20 +60,22 @@ def adafactor_factored(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_factored`; what it returns stays on the device."""
     if not _covers(weight):
-        return reference.adafactor_factored(
+        found = reference.adafactor_factored(
             weight, grad, row, column, mass, weight_square_sum, average_weight=average_weight, lr=lr,
             relative_step=relative_step, clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay, key=key,
             shard=shard,
         )  # fmt: skip
+        _keep_pace(shard, found[0], [1, 2] if shard is not None and shard.rows_split else [2])
+        return found
     g = matrices(grad)
     stack, rows, columns = g.shape
     plan = factored_plan(stack, rows, columns, weight.element_size())
-    tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": _index(g, weight), **_OPTIONS}
+    offset = 0 if shard is None else shard.offset
+    tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": _index(g, weight, offset), **_OPTIONS}
     usual = (
         grad.is_contiguous() and grad.dtype == weight.dtype == torch.bfloat16 and columns % 32 == 0 and shard is None
     )
     registers = APPLY_REGISTERS if usual else None
-    offset = 0 if shard is None else shard.offset
     with torch.cuda.device_of(weight):
         scratch = torch.empty(plan.scratch, dtype=torch.float32, device=weight.device)
         scalars = torch.empty(2, dtype=torch.float32, device=weight.device)
@@ -140,11 +142,13 @@ def adafactor_full(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_full`; what it returns stays on the device."""
     if not _covers(weight):
-        return reference.adafactor_full(
+        found = reference.adafactor_full(
             weight, grad, second_moment, mass, weight_square_sum, average_weight=average_weight, lr=lr,
             relative_step=relative_step, clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay, key=key,
             shard=shard,
         )  # fmt: skip
+        _keep_pace(shard, found[0], [2])
+        return found
     line = Line(weight, grad, shard)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
     with torch.cuda.device_of(weight):
@@ -201,6 +205,14 @@ def _sum_over_ranks(shard: Shard, *partial: Tensor) -> None:
     for rows, total in zip(partial, shard.sum(*(rows.sum(0) for rows in partial)), strict=True):
         rows.zero_()
         rows[0] = total
+
+
+def _keep_pace(shard: Shard | None, grad_square_sum: Tensor, counts: list[int]) -> None:
+    """The programs of other ranks do not wait to learn that a gradient is not finite: they go on sending so many numbers,
+    where the reference of a rank without elements has returned."""
+    if shard is not None and not torch.isfinite(grad_square_sum):
+        for count in counts:
+            shard.sum(torch.zeros(count, device=grad_square_sum.device))
 
 
 def _count(weight: Tensor, shard: Shard | None) -> float:
@@ -350,7 +362,7 @@ class Line:
         self.blocks = blocks if self.alone else triton.cdiv(blocks, MAX_PROGRAMS)
         self.programs = triton.cdiv(blocks, self.blocks)
         self.section = _padded(self.programs)
-        self.index = {"STRIDED": not contiguous, "BLOCK": BLOCK, "INDEX": _index(self.grad, weight)}
+        self.index = {"STRIDED": not contiguous, "BLOCK": BLOCK, "INDEX": _index(self.grad, weight, self.offset)}
         self.options = {**self.index, **_OPTIONS}
 
     def allocate(self, sections: int) -> tuple[Tensor, Tensor]:
@@ -370,10 +382,10 @@ class Line:
             _sum_over_ranks(self.shard, scratch[16:][: self.programs].view(-1, 1))
 
 
-def _index(grad: Tensor, weight: Tensor) -> Any:
+def _index(grad: Tensor, weight: Tensor, offset: int) -> Any:
     """Type that holds every offset into the two, with room for the masked end of the last group."""
     reach = sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True))
-    return tl.int32 if max(reach, weight.numel()) < 1 << 30 else tl.int64
+    return tl.int32 if max(reach, offset + weight.numel()) < 1 << 30 else tl.int64
 
 
 def _padded(count: int) -> int:
