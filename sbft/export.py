@@ -23,6 +23,7 @@ from sbft.quantization import read_note
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.recipe.nearest import nearest
 from sbft.tensor_files import TensorFiles, cast, write_shards
+from sbft.training.checkpoints import newest_first
 
 DTYPES = ("bfloat16", "float32", "float16")
 # A file is in memory as a whole while it is written, and hubs like them no larger.
@@ -115,9 +116,8 @@ def check_source(source: Path) -> None:
         )
     if (source / _CONFIG).is_file() or (source / _ADAPTER_CONFIG).is_file():
         return
-    checkpoints = [path for path in source.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    if checkpoints:
-        newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    if checkpoints := newest_first(source):
+        newest = checkpoints[0]
         raise ModelError(
             f"The folder {source} holds no trained model, because its run has not ended. It holds checkpoints, which "
             f"can be exported too: sbft export {newest} --to DIR"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.options import TrustRemoteCodeOption
 from sbft.cli.starting import starting
 from sbft.methods import METHODS
 
@@ -37,7 +38,7 @@ def plan(
     methods: Annotated[
         str | None, typer.Option(metavar="NAME,NAME", help=f"Some of {', '.join(METHODS)}; all where it is not given.")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run the Python code that comes with a hub id.")] = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines: bytes.")] = False,
     traceback: TracebackOption = False,
 ) -> None:

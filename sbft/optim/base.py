@@ -243,7 +243,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         if grad.is_sparse:
             raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
         shard = shard_of(param)
-        grad = local(grad)
+        grad = grad if shard is None else local(grad)
         if grad.ndim > 3 and not grad.is_contiguous():
             grad = grad.contiguous()  # channels-last kernels of convolutions: no stack of matrices can be seen in them
         group_index, index = self._positions[param]
@@ -254,8 +254,9 @@ class TokenOptimizer(torch.optim.Optimizer):
         self._updated.add(param)
         state = self.state[param]
         self._init_state(param, group, state)
-        here = {name: local(value) for name, value in state.items()}
-        self._square_sums.append(self._update(local(param), grad, group, here, key, shard))
+        if shard is not None:
+            param, state = local(param), {name: local(value) for name, value in state.items()}
+        self._square_sums.append(self._update(param, grad, group, state, key, shard))
 
     def initialize_state(self, param: Tensor) -> None:
         """Make now what a parameter's first update would make of its state; `tokens_per_step` has to be set.

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def find_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in the folder of a run whose files all have their sizes; None if it has none."""
-    return next((str(one) for one in _newest_first(folder) if damage(one, sizes_only=True) is None), None)
+    return next((str(one) for one in newest_first(folder) if damage(one, sizes_only=True) is None), None)
 
 
 def sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -41,7 +41,7 @@ def sound_checkpoint(folder: Path) -> tuple[Path | None, dict[Path, str]]:
         The checkpoint, None if there is none; and each newer one that is not sound, with what is wrong with it.
     """
     damaged: dict[Path, str] = {}
-    for checkpoint in _newest_first(folder):
+    for checkpoint in newest_first(folder):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint, damaged
@@ -140,7 +140,7 @@ def rotate(folder: Path, newest: Path, *, limit: int | None, best: Path | None) 
     if limit is None or limit <= 0:
         return
     kept = {newest.name} if best is None else {newest.name, best.name}
-    others = [checkpoint for checkpoint in _newest_first(folder) if checkpoint.name not in kept]
+    others = [checkpoint for checkpoint in newest_first(folder) if checkpoint.name not in kept]
     for checkpoint in others[max(limit - len(kept), 0) :]:
         _remove(checkpoint)
 
@@ -193,7 +193,7 @@ def _read_mark(mark: Path) -> dict[str, tuple[int, str | None]]:
     return files
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
     """Folders named `checkpoint-N`, by N."""
     steps = {
         path: path.name.removeprefix(PREFIX)
