@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from sbft.tokens import half_life_from_beta
+from sbft.tokens import beta_from_half_life, half_life_from_beta
 
 TASK = "corpus"
 LENGTH = 512  # tokens of a window
@@ -170,12 +170,29 @@ def rounding(budget: Budget) -> dict[str, Any]:
     return found
 
 
+def schedule(budget: Budget) -> dict[str, Any]:
+    """f. A batch that doubles from 1 to 64, beta2 following the half-life in tokens or left alone, and constant batches."""
+    windows = budget.train_tokens // LENGTH
+    # Seven sizes from 1 to 64, each for as many examples; the last for twice as many.
+    doubling = {"batch_schedule.doubling_examples": windows // 8, "batch_schedule.largest": LARGEST_MICROBATCH}
+    at_first = {"optimizer.second_moment_half_life": None, "optimizer.beta2": beta_from_half_life(HALF_LIFE, LENGTH)}
+    at_last = {"optimizer.second_moment_half_life": None, "optimizer.beta2": BETA2}
+    found = {}
+    for name in ("adam", "adafactor"):
+        for batch in (1, 16, LARGEST_MICROBATCH):
+            found[f"{name}-{batch}"] = variant(name, batch, budget)
+        for kind, changes in {"": {}, "-beta2-of-1": at_first, f"-beta2-of-{LARGEST_MICROBATCH}": at_last}.items():
+            found[f"{name}-doubling{kind}-to-{LARGEST_MICROBATCH}"] = variant(name, 1, budget, **doubling, **changes)
+    return found
+
+
 EXPERIMENTS = {
     "batch-size": batch_size,
     "half-life": half_life,
     "momentum": momentum,
     "robustness": robustness,
     "rounding": rounding,
+    "schedule": schedule,
 }
 
 

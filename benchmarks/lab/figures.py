@@ -43,6 +43,10 @@ class Point:
     failed: int
 
 
+BY_NAME = ("rounding", "schedule")
+"""Experiments whose variants are not points of a line over the batch size."""
+
+
 def points(suite: Path, folder: Path) -> list[Point]:
     """One for each variant of a suite, whose names end in their batch size."""
     return [_point(row) for row in compare(load_suite(suite), folder).rows if row.task == TASK]
@@ -75,7 +79,7 @@ def lines_against_batch(found: list[Point], axes: Axes) -> None:
 
 
 def dots(found: list[Point], axes: Axes) -> None:
-    """Loss of each variant, where all have one batch size."""
+    """Loss of each variant."""
     its = [one for one in found if one.loss is not None][::-1]
     axes.errorbar(
         [one.loss.mean for one in its if one.loss],
@@ -83,7 +87,7 @@ def dots(found: list[Point], axes: Axes) -> None:
         xerr=[one.loss.standard_error or 0.0 for one in its if one.loss],
         fmt="o", capsize=2,
     )  # fmt: skip
-    axes.set_yticks(range(len(its)), [one.name for one in its])
+    axes.set_yticks(range(len(its)), [f"{one.name}-{one.batch}" for one in its])
     axes.set_xlabel("validation loss, nats a token")
 
 
@@ -166,7 +170,8 @@ def main() -> None:
             heat_maps(found, path)
             continue
         drawn, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        (dots if len({one.batch for one in done}) == 1 else lines_against_batch)(found, axes)
+        draw = dots if stem in BY_NAME else lines_against_batch
+        draw(found, axes)
         drawn.savefig(path, dpi=150)
         plt.close(drawn)
     (arguments.output / "tables.md").write_text("\n\n".join(text) + "\n")

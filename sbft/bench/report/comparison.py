@@ -187,17 +187,27 @@ class Row:
         return fmean(values) if values else None
 
     @property
-    def timed(self) -> RunRecord | None:
-        """The run that speed is read off: the one with the shortest median step of those at the row's learning rate.
+    def _at_rate(self) -> list[RunRecord]:
+        """The runs that trained at the row's learning rate: a validation run does as a test run does, and counts too."""
+        searched = [made.ok for made in self.searched if made.run.learning_rate == self.choice.rate]
+        return [one for one in (*self.records, *searched) if one is not None]
 
-        Other load on a machine only ever slows a run. A validation run trains as a test run does, and counts too.
+    @property
+    def timed(self) -> RunRecord | None:
+        """The run that the time of a step is read off: the one at the row's learning rate with the shortest median step.
+
+        Other load on a machine only ever slows a run.
         """
-        at_rate = [made.ok for made in self.searched if made.run.learning_rate == self.choice.rate]
-        found = [one for one in (*self.records, *at_rate) if one is not None and one.step_s.get("median") is not None]
+        found = [one for one in self._at_rate if one.step_s.get("median") is not None]
         return min(found, key=lambda one: one.step_s["median"] or math.inf, default=None)
 
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The most of the runs at the row's learning rate; of one that stood still for a while it is far too few."""
+        return max((one.tokens_per_s for one in self._at_rate if one.tokens_per_s is not None), default=None)
+
     def speed(self, figure: Callable[[RunRecord], float | None]) -> float | None:
-        """A figure of the run that speed is read off."""
+        """A figure of the run that the time of a step is read off."""
         return None if self.timed is None else figure(self.timed)
 
     @property

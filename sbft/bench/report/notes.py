@@ -86,7 +86,7 @@ def notes(comparison: Comparison) -> list[str]:
     found += _memory(records)
     found.append(
         "ms a step is the median over the steps of a run; a step is one update, with accumulation of several batches. "
-        "Speed is that of the quickest of the runs at the chosen learning rate, because other load on the machine only "
+        "It and tokens/s are the best of the runs at the chosen learning rate, because other load on the machine only "
         "ever slows a run. Total time is that of the quickest test run, from reading the data to the last measurement."
     )
     most = _most_at_once(comparison)

@@ -78,7 +78,7 @@ def _summary(comparison: Comparison, row: Row, on_front: bool) -> dict[str, Any]
         **{f"{name}_bytes": value for name, value in (parts_of_row(row) or dict.fromkeys(NAMES)).items()},
         "step_s": row.speed(lambda r: r.step_s.get("median")),
         "update_s": row.speed(lambda r: r.optimizer_s.get("median")),
-        "tokens_per_s": row.speed(lambda r: r.tokens_per_s),
+        "tokens_per_s": row.tokens_per_s,
         "train_s": row.mean(lambda r: r.train_s),
         "total_s": row.total_s,
         "trainable_parameters": row.mean(lambda r: r.trainable_parameters),

@@ -140,7 +140,7 @@ def main_table(comparison: Comparison, rows: list[Row]) -> Table:
         ("evaluation peak, GiB", lambda row, _: formats.gibibytes(row.mean(lambda r: r.memory.get("evaluation_peak")))),
         ("ms a step", lambda row, _: formats.milliseconds(row.speed(lambda r: r.step_s.get("median")))),
         ("of it update", lambda row, _: formats.milliseconds(row.speed(lambda r: r.optimizer_s.get("median")))),
-        ("tokens/s", lambda row, _: formats.whole(row.speed(lambda r: r.tokens_per_s))),
+        ("tokens/s", lambda row, _: formats.whole(row.tokens_per_s)),
         ("total time", lambda row, _: _duration(row.total_s)),
         ("trained, M", lambda row, _: formats.millions(row.mean(lambda r: r.trainable_parameters))),
         ("on disk, MiB", lambda row, _: formats.mebibytes(row.mean(lambda r: r.saved_bytes))),

@@ -1,0 +1,51 @@
+"""The suites of the paper's experiments: valid, searched alike, and of one mind about what they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.lab import experiments
+from sbft.bench.check import recipe_problems
+from sbft.bench.suite import load_suite, uneven_grids
+from sbft.training.batch_schedule import BatchSchedule
+
+
+@pytest.fixture(scope="module", params=experiments.BUDGETS)
+def suites(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The file of each experiment."""
+    folder, paths = tmp_path_factory.mktemp("suites"), {}
+    for name in experiments.EXPERIMENTS:
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(experiments.suite(name, experiments.BUDGETS[request.param])))
+    return paths
+
+
+def test_they_are_valid_and_every_method_is_searched_as_widely_as_the_others(suites: dict[str, Path]) -> None:
+    for path in suites.values():
+        suite = load_suite(path)
+        assert recipe_problems(suite) == []
+        assert uneven_grids(suite) is None
+
+
+def test_what_two_have_in_common_is_the_same_run(suites: dict[str, Path]) -> None:
+    seen: dict[str, Any] = {}
+    for path in suites.values():
+        for name, method in yaml.safe_load(path.read_text())["methods"].items():
+            assert seen.setdefault(name, method) == method, name
+    assert len(seen) < sum(len(yaml.safe_load(path.read_text())["methods"]) for path in suites.values())
+
+
+def test_the_batch_that_doubles_reaches_its_largest_with_a_quarter_of_the_examples_left(
+    suites: dict[str, Path],
+) -> None:
+    content = yaml.safe_load(suites["schedule"].read_text())
+    settings = content["methods"]["adam-doubling-to-64"]["set"]
+    schedule = BatchSchedule(1, settings["batch_schedule.doubling_examples"], settings["batch_schedule.largest"])
+    windows = content["tasks"]["corpus"]["data"]["train_tokens"] // content["tasks"]["corpus"]["data"]["max_length"]
+    sizes = {schedule.size(seen) for seen in schedule.seen(schedule.steps(windows))[:-1]}
+    assert sizes == {1, 2, 4, 8, 16, 32, 64}
+    assert schedule.size(windows * 74 // 100) == 32 and schedule.size(windows * 76 // 100) == 64
