@@ -13,7 +13,6 @@ from sbft.data.collate import Collator, left_pad
 from sbft.data.format import Rendering, encode_prompts, format_dataset, stop_tokens
 from sbft.errors import DataError
 from sbft.likelihood import evaluate_loss, evaluating, label_likelihoods, pad_token
-from sbft.metrics.exact_match.exact_match import is_match
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -145,6 +144,9 @@ def evaluate(
     predictions: list[dict[str, Any]] = [{"prompt": question, "reference": reference} for question, reference in asked]
     options = metric_options or {}
     if scores:
+        # It imports evaluate, and that scipy and more: over a second, which a run without answers is spared.
+        from sbft.metrics.exact_match.exact_match import is_match
+
         encoded = encode_prompts(rows, tokenizer, **columns)
         answers = generate_answers(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
         matching = options.get("exact_match", {})

@@ -1,6 +1,6 @@
 """The suites of the paper's experiments (arXiv 2507.07101), at a size that a budget allows.
 
-    python benchmarks/lab/experiments.py --budget cpu --output runs/lab-cpu/suites
+    python -m benchmarks.lab.experiments --budget cpu --output runs/lab-cpu/suites
 
 writes a suite for each experiment; `sbft bench SUITE --output-dir runs/lab-cpu` runs it. All lie in one folder of runs, where
 what two experiments have in common is made once. benchmarks/lab/run.sh does all of it, benchmarks/lab/figures.py draws.

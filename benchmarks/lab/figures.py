@@ -1,6 +1,6 @@
 """Figures and tables of the paper's experiments, from the runs that there are.
 
-    python benchmarks/lab/figures.py runs/lab-cpu --output benchmarks/lab/results/DEVICE
+    python -m benchmarks.lab.figures runs/lab-cpu --output benchmarks/lab/results/DEVICE
 
 FOLDER holds the runs and, in `suites`, what experiments.py wrote. For each experiment: a table, a picture, and the records of
 its runs in one JSON file. A figure of which no run is done is left out.
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from experiments import HALF_LIFE, TASK
+
+from benchmarks.lab.experiments import HALF_LIFE, TASK
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -40,7 +41,8 @@ class Point:
     loss: Estimate | None
     validation: dict[float, float | None]
     """Loss by learning rate, with the search seed."""
-    failed: int
+    failed: bool
+    """A run of the figure did, or every one of the search for a learning rate."""
 
 
 BY_NAME = ("rounding", "schedule")
@@ -56,7 +58,8 @@ def _point(row: Row) -> Point:
     found = re.fullmatch(r"(.+)-(\d+)", row.variant)
     assert found is not None, row.variant
     tried = {one.learning_rate: None if one.score is None else one.score.mean for one in row.validations()}
-    return Point(found[1], int(found[2]), row.choice.rate, row.choice.edge, row.loss, tried, len(row.failed))
+    failed = bool(row.failed) or (row.choice.decided and row.choice.rate is None)
+    return Point(found[1], int(found[2]), row.choice.rate, row.choice.edge, row.loss, tried, failed)
 
 
 def lines_against_batch(found: list[Point], axes: Axes) -> None:
@@ -64,6 +67,8 @@ def lines_against_batch(found: list[Point], axes: Axes) -> None:
     style = looks(list(dict.fromkeys(one.name for one in found)))
     for name in dict.fromkeys(one.name for one in found):
         its = sorted((one for one in found if one.name == name and one.loss is not None), key=lambda one: one.batch)
+        if not its:
+            continue
         axes.errorbar(
             [one.batch for one in its],
             [one.loss.mean for one in its if one.loss],
@@ -147,34 +152,38 @@ def _beta1(one: Point) -> float:
     return float(one.name.rpartition("-")[2])
 
 
+def draw(folder: Path, output: Path) -> None:
+    """Write table, picture and records of every suite in `folder`/suites."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = [
+        f"Second moments: half-life {HALF_LIFE:,} tokens. In brackets the learning rate, chosen with a seed of its own."
+    ]
+    for suite in sorted((folder / "suites").glob("*.yaml")):
+        found = points(suite, folder)
+        done = [one for one in found if one.loss is not None]
+        stem = suite.stem
+        record: list[dict[str, Any]] = [asdict(one) for one in found]
+        (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        if not done:
+            continue
+        text += [f"## {stem}", load_suite(suite).summary, table(found), f"![{stem}]({stem}.png)"]
+        path = output / f"{stem}.png"
+        if stem == "robustness":
+            heat_maps(found, path)
+            continue
+        drawn, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        (dots if stem in BY_NAME else lines_against_batch)(found, axes)
+        drawn.savefig(path, dpi=150)
+        plt.close(drawn)
+    (output / "tables.md").write_text("\n\n".join(text) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    text = [
-        f"Second moments: half-life {HALF_LIFE:,} tokens. In brackets the learning rate, chosen with a seed of its own."
-    ]
-    for suite in sorted((arguments.folder / "suites").glob("*.yaml")):
-        found = points(suite, arguments.folder)
-        done = [one for one in found if one.loss is not None]
-        stem = suite.stem
-        record: list[dict[str, Any]] = [asdict(one) for one in found]
-        (arguments.output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if not done:
-            continue
-        text += [f"## {stem}", load_suite(suite).summary, table(found), f"![{stem}]({stem}.png)"]
-        path = arguments.output / f"{stem}.png"
-        if stem == "robustness":
-            heat_maps(found, path)
-            continue
-        drawn, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-        draw = dots if stem in BY_NAME else lines_against_batch
-        draw(found, axes)
-        drawn.savefig(path, dpi=150)
-        plt.close(drawn)
-    (arguments.output / "tables.md").write_text("\n\n".join(text) + "\n")
+    draw(arguments.folder, arguments.output)
 
 
 if __name__ == "__main__":

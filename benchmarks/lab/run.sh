@@ -18,8 +18,8 @@ output=${output:-runs/lab-$budget}
 
 bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
 
-"$bin/python" benchmarks/lab/experiments.py --budget "$budget" --output "$output/suites" |
+"$bin/python" -m benchmarks.lab.experiments --budget "$budget" --output "$output/suites" |
     while read -r suite; do
         "$bin/sbft" bench "$suite" --output-dir "$output" --jobs "$jobs" < /dev/null
     done
-"$bin/python" benchmarks/lab/figures.py "$output" --output "$output/figures"
+"$bin/python" -m benchmarks.lab.figures "$output" --output "$output/figures"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks.lab import experiments
+from benchmarks.lab import experiments, figures
 from sbft.bench.check import recipe_problems
+from sbft.bench.runs import Run
 from sbft.bench.suite import load_suite, uneven_grids
 from sbft.training.batch_schedule import BatchSchedule
+from sbft.training.record import RunRecord
+from tests.unit import report_cases
 
 
 @pytest.fixture(scope="module", params=experiments.BUDGETS)
@@ -49,3 +53,30 @@ def test_the_batch_that_doubles_reaches_its_largest_with_a_quarter_of_the_exampl
     sizes = {schedule.size(seen) for seen in schedule.seen(schedule.steps(windows))[:-1]}
     assert sizes == {1, 2, 4, 8, 16, 32, 64}
     assert schedule.size(windows * 74 // 100) == 32 and schedule.size(windows * 76 // 100) == 64
+
+
+def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: Path) -> None:
+    """Made-up losses: 3 plus the distance in decades to a rate of 3e-3; Adam at the largest batch fails."""
+    budget = experiments.BUDGETS["short"]
+    (tmp_path / "suites").mkdir()
+    for name in ("batch-size", "robustness", "rounding", "half-life"):
+        (tmp_path / "suites" / f"{name}.yaml").write_text(yaml.safe_dump(experiments.suite(name, budget)))
+        one = load_suite(tmp_path / "suites" / f"{name}.yaml")
+
+        def result(run: Run, one: Any = one) -> RunRecord:
+            loss = 3 + abs(math.log10(run.learning_rate / 3e-3)) + run.seed / 100
+            failed = {"status": "error", "error": "No finite loss."} if run.variant == "adam-256" else {}
+            return report_cases.record(one, run, loss=loss, **failed)
+
+        if name != "half-life":
+            report_cases.search(one, tmp_path, result)
+            report_cases.test(one, tmp_path, result)
+    figures.draw(tmp_path, tmp_path / "out")
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    row = next(line for line in tables.splitlines() if line.startswith("| sgd |"))
+    # The grid at batch size 1 begins at 3e-2, a decade away; the figures are of seed 1.
+    assert row.startswith("| sgd | 4.010 (0.03, lowest of its grid) |")
+    assert next(line for line in tables.splitlines() if line.startswith("| adam |")).endswith("| failed |")
+    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {"batch-size", "robustness", "rounding", "half-life"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == drawn
