@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,7 @@ from sbft.tokens import beta_from_half_life, half_life_from_beta
 
 TASK = "corpus"
 LENGTH = 512  # tokens of a window
-# The usual beta2 at the batch it is usual at, scaled to the length of these runs: an average over about a twentieth of
-# the tokens of the smaller budgets, as ten million tokens are of the paper's six hundred million.
-REFERENCE_BATCH, BETA2 = 64, 0.95
-HALF_LIFE = round(half_life_from_beta(BETA2, REFERENCE_BATCH * LENGTH))
+BETA2 = 0.95  # the usual one, per step
 LARGEST_MICROBATCH = 64
 
 
@@ -35,37 +32,54 @@ class Budget:
     data: str
     train_tokens: int
     batches: tuple[int, ...]
+    reference_batch: int
+    """Where the usual beta2 has the half-life of these runs: a tenth to a twentieth of their tokens. The paper's have 10 of
+    600 million; at so few tokens that would be less than a step of the larger batches."""
     rates: int
     """Learning rates of each grid, half a decade apart."""
     seeds: tuple[int, ...]
     """Of the figures; the learning rates are chosen with seed 0."""
-    betas1: tuple[float, ...]
+    optimizers: tuple[str, ...]
+    experiments: tuple[str, ...]
     takes: str
+    betas1: tuple[float, ...] = (0.0, 0.5, 0.9, 0.95, 0.99)
+
+    @property
+    def half_life(self) -> int:
+        """Of second moments, in tokens."""
+        return round(half_life_from_beta(BETA2, self.reference_batch * LENGTH))
 
 
+OF_THE_PAPER = ("sgd", "adam", "adafactor", "muon")
+CANDIDATES = ("sinkgd", "spectral", "row-adafactor")
+"""With no more state than Adafactor."""
+BATCHES = (1, 4, 16, 64, 256, 1024)
+ALL = ("batch-size", "half-life", "momentum", "robustness", "rounding", "schedule")
 BUDGETS = {
     "short": Budget(
-        "scratch:0.4m", "builtin:python-stdlib", 1_000_000, (1, 16, 256), 3, (1,), (0.0, 0.9), "an hour on 2 cores"
+        "scratch:0.4m", "builtin:python-stdlib", 500_000, (1, 8, 64), 8, 3, (1,), OF_THE_PAPER,
+        ("batch-size", "half-life", "momentum", "rounding"), "an hour on 2 cores",
     ),
     "cpu": Budget(
-        "scratch:0.4m", "builtin:python-stdlib", 8_000_000, (1, 4, 16, 64, 256, 1024), 4, (1, 2, 3),
-        (0.0, 0.5, 0.9, 0.95, 0.99), "a night on 2 cores",
+        "scratch:0.4m", "builtin:python-stdlib", 1_500_000, BATCHES, 16, 3, (1, 2), (*OF_THE_PAPER, *CANDIDATES), ALL,
+        "a night on 2 cores",
     ),
     "gpu": Budget(
-        "scratch:30m", "builtin:python-stdlib", 60_000_000, (1, 4, 16, 64, 256, 1024), 4, (1, 2, 3),
-        (0.0, 0.5, 0.9, 0.95, 0.99), "runs of minutes on one GPU",
+        "scratch:30m", "builtin:python-stdlib", 60_000_000, BATCHES, 512, 4, (1, 2, 3), (*OF_THE_PAPER, *CANDIDATES), ALL,
+        "runs of minutes on one GPU",
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer of the comparison in float32, every average of it a half-life in tokens."""
+    """An optimizer of the comparison in float32; its second moments, if it has any, have a half-life in tokens."""
 
     method: str
     lowest_rate: float
     """Of the grid at batch size 1."""
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    second_moments: bool = True
     exponent: float = 0.25
     """The grid rises with this power of the batch size, rounded to half-decades."""
 
@@ -75,27 +89,18 @@ class Optimizer:
         return [float(f"{3 if i % 2 else 1}e{i // 2}") for i in range(lowest, lowest + count + below)]
 
 
-_SECOND = {"optimizer.second_moment_half_life": HALF_LIFE}
+_FLOAT32_ITERATIONS = {"optimizer.newton_schulz_dtype": "float32"}
 OPTIMIZERS = {
-    "sgd": Optimizer("sgd", 3e-2, {}),
-    "adam": Optimizer("adam", 3e-4, _SECOND),
-    "adafactor": Optimizer("sbft", 1e-3, _SECOND),
-    "muon": Optimizer("muon", 3e-4, {**_SECOND, "optimizer.newton_schulz_dtype": "float32"}),
-    # Candidates with no more state than Adafactor.
-    "sinkgd": Optimizer("sinkgd", 3e-4, _SECOND),
+    "sgd": Optimizer("sgd", 3e-2, second_moments=False),
+    "adam": Optimizer("adam", 3e-4),
+    "adafactor": Optimizer("sbft", 3e-3),
+    "muon": Optimizer("muon", 1e-3, _FLOAT32_ITERATIONS),
+    "sinkgd": Optimizer("sinkgd", 3e-4),
     "spectral": Optimizer(
-        "muon",
-        3e-4,
-        {
-            **_SECOND,
-            "optimizer.momentum": 0.0,
-            "optimizer.newton_schulz_dtype": "float32",
-            "optimizer.rest_optimizer": "adafactor",
-        },
+        "muon", 3e-4, {**_FLOAT32_ITERATIONS, "optimizer.momentum": 0.0, "optimizer.rest_optimizer": "adafactor"}
     ),
-    "row-adafactor": Optimizer("row-adafactor", 1e-3, _SECOND),
+    "row-adafactor": Optimizer("row-adafactor", 3e-3),
 }
-CANDIDATES = ("sinkgd", "spectral", "row-adafactor")
 
 
 def batch_settings(batch: int) -> dict[str, Any]:
@@ -114,7 +119,8 @@ FLOAT32 = {"dtype": "float32", "optimizer.stochastic_rounding": False, "optimize
 def variant(name: str, batch: int, budget: Budget, below: int = 0, **changes: Any) -> dict[str, Any]:
     """An optimizer at a batch size; `changes` are of its settings, None removes one."""
     optimizer = OPTIMIZERS[name]
-    chosen = {**FLOAT32, **optimizer.settings, **batch_settings(batch), **changes}
+    second = {"optimizer.second_moment_half_life": budget.half_life} if optimizer.second_moments else {}
+    chosen = {**FLOAT32, **second, **optimizer.settings, **batch_settings(batch), **changes}
     return {
         "method": optimizer.method,
         "set": {key: value for key, value in chosen.items() if value is not None},
@@ -124,26 +130,24 @@ def variant(name: str, batch: int, budget: Budget, below: int = 0, **changes: An
 
 def batch_size(budget: Budget) -> dict[str, Any]:
     """a. Loss against batch size for every optimizer (their Figure 1a)."""
-    return {f"{name}-{batch}": variant(name, batch, budget) for name in OPTIMIZERS for batch in budget.batches}
+    return {f"{name}-{batch}": variant(name, batch, budget) for name in budget.optimizers for batch in budget.batches}
 
 
 def half_life(budget: Budget) -> dict[str, Any]:
     """b. beta2 fixed per step against a fixed half-life in tokens (their Figure 4)."""
     fixed = {"optimizer.second_moment_half_life": None, "optimizer.beta2": BETA2}
-    return {
-        name: made
-        for batch in budget.batches
-        for name, made in {
-            f"adam-{batch}": variant("adam", batch, budget),
-            f"adam-beta2-fixed-{batch}": variant("adam", batch, budget, **fixed),
-        }.items()
-    }
+    found = {}
+    for batch in budget.batches:
+        found[f"adam-{batch}"] = variant("adam", batch, budget)
+        if batch != budget.reference_batch:  # there the two are the same
+            found[f"adam-beta2-fixed-{batch}"] = variant("adam", batch, budget, **fixed)
+    return found
 
 
 def momentum(budget: Budget) -> dict[str, Any]:
-    """c. SGD without momentum against Adam at batch size 1, and what momentum is worth at 1 and at 256."""
+    """c. SGD without momentum against Adam at batch size 1, and what momentum is worth there and at a large batch."""
     found = {}
-    for batch in (1, 256):
+    for batch in (1, min(256, budget.batches[-1])):
         found[f"sgd-{batch}"] = variant("sgd", batch, budget)
         found[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, **{"optimizer.momentum": 0.9})
         found[f"adam-{batch}"] = variant("adam", batch, budget)
@@ -162,7 +166,7 @@ def robustness(budget: Budget) -> dict[str, Any]:
 def rounding(budget: Budget) -> dict[str, Any]:
     """e. bfloat16 weights rounded to the nearest, stochastically, and float32, at batch size 1."""
     found = {}
-    for name in ("adam", "adafactor", *CANDIDATES):
+    for name in ("adam", "adafactor", *(one for one in CANDIDATES if one in budget.optimizers)):
         found[f"{name}-1"] = variant(name, 1, budget)
         for kind, stochastic in (("nearest", False), ("stochastic", True)):
             changes = {"dtype": "bfloat16", "optimizer.stochastic_rounding": stochastic}
@@ -175,13 +179,15 @@ def schedule(budget: Budget) -> dict[str, Any]:
     windows = budget.train_tokens // LENGTH
     # Seven sizes from 1 to 64, each for as many examples; the last for twice as many.
     doubling = {"batch_schedule.doubling_examples": windows // 8, "batch_schedule.largest": LARGEST_MICROBATCH}
-    at_first = {"optimizer.second_moment_half_life": None, "optimizer.beta2": beta_from_half_life(HALF_LIFE, LENGTH)}
-    at_last = {"optimizer.second_moment_half_life": None, "optimizer.beta2": BETA2}
+    kinds: dict[str, dict[str, Any]] = {"": {}}
+    for batch in (1, LARGEST_MICROBATCH):
+        beta2 = beta_from_half_life(budget.half_life, batch * LENGTH)
+        kinds[f"-beta2-of-{batch}"] = {"optimizer.second_moment_half_life": None, "optimizer.beta2": beta2}
     found = {}
     for name in ("adam", "adafactor"):
         for batch in (1, 16, LARGEST_MICROBATCH):
             found[f"{name}-{batch}"] = variant(name, batch, budget)
-        for kind, changes in {"": {}, "-beta2-of-1": at_first, f"-beta2-of-{LARGEST_MICROBATCH}": at_last}.items():
+        for kind, changes in kinds.items():
             found[f"{name}-doubling{kind}-to-{LARGEST_MICROBATCH}"] = variant(name, 1, budget, **doubling, **changes)
     return found
 
@@ -201,7 +207,8 @@ def suite(name: str, budget: Budget) -> dict[str, Any]:
     experiment = EXPERIMENTS[name]
     methods = experiment(budget)
     return {
-        "summary": f"{(experiment.__doc__ or '').splitlines()[0]} {budget.model}, {budget.train_tokens:,} tokens",
+        "summary": f"{(experiment.__doc__ or '').splitlines()[0]} {budget.model}, {budget.train_tokens:,} tokens; "
+        f"second moments: half-life {budget.half_life:,} tokens.",
         "models": [budget.model],
         "tasks": {
             TASK: {
@@ -221,15 +228,16 @@ def suite(name: str, budget: Budget) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", choices=BUDGETS, default="short")
+    takes = "; ".join(f"{name}: {budget.takes}" for name, budget in BUDGETS.items())
+    parser.add_argument("--budget", choices=BUDGETS, default="short", help=takes)
     parser.add_argument("--data", help="another corpus, as data.train of a recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder for the suites")
     arguments = parser.parse_args()
     budget = BUDGETS[arguments.budget]
     if arguments.data:
-        budget = Budget(**{**vars(budget), "data": arguments.data})
+        budget = replace(budget, data=arguments.data)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for name in EXPERIMENTS:
+    for name in budget.experiments:
         path = arguments.output / f"{name}.yaml"
         path.write_text(yaml.safe_dump(suite(name, budget), sort_keys=False, width=120))
         print(path)

@@ -18,7 +18,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.lab.experiments import HALF_LIFE, TASK
+from benchmarks.lab.experiments import LENGTH, TASK
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -78,7 +78,7 @@ def lines_against_batch(found: list[Point], axes: Axes) -> None:
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({one.batch for one in found}), [str(b) for b in sorted({one.batch for one in found})])
-    axes.set_xlabel("batch size, sequences of 512 tokens")
+    axes.set_xlabel(f"batch size, sequences of {LENGTH} tokens")
     axes.set_ylabel("validation loss, nats a token")
     axes.legend(frameon=False, fontsize=8)
 
@@ -155,9 +155,7 @@ def _beta1(one: Point) -> float:
 def draw(folder: Path, output: Path) -> None:
     """Write table, picture and records of every suite in `folder`/suites."""
     output.mkdir(parents=True, exist_ok=True)
-    text = [
-        f"Second moments: half-life {HALF_LIFE:,} tokens. In brackets the learning rate, chosen with a seed of its own."
-    ]
+    text = ["Validation loss, nats a token. In brackets the learning rate, chosen with a seed of its own."]
     for suite in sorted((folder / "suites").glob("*.yaml")):
         found = points(suite, folder)
         done = [one for one in found if one.loss is not None]

@@ -61,7 +61,9 @@ def data_problems(suite: Suite) -> list[str]:
 
     Test runs come hours after the validation runs that choose their rates: too late to hear of a misspelt file.
     """
+    from sbft.recipe.pretraining import is_pretraining
     from sbft.training.prepared import read_splits
+    from sbft.training.token_data import load_tokens
 
     found: dict[str, None] = {}
     seen: set[tuple[str, str]] = set()
@@ -70,8 +72,12 @@ def data_problems(suite: Suite) -> list[str]:
         if part in seen or METHODS[suite.method_of(run.variant)].missing_packages:
             continue
         seen.add(part)
+        recipe = run.whole_recipe(suite)
         try:
-            read_splits(run.whole_recipe(suite))
+            if is_pretraining(recipe.model_dump(exclude_none=True)):
+                load_tokens(recipe)  # prepared here on first use, not in the time of the first run
+            else:
+                read_splits(recipe)
         except SbftError as error:
             found.setdefault(f"tasks.{run.task}.data: {error}")
     return list(found)

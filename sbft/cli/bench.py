@@ -110,7 +110,8 @@ def _run(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: str
         prepare(suite, folder, retry=retry, only=only)
     planned = plan(suite, folder)
     count = {state: sum(one.state == state for one in planned) for state in ("done", "failed", "to do")}
-    print(f"{len(planned)} runs: {count['done']} done, {count['failed']} failed, {count['to do']} to do.")
+    runs = f"{len(planned)} run{'s' * (len(planned) != 1)}"
+    print(f"{runs}: {count['done']} done, {count['failed']} failed, {count['to do']} to do.")
     for reason in dict.fromkeys(one.hopeless for one in planned if one.hopeless is not None):
         print(reason)
     if count["to do"] and only:

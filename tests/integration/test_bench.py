@@ -389,3 +389,26 @@ def test_drawing_again_reads_no_record(
         assert sorted(asked) == ["lora", "sbft"]
         progress.draw(plan(suite, tmp_path), [])
         assert sorted(asked) == ["lora", "lora", "sbft", "sbft"]
+
+
+def test_a_suite_of_pretraining_trains_fresh_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBFT_CACHE", str(tmp_path / "cache"))
+    text, path, out = tmp_path / "code.txt", tmp_path / "code.yaml", tmp_path / "out"
+    text.write_text("\n\n".join(f"def f{n}(x):\n    return x * {n} + {n * n}\n" for n in range(300)))
+    task = {
+        "data": {"train": str(text), "max_length": 32, "train_tokens": 8000},
+        "evaluation": {"before": False, "limit": 8},
+    }
+    method = {"learning_rates": [3e-3], "set": {"tokenizer": "bpe:300"}}
+    content = {
+        "summary": "Functions.", "models": ["scratch:0.4m"], "tasks": {"code": task}, "methods": {"adam": method},
+        "baseline": "adam", "seeds": [1],
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content))
+    process = bench(path, "--output-dir", out)
+    said, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, told
+    assert "1 run: 1 done, 0 failed, 0 to do." in said
+    record = read_run(out, Run("scratch:0.4m", "code", "adam", 3e-3, 1, "test"))
+    # Knowing nothing is log(300), 5.7.
+    assert record is not None and record.tokens == 8000 and record.metrics["loss"] < 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.unit import report_cases
 def suites(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The file of each experiment."""
     folder, paths = tmp_path_factory.mktemp("suites"), {}
-    for name in experiments.EXPERIMENTS:
+    for name in experiments.BUDGETS[request.param].experiments:
         paths[name] = folder / f"{name}.yaml"
         paths[name].write_text(yaml.safe_dump(experiments.suite(name, experiments.BUDGETS[request.param])))
     return paths
@@ -43,10 +44,9 @@ def test_what_two_have_in_common_is_the_same_run(suites: dict[str, Path]) -> Non
     assert len(seen) < sum(len(yaml.safe_load(path.read_text())["methods"]) for path in suites.values())
 
 
-def test_the_batch_that_doubles_reaches_its_largest_with_a_quarter_of_the_examples_left(
-    suites: dict[str, Path],
-) -> None:
-    content = yaml.safe_load(suites["schedule"].read_text())
+@pytest.mark.parametrize("budget", experiments.BUDGETS)
+def test_the_batch_that_doubles_reaches_its_largest_with_a_quarter_of_the_examples_left(budget: str) -> None:
+    content = experiments.suite("schedule", experiments.BUDGETS[budget])
     settings = content["methods"]["adam-doubling-to-64"]["set"]
     schedule = BatchSchedule(1, settings["batch_schedule.doubling_examples"], settings["batch_schedule.largest"])
     windows = content["tasks"]["corpus"]["data"]["train_tokens"] // content["tasks"]["corpus"]["data"]["max_length"]
@@ -55,9 +55,15 @@ def test_the_batch_that_doubles_reaches_its_largest_with_a_quarter_of_the_exampl
     assert schedule.size(windows * 74 // 100) == 32 and schedule.size(windows * 76 // 100) == 64
 
 
+@pytest.mark.parametrize("budget", experiments.BUDGETS.values(), ids=experiments.BUDGETS)
+def test_second_moments_reach_back_a_small_part_of_the_run(budget: experiments.Budget) -> None:
+    assert 1 / 20 < budget.half_life / budget.train_tokens < 1 / 9
+    assert budget.half_life * math.log2(1 / 0.95) == pytest.approx(budget.reference_batch * 512, rel=1e-4)
+
+
 def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: Path) -> None:
     """Made-up losses: 3 plus the distance in decades to a rate of 3e-3; Adam at the largest batch fails."""
-    budget = experiments.BUDGETS["short"]
+    budget = replace(experiments.BUDGETS["short"], experiments=experiments.ALL)
     (tmp_path / "suites").mkdir()
     for name in ("batch-size", "robustness", "rounding", "half-life"):
         (tmp_path / "suites" / f"{name}.yaml").write_text(yaml.safe_dump(experiments.suite(name, budget)))
@@ -65,7 +71,7 @@ def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: 
 
         def result(run: Run, one: Any = one) -> RunRecord:
             loss = 3 + abs(math.log10(run.learning_rate / 3e-3)) + run.seed / 100
-            failed = {"status": "error", "error": "No finite loss."} if run.variant == "adam-256" else {}
+            failed = {"status": "error", "error": "No finite loss."} if run.variant == "adam-64" else {}
             return report_cases.record(one, run, loss=loss, **failed)
 
         if name != "half-life":

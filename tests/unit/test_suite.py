@@ -296,6 +296,34 @@ def test_data_that_only_test_runs_read_are_read_before_the_first_run(tmp_path: P
     assert "chosen on the data that it is then tested on" in told
 
 
+def test_the_tokens_of_pretraining_are_prepared_before_the_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sbft.bench.check import data_problems
+    from sbft.data.token_files import is_token_folder
+
+    monkeypatch.setenv("SBFT_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "code.txt"
+    text.write_text("\n\n".join(f"def f{n}(x):\n    return x * {n} + {n * n}\n" for n in range(300)))
+
+    def problems(source: Path) -> list[str]:
+        method = {"learning_rates": [1e-3, 1e-2], "set": {"tokenizer": "bpe:300"}}
+        tasks = {"corpus": {"data": {"train": str(source), "max_length": 32, "train_tokens": 1000}}}
+        content = {
+            **CONTENT,
+            "models": ["scratch:0.4m"],
+            "tasks": tasks,
+            "methods": {"adam": method},
+            "baseline": "adam",
+        }
+        return data_problems(Suite.model_validate(content))
+
+    assert problems(text) == []
+    assert [is_token_folder(folder) for folder in (tmp_path / "cache" / "tokens").iterdir()] == [True]
+    (told,) = problems(tmp_path / "cdoe.txt")
+    assert told.startswith("tasks.corpus.data: ") and "cdoe.txt" in told
+
+
 def test_the_time_of_a_run_is_that_of_its_row_or_else_of_its_method(tmp_path: Path) -> None:
     tasks = {"needle": CONTENT["tasks"]["needle"], "other": CONTENT["tasks"]["needle"]}
     suite = Suite.model_validate({**CONTENT, "tasks": tasks})
