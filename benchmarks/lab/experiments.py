@@ -91,7 +91,7 @@ class Optimizer:
 
 _FLOAT32_ITERATIONS = {"optimizer.newton_schulz_dtype": "float32"}
 OPTIMIZERS = {
-    "sgd": Optimizer("sgd", 3e-2, second_moments=False),
+    "sgd": Optimizer("sgd", 3e-1, second_moments=False),
     "adam": Optimizer("adam", 3e-4),
     "adafactor": Optimizer("sbft", 3e-3),
     "muon": Optimizer("muon", 1e-3, _FLOAT32_ITERATIONS),
