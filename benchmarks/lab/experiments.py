@@ -91,15 +91,15 @@ class Optimizer:
 
 _FLOAT32_ITERATIONS = {"optimizer.newton_schulz_dtype": "float32"}
 OPTIMIZERS = {
-    "sgd": Optimizer("sgd", 3e-1, second_moments=False),
-    "adam": Optimizer("adam", 3e-4),
-    "adafactor": Optimizer("sbft", 3e-3),
+    "sgd": Optimizer("sgd", 1e-1, second_moments=False, exponent=0.0),  # what it bears does not depend on the batch
+    "adam": Optimizer("adam", 1e-3),
+    "adafactor": Optimizer("sbft", 1e-2),
     "muon": Optimizer("muon", 1e-3, _FLOAT32_ITERATIONS),
     "sinkgd": Optimizer("sinkgd", 3e-4),
     "spectral": Optimizer(
         "muon", 3e-4, {**_FLOAT32_ITERATIONS, "optimizer.momentum": 0.0, "optimizer.rest_optimizer": "adafactor"}
     ),
-    "row-adafactor": Optimizer("row-adafactor", 3e-3),
+    "row-adafactor": Optimizer("row-adafactor", 1e-2),
 }
 
 

@@ -80,8 +80,8 @@ def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: 
     figures.draw(tmp_path, tmp_path / "out")
     tables = (tmp_path / "out" / "tables.md").read_text()
     row = next(line for line in tables.splitlines() if line.startswith("| sgd |"))
-    # The grid at batch size 1 begins at 3e-1, two decades away; the figures are of seed 1.
-    assert row.startswith("| sgd | 5.010 (0.3, lowest of its grid) |")
+    # The grid at batch size 1 begins at 1e-1, a decade and a half away; the figures are of seed 1.
+    assert row.startswith("| sgd | 4.533 (0.1, lowest of its grid) |")
     assert next(line for line in tables.splitlines() if line.startswith("| adam |")).endswith("| failed |")
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"batch-size", "robustness", "rounding", "half-life"}
