@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import re
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def _point(row: Row) -> Point:
     tried = {one.learning_rate: None if one.score is None else one.score.mean for one in row.validations()}
     failed = bool(row.failed) or (row.choice.decided and row.choice.rate is None)
     return Point(found[1], int(found[2]), row.choice.rate, row.choice.edge, row.loss, tried, failed)
+
+
+def seed_noise(found: list[Point]) -> tuple[float, int] | None:
+    """How far the loss of one seed lies from another's: standard deviation, and number of variants that it is told from.
+
+    Each variant has the run that chose its learning rate and, with other seeds, those of its figure. The median, so that the
+    few that hardly train do not decide.
+    """
+    differences = [
+        abs(one.loss.mean - tried) / math.sqrt(1 + 1 / one.loss.count)
+        for one in found
+        if one.loss is not None and one.rate is not None and (tried := one.validation.get(one.rate)) is not None
+    ]
+    return (1.4826 * statistics.median(differences), len(differences)) if differences else None
 
 
 def lines_against_batch(found: list[Point], axes: Axes) -> None:
@@ -156,8 +171,10 @@ def draw(folder: Path, output: Path) -> None:
     """Write table, picture and records of every suite in `folder`/suites."""
     output.mkdir(parents=True, exist_ok=True)
     text = ["Validation loss, nats a token. In brackets the learning rate, chosen with a seed of its own."]
+    everything: dict[tuple[str, int], Point] = {}
     for suite in sorted((folder / "suites").glob("*.yaml")):
         found = points(suite, folder)
+        everything |= {(one.name, one.batch): one for one in found}
         done = [one for one in found if one.loss is not None]
         stem = suite.stem
         record: list[dict[str, Any]] = [asdict(one) for one in found]
@@ -173,6 +190,10 @@ def draw(folder: Path, output: Path) -> None:
         (dots if stem in BY_NAME else lines_against_batch)(found, axes)
         drawn.savefig(path, dpi=150)
         plt.close(drawn)
+    if (noise := seed_noise(list(everything.values()))) is not None:
+        text[0] += (
+            f" From one seed to another it varies by {noise[0]:.3f} (standard deviation, told from {noise[1]} variants)."
+        )
     (output / "tables.md").write_text("\n\n".join(text) + "\n")
 
 

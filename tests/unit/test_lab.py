@@ -83,6 +83,8 @@ def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: 
     # The grid at batch size 1 begins at 1e-1, a decade and a half away; the figures are of seed 1.
     assert row.startswith("| sgd | 4.533 (0.1, lowest of its grid) |")
     assert next(line for line in tables.splitlines() if line.startswith("| adam |")).endswith("| failed |")
+    # 1.4826 * 0.01 / sqrt(2): all pairs of seeds lie 0.01 apart.
+    assert "varies by 0.010 (standard deviation" in tables.splitlines()[0]
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"batch-size", "robustness", "rounding", "half-life"}
     assert {path.stem for path in (tmp_path / "out").glob("*.json")} == drawn
