@@ -84,10 +84,10 @@ class Optimizer:
     """The grid rises with this power of the batch size, rounded to half-decades; where the best rates of pilot runs did not,
     not at all."""
 
-    def grid(self, batch: int, count: int, below: int = 0) -> list[float]:
-        """Half-decades, `below` of them under the lowest."""
-        lowest = round(2 * math.log10(self.lowest_rate)) + round(2 * self.exponent * math.log10(batch)) - below
-        return [float(f"{3 if i % 2 else 1}e{i // 2}") for i in range(lowest, lowest + count + below)]
+    def grid(self, batch: int, count: int, shift: int = 0) -> list[float]:
+        """So many half-decades, moved by `shift` of them."""
+        lowest = round(2 * math.log10(self.lowest_rate)) + round(2 * self.exponent * math.log10(batch)) + shift
+        return [float(f"{3 if i % 2 else 1}e{i // 2}") for i in range(lowest, lowest + count)]
 
 
 _FLOAT32_ITERATIONS = {"optimizer.newton_schulz_dtype": "float32"}
@@ -117,15 +117,18 @@ def batch_settings(batch: int) -> dict[str, Any]:
 FLOAT32 = {"dtype": "float32", "optimizer.stochastic_rounding": False, "optimizer.gradient_release": False}
 
 
-def variant(name: str, batch: int, budget: Budget, below: int = 0, **changes: Any) -> dict[str, Any]:
-    """An optimizer at a batch size; `changes` are of its settings, None removes one."""
+def variant(name: str, batch: int, budget: Budget, shift: int = 0, more: int = 0, **changes: Any) -> dict[str, Any]:
+    """An optimizer at a batch size, its grid moved by `shift` half-decades and with `more` rates.
+
+    `changes` are of its settings, None removes one.
+    """
     optimizer = OPTIMIZERS[name]
     second = {"optimizer.second_moment_half_life": budget.half_life} if optimizer.second_moments else {}
     chosen = {**FLOAT32, **second, **optimizer.settings, **batch_settings(batch), **changes}
     return {
         "method": optimizer.method,
         "set": {key: value for key, value in chosen.items() if value is not None},
-        "learning_rates": optimizer.grid(batch, budget.rates, below),
+        "learning_rates": optimizer.grid(batch, budget.rates + more, shift),
     }
 
 
@@ -150,7 +153,8 @@ def momentum(budget: Budget) -> dict[str, Any]:
     found = {}
     for batch in (1, min(256, budget.batches[-1])):
         found[f"sgd-{batch}"] = variant("sgd", batch, budget)
-        found[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, **{"optimizer.momentum": 0.9})
+        # Its steps add up to ten times as much.
+        found[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, shift=-2, **{"optimizer.momentum": 0.9})
         found[f"adam-{batch}"] = variant("adam", batch, budget)
     return found
 
@@ -158,7 +162,7 @@ def momentum(budget: Budget) -> dict[str, Any]:
 def robustness(budget: Budget) -> dict[str, Any]:
     """d. Loss over learning rate and beta1, at batch size 1 and at the largest (their Figure 1b)."""
     return {
-        f"adam-beta1-{beta1}-{batch}": variant("adam", batch, budget, below=2, **{"optimizer.beta1": beta1})
+        f"adam-beta1-{beta1}-{batch}": variant("adam", batch, budget, shift=-2, more=2, **{"optimizer.beta1": beta1})
         for batch in (1, budget.batches[-1])
         for beta1 in budget.betas1
     }
