@@ -80,7 +80,7 @@ class Optimizer:
     """Of the grid at batch size 1."""
     settings: dict[str, Any] = field(default_factory=dict)
     second_moments: bool = True
-    exponent: float = 0.25
+    exponent: float = 0.3
     """The grid rises with this power of the batch size, rounded to half-decades; where the best rates of pilot runs did not,
     not at all."""
 
@@ -92,7 +92,7 @@ class Optimizer:
 
 _FLOAT32_ITERATIONS = {"optimizer.newton_schulz_dtype": "float32"}
 OPTIMIZERS = {
-    "sgd": Optimizer("sgd", 1e-1, second_moments=False, exponent=0.0),
+    "sgd": Optimizer("sgd", 1e-1, second_moments=False, exponent=0.25),
     "adam": Optimizer("adam", 1e-3),
     "adafactor": Optimizer("sbft", 3e-2, exponent=0.0),
     "muon": Optimizer("muon", 3e-3, _FLOAT32_ITERATIONS),
