@@ -21,7 +21,7 @@ _OF_MATRICES = frozenset({"rest_optimizer", "rest_lr_ratio"}) | _SECOND_MOMENT |
 _OTHERS_ADAM = frozenset({"beta1", "beta2", "eps", "weight_decay"}) | _ANY
 
 OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
-    "adafactor": _SECOND_MOMENT | _OURS | _ADAFACTOR,
+    "adafactor": _SECOND_MOMENT | _OURS | _ADAFACTOR | {"min_dim_size_to_factor"},
     "adamw": _SECOND_MOMENT | _FIRST_MOMENT | _OURS,
     "sgd": frozenset({"momentum", "momentum_half_life", "weight_decay"}) | _OURS,
     "muon": frozenset({"momentum", "momentum_half_life", "nesterov", "adjust_lr_fn", "newton_schulz_dtype"})

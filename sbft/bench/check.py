@@ -57,7 +57,7 @@ def recipe_problems(suite: Suite) -> list[str]:
 
 
 def data_problems(suite: Suite) -> list[str]:
-    """Why the data of a task cannot be read, or may not be used so; each task and phase is read once, by its first run.
+    """Why the data of a task cannot be read, or may not be used so; a model's task and phase are read once, by their first run.
 
     Test runs come hours after the validation runs that choose their rates: too late to hear of a misspelt file.
     """
@@ -66,9 +66,9 @@ def data_problems(suite: Suite) -> list[str]:
     from sbft.training.token_data import load_tokens
 
     found: dict[str, None] = {}
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, str]] = set()
     for run in possible_runs(suite):
-        part = (run.task, run.phase)
+        part = (run.model, run.task, run.phase)
         if part in seen or METHODS[suite.method_of(run.variant)].missing_packages:
             continue
         seen.add(part)

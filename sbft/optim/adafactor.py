@@ -12,7 +12,7 @@ from sbft.optim.base import Average, TokenOptimizer
 from sbft.optim.kernels import backend_for
 from sbft.optim.sharding import Shard, zeros_beside
 
-_FACTORED_FROM = 128
+FACTORED_FROM = 128
 SECOND_MOMENT = Average("second_moment_half_life", "beta2")
 _CLASSIC_EXPONENT = 0.8
 
@@ -20,8 +20,8 @@ _CLASSIC_EXPONENT = 0.8
 class Adafactor(TokenOptimizer):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) without momentum, its second moment held constant in tokens.
 
-    The second moment is factored over a parameter's last two dimensions where both are at least 128 (leading dimensions kept
-    apart), else kept whole; always in float32. The update is scaled down until its RMS over the whole tensor is at most
+    The second moment is factored over a parameter's last two dimensions where both are at least `min_dim_size_to_factor`
+    (leading dimensions kept apart), else kept whole; always in float32. The update is scaled down until its RMS over the whole tensor is at most
     `clip_threshold`, and with `relative_step` multiplied by the weight's RMS (at least 1e-3), so that `lr` is the relative
     change of a weight in one step: start near 1e-4.
 
@@ -36,6 +36,7 @@ class Adafactor(TokenOptimizer):
         relative_step: scale the step by the weight's RMS.
         clip_threshold: largest RMS of an update before scaling.
         eps: added to the squared gradient.
+        min_dim_size_to_factor: where the shorter of the last two dimensions is smaller, the second moment is kept whole.
         weight_decay: decoupled: a weight shrinks by `lr * weight_decay` per step.
         stochastic_rounding: round bfloat16 weights stochastically instead of to nearest.
         seed: of the rounding noise.
@@ -58,6 +59,7 @@ class Adafactor(TokenOptimizer):
         relative_step: bool = True,
         clip_threshold: float = 1.0,
         eps: float = 1e-30,
+        min_dim_size_to_factor: int = FACTORED_FROM,
         weight_decay: float = 0.0,
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -72,6 +74,7 @@ class Adafactor(TokenOptimizer):
             "relative_step": relative_step,
             "clip_threshold": clip_threshold,
             "eps": eps,
+            "min_dim_size_to_factor": min_dim_size_to_factor,
             "weight_decay": weight_decay,
             "stochastic_rounding": stochastic_rounding,
         }
@@ -92,6 +95,9 @@ class Adafactor(TokenOptimizer):
         for name in ("clip_threshold", "eps"):
             if not (group[name] > 0 and math.isfinite(group[name])):
                 raise ValueError(f"{name} must be a positive, finite number, got {group[name]!r}")
+        smallest = group["min_dim_size_to_factor"]
+        if not (isinstance(smallest, int) and smallest >= 1):
+            raise ValueError(f"min_dim_size_to_factor must be an integer of at least 1, got {smallest!r}")
 
     def _second_moment_weight(self, group: dict[str, Any]) -> float:
         if group["schedule"] == "half_life":
@@ -99,7 +105,8 @@ class Adafactor(TokenOptimizer):
         return (self.clock.steps + 1.0) ** -group["beta2"]
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        init_factored_moment(param, state)
+        # State dicts of before the setting existed have none.
+        init_factored_moment(param, state, group.get("min_dim_size_to_factor", FACTORED_FROM))
 
     def _update(
         self,
@@ -127,11 +134,11 @@ class Adafactor(TokenOptimizer):
         return grad_square_sum
 
 
-def init_factored_moment(param: Tensor, state: dict[str, Tensor]) -> None:
-    """Put Adafactor's state of a parameter into `state` unless it is there."""
+def init_factored_moment(param: Tensor, state: dict[str, Tensor], smallest: int = FACTORED_FROM) -> None:
+    """Put Adafactor's state of a parameter into `state` unless it is there; whole where a dimension is under `smallest`."""
     if state:
         return
-    if param.ndim >= 2 and min(param.shape[-2:]) >= _FACTORED_FROM:
+    if param.ndim >= 2 and min(param.shape[-2:]) >= smallest:
         state["row"] = zeros_beside(param, range(param.ndim - 1))
         # Sums over rows, or over columns, that lie on several ranks: then each of these has the average of all.
         state["column"] = zeros_beside(param, [*range(param.ndim - 2), param.ndim - 1])

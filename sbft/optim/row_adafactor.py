@@ -24,7 +24,8 @@ class RowAdafactor(Adafactor):
     as well as many, because the Hessian is nearly block-diagonal with a block for each neuron. What Adafactor's column factor
     adds is the scale of the inputs, which the norms in front of a transformer's matrices have mostly evened out.
 
-    All else, settings included, is as in `Adafactor`; vectors have a second moment for each element.
+    All else, settings included, is as in `Adafactor`; vectors have a second moment for each element, and
+    `min_dim_size_to_factor` decides nothing.
     """
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:

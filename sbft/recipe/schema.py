@@ -122,6 +122,8 @@ class OptimizerConfig(_Section):
     """Scale Adafactor's step by each parameter's RMS."""
     clip_threshold: FiniteFloat | None = Field(None, gt=0)
     """Largest RMS of one Adafactor update before the learning rate."""
+    min_dim_size_to_factor: PositiveInt | None = None
+    """Adafactor keeps the second moment of a matrix with a shorter side whole; 128 where it is not given."""
     eps: FiniteFloat | None = Field(None, gt=0)
     """Keeps divisions by small second moments finite."""
     weight_decay: FiniteFloat | None = Field(None, ge=0)

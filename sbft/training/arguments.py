@@ -33,6 +33,7 @@ _SETTINGS = {
     "schedule": (_ADAFACTORS, "schedule"),
     "relative_step": (_ADAFACTORS, "relative_step"),
     "clip_threshold": (_ADAFACTORS, "clip_threshold"),
+    "min_dim_size_to_factor": (("adafactor",), "min_dim_size_to_factor"),
     "optimizer_eps": (_WITH_SECOND_MOMENT, "eps"),
     "nesterov": (("muon",), "nesterov"),
     "adjust_lr_fn": (("muon",), "adjust_lr_fn"),
@@ -95,6 +96,10 @@ class SmallBatchArguments:
     )
     clip_threshold: float | None = field(
         default=None, metadata={"help": "Adafactor: largest RMS of an update before scaling."}
+    )
+    min_dim_size_to_factor: int | None = field(
+        default=None,
+        metadata={"help": "Adafactor: the second moment of a matrix with a shorter side is kept whole; 128 when None."},
     )
     optimizer_eps: float | None = field(
         default=None, metadata={"help": "eps of the token optimizer; its own default when None."}
@@ -187,7 +192,8 @@ class SmallBatchArguments:
         moment whose half-life is 10 million tokens (arXiv 2507.07101, section 4).
         """
         defaults = dict(PRETRAINING["training"])
-        if settings.get("beta2") is None:
+        given = settings.get("beta2") is not None or settings.get("schedule") == "power"
+        if not given and settings.get("token_optimizer", "adafactor") in _WITH_SECOND_MOMENT:
             defaults.update(PRETRAINING["optimizer"])
         return cls(**{**defaults, **settings})
 

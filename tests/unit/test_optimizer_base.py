@@ -186,6 +186,7 @@ BAD_SETTINGS = [
     (Adafactor, {"schedule": "power", "second_moment_half_life": 5.0}, "no half-life"),
     (Adafactor, {"clip_threshold": 0.0}, "clip_threshold.*0.0"),
     (Adafactor, {"eps": -1.0}, "eps.*-1.0"),
+    (Adafactor, {"min_dim_size_to_factor": 0}, "min_dim_size_to_factor.*0"),
     (AdamW, {"eps": 0.0}, "eps.*0.0"),
     (Muon, {"momentum_half_life": 10.0, "momentum": 0.9}, "both"),
     (Muon, {"adjust_lr_fn": "spectral"}, "match_rms_adamw.*spectral"),

@@ -36,13 +36,17 @@ def run(optimizer_class, shape, tokens=lambda step: 40, **settings) -> tuple[Ten
     return weight.detach(), optimizer
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "smallest"),
+    [*((shape, 128) for shape in SHAPES), ((64, 48), 32), ((64, 48), 49), ((2, 3), 1), ((4, 40, 33), 33)],
+    ids=str,
+)
 @pytest.mark.parametrize("relative_step", [True, False])
-def test_adafactor_with_the_power_schedule_agrees_with_optax(shape, relative_step):
+def test_adafactor_with_the_power_schedule_agrees_with_optax(shape, smallest, relative_step):
     jax = pytest.importorskip("jax")
     optax = pytest.importorskip("optax")
     pieces = [
-        optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=128, epsilon=1e-30),
+        optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=smallest, epsilon=1e-30),
         optax.clip_by_block_rms(1.0),
     ]
     if relative_step:
@@ -54,7 +58,10 @@ def test_adafactor_with_the_power_schedule_agrees_with_optax(shape, relative_ste
     for gradient in gradients(shape):
         change, state = update(jax.numpy.asarray(gradient.numpy()), state, weight)
         weight = optax.apply_updates(weight, change)
-    ours, _ = run(Adafactor, shape, lr=0.01, schedule="power", relative_step=relative_step)
+    ours, optimizer = run(
+        Adafactor, shape, lr=0.01, schedule="power", relative_step=relative_step, min_dim_size_to_factor=smallest
+    )
+    assert ("row" in next(iter(optimizer.state.values()))) == (len(shape) > 1 and min(shape[-2:]) >= smallest)
     np.testing.assert_allclose(ours.numpy(), np.asarray(weight), **FLOAT32)
 
 

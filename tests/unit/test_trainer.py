@@ -304,11 +304,13 @@ def test_contradictions_are_refused_with_both_ways_out(
 
 def test_settings_reach_the_optimizer(tmp_path: Path) -> None:
     trainer = make(
-        tmp_path, second_moment_half_life=1234.0, weight_decay=0.1, clip_threshold=0.5, relative_step=False, seed=9
-    )
+        tmp_path, second_moment_half_life=1234.0, weight_decay=0.1, clip_threshold=0.5, relative_step=False, seed=9,
+        min_dim_size_to_factor=64,
+    )  # fmt: skip
     optimizer = trainer.create_optimizer()
     group = optimizer.param_groups[0]
     assert group["second_moment_half_life"] == 1234.0 and group["clip_threshold"] == 0.5
+    assert group["min_dim_size_to_factor"] == 64
     assert group["relative_step"] is False and group["lr"] == 1e-4 and optimizer.seed == 9
     decayed, kept = ([p.dim() for p in group["params"]] for group in optimizer.param_groups)
     assert optimizer.param_groups[0]["weight_decay"] == 0.1 and optimizer.param_groups[1]["weight_decay"] == 0.0
@@ -386,3 +388,7 @@ def test_pretraining_has_its_own_defaults(tmp_path: Path) -> None:
     assert args.token_optimizer_settings()["second_moment_half_life"] == 10_000_000
     fixed = SmallBatchTrainingArguments.for_pretraining(output_dir=str(tmp_path), beta2=0.99, report_to=[])
     assert fixed.second_moment_half_life is None and fixed.token_optimizer_settings()["beta2"] == 0.99
+    classic = SmallBatchTrainingArguments.for_pretraining(output_dir=str(tmp_path), schedule="power", report_to=[])
+    assert classic.second_moment_half_life is None
+    plain = SmallBatchTrainingArguments.for_pretraining(output_dir=str(tmp_path), token_optimizer="sgd", report_to=[])
+    assert plain.second_moment_half_life is None and plain.lr_scheduler_type == "cosine"
