@@ -65,8 +65,8 @@ BUDGETS = {
         "a night on 2 cores",
     ),
     "gpu": Budget(
-        "scratch:30m", "builtin:python-stdlib", 120 * 1024 * LENGTH, BATCHES, 512, 4, (1, 2, 3), (*OF_THE_PAPER, *CANDIDATES), ALL,
-        "runs of minutes on one GPU",
+        "scratch:30m", "builtin:python-stdlib", 120 * 1024 * LENGTH, BATCHES, 512, 4, (1, 2, 3),
+        (*OF_THE_PAPER, *CANDIDATES), ALL, "runs of minutes on one GPU",
     ),
 }  # fmt: skip
 
@@ -154,8 +154,8 @@ def momentum(budget: Budget) -> dict[str, Any]:
     found = {}
     for batch in (1, min(256, budget.batches[-1])):
         found[f"sgd-{batch}"] = variant("sgd", batch, budget)
-        # The momentum is an average, not a sum: the same rates mean the same.
-        found[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, **{"optimizer.momentum": 0.9})
+        # The momentum is an average, not a sum: a rate means the same, and higher ones are borne.
+        found[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, shift=1, **{"optimizer.momentum": 0.9})
         found[f"adam-{batch}"] = variant("adam", batch, budget)
     return found
 

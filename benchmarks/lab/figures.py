@@ -2,8 +2,8 @@
 
     python -m benchmarks.lab.figures runs/lab-cpu --output benchmarks/lab/results/DEVICE
 
-FOLDER holds the runs and, in `suites`, what experiments.py wrote. For each experiment: a table, a picture, and the records of
-its runs in one JSON file. A figure of which no run is done is left out.
+FOLDER holds the runs and, in `suites`, what experiments.py wrote. For each experiment: a table, a picture, and their numbers in
+a JSON file. A figure of which no run is done is left out.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class Point:
     """Loss by learning rate, with the search seed."""
     failed: bool
     """A run of the figure did, or every one of the search for a learning rate."""
+    seeds_short: str
+    """How many of its seeds the figure is the mean of, where some failed or are missing."""
 
 
 BY_NAME = ("rounding", "schedule")
@@ -60,7 +62,7 @@ def _point(row: Row) -> Point:
     assert found is not None, row.variant
     tried = {one.learning_rate: None if one.score is None else one.score.mean for one in row.validations()}
     failed = bool(row.failed) or (row.choice.decided and row.choice.rate is None)
-    return Point(found[1], int(found[2]), row.choice.rate, row.choice.edge, row.loss, tried, failed)
+    return Point(found[1], int(found[2]), row.choice.rate, row.choice.edge, row.loss, tried, failed, row.seeds_short)
 
 
 def seed_noise(found: list[Point]) -> tuple[float, int] | None:
@@ -107,7 +109,7 @@ def dots(found: list[Point], axes: Axes) -> None:
         xerr=[one.loss.standard_error or 0.0 for one in its if one.loss],
         fmt="o", capsize=2,
     )  # fmt: skip
-    axes.set_yticks(range(len(its)), [f"{one.name}-{one.batch}" for one in its])
+    axes.set_yticks(range(len(its)), [f"{one.name}-{one.batch}{one.seeds_short}" for one in its])
     axes.set_xlabel("validation loss, nats a token")
 
 
@@ -129,7 +131,7 @@ def _cell(one: Point) -> str:
         return "failed" if one.failed else "not run"
     error = "" if one.loss.standard_error is None else f" ± {one.loss.standard_error:.3f}"
     mark = "" if one.edge is None else f", {one.edge} of its grid"
-    return f"{one.loss.mean:.3f}{error} ({one.rate:g}{mark})"
+    return f"{one.loss.mean:.3f}{error}{one.seeds_short} ({one.rate:g}{mark})"
 
 
 def heat_maps(found: list[Point], path: Path) -> None:
@@ -151,8 +153,9 @@ def heat_maps(found: list[Point], path: Path) -> None:
         for i, row in enumerate(grid):
             for j, value in enumerate(row):
                 shown = "failed" if value is None else f"{value:.2f}"
-                dark = value is not None and value < (low + high) / 2
-                axes.text(j, i, shown, ha="center", va="center", fontsize=8, color="black" if dark else "white")
+                # A failed one is not coloured in.
+                light = value is None or value < (low + high) / 2
+                axes.text(j, i, shown, ha="center", va="center", fontsize=8, color="black" if light else "white")
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(its)), [f"{_beta1(one):g}" for one in its])
         axes.set_xlabel("learning rate")

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The paper's experiments: benchmarks/lab/run.sh [--budget short|cpu|gpu] [--output DIR] [--jobs N]
+# The paper's experiments: benchmarks/lab/run.sh [--budget short|cpu|gpu] [--data DATA] [--output DIR] [--jobs N]
 # Goes on where it was cut off; what two experiments have in common is run once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-budget=short output= jobs=2
+budget=short data= output= jobs=2
 while [ $# -gt 0 ]; do
     case $1 in
         --budget) budget=$2 ;;
+        --data) data=$2 ;;
         --output) output=$2 ;;
         --jobs) jobs=$2 ;;
-        *) echo "run.sh: unknown argument $1; it takes --budget short|cpu|gpu, --output DIR and --jobs N" >&2; exit 2 ;;
+        *) echo "run.sh: unknown argument $1; it takes --budget short|cpu|gpu, --data DATA, --output DIR and --jobs N" >&2; exit 2 ;;
     esac
     shift 2
 done
@@ -18,7 +19,7 @@ output=${output:-runs/lab-$budget}
 
 bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
 
-"$bin/python" -m benchmarks.lab.experiments --budget "$budget" --output "$output/suites" |
+"$bin/python" -m benchmarks.lab.experiments --budget "$budget" ${data:+--data "$data"} --output "$output/suites" |
     while read -r suite; do
         "$bin/sbft" bench "$suite" --output-dir "$output" --jobs "$jobs" < /dev/null
     done

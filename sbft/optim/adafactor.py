@@ -21,9 +21,9 @@ class Adafactor(TokenOptimizer):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) without momentum, its second moment held constant in tokens.
 
     The second moment is factored over a parameter's last two dimensions where both are at least `min_dim_size_to_factor`
-    (leading dimensions kept apart), else kept whole; always in float32. The update is scaled down until its RMS over the whole tensor is at most
-    `clip_threshold`, and with `relative_step` multiplied by the weight's RMS (at least 1e-3), so that `lr` is the relative
-    change of a weight in one step: start near 1e-4.
+    (leading dimensions kept apart), else kept whole; always in float32. The update is scaled down until its RMS over the
+    whole tensor is at most `clip_threshold`, and with `relative_step` multiplied by the weight's RMS (at least 1e-3), so
+    that `lr` is the relative change of a weight in one step: start near 1e-4.
 
     Args:
         params: parameters or groups, float32 or bfloat16.
