@@ -22,6 +22,7 @@ from sbft.errors import Interrupted, MissingPackageError
 from sbft.evaluation import evaluate
 from sbft.likelihood import evaluate_loss, pad_token
 from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
+from sbft.memory_pool import pool_bytes
 from sbft.methods import METHODS
 from sbft.planning.check import expected_memory, warnings_in_brief
 from sbft.quantization import scales_bytes, write_note
@@ -304,6 +305,8 @@ def _train(
         # Where the peak cannot be set back (`note`), it is that of the whole process, and says nothing of the loop.
         record.memory["above_baseline"] = None if peak.note else peak.peak_bytes - peak.baseline_bytes
         record.memory["reserved_peak"] = peak.reserved_peak_bytes
+        pool = pool_bytes()
+        record.memory["pool_peak"] = None if pool is None else pool.peak
         if trainer.optimizer is not None:
             record.memory["optimizer_state"] = optimizer_state_bytes(trainer.optimizer)
         record.tokens = trainer.tokens_seen

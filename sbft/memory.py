@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sbft.memory_pool import trim_pool
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MEMORY = Path("/proc/meminfo")
@@ -150,8 +152,9 @@ def _cuda(read: Callable[[int], int]) -> int:
 
 
 def _return_free_memory() -> None:
-    """Give back what malloc keeps of freed memory: it would count as held, and be used again unseen."""
+    """Give back what malloc and the pool keep of freed memory: it would count as held, and be used again unseen."""
     gc.collect()
+    trim_pool()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:

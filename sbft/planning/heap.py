@@ -1,7 +1,8 @@
-"""What the C library's malloc keeps resident for a sequence of allocations: more than is in use, for freed memory stays.
+"""What a CPU's allocators keep resident for a sequence of allocations: with `sbft.memory_pool` the most that is in use at
+once; from the C library's malloc more than that, for freed memory stays.
 
-A model of glibc's: a heap that grows at its end, requests served by the smallest free chunk that fits, neighbours joined
-when freed, the end given back when enough of it is free; large requests mapped by themselves, "large" being as large as
+`Heap` is a model of glibc's: a heap that grows at its end, requests served by the smallest free chunk that fits, neighbours
+joined when freed, the end given back when enough of it is free; large requests mapped by themselves, "large" being as large as
 the largest of those that was ever freed (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
 
 Torch asks for memory aligned to 64 bytes. For that glibc looks for a chunk that is larger by the alignment, takes its
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from sbft.memory_pool import PAGE_BYTES, SMALLEST_BYTES
+
 _ALIGNMENT = 64
 _GRANULE = 16  # glibc's own alignment
 _HEADER = 16  # between a chunk's start and what the caller gets
@@ -21,7 +24,6 @@ _SMALL = 1024
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, are spread evenly
 # Measured: of 16 runs of SmolLM2-135M at 64 to 1024 tokens, between 0.3 and 0.4 fits most, and 0 is 15 to 25 % too low.
 _PINNED = 0.35
-_PAGE = 4096
 _TOP_PAD = 128 << 10
 _FIRST_THRESHOLD = 128 << 10
 _LARGEST_THRESHOLD = 32 << 20
@@ -68,10 +70,10 @@ class Heap:
         elif self._end - self._top >= asked:
             self._carve_top(number, asked, need)
         elif asked >= self._threshold:
-            self._mapped += _up(asked, _PAGE)
-            self._chunks[number] = (-1, _up(asked, _PAGE))
+            self._mapped += _up(asked, PAGE_BYTES)
+            self._chunks[number] = (-1, _up(asked, PAGE_BYTES))
         else:
-            self._end = _up(self._top + asked + _TOP_PAD, _PAGE)
+            self._end = _up(self._top + asked + _TOP_PAD, PAGE_BYTES)
             self._carve_top(number, asked, need)
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
 
@@ -127,7 +129,7 @@ class Heap:
         else:
             self._give(start, end)
         if end - start >= _TRIMS_FROM and self._end - self._top >= self._trim_threshold:
-            self._end = _up(self._top + _TOP_PAD, _PAGE)
+            self._end = _up(self._top + _TOP_PAD, PAGE_BYTES)
             self._touched = min(self._touched, self._end)
 
     def _take(self, start: int, length: int) -> None:
@@ -138,6 +140,37 @@ class Heap:
         insort(self._free_by_size, (end - start, start))
         self._free_from[start] = end
         self._free_to[end] = start
+
+
+class PooledHeap:
+    """A heap whose large blocks are a pool's."""
+
+    def __init__(self) -> None:
+        self._heap = Heap()
+        self._in_pool: dict[int, int] = {}
+        self._in_use = 0
+        self._peak = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of both; what a pool has freed it keeps, so that their peaks add up whenever they are."""
+        return self._peak + self._heap.peak_bytes
+
+    def allocate(self, number: int, size: int) -> None:
+        """As `Heap.allocate`."""
+        if size < SMALLEST_BYTES:
+            self._heap.allocate(number, size)
+            return
+        self._in_pool[number] = _up(size, PAGE_BYTES)
+        self._in_use += self._in_pool[number]
+        self._peak = max(self._peak, self._in_use)
+
+    def free(self, number: int) -> None:
+        """As `Heap.free`."""
+        if number in self._in_pool:
+            self._in_use -= self._in_pool.pop(number)
+        else:
+            self._heap.free(number)
 
 
 def _up(value: int, multiple: int) -> int:

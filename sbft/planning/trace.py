@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sbft.planning.heap import Heap
+from sbft.memory_pool import pool_available
+from sbft.planning.heap import Heap, PooledHeap
 from sbft.planning.recall import recalled
 
 Phase = tuple[str, int | None]
@@ -48,7 +49,9 @@ class AllocationTrace(TorchDispatchMode):
         super().__init__()
         self.phase: Phase = BUILD
         self.answer: float = 0
-        self.heap = Heap() if device == "cpu" else None
+        self.heap: Heap | PooledHeap | None = None
+        if device == "cpu":
+            self.heap = PooledHeap() if pool_available() else Heap()
         self._block = _BLOCKS.get(device, 64)
         self._events: list[_Event] = []
         self._live: dict[int, tuple[int, int]] = {}  # by address: number and bytes

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sbft.errors import MissingPackageError, ModelError, RecipeError
 from sbft.install import how_to_install
+from sbft.memory_pool import use_pool
 from sbft.methods import METHODS, Method
 from sbft.models import load_model
 from sbft.quantization import check_bitsandbytes
@@ -95,6 +96,8 @@ def _current_name(name: str) -> str:
 def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """Load the model of a resolved recipe in the recipe's dtype, and make trainable what the recipe trains.
 
+    On a CPU this process takes its large tensors from `sbft.memory_pool` from then on.
+
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
         tokenizer: of its data, which a fresh model takes its vocabulary from.
@@ -106,6 +109,8 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
     """
     method = METHODS[recipe.method]
     _check_processes(recipe)
+    if training_device().type == "cpu":
+        use_pool()
     if "bitsandbytes" in method.packages:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         check_bitsandbytes(f"Method {recipe.method}", device, optimizer=method.quantization is None)

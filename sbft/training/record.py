@@ -54,6 +54,7 @@ class RunRecord:
     """`cuda_allocated`, or `resident` on CPU."""
     memory: dict[str, int | None] = field(default_factory=dict)
     """weights, gradients, optimizer_state, baseline (held when the loop began), above_baseline, reserved_peak (CUDA),
+    pool_peak (CPU: the most that tensors of 64 KiB and more, weights among them, took at once; None without a pool),
     evaluation_peak, predicted_peak; in bytes."""
     step_s: dict[str, float | None] = field(default_factory=dict)
     optimizer_s: dict[str, float | None] = field(default_factory=dict)

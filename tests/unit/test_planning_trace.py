@@ -26,7 +26,7 @@ from sbft.data.collate import Collator
 from sbft.memory import optimizer_state_bytes
 from sbft.methods import METHODS
 from sbft.optim import SGD, Adafactor, AdamW
-from sbft.planning.heap import Heap
+from sbft.planning.heap import Heap, PooledHeap
 from sbft.planning.step import LOSS, StepShape, trace_step
 from sbft.planning.trace import AllocationTrace
 from sbft.recipe import Recipe, load_recipe, resolve
@@ -230,6 +230,22 @@ def test_a_freed_place_is_taken_again_and_a_large_one_goes_back_at_once() -> Non
     assert heap.resident_bytes == before
     heap.allocate(5, 64 * KIB)  # the rest of the gap is too small
     assert heap.resident_bytes >= before + 64 * KIB
+
+
+def test_a_pool_holds_the_most_that_was_in_use_beside_the_small_ones_of_a_heap() -> None:
+    both, small = PooledHeap(), Heap()
+    for heap in (both, small):
+        for number in range(4):
+            heap.allocate(number, 40 * KIB)
+    for number, size in ((10, 64 * KIB), (11, MIB + 1), (12, 3 * MIB)):
+        both.allocate(number, size)
+    both.free(12)
+    both.allocate(13, 2 * MIB)  # in the place of what was freed
+    both.free(2)
+    both.free(99)  # never taken
+    assert both.peak_bytes == small.peak_bytes + 64 * KIB + MIB + 4 * KIB + 3 * MIB
+    both.allocate(14, 2 * MIB)
+    assert both.peak_bytes == small.peak_bytes + 64 * KIB + MIB + 4 * KIB + 4 * MIB
 
 
 _MALLOC = textwrap.dedent(

@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
 import platform
-import shutil
 import struct
-import subprocess
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.cache import cache_dir
+from sbft import compiling
 from sbft.optim.kernels import reference
 from sbft.optim.kernels.reference import Key
 from sbft.optim.sharding import Shard
@@ -47,17 +42,13 @@ _WEIGHT_SUM_OFFSET = struct.calcsize("@9P10q")
 _SUM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
-class CompilerMissing(Exception):
-    """No usable C++ compiler; the message says what was tried."""
-
-
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, built if need be; None, after one warning, where it cannot be built."""
     try:
         _share_openmp_runtime()
         compiled = ctypes.CDLL(str(build()))
-    except (CompilerMissing, OSError) as error:
+    except (compiling.CompilerMissing, OSError) as error:
         warnings.warn(
             f"sbft's compiled CPU kernels are not available ({error}), so the optimizer step runs in plain torch, which is "
             "about ten times slower; install g++ (Debian: apt-get install g++) to have them built",
@@ -75,46 +66,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def build(folder: Path | None = None) -> Path:
-    """Compile cpu.cpp unless that was done before, and return the library's path.
-
-    Args:
-        folder: where built libraries lie; the user's cache by default. Two processes may build at once: each writes a file of
-            its own and renames it.
-
-    Raises:
-        CompilerMissing: if no compiler is found or it fails.
-    """
-    compiler = _compiler()
-    folder = cache_dir() / "kernels" if folder is None else folder
-    target = folder / f"cpu-{_fingerprint(compiler)}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        run = subprocess.run(
-            [compiler, *_FLAGS, str(_SOURCE), "-o", temporary], capture_output=True, text=True, check=False
-        )
-        if run.returncode != 0:
-            raise CompilerMissing(f"{compiler} failed: {run.stderr.strip()[:500]}")
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
-            return name
-    raise CompilerMissing("no C++ compiler was found: neither $CXX nor g++, clang++ or c++")
-
-
-def _fingerprint(compiler: str) -> str:
-    path = Path(shutil.which(compiler) or compiler).resolve()
-    facts = [_SOURCE.read_text(), " ".join(_FLAGS), str(path), str(path.stat().st_mtime_ns), _processor()]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.compiling.build`."""
+    return compiling.build(_SOURCE, _FLAGS, facts=[_processor()], folder=folder)
 
 
 def _processor() -> str:
