@@ -104,6 +104,6 @@ class PlannedOptimizer:
             yield torch.empty((), dtype=torch.float32)
 
     def _update_in_plain_torch(self) -> None:
+        """Four numbers of 32 bits for each weight, whether its moments have 8 bits or, as those of embeddings, 32."""
         for parameter in self._parameters:
-            if parameter not in self._of_embeddings:
-                _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(4)]
+            _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(4)]
