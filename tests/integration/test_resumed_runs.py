@@ -153,6 +153,7 @@ def test_without_evaluation_data_nothing_is_said_to_be_measured(recipe: Any) -> 
     assert "Training" in said and not any("Measuring" in line for line in said)
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path, tiny_dir: Path, data: Path) -> None:
     out = tmp_path / "out"
     running = subprocess.Popen(

@@ -226,6 +226,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in out.splitlines())
 
 
+@pytest.mark.long
 def test_two_processes_may_build_at_once_and_a_third_builds_nothing(tmp_path):
     both = [start_process(tmp_path) for _ in range(2)]
     for process in both:
