@@ -1,8 +1,9 @@
 """Memory for large tensors on a CPU that is used again, and never more of it than was in use at once.
 
 Torch takes a CPU's tensors from the C library. Whatever is freed between two that stay is a gap there, which counts as held;
-and what the C library gives back to the kernel, the kernel clears again, a page at a time. Measured on SmolLM2-135M, gaps are
-20 to 70 % of what training takes above the model.
+and what the C library gives back to the kernel, the kernel clears again, a page at a time. Of 56 runs
+measured, gaps were a fifth in the median of what training takes above the model, and two thirds in the worst
+(benchmarks/README.md).
 
 The pool (memory_pool.cpp, compiled on first use) maps each tensor of 64 KiB or more by itself. What is freed is kept for the
 next of that size, in which its pages need not be cleared; before anything new is mapped, as much is given back as would else

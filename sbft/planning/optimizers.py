@@ -86,13 +86,15 @@ class PlannedOptimizer:
         optimizer.tokens_per_step = 1
         return optimizer
 
-    def _adam_state(self, parameter: Tensor) -> Iterator[Tensor]:
-        in_8_bits = (
+    def _in_8_bits(self, parameter: Tensor) -> bool:
+        return (
             self._name == "bitsandbytes_adamw8bit"
             and parameter.numel() >= _SMALLEST_IN_8_BITS
             and parameter not in self._of_embeddings
         )
-        if in_8_bits:
+
+    def _adam_state(self, parameter: Tensor) -> Iterator[Tensor]:
+        if self._in_8_bits(parameter):
             for _ in range(2):
                 yield torch.empty(parameter.shape, dtype=torch.uint8)
                 yield torch.empty(-(-parameter.numel() // _BLOCK), dtype=torch.float32)
@@ -104,6 +106,7 @@ class PlannedOptimizer:
             yield torch.empty((), dtype=torch.float32)
 
     def _update_in_plain_torch(self) -> None:
-        """Four numbers of 32 bits for each weight, whether its moments have 8 bits or, as those of embeddings, 32."""
+        """In 32 bits: of gradient, weight, both moments, and where these have 8 bits also of what makes numbers of them."""
         for parameter in self._parameters:
-            _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(4)]
+            count = 6 if self._in_8_bits(parameter) else 4
+            _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(count)]
