@@ -63,7 +63,7 @@ def test_second_moments_reach_back_a_small_part_of_the_run(budget: experiments.B
 
 def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: Path) -> None:
     """Made-up losses: 3 plus the distance in decades to a rate of 3e-3; Adam at the largest batch fails."""
-    budget = replace(experiments.BUDGETS["short"], experiments=experiments.ALL, seeds=(1, 2))
+    budget = replace(experiments.BUDGETS["short"], batches=(1, 8, 64), experiments=experiments.ALL, seeds=(1, 2))
     (tmp_path / "suites").mkdir()
     for name in ("batch-size", "robustness", "rounding", "half-life"):
         (tmp_path / "suites" / f"{name}.yaml").write_text(yaml.safe_dump(experiments.suite(name, budget)))

@@ -131,6 +131,9 @@ def test_trimming_gives_back_what_is_kept_and_nothing_else() -> None:
 def test_a_forked_process_goes_on_with_it_though_other_threads_were_in_it() -> None:
     run("""
         assert use_pool()
+        # A fork amid another thread's first call would leave a lock of torch's own taken, with the pool or without.
+        assert bool((torch.full((MIB,), 2.0) == 2.0).all())
+        torch.empty(MIB)
         stop = threading.Event()
 
         def churn():
