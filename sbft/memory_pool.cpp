@@ -6,6 +6,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -19,7 +20,7 @@
 namespace {
 
 constexpr size_t kSmallest = size_t{64} << 10;  // smaller ones are malloc's
-constexpr size_t kPage = 4096;
+const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));  // 4 KiB on x86, up to 64 on ARM
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kWaste = 16;  // a kept block is taken if at most this part of what is asked for is left unused
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from sbft.compiling import CompilerMissing, build
 
 SMALLEST_BYTES = 64 << 10
 """Smaller tensors are left to the C library."""
-PAGE_BYTES = 4096
+PAGE_BYTES = mmap.PAGESIZE
 SWITCH = "SBFT_MEMORY_POOL"
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _used = False
