@@ -22,6 +22,8 @@ import yaml
 
 MEBIBYTE = 1 << 20
 STEPS = 4
+STEPS_OF_MANY_LENGTHS = 24
+SHORTEST = 16  # of many lengths
 
 SMOLLM2 = "random:smollm2-135m"
 METHODS = ("sbft", "sgd", "adam", "adam-accum", "adam-batch", "adam8bit", "hf-adafactor", "lora", "qlora")
@@ -59,11 +61,15 @@ class Row:
     method: str
     tokens: int
     checkpointing: bool = False
+    varied: bool = False
+    """Whether examples have any length from `SHORTEST` to `tokens`, not all the same."""
 
     @property
     def name(self) -> str:
         """Its settings in words."""
-        return f"{self.shape} {self.method} {self.tokens}{' checkpointing' * self.checkpointing}"
+        return (
+            f"{self.shape} {self.method} {self.tokens}{' checkpointing' * self.checkpointing}{' varied' * self.varied}"
+        )
 
 
 ROWS = [
@@ -81,7 +87,13 @@ ROWS = [
         for shape in ("llama", "qwen3", "gemma3", "mixtral")
         for method in ("sbft", "lora", "adam")
     ),
-    Row("llama", "qlora", 256),  # random weights are not held in 4 bits; a checkpoint of them is
+    # Random weights are not held in 4 bits; a checkpoint of them is.
+    Row("llama", "qlora", 256),
+    *(Row("smollm2-untied", "qlora", tokens) for tokens in (64, 256, 1024)),
+    Row("smollm2-untied", "qlora", 1024, True),
+    Row("smollm2", "adam-batch", 1024),
+    *(Row("smollm2", method, 256, varied=True) for method in ("sbft", "lora", "adam")),
+    Row("smollm2", "sbft", 1024, varied=True),
 ]
 
 
@@ -117,14 +129,16 @@ def write(path: Path, results: list[dict[str, Any]]) -> None:
 def recipe_of(row: Row, model: str) -> dict[str, Any]:
     size = 4 if row.method == "adam-batch" else 1
     accumulation = 2 if row.method in ("adam-accum", "adam8bit") else 1
+    shortest = {"shortest": SHORTEST} if row.varied else {}
+    steps = STEPS_OF_MANY_LENGTHS if row.varied else STEPS
     return {
         "model": model,
         "method": row.method,
         "data": {
             "train": "generated:random_text",
-            "options": {"length": row.tokens},
+            "options": {"length": row.tokens, **shortest},
             "max_length": row.tokens,
-            "train_size": STEPS * size * accumulation,
+            "train_size": steps * size * accumulation,
         },
         "training": {
             "learning_rate": 1e-6,
@@ -184,17 +198,21 @@ def config_of(shape: str) -> Any:
 
 def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     from sbft.models import load_config
+    from sbft.planning.checks.length import row_sizes
     from sbft.planning.predict import predict_recipe
     from sbft.recipe import load_recipe, resolve
+    from sbft.training.prepared import prepare
 
     if result["failed"]:
         return {}
     row = Row(**{name: result[name] for name in Row.__dataclass_fields__})
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_of(row, SMOLLM2)))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**recipe_of(row, SMOLLM2), "output_dir": str(folder / "planned")}))
+    recipe = resolve(load_recipe(path))
+    sizes = row_sizes(prepare(recipe))._asdict()
     kind = "cuda" if result["memory_kind"] == "cuda_allocated" else "cpu"
     config = load_config(SMOLLM2) if row.shape == "smollm2" else config_of(row.shape)
-    found = predict_recipe(resolve(load_recipe(recipe)), longest=row.tokens, device=kind, config=config)
+    found = predict_recipe(recipe, **sizes, device=kind, config=config)
     predicted = found.above_model_bytes if kind == "cpu" else found.peak_bytes
     return {
         "predicted_bytes": predicted,
@@ -206,7 +224,8 @@ def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def show(results: list[dict[str, Any]]) -> None:
     for result in results:
-        name = f"{result['shape']:15} {result['method']:13} {result['tokens']:5} {'checkpointing' * result['checkpointing']:13}"
+        how = " ".join(["checkpointing"] * result["checkpointing"] + ["many lengths"] * result["varied"])
+        name = f"{result['shape']:15} {result['method']:13} {result['tokens']:5} {how:13}"
         if result["failed"]:
             print(name, result["failed"].strip().splitlines()[-1])
             continue

@@ -1,4 +1,4 @@
-"""Random text, `generated:random_text`: rows of one length, for measurements that need no sense in what they train on."""
+"""Random text, `generated:random_text`: rows of one or many lengths, for measurements that need no sense in them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def rows(*, start: int, options: dict[str, Any]) -> Iterator[dict[str, str]]:
         start: seed of the first row; each row after it has the next one.
         options: `length` (default 1024), the tokens of a row under a tokenizer of bytes, such as that of the `random:`
             models; the last of them is the end token, so that the text has one character less. Other tokenizers make
-            fewer tokens of a text: give a length that is surely enough, and data.max_length cuts it.
+            fewer tokens of a text: give a length that is surely enough, and data.max_length cuts it. With `shortest`, the
+            length of each row is drawn evenly from there to `length`.
 
     Yields:
         {"text": the text}.
@@ -31,23 +32,29 @@ def rows(*, start: int, options: dict[str, Any]) -> Iterator[dict[str, str]]:
     """
     import numpy as np
 
-    length = _length(options)
+    shortest, longest = _lengths(options)
     while True:
-        drawn = np.random.default_rng(start).integers(_FIRST, _LAST, size=length - 1, dtype=np.uint8, endpoint=True)
+        generator = np.random.default_rng(start)
+        length = longest if shortest == longest else int(generator.integers(shortest, longest, endpoint=True))
+        drawn = generator.integers(_FIRST, _LAST, size=length - 1, dtype=np.uint8, endpoint=True)
         yield {"text": drawn.tobytes().decode("ascii")}
         start += 1
 
 
-def _length(options: dict[str, Any]) -> int:
-    if unknown := sorted(set(options) - {"length"}):
+def _lengths(options: dict[str, Any]) -> tuple[int, int]:
+    if unknown := sorted(set(options) - {"length", "shortest"}):
         raise DataError(
-            f"The task generated:{NAME} has no option {', '.join(map(repr, unknown))}; it has length. "
+            f"The task generated:{NAME} has no option {', '.join(map(repr, unknown))}; it has length and shortest. "
             "Correct data.options."
         )
-    length = options.get("length", _DEFAULT_LENGTH)
-    if not isinstance(length, int) or isinstance(length, bool) or not 2 <= length <= _LONGEST:
+    length = _tokens("length", options.get("length", _DEFAULT_LENGTH), _LONGEST)
+    return _tokens("shortest", options.get("shortest", length), length), length
+
+
+def _tokens(name: str, value: Any, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= most:
         raise DataError(
-            f"The option length of generated:{NAME} is {length!r}; expected a number of tokens from 2 to {_LONGEST:,}, such as "
+            f"The option {name} of generated:{NAME} is {value!r}; expected a number of tokens from 2 to {most:,}, such as "
             "data: {options: {length: 1024}, max_length: 1024}."
         )
-    return length
+    return value

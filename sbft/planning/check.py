@@ -13,7 +13,7 @@ from sbft.models import load_tokenizer
 from sbft.planning.checks.examples import EXAMPLES_CHECKS, truncated
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import Predict, Prediction, fit
-from sbft.planning.checks.length import Duration, RunLength, duration, largest_row, run_length
+from sbft.planning.checks.length import Duration, RunLength, duration, row_sizes, run_length
 from sbft.planning.checks.settings import SETTINGS_CHECKS
 from sbft.planning.predict import PlanError, predict_recipe
 from sbft.recipe import Recipe
@@ -87,12 +87,11 @@ def expected_memory(
     """
     if prepared.recipe.distributed is not None:
         return None, Finding("peak-not-predicted", "note", "The peak of a sharded model is not predicted", _NOT_SHARDED)
-    longest, labelled = largest_row(prepared)
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = row_sizes(prepared)._asdict()
     if is_scratch(prepared.recipe.model):
         known["config"] = scratch_config(prepared.recipe.model, prepared.tokenizer)
     try:
-        prediction = predict(prepared.recipe, longest=longest, labelled=labelled, **known)
+        prediction = predict(prepared.recipe, **known)
     except PlanError as error:
         return None, Finding("peak-not-predicted", "note", "The peak of memory cannot be predicted", str(error))
     except SbftError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from sbft.compiled_products import products_bytes
 from sbft.data.collate import Collator
 from sbft.errors import SbftError
 from sbft.memory import resident_bytes, type_of
@@ -18,9 +19,8 @@ from sbft.planning.trace import Phase
 from sbft.recipe import Recipe
 
 MEBIBYTE = 1 << 20
-# What code and libraries take on their first use in training, beside tensors: pages of torch's library, threads, and the
-# matrix products that oneDNN compiles for a length.
-_FIRST_USE_BYTES = 20 * MEBIBYTE
+# What code and libraries take on their first use in training, beside tensors: pages of torch's library, and threads.
+_FIRST_USE_BYTES = 8 * MEBIBYTE
 # cuBLAS keeps a workspace for each thread that calls it, here those of forward and backward; Hopper's is larger.
 _CUBLAS_BYTES, _CUBLAS_BYTES_HOPPER = 8 * MEBIBYTE + MEBIBYTE // 8, 32 * MEBIBYTE
 _HOPPER = (9, 0)
@@ -65,6 +65,8 @@ def predict_recipe(
     *,
     longest: int,
     labelled: int | None = None,
+    lengths: int = 1,
+    label_counts: int = 1,
     device: torch.device | str | None = None,
     config: PreTrainedConfig | None = None,
     heap_ratio: float | None = None,
@@ -75,6 +77,8 @@ def predict_recipe(
         recipe: as `sbft.recipe.resolve` returns it.
         longest: tokens of the longest example.
         labelled: the most tokens with a label that an example has; all but the first when None.
+        lengths: how many different ones batches have, padding included: a CPU keeps products compiled for each.
+        label_counts: the same of the numbers of labels.
         device: type of device to train on, which need not be there; where this process would train, when None.
         config: of the model; read from where the recipe says when None.
         heap_ratio: on a CPU, where it is known from another length: spares tracing all layers to find it.
@@ -99,7 +103,8 @@ def predict_recipe(
         if heap_ratio is None:
             assert step.heap_bytes is not None
             heap_ratio = max(step.heap_bytes / held, 1.0)
-        parts["workspace"] += round(held * (heap_ratio - 1)) + _FIRST_USE_BYTES
+        compiled = products_bytes(step.products * lengths + step.head_products * label_counts)
+        parts["workspace"] += round(held * (heap_ratio - 1)) + _FIRST_USE_BYTES + compiled
         parts["runtime"] = resident_bytes()
     above = sum(parts.values()) - parts["weights"] - parts["runtime"]
     return Prediction(parts, _name(peak), above, heap_ratio)
@@ -167,7 +172,7 @@ def _extrapolated(short: TracedStep, long: TracedStep, short_layers: int, long_l
         phases[phase] = Counter(
             {kind: _line(first[phase][kind], second[phase][kind], short_layers, long_layers, layers) for kind in kinds}
         )
-    return TracedStep(phases, None)
+    return TracedStep(phases, None, long.products, long.head_products)
 
 
 def _line(short: int, long: int, short_layers: int, long_layers: int, layers: int) -> int:

@@ -54,6 +54,11 @@ class TracedStep:
     "workspace". A phase of backward bears the number of its layer, and begins when the layer's first gradient is complete."""
     heap_bytes: int | None
     """On a CPU the most that the heap has resident beside the model."""
+    products: int
+    """Products of bfloat16 matrices whose shapes go by the batch's length, each shape counted once; those of all layers where
+    all are traced, and as many where layers are alike."""
+    head_products: int
+    """The same of those that go by the number of labels."""
 
 
 def trace_step(
@@ -103,7 +108,9 @@ class _Simulation:
             self._step(head)
         found = trace.peaks(begin)
         found.pop(BUILD, None)
-        return TracedStep(found, None if trace.heap is None else trace.heap.peak_bytes)
+        of_head = sum(phase in (LOSS[0], LOSS_BACKWARD[0]) for phase in trace.products.values())
+        heap_bytes = None if trace.heap is None else trace.heap.peak_bytes
+        return TracedStep(found, heap_bytes, len(trace.products) - of_head, of_head)
 
     def _step(self, head: Head | None) -> None:
         passes = 1 if self.recipe.training["gradient_accumulation_steps"] == 1 else 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,12 @@ Phase = tuple[str, int | None]
 BUILD: Phase = ("build", None)
 _BLOCKS = {"cuda": 512, "cpu": 64}
 """Torch's allocators round a request up to a multiple of this, in bytes."""
+_aten = torch.ops.aten
+_FIRST_FACTOR = {
+    **dict.fromkeys((_aten.mm.default, _aten.mm.out, _aten.bmm.default), 0),
+    **dict.fromkeys((_aten.addmm.default, _aten.baddbmm.default), 1),
+}
+"""Of each product of matrices: which of its arguments that is; the second follows it."""
 
 
 class _Event(NamedTuple):
@@ -41,6 +47,7 @@ class AllocationTrace(TorchDispatchMode):
 
     Attributes:
         phase: what the code is in now; set from outside.
+        products: shapes of the products of bfloat16 matrices so far, each once, and the name of the phase that had it first.
         answer: what every number is.
         heap: that of a CPU: it holds what was made after the phase "build".
     """
@@ -48,6 +55,7 @@ class AllocationTrace(TorchDispatchMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.phase: Phase = BUILD
+        self.products: dict[Hashable, str] = {}
         self.answer: float = 0
         self.heap: Heap | PooledHeap | None = None
         if device == "cpu":
@@ -60,10 +68,16 @@ class AllocationTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
-        if function is torch.ops.aten._local_scalar_dense.default:
+        if function is _aten._local_scalar_dense.default:
             return self.answer
+        if function in _FIRST_FACTOR:
+            first = _FIRST_FACTOR[function]
+            self._note_product(*args[first : first + 2])
+        grouped = function is _aten._grouped_mm.default
+        if grouped:
+            self._note_grouped_product(*args[:2])
         # Its rule for the meta device knows bfloat16 alone, its kernels more.
-        run = _grouped_product if function is torch.ops.aten._grouped_mm.default else recalled(function)
+        run = _grouped_product if grouped else recalled(function)
         result = run(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self._write_down(result)
@@ -123,6 +137,17 @@ class AllocationTrace(TorchDispatchMode):
             if total > highest[phase]:
                 highest[phase], found[phase] = total, held.copy()
         return found
+
+    def _note_product(self, left: Tensor, right: Tensor) -> None:
+        if left.dtype == torch.bfloat16 and left.numel() > 0:
+            self.products.setdefault((left.shape, left.stride(), right.shape, right.stride()), self.phase[0])
+
+    def _note_grouped_product(self, left: Tensor, right: Tensor) -> None:
+        """Of each group the router says how many rows it has: any number, another one in each step."""
+        if left.dtype == torch.bfloat16:
+            rows = left.shape[-1 if left.dim() == right.dim() else 0]
+            for count in range(1, rows + 1):
+                self.products.setdefault(("grouped", count, left.shape, right.shape, right.stride()), self.phase[0])
 
     def _write_down(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sbft.compiled_products import keep_few_products
 from sbft.errors import MissingPackageError, ModelError, RecipeError
 from sbft.install import how_to_install
 from sbft.memory_pool import use_pool
@@ -96,7 +97,7 @@ def _current_name(name: str) -> str:
 def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """Load the model of a resolved recipe in the recipe's dtype, and make trainable what the recipe trains.
 
-    On a CPU this process takes its large tensors from `sbft.memory_pool` from then on.
+    On a CPU this process takes its large tensors from `sbft.memory_pool` from then on, and keeps few compiled products.
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
@@ -111,6 +112,7 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
     _check_processes(recipe)
     if training_device().type == "cpu":
         use_pool()
+        keep_few_products()
     if "bitsandbytes" in method.packages:
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         check_bitsandbytes(f"Method {recipe.method}", device, optimizer=method.quantization is None)

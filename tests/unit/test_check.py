@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from sbft.memory import device_name
 from sbft.planning.check import check, expected_memory, find, warnings_in_brief
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import fit
-from sbft.planning.checks.length import duration, largest_row, run_length
+from sbft.planning.checks.length import duration, row_sizes, run_length
 from sbft.planning.checks.settings import COMPUTE_BOUND_TOKENS
 from sbft.planning.predict import PlanError
 from sbft.recipe import Recipe, load_recipe, resolve
@@ -367,12 +368,13 @@ def test_the_length_is_what_a_run_then_comes_to(
     assert trainer.tokens_seen == (length.tokens if exact else pytest.approx(length.tokens, rel=0.03))
 
 
-def test_the_largest_row(make: Make) -> None:
-    for settings in ([], ["data.packing=true", "data.max_length=128"]):
+def test_the_sizes_of_rows(make: Make) -> None:
+    for settings, multiple in (([], 16), (["data.packing=true", "data.max_length=128"], 1)):
         prepared = prepare(make(*settings))
-        ids, labels = prepared.examples["input_ids"], prepared.examples["labels"]
-        most = max(sum(label != -100 for label in row) for row in labels)
-        assert largest_row(prepared) == (max(map(len, ids)), most)
+        lengths = [len(row) for row in prepared.examples["input_ids"]]
+        labels = [sum(label != -100 for label in row) for row in prepared.examples["labels"]]
+        widths = {math.ceil(one / multiple) for one in lengths}
+        assert row_sizes(prepared) == (max(lengths), max(labels), len(widths), len(set(labels)))
 
 
 def record(prepared: Prepared, folder: Path, **changed: Any) -> None:

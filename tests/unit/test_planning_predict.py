@@ -13,6 +13,7 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaModel, MixtralConfig, PreTrainedConfig
 
 import sbft.models
+from sbft.compiled_products import BYTES_EACH, MOST_KEPT, products_bytes
 from sbft.errors import ModelError
 from sbft.memory import PeakMemory, available_bytes, model_bytes, resident_bytes
 from sbft.methods import METHODS
@@ -204,12 +205,27 @@ def test_the_parts_are_all_that_is_held_at_the_peak(device: str, method: str) ->
         assert found.peak_bytes == found.needed_bytes
         assert step.heap_bytes is not None and found.heap_ratio is not None and found.heap_ratio >= 1
         held = max(step.heap_bytes, traced - found.parts["weights"])
+        assert (step.products, step.head_products) == (0, 0)  # adam's weights are float32
         assert found.above_model_bytes == held + predict._FIRST_USE_BYTES
         again = predict_recipe(recipe, longest=64, device=device, config=config, heap_ratio=found.heap_ratio)
         assert again.above_model_bytes == found.above_model_bytes
         twice = predict_recipe(recipe, longest=64, device=device, config=config, heap_ratio=2.0)
         assert twice.above_model_bytes == 2 * (traced - found.parts["weights"]) + predict._FIRST_USE_BYTES
         assert found.parts["runtime"] == pytest.approx(resident_bytes(), rel=0.05)
+
+
+@pytest.mark.skipif(products_bytes(1) == 0, reason="oneDNN does not multiply bfloat16 on this CPU")
+def test_a_cpu_keeps_compiled_products_of_some_lengths() -> None:
+    def above(lengths: int, label_counts: int) -> int:
+        known = {"longest": 64, "lengths": lengths, "label_counts": label_counts}
+        return predict_recipe(resolved(), **known, device="cpu", config=llama(4)).above_model_bytes
+
+    step = predict._step(resolved(), llama(4), StepShape(1, 64, 63, False), "cpu", False, whole=True)
+    # Queries and output, keys and values, gate and up, down: forward, and two in backward; the head has its own three.
+    assert (step.products, step.head_products) == (12, 3)
+    assert above(3, 1) - above(1, 1) == 2 * 12 * BYTES_EACH
+    assert above(1, 3) - above(1, 1) == 2 * 3 * BYTES_EACH
+    assert above(100, 1) == above(1000, 1000) == above(1, 1) + (MOST_KEPT - 15) * BYTES_EACH
 
 
 def test_a_longer_sequence_never_needs_less() -> None:

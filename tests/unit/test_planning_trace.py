@@ -122,6 +122,30 @@ def test_sizes_are_rounded_up_as_by_the_devices_allocator(device: str, block: in
     assert (trace.heap is None) == (device == "cuda") and len(held) == 7
 
 
+def test_products_of_bfloat16_are_counted_once_for_each_shape() -> None:
+    half = {"dtype": torch.bfloat16}
+    with torch.device("meta"), AllocationTrace("cpu") as trace:
+        trace.phase = FIRST
+        weight = torch.empty(32, 16, **half)
+        for rows in (4, 8, 4):
+            torch.empty(rows, 16, **half) @ weight.T
+        trace.phase = SECOND
+        torch.mm(torch.empty(8, 32, **half), weight, out=torch.empty(8, 16, **half))
+        nn.functional.linear(torch.empty(4, 16, **half), weight, torch.empty(32, **half))  # the shapes of the first
+        torch.empty(3, 4, 16, **half) @ torch.empty(3, 16, 4, **half)
+        torch.empty(4, 16) @ torch.empty(16, 4)  # float32 goes another way
+        torch.empty(0, 16, **half) @ weight.T
+    assert list(trace.products.values()) == ["first", "first", "second", "second"]
+
+
+def test_experts_may_get_any_number_of_rows() -> None:
+    with torch.device("meta"), AllocationTrace("cpu") as trace:
+        rows, experts = torch.empty(40, 16, dtype=torch.bfloat16), torch.empty(4, 16, 32, dtype=torch.bfloat16)
+        for _ in range(2):  # layers
+            torch._grouped_mm(rows, experts, offs=torch.empty(4, dtype=torch.int32))
+    assert len(trace.products) == 40
+
+
 def test_a_question_for_a_number_is_answered() -> None:
     with torch.device("meta"), AllocationTrace("cuda") as trace:
         trace.answer = 3

@@ -157,6 +157,14 @@ def test_random_text_fills_every_row_to_the_token() -> None:
     assert all(ids[-1] == byte_tokenizer().eos_token_id for ids in dataset["input_ids"])
 
 
+def test_random_text_has_any_length_from_the_shortest_on() -> None:
+    options = {"length": 9, "shortest": 5}
+    lengths = [len(text) + 1 for text in load_source("generated:random_text", size=200, options=options)["text"]]
+    assert set(lengths) == {5, 6, 7, 8, 9} and min(map(lengths.count, {*lengths})) > 20
+    same = [len(text) + 1 for text in load_source("generated:random_text", size=200, options=options)["text"]]
+    assert same == lengths
+
+
 def test_random_text_is_repeatable_and_its_parts_differ() -> None:
     def texts(seed: int) -> list[list[str]]:
         options = {"length": 16}
@@ -175,7 +183,12 @@ def test_random_text_is_repeatable_and_its_parts_differ() -> None:
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({"words": 3}, "no option 'words'; it has length"), ({"length": 1}, "is 1; expected"), ({"length": "2k"}, "2k")],
+    [
+        ({"words": 3}, "no option 'words'; it has length"),
+        ({"length": 1}, "is 1; expected"),
+        ({"length": "2k"}, "2k"),
+        ({"length": 8, "shortest": 9}, "shortest of .* is 9; expected a number of tokens from 2 to 8"),
+    ],
 )
 def test_wrong_options_of_random_text(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):

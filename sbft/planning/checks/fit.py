@@ -28,11 +28,15 @@ class Predict(Protocol):
         *,
         longest: int,
         labelled: int,
+        lengths: int,
+        label_counts: int,
         device: torch.device | str | None = None,
         config: PreTrainedConfig | None = None,
     ) -> Prediction:
-        """The peak of a run whose longest row has `longest` tokens, and none more than `labelled` labels; `config` is that of
-        its model, where the name alone does not say it."""
+        """The peak of a run whose longest row has `longest` tokens, and none more than `labelled` labels.
+
+        Rows have so many different lengths and numbers of labels. `config` is the model's, where the name does not say it.
+        """
 
 
 def fit(prepared: Prepared, prediction: Prediction, available_bytes: int) -> Finding | None:

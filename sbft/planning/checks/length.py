@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from sbft.data.collate import Collator
 from sbft.data.format import IGNORED
 from sbft.data.windows import TokenWindows
 from sbft.memory import device_name
@@ -71,17 +73,33 @@ def run_length(prepared: Prepared) -> RunLength:
     return RunLength(steps, seen, steps / per_epoch, tokens, exact)
 
 
-def largest_row(prepared: Prepared) -> tuple[int, int]:
-    """Tokens of the longest row, and the most labels that a row has."""
+class RowSizes(NamedTuple):
+    """What the rows of the data are like."""
+
+    longest: int
+    """Tokens of the longest."""
+    labelled: int
+    """The most labels that one has."""
+    lengths: int
+    """Different lengths, padding included, where each row is a batch of its own."""
+    label_counts: int
+    """Different numbers of labels."""
+
+
+def row_sizes(prepared: Prepared) -> RowSizes:
+    """How long the rows are, how many labels they have, and how much both vary."""
     if isinstance(prepared.examples, TokenWindows):
-        return prepared.examples.length, prepared.examples.length - 1
-    longest = labelled = 0
+        return RowSizes(prepared.examples.length, prepared.examples.length - 1, 1, 1)
+    longest = 0
+    widths, counts = set[int](), set[int]()
+    multiple = 1 if prepared.recipe.data.packing else Collator.pad_to_multiple_of
     for table in prepared.examples.with_format("arrow").iter(batch_size=_AT_ONCE):
         lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
         trained = table["labels"].combine_chunks().flatten().to_numpy() != IGNORED
         longest = max(longest, int(lengths.max()))
-        labelled = max(labelled, int(np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64).max()))
-    return longest, labelled
+        widths.update(np.unique(-(-lengths // multiple) * multiple).tolist())
+        counts.update(np.unique(np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64)).tolist())
+    return RowSizes(longest, max(counts), len(widths), len(counts))
 
 
 @dataclass(frozen=True)
