@@ -24,8 +24,10 @@ def load_for_use(
     """
     import torch
 
+    from sbft.compiled_products import keep_few_products
     from sbft.models import load_model, load_tokenizer
 
+    keep_few_products()  # prompts have many lengths
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_model(
         name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
