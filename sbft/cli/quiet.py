@@ -15,6 +15,8 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # PEFT asks the model by the name that transformers has given up.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # FSDP2 over tensor parallelism, for each kind of module; models that are trained so end in the weights of one process.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
 def quiet_libraries() -> None:

@@ -151,14 +151,21 @@ def _reduce_over(mesh: DeviceMesh, dimensions: list[int]) -> Reduce:
     return all_reduce
 
 
-def is_cut_evenly(tensor: Tensor) -> bool:
-    """Whether every rank has as much of a tensor as the others; true of a plain one."""
+def parts_of_rows(tensor: Tensor) -> int:
+    """Into how many parts a tensor is cut along its first dimension; 1 of a plain one."""
     if not is_sharded(tensor):
-        return True
+        return 1
     assert isinstance(tensor, DTensor)
-    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    parts = math.prod(size for placement, size in sizes if isinstance(placement, ShardPlacement))
-    return tensor.shape[0] % parts == 0
+    return math.prod(tensor.device_mesh.size(i) for i, dimension in _cuts(tensor).items() if dimension == 0)
+
+
+def is_cut_by(tensor: Tensor, mesh_dimension: str) -> bool:
+    """Whether the ranks along a dimension of the mesh, such as "tp", have different parts of a tensor."""
+    if not is_sharded(tensor):
+        return False
+    assert isinstance(tensor, DTensor)
+    names = tensor.device_mesh.mesh_dim_names or ()
+    return any(names[i] == mesh_dimension for i in _cuts(tensor) if names)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -230,6 +230,11 @@ class Recipe(_Section):
     allow_pickle: bool = False
     """Read weights that are stored as a pickle (pytorch_model.bin, adapter_model.bin) where there are no safetensors."""
 
+    def readers(self, processes: int) -> int:
+        """How many of some processes have data of their own; those that share every matrix (`tp_size`) have the same."""
+        shared_by = 1 if self.distributed is None else self.distributed.tp_size or 1
+        return max(processes // shared_by, 1)
+
     def to_yaml(self) -> str:
         """The recipe as the file that would load it again."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, width=100)

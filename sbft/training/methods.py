@@ -138,13 +138,6 @@ def _check_processes(recipe: Recipe) -> None:
         return
     wanted = math.prod(size or 1 for size in recipe.distributed.model_dump().values())
     found = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    sizes = recipe.distributed
-    if (sizes.tp_size or 1) > 1 and (sizes.fsdp_size or 1) * (sizes.dp_replicate_size or 1) > 1:
-        raise RecipeError(
-            f"distributed.tp_size is {sizes.tp_size}, together with fsdp_size or dp_replicate_size, which sbft has not been "
-            "seen to train right. Take one of them: fsdp_size to share the weights out, tp_size to share the work on each "
-            "example too."
-        )
     if wanted != found:
         raise RecipeError(
             f"distributed spreads the model over {wanted} processes, and there {'is' if found == 1 else 'are'} {found}. "

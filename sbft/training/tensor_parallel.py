@@ -10,7 +10,7 @@ from accelerate import ParallelismConfig  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from sbft.optim.sharding import is_sharded
+from sbft.optim.sharding import is_cut_by, local
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -26,7 +26,7 @@ class _OnCpus(ParallelismConfig):
 
 
 class TensorParallel(_Base):
-    """Put before a `Trainer`: weights that are whole on every rank stay the same on all, and CPUs will do."""
+    """Put before a `Trainer`: weights that tensor parallelism does not cut stay the same on all ranks, and CPUs will do."""
 
     args: Any
     model: Any
@@ -45,28 +45,33 @@ class TensorParallel(_Base):
             self.args.parallelism_config = None  # it holds process groups, and the arguments are saved
 
     def _replicated(self) -> list[Tensor]:
-        """Trained weights that tensor parallelism leaves whole on every rank, such as those of norms."""
+        """Trained weights of which all ranks that share the matrices have the same, such as those of norms."""
         if self.get_tp_size() == 1:
             return []
-        return [one for one in self.model.parameters() if one.requires_grad and not is_sharded(one)]
+        return [one for one in self.model.parameters() if one.requires_grad and not is_cut_by(one, "tp")]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """As in `Trainer`, but for its hooks: they would average gradients one by one, and by what gloo does not know."""
         if self.get_tp_size() == 1:
             super()._sync_replicated_trainable_parameters(model)
         for parameter in self._replicated():
-            torch.distributed.broadcast(parameter.detach(), src=0)
+            torch.distributed.broadcast(local(parameter.detach()), group=self._sharing_ranks(), group_src=0)
 
     def _agree_on_replicated(self) -> None:
         """Ranks compute the gradients of replicated weights alike, but on some devices not to the last bit: take the mean."""
-        gradients = [one.grad for one in self._replicated() if one.grad is not None]
+        gradients = [local(one.grad) for one in self._replicated() if one.grad is not None]
         if not gradients:
             return
         message = torch.cat([one.reshape(-1).float() for one in gradients])
-        torch.distributed.all_reduce(message)
-        message /= torch.distributed.get_world_size()
+        torch.distributed.all_reduce(message, group=self._sharing_ranks())
+        message /= self.get_tp_size()
         for gradient, mean in zip(gradients, message.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
+
+    def _sharing_ranks(self) -> torch.distributed.ProcessGroup:
+        """Those that share every matrix with this one, as `from_pretrained` has put them together."""
+        group: torch.distributed.ProcessGroup = self.model._device_mesh["tp"].get_group()
+        return group
 
 
 def tensor_parallel_size(model: nn.Module) -> int:

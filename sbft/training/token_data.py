@@ -85,8 +85,7 @@ def set_length(recipe: Recipe, arguments: SmallBatchTrainingArguments, tokenizer
     if arguments.batch_schedule is not None:
         arguments.max_steps = arguments.batch_schedule.steps(math.ceil(budget / recipe.data.max_length))
         return
-    shared_by = 1 if recipe.distributed is None else recipe.distributed.tp_size or 1  # ranks with the same examples
-    readers = max(arguments.world_size // shared_by, 1)
+    readers = recipe.readers(arguments.world_size)
     windows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * readers
     arguments.max_steps = math.ceil(budget / (windows * recipe.data.max_length))
 

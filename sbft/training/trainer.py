@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 from sbft.errors import ModelError, TrainingError
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
-from sbft.optim.sharding import is_cut_evenly
+from sbft.optim.sharding import parts_of_rows
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.groups import parameter_groups, with_weight_decay
@@ -160,13 +160,15 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, _Bas
                 "The model's weights are float16, whose narrow range loses small gradients without a loss scaler. "
                 "Load it with dtype=torch.bfloat16 (or torch.float32)."
             )
-        if not all(is_cut_evenly(weight) for weight in self._tied_and_sharded()):
-            rows = self.model.config.get_text_config().vocab_size
-            raise ModelError(
-                f"The model's input embedding is also its output head, and its {rows} rows do not divide by the "
-                f"{self.accelerator.num_processes} processes it is sharded over. FSDP2 then keeps two copies of it, of "
-                "which one is not trained. Take a number of processes by which they divide."
-            )
+        for weight in self._tied_and_sharded():
+            parts = parts_of_rows(weight)
+            # Tensor parallelism alone cuts it unevenly without harm.
+            if weight.shape[0] % parts and parts != self.get_tp_size():
+                raise ModelError(
+                    f"The model's input embedding is also its output head, and its {weight.shape[0]} rows do not divide by "
+                    f"the {parts} processes it is sharded over. FSDP2 then keeps two copies of it, of which one is not "
+                    "trained. Take a number of processes by which they divide."
+                )
         rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
         if not rounds or not isinstance(self.model, PreTrainedModel):
             return

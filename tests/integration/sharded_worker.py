@@ -1,6 +1,6 @@
-"""Training of tiny models, FSDP2 over as many processes as the environment says; run by test_sharded_training.py.
+"""Training of tiny models over as many processes as the environment says, two or four; run by test_sharded_training.py.
 
-`torchrun -m tests.integration.sharded_worker FOLDER` writes what each case came to into FOLDER/CASE.pt.
+`torchrun --nproc-per-node 2 -m tests.integration.sharded_worker FOLDER` writes into FOLDER/2.pt what each case came to.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from sbft.errors import DiskError, ModelError
+from sbft.optim import SGD
 from sbft.optim.sharding import is_sharded, whole
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchTrainer
@@ -44,19 +48,25 @@ CASES = {
     "a soft cap": Case("gemma3", True, 512, "sgd"),
     "gradients kept": Case("llama", False, 512, release=False),
 }
-REFUSED, _UNEVEN = "tied and uneven", Case("llama", True, 513)
-
+# Refused over two processes, and over two times two.
+UNEVEN = {"tied and uneven": Case("llama", True, 513), "tied and uneven in four": Case("llama", True, 514)}
 
 # Whose checkpoints are gone on from, and of whose the best becomes the model.
 RESUMED, CHOSEN = "rows that do not divide", "tied embeddings"
 # Both have norms of heads, of which each rank sees some.
 TENSOR_PARALLEL = ["rows that do not divide", "a soft cap"]
+SPOILED_STEP = 1
+BY_FOUR: dict[str, dict[str, Any]] = {
+    "rows and columns": {"case": "rows that do not divide", "tp": 2},
+    "rows and columns, tied": {"case": "a soft cap", "tp": 2},
+    "rows, twice": {"case": "tied embeddings", "replicas": 2},
+}
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 LOSSES = [3.0, 1.0, 2.0, 4.0]
 
 
 def save_models(folder: Path) -> None:
-    for name, case in {**CASES, REFUSED: _UNEVEN}.items():
+    for name, case in {**CASES, **UNEVEN}.items():
         model = tiny_model(case.kind, tied=case.tied, vocab=case.vocab, hidden=128, dtype=torch.float32)
         model.save_pretrained(folder / name)
 
@@ -70,7 +80,10 @@ def train(
     resume: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     losses: Sequence[float] = (),
+    sharded: bool = True,
     tp: int = 1,
+    replicas: int = 1,
+    spoiled: bool = False,
     **others: Any,
 ) -> dict[str, Any]:
     """What a case comes to: its weights, whole, and what the trainer has counted.
@@ -83,10 +96,13 @@ def train(
         resume: a checkpoint to go on from.
         callbacks: of the trainer.
         losses: what the evaluations within training come to.
+        sharded: over the processes; False: each has all of it, and DistributedDataParallel adds up their gradients.
         tp: how many of the processes share every matrix, and have the same examples.
+        replicas: how many times the model is there, each time sharded over the others.
+        spoiled: whether the loss of a step is NaN, on the last process alone.
         others: arguments of the trainer.
     """
-    case = _UNEVEN if name == REFUSED else CASES[name]
+    case = {**CASES, **UNEVEN}[name]
     defaults: dict[str, Any] = {
         "max_steps": STEPS,
         "learning_rate": 1e-2 if case.optimizer == "adafactor" else 0.1,
@@ -94,7 +110,7 @@ def train(
     }
     arguments = SmallBatchTrainingArguments(
         output_dir=str(folder / out),
-        per_device_train_batch_size=BATCH // (processes // tp),
+        per_device_train_batch_size=BATCH // (processes // tp) // others.get("gradient_accumulation_steps", 1),
         use_cpu=True,
         token_optimizer=case.optimizer,
         gradient_release=case.release,
@@ -105,7 +121,9 @@ def train(
         logging_steps=1,
         **{**defaults, **others},
     )
-    sharding = DistributedConfig(fsdp_size=processes // tp, tp_size=tp) if processes > 1 else None
+    sharding = None
+    if processes > 1 and sharded:
+        sharding = DistributedConfig(fsdp_size=processes // tp // replicas, tp_size=tp, dp_replicate_size=replicas)
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, distributed_config=sharding)
     # Lengths differ, so that the ranks have different numbers of labels.
     generator = torch.Generator().manual_seed(0)
@@ -121,6 +139,11 @@ def train(
         trainer.control.should_evaluate = False
         return {"eval_loss": next(remaining)}
 
+    def spoil(embedding: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        last = arguments.process_index == processes - 1
+        return output * torch.nan if spoiled and last and trainer.state.global_step == SPOILED_STEP else output
+
+    model.get_input_embeddings().register_forward_hook(spoil)
     trainer._evaluate = evaluate  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -129,6 +152,7 @@ def train(
         "parameters": len(list(model.parameters())),
         "logits_free": trainer._head is not None,
         "tokens": trainer.tokens_seen,
+        "skipped": trainer.skipped_steps,
         "losses": [float(entry["loss"]) for entry in logged],
         "norms": [float(entry["grad_norm"]) for entry in logged],
         "weights": {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()},
@@ -145,18 +169,47 @@ def _pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {"input_ids": padded(-1, 2), "attention_mask": padded(1, 0), "labels": padded(-1, -100)}
 
 
-def refusal(folder: Path, processes: int) -> str:
+def refusal(name: str, folder: Path, processes: int, **sizes: int) -> str:
     """What is said of tied embeddings whose rows do not divide by the processes."""
     try:
-        train(REFUSED, folder, processes)
+        train(name, folder, processes, **sizes)  # type: ignore[arg-type]
     except ModelError as error:
         return str(error)
     return ""
 
 
-def checkpoints(folder: Path, processes: int) -> dict[str, Any]:
-    """What comes of checkpoints: gone on from by as many processes, and, written by one, by several; the best; a full disk."""
-    results = {
+def released_parts(processes: int) -> dict[str, bool]:
+    """Whether a step in bfloat16 has rounded each part of a parameter as it rounds the whole, by how it was cut."""
+    mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("fsdp", "tp"))
+    cuts: dict[str, tuple[DeviceMesh, list[Any]]] = {
+        "rows": (init_device_mesh("cpu", (processes,)), [Shard(0)]),
+        "columns": (init_device_mesh("cpu", (processes,)), [Shard(1)]),
+        "rows and columns": (mesh, [Shard(0), Shard(1)]),
+        "rows of rows": (mesh, [_StridedShard(0, split_factor=processes // 2), Shard(0)]),
+        "rows, on each replica": (mesh, [Replicate(), Shard(0)]),
+    }
+    found = {}
+    for name, (over, placements) in cuts.items():
+        generator = torch.Generator().manual_seed(0)
+        weight, grad = (torch.randn(130, 77, generator=generator).bfloat16() for _ in range(2))
+        plain = torch.nn.Parameter(weight.clone())
+        cut = torch.nn.Parameter(distribute_tensor(weight, over, placements, src_data_rank=None))
+        plain.grad, cut.grad = grad, distribute_tensor(grad, over, placements, src_data_rank=None)
+        for parameter in (plain, cut):
+            optimizer = SGD([parameter], lr=1e-3, seed=7)
+            optimizer.tokens_per_step = 1
+            optimizer.step()
+        found[name] = not plain.equal(weight) and whole(cut.detach()).equal(plain.detach())
+    return found
+
+
+def in_two(folder: Path) -> dict[str, Any]:
+    """What comes of every case in two processes, sharded or replicated, and of checkpoints: gone on from by as many
+    processes, and, written by one, by several; the best; a full disk.
+    """
+    processes = 2
+    results = {name: train(name, folder, processes) for name in CASES}
+    results |= {
         "straight": train(RESUMED, folder, processes, out="several", **SAVING),
         "resumed": train(RESUMED, folder, processes, out="resumed", resume=folder / "several" / "checkpoint-2"),
         "from one": train(RESUMED, folder, processes, out="from one", resume=folder / "one" / "checkpoint-2"),
@@ -165,7 +218,9 @@ def checkpoints(folder: Path, processes: int) -> dict[str, Any]:
             eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         ),
     }  # fmt: skip
-    for name in TENSOR_PARALLEL:
+    results["replicas"] = train("gradients kept", folder, processes, sharded=False, gradient_accumulation_steps=2)
+    results["spoiled"] = train(RESUMED, folder, processes, out="spoiled", spoiled=True, **SAVING)
+    for name in [*TENSOR_PARALLEL, "tied and uneven"]:
         results[f"{name}, by tensors"] = train(
             name, folder, processes, out=f"{name} by tensors", tp=processes, **SAVING
         )
@@ -182,18 +237,29 @@ def checkpoints(folder: Path, processes: int) -> dict[str, Any]:
     return results
 
 
+def in_four(folder: Path) -> dict[str, Any]:
+    """What comes of a model that is sharded over two times two processes, each pair of which shares every matrix or has a
+    replica of it.
+    """
+    results = {}
+    for name, sizes in BY_FOUR.items():
+        case, options = sizes["case"], {key: value for key, value in sizes.items() if key != "case"}
+        results[name] = train(case, folder, 4, out=name, **options, **SAVING)
+        half = folder / name / "checkpoint-2"
+        results[f"{name}, resumed"] = train(case, folder, 4, out=f"{name} resumed", resume=half, **options)
+    return results
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
-    for case_name in CASES:
-        result = train(case_name, target, state.num_processes)
-        if state.is_main_process:
-            torch.save(result, target / f"{case_name}.pt")
-    outcomes = checkpoints(target, state.num_processes)
+    number, rank = state.num_processes, state.process_index
+    outcomes = in_two(target) if number == 2 else in_four(target)
+    outcomes["rounded alike"] = released_parts(number)
     if state.is_main_process:
-        torch.save(outcomes, target / "checkpoints.pt")
-    said = refusal(target, state.num_processes)
-    (target / f"refusal-{state.process_index}.txt").write_text(said)
+        torch.save(outcomes, target / f"{number}.pt")
+    refused, sizes_of = ("tied and uneven", {}) if number == 2 else ("tied and uneven in four", {"tp": 2})
+    (target / f"refusal of {number}-{rank}.txt").write_text(refusal(refused, target, number, **sizes_of))
     state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""One model over two processes (FSDP2, gloo), against the same training in one."""
+"""One model over two or four processes (FSDP2, tensor parallelism, gloo), against the same training in one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sbft.recipe import load_recipe
 from sbft.tensor_files import TensorFiles, write_shards
 from sbft.training.checkpoints import damage
 from tests.integration import sharded_worker
-from tests.integration.sharded_worker import BATCH, CASES, CHOSEN, RESUMED, SAVING, TENSOR_PARALLEL
+from tests.integration.sharded_worker import BATCH, BY_FOUR, CASES, CHOSEN, RESUMED, SAVING, TENSOR_PARALLEL
 from tests.tiny import save_tiny
 
 pytestmark = pytest.mark.slow
@@ -53,19 +53,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if mine:
             sharded_worker.save_models(folder)
             sharded_worker.train(RESUMED, folder, 1, out="one", **SAVING)
-            train_in_two(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def in_two(models: Path) -> dict[str, Any]:
     """What every case comes to in two processes."""
-    results = {name: torch.load(models / f"{name}.pt", weights_only=False) for name in CASES}
-    return {**results, **torch.load(models / "checkpoints.pt", weights_only=False)}
+    return trained_together(models, 2)
 
 
-def train_in_two(models: Path) -> None:
-    """Train every case in two processes, each of which leaves what it came to beside the models."""
+@pytest.fixture(scope="module")
+def in_four(models: Path) -> dict[str, Any]:
+    """What every case comes to in four processes."""
+    return trained_together(models, 4)
+
+
+def trained_together(models: Path, processes: int) -> dict[str, Any]:
+    with made_once(models / f"in-{processes}") as mine:
+        if mine:
+            train_together(models, processes)
+    results: dict[str, Any] = torch.load(models / f"{processes}.pt", weights_only=True)
+    return results
+
+
+def train_together(models: Path, processes: int) -> None:
+    """Train the cases in several processes, which leave what it came to beside the models."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -74,14 +86,14 @@ def train_in_two(models: Path) -> None:
             [sys.executable, "-m", "tests.integration.sharded_worker", str(models)],
             env={
                 **os.environ,
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)},
                 **{"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             },
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(processes)
     ]
     try:
         for rank in ranks:
@@ -129,7 +141,35 @@ def test_checkpoints_are_gone_on_from_by_any_number_of_processes(models: Path, i
         assert_same(forgotten["weights"], alone["weights"], 1e-5)
 
 
-@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_replicas_that_accumulate_end_with_the_weights_of_one(models: Path, in_two: dict[str, Any]) -> None:
+    alone, together = sharded_worker.train("gradients kept", models, 1), in_two["replicas"]
+    assert together["sharded"] == 0 and together["logits_free"]
+    assert together["tokens"] == alone["tokens"]
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert_same(together["weights"], alone["weights"], 1e-5)
+
+
+def test_a_loss_that_is_nan_on_one_process_is_left_out_by_all(models: Path, in_two: dict[str, Any]) -> None:
+    alone, together = sharded_worker.train(RESUMED, models, 1, spoiled=True), in_two["spoiled"]
+    assert (together["skipped"], together["tokens"]) == (1, alone["tokens"]) and alone["tokens"] < in_two["straight"][
+        "tokens"
+    ]
+    assert_same(together["weights"], alone["weights"], 1e-5)
+    # The checkpoint that came right after it, when FSDP2 had weights whole that no backward had freed.
+    half = models / "spoiled" / "checkpoint-2"
+    assert_same(sharded_worker.train(RESUMED, models, 1, resume=half)["weights"], alone["weights"], 1e-5)
+
+
+IN_FOUR = pytest.param(4, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("processes", [2, IN_FOUR])
+def test_processes_round_alike(processes: int, models: Path, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue("in_two" if processes == 2 else "in_four")["rounded alike"]
+    assert len(found) == 5 and all(found.values()), found
+
+
+@pytest.mark.parametrize("name", [*TENSOR_PARALLEL, "tied and uneven"])
 def test_two_processes_that_share_every_matrix_end_with_the_weights_of_one(
     name: str, models: Path, in_two: dict[str, Any]
 ) -> None:
@@ -146,6 +186,24 @@ def test_two_processes_that_share_every_matrix_end_with_the_weights_of_one(
         assert_same(
             sharded_worker.train(name, models, 1, out="once more", resume=half)["weights"], alone["weights"], 1e-5
         )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", BY_FOUR)
+def test_four_processes_end_with_the_weights_of_one(name: str, models: Path, in_four: dict[str, Any]) -> None:
+    case = BY_FOUR[name]["case"]
+    alone, together = sharded_worker.train(case, models, 1), in_four[name]
+    assert together["sharded"] == together["parameters"] and together["logits_free"]
+    # Two have seen the same examples where they share the matrices, which count once.
+    assert together["tokens"] == alone["tokens"]
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert_same(together["weights"], alone["weights"], 1e-5)
+    # From a checkpoint on in four, and in one.
+    assert_same(in_four[f"{name}, resumed"]["weights"], together["weights"])
+    assert damage(models / name / "checkpoint-4") is None
+    resumed = sharded_worker.train(case, models, 1, out=f"{name} alone", resume=models / name / "checkpoint-2")
+    assert_same(resumed["weights"], alone["weights"], 1e-5)
 
 
 def test_every_process_writes_its_part_and_the_mark_covers_all(models: Path, in_two: dict[str, Any]) -> None:
@@ -194,12 +252,15 @@ def test_a_disk_that_is_full_for_one_process_is_said_by_all(models: Path, in_two
     assert damage(models / "full" / "checkpoint-2") is None
 
 
+@pytest.mark.parametrize(("processes", "rows"), [(2, 513), pytest.param(4, 514, marks=pytest.mark.long)])
 def test_a_tied_embedding_that_does_not_divide_by_the_processes_is_refused(
-    models: Path, in_two: dict[str, Any]
+    processes: int, rows: int, models: Path, request: pytest.FixtureRequest
 ) -> None:
-    for rank in range(2):
-        said = (models / f"refusal-{rank}.txt").read_text()
-        assert "its 513 rows do not divide by the 2 processes" in said and "of which one is not trained" in said
+    request.getfixturevalue("in_two" if processes == 2 else "in_four")
+    for rank in range(processes):
+        said = (models / f"refusal of {processes}-{rank}.txt").read_text()
+        assert f"its {rows} rows do not divide by the {processes} processes" in said
+        assert "of which one is not trained" in said
 
 
 @pytest.fixture(scope="module")

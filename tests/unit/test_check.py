@@ -20,7 +20,7 @@ from sbft.memory import device_name
 from sbft.planning.check import check, expected_memory, find, warnings_in_brief
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import fit
-from sbft.planning.checks.length import duration, row_sizes, run_length
+from sbft.planning.checks.length import duration, row_sizes, rows_per_step, run_length
 from sbft.planning.checks.settings import COMPUTE_BOUND_TOKENS
 from sbft.planning.predict import PlanError
 from sbft.recipe import Recipe, load_recipe, resolve
@@ -167,6 +167,26 @@ def test_accumulation_between_devices_may_pay(make: Make, monkeypatch: pytest.Mo
     assert "accumulation-on-one-device" in {finding.key for finding in find(prepared)}
     monkeypatch.setattr(type(prepared.arguments), "world_size", 2)
     assert "accumulation-on-one-device" not in {finding.key for finding in find(prepared)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "readers"),
+    [
+        ([], 4),
+        (["distributed.fsdp_size=4"], 4),
+        (["distributed.tp_size=4"], 1),
+        (["distributed.fsdp_size=2", "distributed.tp_size=2"], 2),
+    ],
+)
+def test_processes_that_share_the_work_on_an_example_count_it_once(
+    sizes: list[str], readers: int, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, prepared = prepare(make()), prepare(make(*sizes))
+    monkeypatch.setattr(type(prepared.arguments), "world_size", 4)
+    length = run_length(prepared)
+    assert rows_per_step(prepared) == readers
+    assert (length.tokens, length.rows) == (alone.report.tokens, alone.report.examples)
+    assert length.steps == math.ceil(alone.report.examples / readers)
 
 
 def test_a_half_life_beyond_the_run_is_a_note(make: Make) -> None:

@@ -36,7 +36,8 @@ class RunLength:
 def rows_per_step(prepared: Prepared) -> int:
     """Rows of one step, all micro-batches and all ranks together."""
     arguments = prepared.arguments
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * max(arguments.world_size, 1)
+    readers = prepared.recipe.readers(arguments.world_size)
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * readers
 
 
 def tokens_per_row(prepared: Prepared) -> float:
@@ -52,7 +53,7 @@ def tokens_per_step(prepared: Prepared) -> float:
 def run_length(prepared: Prepared) -> RunLength:
     """Steps, rows and tokens of a run, counted as transformers' Trainer counts them."""
     arguments = prepared.arguments
-    rows, size, ranks = len(prepared.examples), arguments.per_device_train_batch_size, max(arguments.world_size, 1)
+    rows, size = len(prepared.examples), arguments.per_device_train_batch_size
     if arguments.batch_schedule is not None:
         steps = arguments.max_steps
         if steps < 0:
@@ -61,7 +62,7 @@ def run_length(prepared: Prepared) -> RunLength:
         return RunLength(steps, seen, seen / rows, round(seen * tokens_per_row(prepared)), False)
     if arguments.dataloader_drop_last:
         rows -= rows % size
-    batches = math.ceil(math.ceil(rows / size) / ranks)
+    batches = math.ceil(math.ceil(rows / size) / prepared.recipe.readers(arguments.world_size))
     per_epoch = max(math.ceil(batches / arguments.gradient_accumulation_steps), 1)
     steps = arguments.max_steps
     if steps < 0:
