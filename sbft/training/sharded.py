@@ -18,12 +18,14 @@ import torch.distributed
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
 
 from sbft.errors import ModelError
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import in_order_of, is_sharded, local, without_strides, zeros_beside
-from sbft.tensor_files import PARTS
+from sbft.tensor_files import PARTS, TensorFiles, write_shards
 from sbft.training.head import shard_again
+from sbft.training.saving import saved_whole
 
 if torch.distributed.is_available():
     from torch.distributed import checkpoint as dcp
@@ -171,6 +173,7 @@ class ShardedCheckpoints(_Base):
 
     args: Any
     model: Any
+    push_in_progress: Any
     _writing: bool
 
     @property
@@ -210,6 +213,23 @@ class ShardedCheckpoints(_Base):
             load_weights(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, which looks for whole weights in a checkpoint: of parts, they are put together for it.
+
+        Raises:
+            DiskError: if there is no room for them beside the checkpoint.
+        """
+        if self._pushes_now() and in_parts(Path(checkpoint_folder)):
+            with saved_whole(Path(str(self.args.output_dir))) as folder:
+                write_shards(TensorFiles(Path(checkpoint_folder)), folder, None, FILE_BYTES)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _pushes_now(self) -> bool:
+        """Whether this rank pushes, and the trainer beneath will not pass over this push for one that is not done."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return False
+        return self.args.hub_always_push or self.push_in_progress is None or bool(self.push_in_progress.is_done())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`; of the parts that several ranks wrote, each reads what it has to have."""

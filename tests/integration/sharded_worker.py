@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -178,6 +182,40 @@ def refusal(name: str, folder: Path, processes: int, **sizes: int) -> str:
     return ""
 
 
+class Hub:
+    """Stands in for the hub's client: what is uploaded lies in a folder, below one that the commit's message names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create_repo(self, name: str, **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(
+        self,
+        *,
+        folder_path: str,
+        commit_message: str,
+        ignore_patterns: Sequence[str] = (),
+        path_in_repo: str = "",
+        **_: Any,
+    ) -> Future[None]:
+        target = self.folder / commit_message / path_in_repo
+        shutil.copytree(folder_path, target, ignore=shutil.ignore_patterns(*ignore_patterns), dirs_exist_ok=True)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def pushed(folder: Path, processes: int) -> None:
+    """Train with a push of every checkpoint, which comes to lie in FOLDER/hub."""
+    with patch("transformers.trainer.hf_api", lambda: Hub(folder / "hub")):
+        train(
+            CHOSEN, folder, processes, out="pushed", push_to_hub=True, hub_model_id="someone/model",
+            hub_strategy="checkpoint", **SAVING,
+        )  # fmt: skip
+
+
 def released_parts(processes: int) -> dict[str, bool]:
     """Whether a step in bfloat16 has rounded each part of a parameter as it rounds the whole, by how it was cut."""
     mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("fsdp", "tp"))
@@ -218,6 +256,7 @@ def in_two(folder: Path) -> dict[str, Any]:
             eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         ),
     }  # fmt: skip
+    pushed(folder, processes)
     results["replicas"] = train("gradients kept", folder, processes, sharded=False, gradient_accumulation_steps=2)
     results["spoiled"] = train(RESUMED, folder, processes, out="spoiled", spoiled=True, **SAVING)
     for name in [*TENSOR_PARALLEL, "tied and uneven"]:

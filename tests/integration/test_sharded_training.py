@@ -232,6 +232,18 @@ def test_every_process_writes_its_part_and_the_mark_covers_all(models: Path, in_
     assert_same(load_file(models / "exported" / "model.safetensors"), in_two["straight"]["weights"])
 
 
+def test_a_pushed_checkpoint_is_the_whole_model_and_can_be_gone_on_from(models: Path, in_two: dict[str, Any]) -> None:
+    for step in (2, 4):
+        commit, parts = models / "hub" / f"Training in progress, step {step}", models / "pushed" / f"checkpoint-{step}"
+        model = AutoModelForCausalLM.from_pretrained(commit, dtype=torch.float32)
+        expected = AutoModelForCausalLM.from_pretrained(parts, dtype=torch.float32)
+        assert_same(dict(model.named_parameters()), dict(expected.named_parameters()))
+        assert not [*commit.glob("shard-*"), *commit.glob("incomplete*"), *commit.glob("checkpoint-*")]
+        last = models / "hub" / f"Training in progress, step {step}, checkpoint" / "last-checkpoint"
+        assert damage(last) is None
+    assert_same(dict(model.named_parameters()), in_two[CHOSEN]["weights"])
+
+
 def test_the_best_checkpoint_of_a_sharded_run_is_kept_and_becomes_the_model(
     models: Path, in_two: dict[str, Any]
 ) -> None:
