@@ -3,15 +3,14 @@
 
     python scripts/faults/rank.py --times 2 --steps 8 --output benchmarks/results/faults/rank.json
 
-The ranks are started by `--num-processes`, or by torchrun's agent; rank 1 is killed, or rank 0; at a random moment after the
+The ranks are started by `--num-processes`, or by torchrun; rank 1 is killed, or rank 0; at a random moment after the
 checkpoint of a random step, and there is one in every step. Each time all processes must have ended within a minute, the
 output must name rank and signal, and no folder that bears a checkpoint's name may be broken. Then the run is resumed in two
 processes, which must end with the same weights, bit by bit, and the same measurements; again so after a byte was flipped in
 its newest checkpoint, which both must pass over; and, for a model in float32 without dropout, in one process, which must come
 to the same loss.
 
-All processes are forks of this one, which has its imports behind it, so torchrun's agent is given a function to run in place
-of a command.
+Where torchrun does not start them, all processes are forks of this one, which has its imports behind it.
 """
 
 from __future__ import annotations
@@ -31,9 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiny_run import command, end_of, same_bits, start, train, write_recipe, write_result
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tiny_run import ROOT, command, end_of, same_bits, start, train, write_recipe, write_result
 
 import sbft.cli.launch
 from sbft.training.checkpoints import PREFIX, damage, newest_first
@@ -106,23 +103,24 @@ def by_sbft(recipe: Path, out: Path, *flags: str) -> int:
 
 def by_torchrun(recipe: Path, out: Path, *flags: str) -> int:
     """`torchrun --standalone --nproc-per-node 2 -m sbft train`."""
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=RANKS, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=str(os.getpid()), max_restarts=0, start_method="fork",
-    )  # fmt: skip
-    try:
-        elastic_launch(config, _worker)(str(recipe), "--output-dir", str(out), *flags)
-    except ChildFailedError as failed:
-        print(failed, file=sys.stderr)
-        return 1
-    return 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    ranks = ["-m", "sbft", "train", str(recipe), "--output-dir", str(out), *flags]
+    return subprocess.run([*torchrun, *ranks], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
 
 
-def _worker(*arguments: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent's own handler is not for what it starts
-    code = rank(*arguments)
-    if code:
-        sys.exit(code)
+def rank_pids(folder: Path, launcher: str) -> dict[int, int]:
+    """The process id of each rank: as it has left it, or, where torchrun has started it, as its environment tells."""
+    if launcher != "torchrun":
+        return {number: int((folder / f"{_PIDS}{number}").read_text()) for number in range(RANKS)}
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = dict(one.split("=", 1) for one in (process / "environ").read_text().split("\0") if "=" in one)
+        except OSError:
+            continue  # it has ended, or is another user's
+        if variables.get("RANK_PIDS") == str(folder) and "RANK" in variables:
+            found[int(variables["RANK"])] = int(process.name)
+    return found
 
 
 LAUNCHERS: dict[str, Callable[..., int]] = {"--num-processes": by_sbft, "torchrun": by_torchrun}
@@ -183,7 +181,7 @@ def trial(
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
     process = start(log, lambda: LAUNCHERS[launcher](recipe, out, *SHARDED))
     wait_for_checkpoint(out, chance.randrange(1, steps), process, log)
-    ranks = {number: int((folder / f"{_PIDS}{number}").read_text()) for number in range(RANKS)}
+    ranks = rank_pids(folder, launcher)
     time.sleep(chance.uniform(0, step_s))
     began = time.monotonic()
     os.kill(ranks[killed], signal.SIGKILL)
