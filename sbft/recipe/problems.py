@@ -259,12 +259,8 @@ def _contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, s
             ("lora",),
             f"is given, but method {name} trains all weights. Leave it out, or write method: lora or method: qlora.",
         )
-    if content.get("distributed") is not None and method.lora_defaults is not None:
-        yield (
-            ("distributed",),
-            f"is given, but method {name} trains an adapter, which is not sharded. Leave it out: --num-processes then "
-            "replicates the model.",
-        )
+    if method.lora_defaults is not None:
+        yield from _sharding_under_an_adapter(content, name, method)
     if (schedule := content.get("batch_schedule")) is not None:
         yield from _schedule_contradictions(schedule, content, method)
     if content.get("distributed") is not None and method.optimizer in OF_WHOLE_MATRICES:
@@ -284,6 +280,29 @@ def _contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, s
         whole = complete(content)
         yield from _release_contradictions(whole, name)
         yield from _unused_first_moment(whole["optimizer"])
+
+
+def _sharding_under_an_adapter(content: dict[str, Any], name: str, method: Method) -> Iterator[tuple[Key, str]]:
+    sizes = content.get("distributed")
+    if sizes is None:
+        return
+    if method.quantization is not None:
+        yield (
+            ("distributed",),
+            f"is given, but method {name} holds the model in 4 bits, which are not sharded. Leave it out: --num-processes then "
+            "replicates the model; or write method: lora.",
+        )
+    elif (sizes.get("tp_size") or 1) > 1:
+        yield (
+            ("distributed", "tp_size"),
+            f"is {sizes['tp_size']}, but method {name} trains an adapter, which lies on whole matrices. Leave it out, and "
+            "write fsdp_size to shard the model under the adapter.",
+        )
+    elif (content.get("lora") or {}).get("dora"):
+        yield (
+            ("lora", "dora"),
+            "is true together with distributed, but DoRA goes by the norms of whole matrices. Leave one of them out.",
+        )
 
 
 def _schedule_contradictions(

@@ -182,6 +182,11 @@ class ShardedCheckpoints(_Base):
         return any(is_sharded(parameter) for parameter in self.model.parameters())
 
     @property
+    def _trains_shards(self) -> bool:
+        """Whether some of these are trained; an adapter on a sharded model is not itself sharded."""
+        return trains_shards(self.model)
+
+    @property
     def _token_optimizer(self) -> TokenOptimizer | None:
         optimizer = self.optimizer
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
@@ -189,7 +194,7 @@ class ShardedCheckpoints(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As in `Trainer`, which would gather the weights of a sharded model in one process."""
-        if not (self._writing and self._is_sharded and isinstance(self.model, PreTrainedModel)):
+        if not (self._writing and self._trains_shards and isinstance(self.model, PreTrainedModel)):
             super()._save(output_dir, state_dict)
             return
         folder, main = Path(str(output_dir)), self.args.should_save
@@ -202,14 +207,14 @@ class ShardedCheckpoints(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As in `Trainer`, which writes one rank's part of a sharded optimizer's state."""
         optimizer = self._token_optimizer
-        if optimizer is None or not self._is_sharded:
+        if optimizer is None or not self._trains_shards:
             super()._save_optimizer_and_scheduler(output_dir)
         else:
             save_states(self.model, optimizer, self.lr_scheduler, Path(output_dir), main=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As in `Trainer`, which cannot load into a sharded model, nor what one has left."""
-        if self._is_sharded or in_parts(Path(resume_from_checkpoint)):
+        if self._trains_shards or in_parts(Path(resume_from_checkpoint)):
             load_weights(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -242,10 +247,15 @@ class ShardedCheckpoints(_Base):
     def _load_best_model(self) -> None:
         """As in `Trainer`, which cannot load into a sharded model, nor what one has left."""
         best = Path(str(self.state.best_model_checkpoint))
-        if self._is_sharded or in_parts(best):
+        if self._trains_shards or in_parts(best):
             load_weights(self.model, best)
         else:
             super()._load_best_model()
+
+
+def trains_shards(model: nn.Module) -> bool:
+    """Whether trained weights of a model are spread over several processes."""
+    return any(is_sharded(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _by_tensor(model: nn.Module) -> Iterable[tuple[list[str], Tensor]]:

@@ -51,7 +51,7 @@ class TensorParallel(_Base):
         return [one for one in self.model.parameters() if one.requires_grad and not is_cut_by(one, "tp")]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """As in `Trainer`, but for its hooks: they would average gradients one by one, and by what gloo does not know."""
+        """As in `Trainer`, but for its hooks: where ranks share the matrices, `_agree_on_replicated` stands for them."""
         if self.get_tp_size() == 1:
             super()._sync_replicated_trainable_parameters(model)
         for parameter in self._replicated():

@@ -21,12 +21,13 @@ from sbft.errors import ModelError, TrainingError
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import parts_of_rows
+from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
 from sbft.training.saving import WholeCheckpoints
-from sbft.training.sharded import ShardedCheckpoints
+from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
 from sbft.training.tied import TiedEmbedding
 from sbft.training.watch import TrainingWatch
@@ -60,7 +61,7 @@ else:
     _Base = object
 
 
-class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, _Base):
+class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
     Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
@@ -124,7 +125,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, _Bas
                 "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N)); in a recipe "
                 "distributed.fsdp_size."
             )
-        if self.accelerator.num_processes > 1 and self.args.releases_gradients and not self._is_sharded:
+        if self.accelerator.num_processes > 1 and self.args.releases_gradients and not self._trains_shards:
             raise ArgumentError(
                 f"gradient_release=True with {self.accelerator.num_processes} processes would update each replica "
                 "from its own gradient. Shard the model over them with FSDP2 (from_pretrained(..., "
@@ -134,7 +135,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, _Bas
 
         if self.args.batch_schedule is not None:
             self._check_batch_schedule()
-        if self._is_sharded and self.args.gradient_accumulation_steps > 1:
+        if self._trains_shards and self.args.gradient_accumulation_steps > 1:
             raise ArgumentError(
                 f"gradient_accumulation_steps is {self.args.gradient_accumulation_steps} with a sharded model, of which a "
                 "step whose loss is not finite could not be left out whole. Set it to 1: small batches need no accumulation."
@@ -506,9 +507,10 @@ class _StepEvents(TrainerCallback):
 @contextlib.contextmanager
 def _optimizer_checkpoints_allowed(given: tuple[Any, ...]) -> Iterator[None]:
     """`Trainer` refuses checkpoints of a model that was sharded as it was loaded, since it cannot save such an optimizer's
-    state. The mixin can, that of a token optimizer."""
+    state. The mixin can, that of a token optimizer; and any can be saved that has none of the sharded weights."""
     arguments = next((one for one in given if isinstance(one, SmallBatchArguments)), None)
-    if arguments is None or arguments.token_optimizer is None:
+    model = next((one for one in given if isinstance(one, nn.Module)), None)
+    if arguments is None or (arguments.token_optimizer is None and (model is None or trains_shards(model))):
         yield
         return
     wanted: Any = arguments

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -43,6 +44,7 @@ class Case:
     vocab: int
     optimizer: str = "adafactor"
     release: bool = True
+    adapter: bool = False
 
 
 CASES = {
@@ -54,6 +56,8 @@ CASES = {
 }
 # Refused over two processes, and over two times two.
 UNEVEN = {"tied and uneven": Case("llama", True, 513), "tied and uneven in four": Case("llama", True, 514)}
+ADAPTER = {"an adapter": Case("qwen3", False, 512, "sgd", release=False, adapter=True)}
+EVERY = {**CASES, **UNEVEN, **ADAPTER}
 
 # Whose checkpoints are gone on from, and of whose the best becomes the model.
 RESUMED, CHOSEN = "rows that do not divide", "tied embeddings"
@@ -70,7 +74,7 @@ LOSSES = [3.0, 1.0, 2.0, 4.0]
 
 
 def save_models(folder: Path) -> None:
-    for name, case in {**CASES, **UNEVEN}.items():
+    for name, case in EVERY.items():
         model = tiny_model(case.kind, tied=case.tied, vocab=case.vocab, hidden=128, dtype=torch.float32)
         model.save_pretrained(folder / name)
 
@@ -106,7 +110,7 @@ def train(
         spoiled: whether the loss of a step is NaN, on the last process alone.
         others: arguments of the trainer.
     """
-    case = {**CASES, **UNEVEN}[name]
+    case = EVERY[name]
     defaults: dict[str, Any] = {
         "max_steps": STEPS,
         "learning_rate": 1e-2 if case.optimizer == "adafactor" else 0.1,
@@ -129,6 +133,10 @@ def train(
     if processes > 1 and sharded:
         sharding = DistributedConfig(fsdp_size=processes // tp // replicas, tp_size=tp, dp_replicate_size=replicas)
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, distributed_config=sharding)
+    if case.adapter:
+        torch.manual_seed(arguments.process_index)  # the trainer has to make them alike
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model: Any = get_peft_model(model, config)
     # Lengths differ, so that the ranks have different numbers of labels.
     generator = torch.Generator().manual_seed(0)
     lengths = [9 + 3 * (i % 5) for i in range(STEPS * BATCH)]
@@ -159,7 +167,11 @@ def train(
         "skipped": trainer.skipped_steps,
         "losses": [float(entry["loss"]) for entry in logged],
         "norms": [float(entry["grad_norm"]) for entry in logged],
-        "weights": {name: whole(parameter).detach().clone() for name, parameter in model.named_parameters()},
+        "weights": {
+            name: whole(parameter).detach().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        },
     }
 
 
@@ -256,6 +268,14 @@ def in_two(folder: Path) -> dict[str, Any]:
             eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         ),
     }  # fmt: skip
+    for name, options in (
+        ("adapter", SAVING),
+        ("adapter resumed", {"resume": folder / "adapter" / "checkpoint-2"}),
+        ("adapter accumulated", {"gradient_accumulation_steps": 2}),
+    ):
+        results[name] = train("an adapter", folder, processes, out=name, **options)
+        if torch.distributed.get_rank() > 0:
+            torch.save(results[name]["weights"], folder / f"{name} of the last rank.pt")
     pushed(folder, processes)
     results["replicas"] = train("gradients kept", folder, processes, sharded=False, gradient_accumulation_steps=2)
     results["spoiled"] = train(RESUMED, folder, processes, out="spoiled", spoiled=True, **SAVING)

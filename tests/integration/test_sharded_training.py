@@ -149,6 +149,24 @@ def test_replicas_that_accumulate_end_with_the_weights_of_one(models: Path, in_t
     assert_same(together["weights"], alone["weights"], 1e-5)
 
 
+def test_an_adapter_on_a_sharded_model_ends_as_on_a_whole_one(models: Path, in_two: dict[str, Any]) -> None:
+    alone, together = sharded_worker.train("an adapter", models, 1, **SAVING), in_two["adapter"]
+    assert together["sharded"] == together["parameters"] - len(together["weights"]) > 0 and together["logits_free"]
+    assert together["tokens"] == alone["tokens"]
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert_same(together["weights"], alone["weights"], 1e-5)
+    # One half of each begins as zeros, so that a difference in the other hardly shows before this has grown.
+    assert all(weight.abs().max() > 1e-4 for weight in alone["weights"].values())
+    assert_same(in_two["adapter resumed"]["weights"], together["weights"])
+    assert_same(in_two["adapter accumulated"]["weights"], alone["weights"], 1e-5)
+    for name in ("adapter", "adapter resumed", "adapter accumulated"):
+        assert_same(torch.load(models / f"{name} of the last rank.pt"), in_two[name]["weights"])
+    half = models / "adapter" / "checkpoint-2"
+    assert (half / "adapter_model.safetensors").is_file() and not [*half.glob("shard-*"), *half.glob("model*")]
+    assert_same(sharded_worker.train("an adapter", models, 1, resume=half)["weights"], alone["weights"], 1e-5)
+
+
 def test_a_loss_that_is_nan_on_one_process_is_left_out_by_all(models: Path, in_two: dict[str, Any]) -> None:
     alone, together = sharded_worker.train(RESUMED, models, 1, spoiled=True), in_two["spoiled"]
     assert (together["skipped"], together["tokens"]) == (1, alone["tokens"]) and alone["tokens"] < in_two["straight"][
@@ -336,6 +354,17 @@ def test_as_many_processes_are_needed_as_the_model_is_sharded_over(recipe: Path,
             run(load_recipe(str(recipe), [f"distributed.{key}=2", f"output_dir={tmp_path / 'out'}"]))
 
 
-def test_adapters_are_not_sharded(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="distributed is given, but method lora trains an adapter"):
-        load_recipe(str(recipe), ["method=lora", "distributed.fsdp_size=2"])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["method=qlora", "distributed.fsdp_size=2"],
+            "distributed is given, but method qlora holds the model in 4 bits",
+        ),
+        (["method=lora", "distributed.tp_size=2"], "tp_size is 2, but method lora trains an adapter.* write fsdp_size"),
+        (["method=lora", "distributed.fsdp_size=2", "lora.dora=true"], "DoRA goes by the norms of whole matrices"),
+    ],
+)
+def test_adapters_that_need_a_whole_model_are_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(None, overrides, model="m", data="d")

@@ -233,7 +233,7 @@ def test_the_launch_configs_fsdp_becomes_the_recipes(monkeypatch: pytest.MonkeyP
             [],
             "write training.gradient_checkpointing: true, and set",
         ),
-        (FSDP2, ["method=lora"], "distributed is given, but method lora trains an adapter"),
+        (FSDP2, ["method=qlora"], "distributed is given, but method qlora holds the model in 4 bits"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "asks for DeepSpeed, .* distributed.fsdp_size"),
     ],
 )
