@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,11 +76,15 @@ def trained_together(models: Path, processes: int) -> dict[str, Any]:
     return results
 
 
-def train_together(models: Path, processes: int) -> None:
-    """Train the cases in several processes, which leave what it came to beside the models."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def train_together(models: Path, processes: int) -> None:
+    """Train the cases in several processes, which leave what it came to beside the models."""
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.integration.sharded_worker", str(models)],
@@ -316,18 +320,66 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_sharded_run_is_gone_on_with_in_one_process(recipe: Path, tmp_path: Path) -> None:
+def by_num_processes(command: list[str]) -> list[list[str]]:
+    return [[sys.executable, "-m", *command, "--num-processes", "2", "--set", "distributed.fsdp_size=2"]]
+
+
+def by_torchrun_on_two_nodes(command: list[str]) -> list[list[str]]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    at = ["--master-addr", "127.0.0.1", "--master-port", free_port()]
+    return [
+        [*torchrun, *at, "--node-rank", str(node), "-m", *command, "--set", "distributed.fsdp_size=2"]
+        for node in range(2)
+    ]
+
+
+def by_accelerate_with_fsdp(command: list[str]) -> list[list[str]]:
+    # Its config asks for sharding; the recipe does not.
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    config = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [
+        [*accelerate, *config, "--use_fsdp", "--fsdp_version", "2", "--main_process_port", free_port(), "-m", *command]
+    ]
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        by_num_processes,
+        pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.long),
+        pytest.param(by_accelerate_with_fsdp, marks=pytest.mark.long),
+    ],
+)
+def test_a_sharded_run_is_gone_on_with_in_one_process(
+    launch: Callable[[list[str]], list[list[str]]], recipe: Path, tmp_path: Path
+) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
-    settings = ["training.per_device_train_batch_size=2", "distributed.fsdp_size=2"]
-    command = [sys.executable, "-m", "sbft", "train", str(recipe), "--output-dir", str(two), "--num-processes", "2"]
-    done = subprocess.run(
-        [*command, *(word for setting in settings for word in ("--set", setting))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [
+        "sbft",
+        "train",
+        str(recipe),
+        "--output-dir",
+        str(two),
+        "--set",
+        "training.per_device_train_batch_size=2",
+    ]
+    started = [
+        subprocess.Popen(
+            whole,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for whole in launch(command)
+    ]
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.terminate()
     record = json.loads((two / "run.json").read_text())
     assert (record["status"], record["world_size"], record["steps"]) == ("ok", 2, 4) and record["metrics"]["loss"] > 0
     trained = load_file(two / "model.safetensors")
