@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,28 @@ def test_without_evaluation_data_nothing_is_said_to_be_measured(recipe: Any) -> 
 
 
 @pytest.mark.long
-def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path, tiny_dir: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "tell", "number", "told", "code"),
+    [
+        ("optimizer.gradient_release=false", os.killpg, signal.SIGINT, "Ctrl-C", 130),  # to all, as a terminal does
+        ("distributed.fsdp_size=2", os.kill, signal.SIGTERM, "SIGTERM", 143),  # to what has started them alone
+    ],
+)
+def test_a_signal_stops_all_ranks_after_the_same_step(
+    setting: str,
+    tell: Callable[[int, int], None],
+    number: signal.Signals,
+    told: str,
+    code: int,
+    tmp_path: Path,
+    tiny_dir: Path,
+    data: Path,
+) -> None:
     out = tmp_path / "out"
     running = subprocess.Popen(
         [
             *(sys.executable, "-m", "sbft", "train", "--model", str(tiny_dir), "--data", str(data / "train.jsonl")),
-            *("--output-dir", str(out), "--num-processes", "2", "--set", "optimizer.gradient_release=false"),
+            *("--output-dir", str(out), "--num-processes", "2", "--set", setting),
             *("--set", "training.max_steps=2000", "--set", "training.logging_steps=2"),
         ],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -169,12 +186,12 @@ def test_ctrl_c_stops_all_ranks_after_the_same_step(tmp_path: Path, tiny_dir: Pa
     for line in running.stdout:
         if line.startswith("step 4/"):
             break
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    tell(running.pid, number)
     _, said = running.communicate(timeout=90)
-    assert running.returncode == 130 and "Traceback" not in said, said
+    assert running.returncode == code and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
     step = RunRecord.load(out).steps
-    assert last.startswith(f"Error: Stopped by Ctrl-C after step {step} of 2000; a checkpoint lies in")
+    assert last.startswith(f"Error: Stopped by {told} after step {step} of 2000; a checkpoint lies in")
     assert last.endswith("--resume --num-processes 2")
     states = {path.name for path in (out / f"checkpoint-{step}").iterdir()}
     assert {"complete.json", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= states
