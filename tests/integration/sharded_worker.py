@@ -306,6 +306,9 @@ def in_four(folder: Path) -> dict[str, Any]:
         results[name] = train(case, folder, 4, out=name, **options, **SAVING)
         half = folder / name / "checkpoint-2"
         results[f"{name}, resumed"] = train(case, folder, 4, out=f"{name} resumed", resume=half, **options)
+    results["from one"] = train(
+        RESUMED, folder, 4, out="from one in four", resume=folder / "one" / "checkpoint-2", tp=2
+    )
     return results
 
 

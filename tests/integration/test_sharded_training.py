@@ -226,6 +226,13 @@ def test_four_processes_end_with_the_weights_of_one(name: str, models: Path, in_
     assert damage(models / name / "checkpoint-4") is None
     resumed = sharded_worker.train(case, models, 1, out=f"{name} alone", resume=models / name / "checkpoint-2")
     assert_same(resumed["weights"], alone["weights"], 1e-5)
+    if case == RESUMED:
+        assert_same(in_four["from one"]["weights"], alone["weights"], 1e-5)
+    # As sbft export reads it.
+    (models / f"{name} exported").mkdir()
+    write_shards(TensorFiles(models / name / "checkpoint-4"), models / f"{name} exported", None, 2**30)
+    exported = load_file(models / f"{name} exported" / "model.safetensors")
+    assert_same({key: exported[key] for key in together["weights"]}, together["weights"])
 
 
 def test_every_process_writes_its_part_and_the_mark_covers_all(models: Path, in_two: dict[str, Any]) -> None:
