@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 from sbft.errors import ModelError, TrainingError
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
-from sbft.optim.sharding import parts_of_rows
+from sbft.optim.sharding import is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
@@ -510,7 +510,8 @@ def _optimizer_checkpoints_allowed(given: tuple[Any, ...]) -> Iterator[None]:
     state. The mixin can, that of a token optimizer; and any can be saved that has none of the sharded weights."""
     arguments = next((one for one in given if isinstance(one, SmallBatchArguments)), None)
     model = next((one for one in given if isinstance(one, nn.Module)), None)
-    if arguments is None or (arguments.token_optimizer is None and (model is None or trains_shards(model))):
+    adapts = model is not None and any(map(is_sharded, model.parameters())) and not trains_shards(model)
+    if arguments is None or (arguments.token_optimizer is None and not adapts):
         yield
         return
     wanted: Any = arguments
