@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -366,6 +367,13 @@ def _not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelEr
         )
     if "cannot be loaded with `safetensors`" in reason:
         return _pickled(model, "it has no model.safetensors")
+    if unplanned := re.search(r"`(\w+)` has no `(tp|fsdp)_plan`", reason):
+        architecture, kind = unplanned.groups()
+        other = "fsdp_size to shard its weights" if kind == "tp" else "tp_size to share every matrix"
+        return ModelError(
+            f"The {what} {model} cannot be spread by distributed.{kind}_size: transformers has no plan of how to cut a "
+            f"{architecture}. Leave it out, and write {other}."
+        )
     if Path(folder).is_dir():
         return ModelError(f"The {what} in the folder {model} could not be loaded: {reason[:400]}")
     builtin = f"The built-in model needs no hub: model: {_PREFIX}{next(iter(BUILTIN))}"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from sbft.errors import DiskError, ModelError
+from sbft.models import load_model
 from sbft.optim import SGD
 from sbft.optim.sharding import is_sharded, whole
 from sbft.training.arguments import SmallBatchTrainingArguments
@@ -228,6 +230,18 @@ def pushed(folder: Path, processes: int) -> None:
         )  # fmt: skip
 
 
+def refusal_of_a_plan(folder: Path, processes: int) -> str:
+    """What is said of tensor parallelism where transformers does not know how to cut the model."""
+    tiny_model("gpt2", hidden=128).save_pretrained(folder / f"gpt2 of {os.environ['RANK']}")
+    try:
+        load_model(
+            str(folder / f"gpt2 of {os.environ['RANK']}"), dtype=torch.float32, distributed={"tp_size": processes}
+        )
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
 def released_parts(processes: int) -> dict[str, bool]:
     """Whether a step in bfloat16 has rounded each part of a parameter as it rounds the whole, by how it was cut."""
     mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("fsdp", "tp"))
@@ -277,6 +291,7 @@ def in_two(folder: Path) -> dict[str, Any]:
         if torch.distributed.get_rank() > 0:
             torch.save(results[name]["weights"], folder / f"{name} of the last rank.pt")
     pushed(folder, processes)
+    results["no plan"] = refusal_of_a_plan(folder, processes)
     results["replicas"] = train("gradients kept", folder, processes, sharded=False, gradient_accumulation_steps=2)
     results["spoiled"] = train(RESUMED, folder, processes, out="spoiled", spoiled=True, **SAVING)
     for name in [*TENSOR_PARALLEL, "tied and uneven"]:
