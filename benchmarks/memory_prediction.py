@@ -223,17 +223,21 @@ def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def show(results: list[dict[str, Any]]) -> None:
+    """Print the table of benchmarks/README.md."""
+    print(
+        "| shape | method | tokens | | measured, MiB | predicted | error |", "|---|---|---|---|---|---|---|", sep="\n"
+    )
     for result in results:
-        how = " ".join(["checkpointing"] * result["checkpointing"] + ["many lengths"] * result["varied"])
-        name = f"{result['shape']:15} {result['method']:13} {result['tokens']:5} {how:13}"
+        how = ", ".join(["checkpointing"] * result["checkpointing"] + ["many lengths"] * result["varied"])
+        name = f"| {result['shape']} | {result['method']} | {result['tokens']} | {how} |"
         if result["failed"]:
-            print(name, result["failed"].strip().splitlines()[-1])
+            print(name, result["failed"].strip().splitlines()[-1], "| | |")
             continue
         measured, predicted = (result[f"{key}_bytes"] / MEBIBYTE for key in ("measured", "predicted"))
-        print(f"{name} {measured:8.0f} {predicted:8.0f} {result['error']:+7.1%}  {result['phase']}")
+        print(f"{name} {measured:.0f} | {predicted:.0f} | {result['error']:+.1%} |")
     errors = [abs(result["error"]) for result in results if not result["failed"]]
     if errors:
-        print(f"{len(errors)} rows, median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
+        print(f"\n{len(errors)} rows, median error {statistics.median(errors):.1%}, largest {max(errors):.1%}")
 
 
 if __name__ == "__main__":

@@ -102,11 +102,11 @@ OPTIMIZERS = {
     # The smallest model's matrices are 96 wide: by default they would not be factored.
     "adafactor": Optimizer("sbft", 3e-2, {"optimizer.min_dim_size_to_factor": 32}, exponent=0.0),
     "muon": Optimizer("muon", 3e-3, _FLOAT32_ITERATIONS),
-    "sinkgd": Optimizer("sinkgd", 3e-4),
+    "sinkgd": Optimizer("sinkgd", 3e-4, exponent=0.15),
     "spectral": Optimizer(
-        "muon", 3e-4, {**_FLOAT32_ITERATIONS, "optimizer.momentum": 0.0, "optimizer.rest_optimizer": "adafactor"}
+        "muon", 3e-3, {**_FLOAT32_ITERATIONS, "optimizer.momentum": 0.0, "optimizer.rest_optimizer": "adafactor"}
     ),
-    "row-adafactor": Optimizer("row-adafactor", 1e-2),
+    "row-adafactor": Optimizer("row-adafactor", 3e-2, exponent=0.0),
 }
 
 

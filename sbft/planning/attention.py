@@ -40,8 +40,6 @@ def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
             return result
-        if enable_gqa and (repeats := query.shape[-3] // key.shape[-3]) > 1:
-            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         if device != "cuda":
@@ -53,6 +51,9 @@ def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )
         else:
+            # Flash kernels take several queries to a key as they are.
+            if enable_gqa and (repeats := query.shape[-3] // key.shape[-3]) > 1:
+                key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
             if attn_mask is not None:
                 attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
             result, *_ = aten._scaled_dot_product_efficient_attention(

@@ -64,6 +64,7 @@ def predict_recipe(
     recipe: Recipe,
     *,
     longest: int,
+    padded: bool | None = None,
     labelled: int | None = None,
     lengths: int = 1,
     label_counts: int = 1,
@@ -76,6 +77,7 @@ def predict_recipe(
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
         longest: tokens of the longest example.
+        padded: whether a batch as wide as it may hold padding, which takes a mask; one of several examples when None.
         labelled: the most tokens with a label that an example has; all but the first when None.
         lengths: how many different ones batches have, padding included: a CPU keeps products compiled for each.
         label_counts: the same of the numbers of labels.
@@ -91,7 +93,7 @@ def predict_recipe(
     if config is None:
         config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     whole = kind == "cpu" and heap_ratio is None
-    step = _step(recipe, config, _shape(recipe, longest, labelled), kind, _checkpoints(recipe), whole=whole)
+    step = _step(recipe, config, _shape(recipe, longest, padded, labelled), kind, _checkpoints(recipe), whole=whole)
     peak = max(step.phases, key=lambda phase: step.phases[phase].total())
     parts = {name: step.phases[peak][name] for name in PARTS}
     if kind == "cuda":
@@ -190,7 +192,7 @@ def _by_end(phases: dict[Phase, Counter[str]], layers: int, ends: int) -> dict[P
     return found
 
 
-def _shape(recipe: Recipe, longest: int, labelled: int | None) -> StepShape:
+def _shape(recipe: Recipe, longest: int, padded: bool | None, labelled: int | None) -> StepShape:
     size = int(recipe.training["per_device_train_batch_size"])
     if recipe.batch_schedule is not None:
         size = recipe.batch_schedule.largest
@@ -201,7 +203,8 @@ def _shape(recipe: Recipe, longest: int, labelled: int | None) -> StepShape:
         batch_size=size,
         tokens=tokens,
         labelled=size * max(longest - 1 if labelled is None else labelled, 1),
-        padded=packed or tokens > longest or size > 1,  # documents are kept apart by a mask too
+        # Documents are kept apart by a mask too.
+        padded=packed or tokens > longest or (size > 1 if padded is None else padded),
     )
 
 

@@ -6,11 +6,12 @@ import json
 import math
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -394,7 +395,21 @@ def test_the_sizes_of_rows(make: Make) -> None:
         lengths = [len(row) for row in prepared.examples["input_ids"]]
         labels = [sum(label != -100 for label in row) for row in prepared.examples["labels"]]
         widths = {math.ceil(one / multiple) for one in lengths}
-        assert row_sizes(prepared) == (max(lengths), max(labels), len(widths), len(set(labels)))
+        padded = any(one < max(widths) * multiple and math.ceil(one / multiple) == max(widths) for one in lengths)
+        assert row_sizes(prepared) == (max(lengths), padded, max(labels), len(widths), len(set(labels)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_size", "padded"),
+    [((32, 32), 1, False), ((32, 16), 1, False), ((32, 31), 1, True), ((31, 31), 1, True), ((32, 32), 2, False)]
+    + [((32, 16), 2, True)],
+)
+def test_the_widest_batch_holds_padding_if_rows_differ_or_do_not_fill_a_width(
+    lengths: tuple[int, ...], batch_size: int, padded: bool, make: Make
+) -> None:
+    prepared = prepare(make("method=adam", f"training.per_device_train_batch_size={batch_size}"))
+    rows = Dataset.from_dict({name: [[7] * one for one in lengths] for name in ("input_ids", "labels")})
+    assert row_sizes(replace(prepared, examples=rows)).padded is padded
 
 
 def record(prepared: Prepared, folder: Path, **changed: Any) -> None:

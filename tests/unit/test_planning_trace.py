@@ -9,6 +9,8 @@ import random
 import subprocess
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from sbft.data.collate import Collator
 from sbft.memory import optimizer_state_bytes
 from sbft.methods import METHODS
 from sbft.optim import SGD, Adafactor, AdamW
+from sbft.planning.attention import attention_on
 from sbft.planning.heap import Heap, PooledHeap
 from sbft.planning.step import LOSS, StepShape, trace_step
 from sbft.planning.trace import AllocationTrace
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.training.head import UnknownHead, head_candidates, unwrap
 from sbft.training.methods import DTYPES, make_trainable, prepare_model, training_arguments
-from sbft.training.trainer import SmallBatchTrainer
+from sbft.training.trainer import PLAIN_ATTENTION_TOKENS, SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model
 
 KIB, MIB = 2**10, 2**20
@@ -136,6 +139,26 @@ def test_products_of_bfloat16_are_counted_once_for_each_shape() -> None:
         torch.empty(4, 16) @ torch.empty(16, 4)  # float32 goes another way
         torch.empty(0, 16, **half) @ weight.T
     assert list(trace.products.values()) == ["first", "first", "second", "second"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_of_grouped_queries_holds_what_the_cpus_kernel_holds(dtype: torch.dtype, masked: bool) -> None:
+    tokens, heads, groups = PLAIN_ATTENTION_TOKENS + 16, 6, 2
+
+    def held(attention: Callable[..., Tensor], device: str) -> Counter[str]:
+        sizes = [(1, n, tokens, 64) for n in (heads, groups if not masked else heads, groups if not masked else heads)]
+        tensors = [torch.empty(size, dtype=dtype, device=device).requires_grad_() for size in sizes]
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=device) if masked else None
+        with AllocationTrace("cpu") as trace:
+            trace.phase = FIRST
+            result = attention(*tensors, attn_mask=mask, is_causal=not masked, enable_gqa=not masked)
+        kept = trace.peaks()[FIRST]
+        assert result.grad_fn is not None
+        return kept
+
+    real = held(nn.functional.scaled_dot_product_attention, "cpu")
+    assert held(attention_on("cpu", tokens), "meta") == real and real.total() > 0
 
 
 def test_experts_may_get_any_number_of_rows() -> None:

@@ -27,6 +27,7 @@ class Predict(Protocol):
         recipe: Recipe,
         *,
         longest: int,
+        padded: bool,
         labelled: int,
         lengths: int,
         label_counts: int,
@@ -35,7 +36,8 @@ class Predict(Protocol):
     ) -> Prediction:
         """The peak of a run whose longest row has `longest` tokens, and none more than `labelled` labels.
 
-        Rows have so many different lengths and numbers of labels. `config` is the model's, where the name does not say it.
+        Rows have so many different lengths and numbers of labels; the widest batch may hold padding, or not. `config` is the
+        model's, where the name does not say it.
         """
 
 

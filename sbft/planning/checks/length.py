@@ -79,6 +79,8 @@ class RowSizes(NamedTuple):
 
     longest: int
     """Tokens of the longest."""
+    padded: bool
+    """Whether a batch as wide as the longest takes may hold padding."""
     labelled: int
     """The most labels that one has."""
     lengths: int
@@ -90,17 +92,22 @@ class RowSizes(NamedTuple):
 def row_sizes(prepared: Prepared) -> RowSizes:
     """How long the rows are, how many labels they have, and how much both vary."""
     if isinstance(prepared.examples, TokenWindows):
-        return RowSizes(prepared.examples.length, prepared.examples.length - 1, 1, 1)
-    longest = 0
-    widths, counts = set[int](), set[int]()
+        length = prepared.examples.length
+        return RowSizes(length, False, length - 1, 1, 1)
+    found, widths, counts = set[int](), set[int](), set[int]()
     multiple = 1 if prepared.recipe.data.packing else Collator.pad_to_multiple_of
     for table in prepared.examples.with_format("arrow").iter(batch_size=_AT_ONCE):
         lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
         trained = table["labels"].combine_chunks().flatten().to_numpy() != IGNORED
-        longest = max(longest, int(lengths.max()))
-        widths.update(np.unique(-(-lengths // multiple) * multiple).tolist())
+        found.update(np.unique(lengths).tolist())
+        widths.update(np.unique(-(-lengths // multiple)).tolist())
         counts.update(np.unique(np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64)).tolist())
-    return RowSizes(longest, max(counts), len(widths), len(counts))
+    widest = max(widths) * multiple
+    # Alone in its batch, a row is padded no further than to the multiple.
+    beside = (
+        found if prepared.arguments.per_device_train_batch_size > 1 else {n for n in found if n > widest - multiple}
+    )
+    return RowSizes(max(found), min(beside) < widest, max(counts), len(widths), len(counts))
 
 
 @dataclass(frozen=True)
