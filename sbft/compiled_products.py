@@ -14,6 +14,8 @@ import sys
 
 import torch
 
+from sbft.memory_pool import pool_bytes
+
 MOST_KEPT = 128
 """Of each cache, here: the products of six lengths or so. What it saves and costs: benchmarks/README.md."""
 BYTES_EACH = round(0.8 * (1 << 20))
@@ -29,12 +31,14 @@ _SWITCHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 def keep_few_products() -> None:
     """Let this process keep `MOST_KEPT` compiled products, unless the environment says another number.
 
-    To be called before the first product in bfloat16; later it does nothing. From then on malloc maps what is as large as a
-    description by itself, so that a forgotten one's memory goes back: among others it left gaps of a quarter of their size.
+    To be called before the first product in bfloat16, later it does nothing, and after `use_pool`: where large tensors come
+    from a pool, malloc from then on maps what is as large as a description by itself, so that a forgotten one's memory goes
+    back; among others it left gaps of a quarter of their size. Without a pool every tensor of that size would be mapped anew
+    too, and its pages cleared: a forward of 256 tokens through SmolLM2-135M took 16 to 36 % longer.
     """
     for name in _SWITCHES:
         os.environ.setdefault(name, str(MOST_KEPT))
-    if sys.platform == "linux":
+    if sys.platform == "linux" and pool_bytes() is not None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _DESCRIPTION_BYTES)

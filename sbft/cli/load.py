@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def load_for_use(
     name: str, dtype: str = "bfloat16", *, trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer.
+    """Load a model and its tokenizer; on a CPU with the pool and the few compiled products that it is trained with.
 
     Args:
         name: folder of a run (LoRA adapters too), any checkpoint, hub id, or builtin:NAME.
@@ -25,9 +25,12 @@ def load_for_use(
     import torch
 
     from sbft.compiled_products import keep_few_products
+    from sbft.memory_pool import use_pool
     from sbft.models import load_model, load_tokenizer
 
-    keep_few_products()  # prompts have many lengths
+    if not torch.accelerator.is_available():
+        use_pool()
+        keep_few_products()  # prompts have many lengths
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_model(
         name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle

@@ -15,8 +15,8 @@ IGNORED_LABEL = -100
 class Collator:
     """Pads examples on the right to the longest of their batch, rounded up to a multiple.
 
-    Few distinct lengths matter on a CPU: oneDNN compiles and keeps its matrix products for every one of them, which cost
-    about 10 MB a length of SmolLM2-135M and never came back. Its tiles hold 16 rows, so the padding costs little time.
+    Few distinct lengths matter on a CPU: oneDNN compiles its matrix products for every one of them, which takes about 10 MB
+    a length of SmolLM2-135M as long as they are kept. Its tiles hold 16 rows, so the padding costs little time.
 
     Packed examples (those with `position_ids`) get no attention mask: without one, transformers derives from the
     positions, which start again at 0 with each document, a mask that keeps documents apart. Their padding has
