@@ -159,13 +159,13 @@ def parts_of_rows(tensor: Tensor) -> int:
     return math.prod(tensor.device_mesh.size(i) for i, dimension in _cuts(tensor).items() if dimension == 0)
 
 
-def is_cut_by(tensor: Tensor, mesh_dimension: str) -> bool:
-    """Whether the ranks along a dimension of the mesh, such as "tp", have different parts of a tensor."""
+def cut_by(tensor: Tensor) -> set[str | None]:
+    """Dimensions of the mesh along which ranks have different parts of a tensor, by name, such as "tp"; None has no name."""
     if not is_sharded(tensor):
-        return False
+        return set()
     assert isinstance(tensor, DTensor)
-    names = tensor.device_mesh.mesh_dim_names or ()
-    return any(names[i] == mesh_dimension for i in _cuts(tensor) if names)
+    mesh = tensor.device_mesh
+    return {mesh.mesh_dim_names[i] if mesh.mesh_dim_names else None for i in _cuts(tensor) if mesh.size(i) > 1}
 
 
 def local(tensor: Tensor) -> Tensor:

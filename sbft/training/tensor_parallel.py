@@ -10,7 +10,7 @@ from accelerate import ParallelismConfig  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from sbft.optim.sharding import is_cut_by, local
+from sbft.optim.sharding import cut_by, local
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -48,7 +48,7 @@ class TensorParallel(_Base):
         """Trained weights of which all ranks that share the matrices have the same, such as those of norms."""
         if self.get_tp_size() == 1:
             return []
-        return [one for one in self.model.parameters() if one.requires_grad and not is_cut_by(one, "tp")]
+        return [one for one in self.model.parameters() if one.requires_grad and "tp" not in cut_by(one)]
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """As in `Trainer`, but for its hooks: where ranks share the matrices, `_agree_on_replicated` stands for them."""

@@ -20,7 +20,7 @@ from transformers.trainer_utils import has_length
 from sbft.errors import ModelError, TrainingError
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
-from sbft.optim.sharding import is_sharded, parts_of_rows
+from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
@@ -164,7 +164,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         for weight in self._tied_and_sharded():
             parts = parts_of_rows(weight)
             # Tensor parallelism alone cuts it unevenly without harm.
-            if weight.shape[0] % parts and parts != self.get_tp_size():
+            if weight.shape[0] % parts and cut_by(weight) != {"tp"}:
                 raise ModelError(
                     f"The model's input embedding is also its output head, and its {weight.shape[0]} rows do not divide by "
                     f"the {parts} processes it is sharded over. FSDP2 then keeps two copies of it, of which one is not "

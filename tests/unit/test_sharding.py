@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -314,3 +317,30 @@ def test_optimizers_of_whole_matrices_refuse_sharded_ones(kind: type[TokenOptimi
     with pytest.raises(ValueError, match=f"{kind.__name__} works on whole matrices.*140, 130.*one process.*Adafactor"):
         kind(cut)
     kind([{"params": cut, "matrices": False}])
+
+
+def test_a_tensor_is_cut_by_the_dimensions_of_the_mesh_along_which_its_parts_differ() -> None:
+    """In a process of its own, which torch lets pretend to be the first of four."""
+    work = """
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        from sbft.optim.sharding import cut_by, parts_of_rows
+
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+        mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+        nameless = init_device_mesh("cpu", (4,))
+        for over, placements, names, parts in (
+            (mesh, [Replicate(), Shard(0), Shard(0)], {"fsdp", "tp"}, 4),
+            (mesh, [Replicate(), Shard(0), Shard(1)], {"fsdp", "tp"}, 2),
+            (mesh, [Replicate(), Shard(0), Replicate()], {"fsdp"}, 2),
+            (mesh, [Shard(0), Replicate(), Shard(0)], {"tp"}, 2),
+            (nameless, [Shard(0)], {None}, 4),
+        ):
+            tensor = DTensor.from_local(torch.zeros(3, 3), over, placements, run_check=False)
+            assert (cut_by(tensor), parts_of_rows(tensor)) == (names, parts), placements
+        assert (cut_by(torch.zeros(3)), parts_of_rows(torch.zeros(3))) == (set(), 1)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(work)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
