@@ -292,13 +292,14 @@ def _sharding_under_an_adapter(content: dict[str, Any], name: str, method: Metho
             f"is given, but method {name} holds the model in 4 bits, which are not sharded. Leave it out: --num-processes then "
             "replicates the model; or write method: lora.",
         )
-    elif (sizes.get("tp_size") or 1) > 1:
+        return
+    if (sizes.get("tp_size") or 1) > 1:
         yield (
             ("distributed", "tp_size"),
             f"is {sizes['tp_size']}, but method {name} trains an adapter, which lies on whole matrices. Leave it out, and "
             "write fsdp_size to shard the model under the adapter.",
         )
-    elif (content.get("lora") or {}).get("dora"):
+    if (content.get("lora") or {}).get("dora"):
         yield (
             ("lora", "dora"),
             "is true together with distributed, but DoRA goes by the norms of whole matrices. Leave one of them out.",
