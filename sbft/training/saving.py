@@ -91,7 +91,7 @@ class WholeCheckpoints(_Base):
                     remove_leftovers(folder)
         self._wait_for_all()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / written.name))
+            self._together(lambda: self._push_from_checkpoint(str(folder / written.name)))
 
     def _seal(self, written: Path) -> None:
         """Each rank answers for the files that it has written, and the first puts down what all have."""
