@@ -24,14 +24,24 @@ class ReplicatedAdapters(_Base):
     args: Any
     _averaging: Sequence[RemovableHandle] = ()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`; the hooks on the model are taken off however it ends."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._leave_gradients()
+
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
         """As in `Trainer`, but the mean of gradients is a sum that is divided: gloo knows no other."""
-        for handle in self._averaging:
-            handle.remove()
+        self._leave_gradients()
         replicated = [one for one in model.parameters() if one.requires_grad and not is_sharded(one)]
         for parameter in replicated:
             torch.distributed.broadcast(parameter.detach(), src=0)
         self._averaging = [one.register_post_accumulate_grad_hook(self._average) for one in replicated]
+
+    def _leave_gradients(self) -> None:
+        for handle in self._averaging:
+            handle.remove()
 
     def _average(self, parameter: Tensor) -> None:
         """Once the micro-batches of a step have added up."""

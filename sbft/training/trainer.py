@@ -126,11 +126,16 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
                 "distributed.fsdp_size."
             )
         if self.accelerator.num_processes > 1 and self.args.releases_gradients and not self._trains_shards:
-            raise ArgumentError(
-                f"gradient_release=True with {self.accelerator.num_processes} processes would update each replica "
-                "from its own gradient. Shard the model over them with FSDP2 (from_pretrained(..., "
+            way_out = (
+                "The model is sharded, but what is trained lies on every process whole. Set gradient_release=False."
+                if self._is_sharded
+                else "Shard the model over them with FSDP2 (from_pretrained(..., "
                 "distributed_config=DistributedConfig(fsdp_size=N)); in a recipe distributed.fsdp_size), run one process, "
                 "or set gradient_release=False."
+            )
+            raise ArgumentError(
+                f"gradient_release=True with {self.accelerator.num_processes} processes would update each replica "
+                f"from its own gradient. {way_out}"
             )
 
         if self.args.batch_schedule is not None:

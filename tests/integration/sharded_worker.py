@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -29,7 +30,7 @@ from sbft.errors import DiskError, ModelError
 from sbft.models import load_model
 from sbft.optim import SGD
 from sbft.optim.sharding import is_sharded, whole
-from sbft.training.arguments import SmallBatchTrainingArguments
+from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 from tests.unit.test_saving import SmallFiles
@@ -117,13 +118,13 @@ def train(
         "max_steps": STEPS,
         "learning_rate": 1e-2 if case.optimizer == "adafactor" else 0.1,
         "save_strategy": "no",
+        "gradient_release": case.release,
     }
     arguments = SmallBatchTrainingArguments(
         output_dir=str(folder / out),
         per_device_train_batch_size=BATCH // (processes // tp) // others.get("gradient_accumulation_steps", 1),
         use_cpu=True,
         token_optimizer=case.optimizer,
-        gradient_release=case.release,
         stochastic_rounding=False,
         cast_weights=False,
         report_to="none",
@@ -167,6 +168,7 @@ def train(
         "logits_free": trainer._head is not None,
         "tokens": trainer.tokens_seen,
         "skipped": trainer.skipped_steps,
+        "hooks": sum(len(one._post_accumulate_grad_hooks or ()) for one in model.parameters() if one.requires_grad),
         "losses": [float(entry["loss"]) for entry in logged],
         "norms": [float(entry["grad_norm"]) for entry in logged],
         "weights": {
@@ -230,6 +232,36 @@ def pushed(folder: Path, processes: int) -> None:
         )  # fmt: skip
 
 
+def full_at_a_push(folder: Path, processes: int) -> None:
+    """Train with a push for which there is no room, which the first process alone finds out."""
+    no_room = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        with (
+            patch("transformers.trainer.hf_api", lambda: Hub(folder / "hub")),
+            patch("sbft.training.sharded.write_shards", side_effect=no_room),
+        ):
+            train(
+                CHOSEN,
+                folder,
+                processes,
+                out="full at a push",
+                push_to_hub=True,
+                hub_model_id="someone/model",
+                **SAVING,
+            )
+    except DiskError as error:
+        (folder / f"full at a push-{torch.distributed.get_rank()}.txt").write_text(str(error))
+
+
+def refusal_of_release(folder: Path, processes: int) -> str:
+    """What is said of an adapter on a sharded model whose gradients are to be released."""
+    try:
+        train("an adapter", folder, processes, gradient_release=True)
+    except ArgumentError as error:
+        return str(error)
+    return ""
+
+
 def refusal_of_a_plan(folder: Path, processes: int) -> str:
     """What is said of tensor parallelism where transformers does not know how to cut the model."""
     tiny_model("gpt2", hidden=128).save_pretrained(folder / f"gpt2 of {os.environ['RANK']}")
@@ -291,6 +323,8 @@ def in_two(folder: Path) -> dict[str, Any]:
         if torch.distributed.get_rank() > 0:
             torch.save(results[name]["weights"], folder / f"{name} of the last rank.pt")
     pushed(folder, processes)
+    full_at_a_push(folder, processes)
+    results["adapter released"] = refusal_of_release(folder, processes)
     results["no plan"] = refusal_of_a_plan(folder, processes)
     results["replicas"] = train("gradients kept", folder, processes, sharded=False, gradient_accumulation_steps=2)
     results["spoiled"] = train(RESUMED, folder, processes, out="spoiled", spoiled=True, **SAVING)

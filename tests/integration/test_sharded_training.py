@@ -166,9 +166,16 @@ def test_an_adapter_on_a_sharded_model_ends_as_on_a_whole_one(models: Path, in_t
     assert_same(in_two["adapter accumulated"]["weights"], alone["weights"], 1e-5)
     for name in ("adapter", "adapter resumed", "adapter accumulated"):
         assert_same(torch.load(models / f"{name} of the last rank.pt"), in_two[name]["weights"])
+        assert in_two[name]["hooks"] == 0
     half = models / "adapter" / "checkpoint-2"
     assert (half / "adapter_model.safetensors").is_file() and not [*half.glob("shard-*"), *half.glob("model*")]
     assert_same(sharded_worker.train("an adapter", models, 1, resume=half)["weights"], alone["weights"], 1e-5)
+
+
+def test_gradients_of_an_adapter_that_all_processes_have_are_not_released(in_two: dict[str, Any]) -> None:
+    said = in_two["adapter released"]
+    assert "2 processes would update each replica from its own gradient" in said
+    assert said.endswith("what is trained lies on every process whole. Set gradient_release=False.")
 
 
 def test_a_loss_that_is_nan_on_one_process_is_left_out_by_all(models: Path, in_two: dict[str, Any]) -> None:
@@ -297,6 +304,13 @@ def test_a_disk_that_is_full_for_one_process_is_said_by_all(models: Path, in_two
         )
     assert {path.name for path in (models / "full").iterdir()} == {"checkpoint-2", "latest"}
     assert damage(models / "full" / "checkpoint-2") is None
+
+
+def test_that_there_is_no_room_for_a_push_is_said_by_all(models: Path, in_two: dict[str, Any]) -> None:
+    for rank in range(2):
+        said = (models / f"full at a push-{rank}.txt").read_text()
+        assert said.startswith("The trained model could not be written") and "no space is left there" in said
+    assert damage(models / "full at a push" / "checkpoint-2") is None
 
 
 @pytest.mark.parametrize(("processes", "rows"), [(2, 513), pytest.param(4, 514, marks=pytest.mark.long)])
@@ -428,6 +442,10 @@ def test_as_many_processes_are_needed_as_the_model_is_sharded_over(recipe: Path,
         ),
         (["method=lora", "distributed.tp_size=2"], "tp_size is 2, but method lora trains an adapter.* write fsdp_size"),
         (["method=lora", "distributed.fsdp_size=2", "lora.dora=true"], "DoRA goes by the norms of whole matrices"),
+        (
+            ["method=lora", "distributed.tp_size=2", "lora.dora=true"],
+            r"(?s)tp_size is 2, but method lora.*DoRA goes by the norms",
+        ),
     ],
 )
 def test_adapters_that_need_a_whole_model_are_refused(overrides: list[str], said: str) -> None:
