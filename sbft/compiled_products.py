@@ -1,7 +1,7 @@
 """The matrix products that oneDNN compiles on a CPU, and how many of them a process keeps.
 
 Torch multiplies bfloat16 matrices on a CPU by oneDNN, which compiles each product for its shapes, the number of rows among
-them: every further length of examples takes some twenty products more, of a millisecond or a few each. Two caches keep
+them: every further length of examples takes some fifteen products more, of a millisecond or a few each. Two caches keep
 what was compiled, torch's for descriptions and oneDNN's for code, and each holds 1,024 before it forgets any: 0.8 GiB, more
 than all that a model of 135 million weights takes in training at batch size 1.
 """
@@ -17,7 +17,7 @@ import torch
 from sbft.memory_pool import pool_bytes
 
 MOST_KEPT = 128
-"""Of each cache, here: the products of six lengths or so. What it saves and costs: benchmarks/README.md."""
+"""Of each cache, here: the products of eight lengths or so. What it saves and costs: benchmarks/README.md."""
 BYTES_EACH = round(0.8 * (1 << 20))
 """Measured, resident, of 49 row counts of each of 18 products between 576 x 192 and 512 x 1792 in forward and backward: 0.68 to
 1.07 MiB."""

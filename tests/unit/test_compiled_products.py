@@ -83,5 +83,5 @@ def test_no_more_are_counted_than_the_environment_lets_stay(monkeypatch: pytest.
     assert products_bytes(3) == 3 * BYTES_EACH and products_bytes(10_000) == MOST_KEPT * BYTES_EACH
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1000")
     assert products_bytes(10_000) == 1000 * BYTES_EACH
-    monkeypatch.setenv("LRU_CACHE_CAPACITY", "many")  # as oneDNN reads it: not at all
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "many")  # no number
     assert products_bytes(10_000) == 1000 * BYTES_EACH
