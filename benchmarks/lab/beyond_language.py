@@ -62,9 +62,9 @@ ROWS = [
     Row("adam", REFERENCE_BATCH, "half-life", _grid(3e-4)),
     Row("adam", 1, "half-life", _grid(3e-5)),
     Row("adam", 1, "decay", _grid(3e-5)),
-    Row("adafactor", REFERENCE_BATCH, "half-life", _grid(1e-3)),
-    Row("adafactor", 1, "half-life", _grid(1e-4)),
-    Row("adafactor", 1, "decay", _grid(1e-4)),
+    Row("adafactor", REFERENCE_BATCH, "half-life", _grid(1e-2)),
+    Row("adafactor", 1, "half-life", _grid(1e-3)),
+    Row("adafactor", 1, "decay", _grid(1e-3)),
     Row("sgd", REFERENCE_BATCH, "none", _grid(3e-2)),
     Row("sgd", 1, "none", _grid(1e-3)),
 ]
