@@ -55,8 +55,8 @@ class TracedStep:
     heap_bytes: int | None
     """On a CPU the most that the heap has resident beside the model."""
     products: int
-    """Products of bfloat16 matrices whose shapes go by the batch's length, each shape counted once; those of all layers where
-    all are traced, and as many where layers are alike."""
+    """On a CPU the products of bfloat16 matrices whose shapes go by the batch's length, each shape counted once; those of all
+    layers where all are traced, and as many where layers are alike."""
     head_products: int
     """The same of those that go by the number of labels."""
 

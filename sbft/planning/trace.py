@@ -47,7 +47,7 @@ class AllocationTrace(TorchDispatchMode):
 
     Attributes:
         phase: what the code is in now; set from outside.
-        products: shapes of the products of bfloat16 matrices so far, each once, and the name of the phase that had it first.
+        products: on a CPU the shapes of products of bfloat16 matrices so far, each once, and the name of its first phase.
         answer: what every number is.
         heap: that of a CPU: it holds what was made after the phase "build".
     """
@@ -70,12 +70,13 @@ class AllocationTrace(TorchDispatchMode):
         """Called by torch for every operation."""
         if function is _aten._local_scalar_dense.default:
             return self.answer
-        if function in _FIRST_FACTOR:
-            first = _FIRST_FACTOR[function]
-            self._note_product(*args[first : first + 2])
         grouped = function is _aten._grouped_mm.default
-        if grouped:
-            self._note_grouped_product(*args[:2])
+        if self.heap is not None:  # nobody asks for those of a GPU
+            if function in _FIRST_FACTOR:
+                first = _FIRST_FACTOR[function]
+                self._note_product(*args[first : first + 2])
+            elif grouped:
+                self._note_grouped_product(*args[:2])
         # Its rule for the meta device knows bfloat16 alone, its kernels more.
         run = _grouped_product if grouped else recalled(function)
         result = run(*args, **(kwargs or {}))
@@ -144,10 +145,10 @@ class AllocationTrace(TorchDispatchMode):
 
     def _note_grouped_product(self, left: Tensor, right: Tensor) -> None:
         """Of each group the router says how many rows it has: any number, another one in each step."""
-        if left.dtype == torch.bfloat16:
-            rows = left.shape[-1 if left.dim() == right.dim() else 0]
-            for count in range(1, rows + 1):
-                self.products.setdefault(("grouped", count, left.shape, right.shape, right.stride()), self.phase[0])
+        rows = left.shape[-1 if left.dim() == right.dim() else 0]
+        shapes = (left.shape, right.shape, right.stride())
+        if left.dtype == torch.bfloat16 and (*shapes, rows) not in self.products:  # else another layer had them
+            self.products.update({(*shapes, count): self.phase[0] for count in range(1, rows + 1)})
 
     def _write_down(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
