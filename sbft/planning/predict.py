@@ -194,9 +194,7 @@ def _by_end(phases: dict[Phase, Counter[str]], layers: int, ends: int) -> dict[P
 
 
 def _shape(recipe: Recipe, longest: int, padded: bool | None, labelled: int | None) -> StepShape:
-    size = int(recipe.training["per_device_train_batch_size"])
-    if recipe.batch_schedule is not None:
-        size = recipe.batch_schedule.largest
+    size = recipe.largest_batch
     packed = recipe.data.packing
     multiple = 1 if packed else Collator.pad_to_multiple_of
     tokens = -(-longest // multiple) * multiple

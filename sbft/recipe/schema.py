@@ -230,6 +230,13 @@ class Recipe(_Section):
     allow_pickle: bool = False
     """Read weights that are stored as a pickle (pytorch_model.bin, adapter_model.bin) where there are no safetensors."""
 
+    @property
+    def largest_batch(self) -> int:
+        """Examples of the largest forward pass, on one process; of a resolved recipe."""
+        if self.batch_schedule is not None:
+            return self.batch_schedule.largest
+        return int(self.training["per_device_train_batch_size"])
+
     def readers(self, processes: int) -> int:
         """How many of some processes have data of their own; those that share every matrix (`tp_size`) have the same."""
         shared_by = 1 if self.distributed is None else self.distributed.tp_size or 1

@@ -400,14 +400,16 @@ def test_the_sizes_of_rows(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "batch_size", "padded"),
-    [((32, 32), 1, False), ((32, 16), 1, False), ((32, 31), 1, True), ((31, 31), 1, True), ((32, 32), 2, False)]
-    + [((32, 16), 2, True)],
+    ("lengths", "batch", "padded"),
+    [((32, 32), "1", False), ((32, 16), "1", False), ((32, 31), "1", True), ((31, 31), "1", True)]
+    + [((32, 32), "2", False), ((32, 16), "2", True), ((32, 16), "doubling", True)],
 )
 def test_the_widest_batch_holds_padding_if_rows_differ_or_do_not_fill_a_width(
-    lengths: tuple[int, ...], batch_size: int, padded: bool, make: Make
+    lengths: tuple[int, ...], batch: str, padded: bool, make: Make
 ) -> None:
-    prepared = prepare(make("method=adam", f"training.per_device_train_batch_size={batch_size}"))
+    schedule = "batch_schedule={doubling_examples: 4, largest: 8}"
+    setting = schedule if batch == "doubling" else f"training.per_device_train_batch_size={batch}"
+    prepared = prepare(make("method=adam", setting))
     rows = Dataset.from_dict({name: [[7] * one for one in lengths] for name in ("input_ids", "labels")})
     assert row_sizes(replace(prepared, examples=rows)).padded is padded
 

@@ -104,9 +104,7 @@ def row_sizes(prepared: Prepared) -> RowSizes:
         counts.update(np.unique(np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64)).tolist())
     widest = max(widths) * multiple
     # Alone in its batch, a row is padded no further than to the multiple.
-    beside = (
-        found if prepared.arguments.per_device_train_batch_size > 1 else {n for n in found if n > widest - multiple}
-    )
+    beside = found if prepared.recipe.largest_batch > 1 else {n for n in found if n > widest - multiple}
     return RowSizes(max(found), min(beside) < widest, max(counts), len(widths), len(counts))
 
 
