@@ -1,9 +1,11 @@
 """The planner's peak memory against the measured one: each row is trained in a process of its own, and predicted.
 
     python benchmarks/memory_prediction.py --json memory_prediction.json [--only smollm2 sbft]
+    python benchmarks/memory_prediction.py --json memory_prediction.json --large --jobs 3   # on a GPU of 80 GB
 
 On a CPU what is compared is the peak of resident memory above what the process held when the loop began, its model loaded;
-on CUDA the peak of allocated memory. With `--again FILE` the measurements of a former run are predicted anew.
+on CUDA the peak of allocated memory. There several rows may be measured at once, since each counts what it allocates itself.
+With `--again FILE` the measurements of a former run are predicted anew.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ STEPS = 4
 STEPS_OF_MANY_LENGTHS = 24
 SHORTEST = 16  # of many lengths
 
-SMOLLM2 = "random:smollm2-135m"
+RANDOM = "random:"
 METHODS = ("sbft", "sgd", "adam", "adam-accum", "adam-batch", "adam8bit", "hf-adafactor", "lora", "qlora")
 _COMMON = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
 # Real architectures, made small; the vocabulary of Gemma 3 stays large beside the rest.
@@ -95,6 +98,18 @@ ROWS = [
     *(Row("smollm2", method, 256, varied=True) for method in ("sbft", "lora", "adam")),
     Row("smollm2", "sbft", 1024, varied=True),
 ]
+# The largest first, so that none of them is left over at the end.
+LARGE_ROWS = [
+    Row("llama-8b", "sbft", 1024),
+    Row("llama-8b", "lora", 1024),
+    Row("llama-8b", "sbft", 1024, True),
+    Row("llama-8b", "sgd", 1024),
+    *(Row(shape, method, 1024) for shape in ("qwen3-4b", "gemma3-4b") for method in ("sbft", "lora")),
+    *(Row("llama-1b", method, 1024) for method in ("sbft", "lora", "adam", "adam-accum", "adam8bit", "hf-adafactor")),
+    *(Row("llama-1b", method, 1024, True) for method in ("sbft", "lora")),
+    Row("llama-1b", "sbft", 4096),
+]
+"""Of billions of weights, for a GPU."""
 
 
 def main() -> None:
@@ -103,10 +118,9 @@ def main() -> None:
         if arguments.again:
             results = json.loads(arguments.again.read_text())
         else:
-            results = []
-            for row in (row for row in ROWS if all(word in row.name.split() for word in arguments.only)):
-                results.append({**asdict(row), **measure(row, Path(folder))})
-                write(arguments.json, results)  # a run that is stopped keeps what it has
+            results = measure_all(arguments, Path(folder))
+        if arguments.measure_only:
+            return
         for result in results:
             result.update(predict(result, Path(folder)))
     write(arguments.json, results)
@@ -116,6 +130,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="rows that hold all of these words")
+    parser.add_argument("--large", action="store_true", help="the rows of billions of weights, for a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="rows to measure at once, on a GPU that has room for them")
+    parser.add_argument("--measure-only", action="store_true", help="leave the predictions to --again")
     parser.add_argument("--again", type=Path, help="predict the rows measured in this file")
     parser.add_argument("--json", type=Path, required=True, help="write measurements and predictions here")
     return parser.parse_args()
@@ -124,6 +141,19 @@ def parse() -> argparse.Namespace:
 def write(path: Path, results: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure_all(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    rows = [row for row in (LARGE_ROWS if arguments.large else ROWS) if all(w in row.name.split() for w in arguments.only)]
+    for shape in {row.shape for row in rows}:
+        model_of(shape, folder)  # two rows that are measured at once would both write it
+    found: dict[int, dict[str, Any]] = {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        waiting = {pool.submit(measure, row, folder): i for i, row in enumerate(rows)}
+        for done in as_completed(waiting):
+            found[waiting[done]] = {**asdict(rows[waiting[done]]), **done.result()}
+            write(arguments.json, [found[i] for i in sorted(found)])  # a run that is stopped keeps what it has
+    return [found[i] for i in sorted(found)]
 
 
 def recipe_of(row: Row, model: str) -> dict[str, Any]:
@@ -152,7 +182,7 @@ def recipe_of(row: Row, model: str) -> dict[str, Any]:
 
 
 def measure(row: Row, folder: Path) -> dict[str, Any]:
-    model = SMOLLM2 if row.shape == "smollm2" else str(checkpoint(row.shape, folder))
+    model = model_of(row.shape, folder)
     name = row.name.replace(" ", "-")
     recipe = folder / f"{name}.yaml"
     recipe.write_text(yaml.safe_dump({**recipe_of(row, model), "output_dir": str(folder / name)}))
@@ -172,6 +202,15 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         "measured_bytes": record["peak_memory_bytes"]
         - (memory["baseline"] if record["memory_kind"] == "resident" else 0),
     }
+
+
+def model_of(shape: str, folder: Path) -> str:
+    """What a recipe calls the model of a shape."""
+    if shape in SHAPES:
+        return str(checkpoint(shape, folder))
+    from sbft.random_models import ARCHITECTURES
+
+    return RANDOM + (shape if shape in ARCHITECTURES else "smollm2-135m")
 
 
 def checkpoint(shape: str, folder: Path) -> Path:
@@ -207,11 +246,13 @@ def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     row = Row(**{name: result[name] for name in Row.__dataclass_fields__})
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**recipe_of(row, SMOLLM2), "output_dir": str(folder / "planned")}))
+    # A checkpoint is not needed for its config.
+    model = RANDOM + "smollm2-135m" if row.shape in SHAPES else model_of(row.shape, folder)
+    path.write_text(yaml.safe_dump({**recipe_of(row, model), "output_dir": str(folder / "planned")}))
     recipe = resolve(load_recipe(path))
     sizes = row_sizes(prepare(recipe))._asdict()
     kind = "cuda" if result["memory_kind"] == "cuda_allocated" else "cpu"
-    config = load_config(SMOLLM2) if row.shape == "smollm2" else config_of(row.shape)
+    config = config_of(row.shape) if row.shape in SHAPES else load_config(model)
     found = predict_recipe(recipe, **sizes, device=kind, config=config)
     predicted = found.above_model_bytes if kind == "cpu" else found.peak_bytes
     return {

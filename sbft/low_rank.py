@@ -261,7 +261,7 @@ def _measure(
     after, before = pair
     # Embeddings are large, so that a difference that need not be whole is not made.
     parts = [pair] if kind.adapted else _in_parts(after, before)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     norm = 0.0
     for one, other in parts:
         difference = one.to(device, torch.float32) - other.to(device, torch.float32)

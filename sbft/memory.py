@@ -138,7 +138,7 @@ def device_name(device: torch.device | str | None = None) -> str:
 
 def type_of(device: torch.device | str | None = None) -> str:
     """The type of a device, of the one that torch trains on here when None: "cuda", "mps", "cpu"."""
-    found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    found = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
     return "cpu" if found is None else found.type
 
 

@@ -114,7 +114,7 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
         use_pool()
         keep_few_products()
     if "bitsandbytes" in method.packages:
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         check_bitsandbytes(f"Method {recipe.method}", device, optimizer=method.quantization is None)
     if is_scratch(recipe.model):
         assert tokenizer is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sbft.memory
-from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes
+from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes, type_of
 from tests.tiny import tiny_model
 
 MIB = 2**20
@@ -78,8 +78,16 @@ def test_device_name_says_something() -> None:
 
 
 def test_what_runs_on_the_cpu_is_measured_there_though_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     assert PeakMemory().kind == "cuda_allocated"
     with PeakMemory("cpu") as peak:
         assert peak.kind == "resident" and peak.peak_bytes > 0
     assert "core" in device_name(torch.device("cpu"))
+
+
+def test_a_torch_built_for_cuda_measures_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_such_a_build(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", of_such_a_build)
+    assert type_of() == "cpu" and PeakMemory().kind == "resident"
