@@ -115,10 +115,8 @@ LARGE_ROWS = [
 def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.again:
-            results = json.loads(arguments.again.read_text())
-        else:
-            results = measure_all(arguments, Path(folder))
+        again = arguments.again
+        results = json.loads(again.read_text()) if again else measure_all(arguments, Path(folder))
         if arguments.measure_only:
             return
         for result in results:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,8 +25,49 @@ KEY = noise_key(1, 2, 3)
 BF16 = torch.bfloat16
 
 
+class Launched(NamedTuple):
+    """What a launch passed to the driver."""
+
+    program: str
+    grid: tuple[int, ...]
+    arguments: list[Any]
+    kinds: list[str]
+    named: dict[int, str]
+
+    def shown(self) -> tuple[Any, ...]:
+        """With the place of each tensor; memory that is taken for an update lies now here, now there."""
+        shown = []
+        for one, kind in zip(self.arguments, self.kinds, strict=True):
+            if kind.startswith("*"):
+                address = one.data_ptr() if isinstance(one, Tensor) else one
+                shown.append(self.named.get(address, "scratch"))
+            elif kind != "constexpr":
+                shown.append(one)
+        return self.program, self.grid, shown
+
+
 class Hopper:
-    """What compilation asks of a driver."""
+    """What compilation and launching ask of a driver."""
+
+    def __init__(self, named: dict[int, str] | None = None) -> None:
+        self.launched: list[Launched] = []
+        self.utils = self
+        self._named = named or {}
+
+    def load_binary(self, name: str, kernel: Any, shared: int, device: int) -> tuple[int, ...]:
+        return 1, 1, 32, 0, 1024
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448}
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        kinds = list(source.signature.values())
+
+        def launch(*passed: Any) -> None:
+            # Behind the grid: the stream, the function, metadata of both, and two hooks.
+            self.launched.append(Launched(source.fn.__name__, passed[:3], list(passed[9:]), kinds, self._named))
+
+        return launch
 
     def get_current_device(self) -> int:
         return 0
@@ -61,38 +104,40 @@ def spills(kernel: Any, tmp_path: Path) -> bool:
     return re.search(r"STACK:(\d+)", usage)[1] != "0"  # type: ignore[index]
 
 
-def adafactor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    weight, grad = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+def adafactor(shape: tuple[int, ...], transposed: bool = False) -> Callable[[], object]:
+    weight = torch.zeros(shape, dtype=BF16)
+    grad = torch.zeros(shape[::-1], dtype=BF16).T if transposed else torch.zeros_like(weight)
     state = [torch.zeros(s) for s in (shape[:-1], shape[:-2] + shape[-1:], ())]
     function = cuda.adafactor_factored
     if len(shape) == 1 or min(shape[-2:]) < 128:
         function, state = cuda.adafactor_full, [torch.zeros(shape), torch.zeros(())]  # type: ignore[assignment]
-    function(
-        weight, grad, *state, None, average_weight=0.1, lr=0.1, relative_step=True, clip_threshold=1.0, eps=1e-30,
-        weight_decay=0.0, key=KEY,
-    )  # fmt: skip
+    settings = {"average_weight": 0.1, "lr": 0.1, "clip_threshold": 1.0, "eps": 1e-30, "weight_decay": 0.0, "key": KEY}
+    return lambda: function(weight, grad, *state, None, relative_step=True, **settings)
 
 
-def others(numel: int, dtype: torch.dtype) -> None:
-    weight, grad, mass = torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype), torch.zeros(())
+def others(numel: int) -> Callable[[], object]:
+    weight, grad, mass = torch.zeros(numel, dtype=BF16), torch.zeros(numel, dtype=BF16), torch.zeros(())
     moments: list[Tensor] = [torch.zeros(numel), torch.zeros(numel)]
-    step = {"lr": 0.1, "weight_decay": 0.0, "key": KEY}
-    cuda.adamw(weight, grad, *moments, mass, mass, first_weight=0.1, second_weight=0.1, eps=1e-8, **step)
-    cuda.sgd(weight, grad, None, None, momentum_weight=1.0, **step)
+    step: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "key": KEY}
+    weights = {"first_weight": 0.1, "second_weight": 0.1, "eps": 1e-8}
+    return lambda: (
+        cuda.adamw(weight, grad, *moments, mass, mass, **weights, **step),
+        cuda.sgd(weight, grad, None, None, momentum_weight=1.0, **step),
+    )
 
 
 CASES = {
-    "matrix": (lambda: adafactor((1024, 2048), BF16), 4),
-    "vector": (lambda: adafactor((4096,), BF16), 1),
-    "long and narrow": (lambda: adafactor((8192, 16), BF16), 3),
-    "AdamW and SGD": (lambda: others(1 << 20, BF16), 3),
+    "matrix": (lambda: adafactor((1024, 2048)), 4),
+    "vector": (lambda: adafactor((4096,)), 1),
+    "long and narrow": (lambda: adafactor((8192, 16)), 3),
+    "AdamW and SGD": (lambda: others(1 << 20), 3),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_path: Path) -> None:
-    update, launches = CASES[case]
-    update()
+    make, launches = CASES[case]
+    make()()
     assert len(compiled) == launches
     for name, kernel in compiled.items():
         ptx = kernel.asm["ptx"]
@@ -104,3 +149,26 @@ def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_pat
         if "atom." in ptx:  # a program arrives after all its threads have stored, and sees what others stored before
             arrival = r"bar\.sync[^\n]*\n(?:(?!bar\.sync|st\.global)[^\n]*\n)*[^\n]*atom\.global\.gpu\.acq_rel"
             assert re.search(arrival, ptx), f"{name} arrives without a barrier"
+
+
+UPDATES = {name: make for name, (make, _) in CASES.items()}
+UPDATES["a gradient that is transposed"] = lambda: adafactor((256, 384), transposed=True)
+
+
+@pytest.mark.parametrize("case", UPDATES)
+def test_launches_that_repeat_pass_what_triton_passed(case: str) -> None:
+    """The first update is launched by Triton, the second directly."""
+    update = UPDATES[case]()
+    given = inspect.getclosurevars(update).nonlocals
+    tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
+    for name, several in given.items():
+        tensors |= {f"{name} {i}": one for i, one in enumerate(several)} if isinstance(several, list) else {}
+    hopper = Hopper({one.data_ptr(): name for name, one in tensors.items()})
+    driver.set_active(hopper)
+    update()
+    first, hopper.launched = hopper.launched, []
+    update()
+    assert first and len(first) == len(hopper.launched)
+    assert any(isinstance(one, Tensor) for one in first[0].arguments)
+    assert not any(isinstance(one, Tensor) for launch in hopper.launched for one in launch.arguments)
+    assert [launch.shown() for launch in first] == [launch.shown() for launch in hopper.launched]

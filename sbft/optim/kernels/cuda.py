@@ -8,6 +8,8 @@ goes to the reference.
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sbft.optim.kernels import cuda_elementwise, cuda_programs, reference
+from sbft.optim.kernels.cuda_launch import Launch
 from sbft.optim.kernels.reference import Key, matrices
 from sbft.optim.sharding import Shard
 from sbft.rounding import signed_32
@@ -68,60 +71,105 @@ def adafactor_factored(
         _keep_pace(shard, found[0], [1, 2] if shard is not None and shard.rows_split else [2])
         return found
     g = matrices(grad)
-    stack, rows, columns = g.shape
-    plan = factored_plan(stack, rows, columns, weight.element_size())
-    offset = 0 if shard is None else shard.offset
-    tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": _index(g, weight, offset), **_OPTIONS}
-    usual = (
-        grad.is_contiguous() and grad.dtype == weight.dtype == torch.bfloat16 and columns % 32 == 0 and shard is None
-    )
-    registers = APPLY_REGISTERS if usual else None
-    with torch.cuda.device_of(weight):
+    launches = factored_launches(
+        g.shape, g.stride(), weight.dtype, g.dtype, grad.is_contiguous(), weight.device,
+        None if shard is None else (shard.offset, float(shard.count), float(shard.shape[0]) if shard.rows_split else None),
+        key is not None, relative_step,
+    )  # fmt: skip
+    plan = launches.plan
+    with _current(weight.device):
         scratch = torch.empty(plan.scratch, dtype=torch.float32, device=weight.device)
         scalars = torch.empty(2, dtype=torch.float32, device=weight.device)
-        cuda_programs.row_and_column_sums[(plan.column_groups, plan.row_groups, stack)](
-            g,
-            scratch,
-            rows,
-            columns,
-            *g.stride(),
-            plan.tiles,
-            plan.column_sums_at,
-            plan.totals_at,
-            TILE_ROWS=SUM_ROWS,
-            **tile,
-        )
-        groups = plan.column_groups * plan.row_groups * stack
+        launches.sums((g, scratch), launches.sums_numbers)
         if shard is not None:
-            column_sums = scratch[plan.column_sums_at :][: plan.row_groups * stack * columns].view(plan.row_groups, -1)
-            totals = scratch[plan.totals_at :][:groups]
-            _sum_over_ranks(shard, *([column_sums] if shard.rows_split else []), totals.view(-1, 1))
-        all_rows = float(shard.shape[0] if shard is not None and shard.rows_split else rows)
-        cuda_programs.update_factors[(plan.row_blocks + plan.column_blocks, stack)](
-            row, column, mass, scratch, scalars, rows, columns, all_rows, float(columns), groups, plan.column_groups,
-            plan.row_groups, plan.row_blocks, plan.column_sums_at, plan.totals_at, plan.row_means_at, average_weight, eps,
-            num_warps=4, num_stages=1, enable_fp_fusion=False,
-        )  # fmt: skip
+            _sum_sums_over_ranks(shard, plan, scratch, *g.shape)
+        launches.factors((row, column, mass, scratch, scalars), (*launches.factors_numbers, average_weight, float(eps)))
         if shard is not None and shard.rows_split:
             _sum_over_ranks(shard, scratch[plan.row_means_at :][: plan.row_blocks].view(-1, 1))
-        apply_grid = (plan.column_groups, plan.apply_groups, stack)
-        cuda_programs.update_square_sums[apply_grid](
-            g, row, scratch, rows, columns, all_rows, *g.stride(), plan.apply_tiles, plan.row_blocks,
-            plan.column_sums_at, plan.row_means_at, plan.squares_at, TILE_ROWS=APPLY_ROWS, **tile,
-        )  # fmt: skip
+        launches.squares((g, row, scratch), launches.squares_numbers)
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
-            cuda_programs.apply_factored[apply_grid](
-                weight, g, mass, square_sum, scratch, results, rows, columns, *g.stride(), plan.apply_tiles,
-                plan.column_groups * plan.apply_groups * stack, int(measure), plan.column_sums_at, plan.totals_at,
-                plan.squares_at, plan.weight_squares_at, _count(weight, shard), average_weight, lr,
-                1.0 - lr * weight_decay, clip_threshold, *_words(key), offset, STOCHASTIC=key is not None,
-                RELATIVE=relative_step, SHARDED=shard is not None, ALIGNED=columns % 32 == offset % 32 == 0,
-                TILE_ROWS=APPLY_ROWS, maxnreg=registers, **tile,
-            )  # fmt: skip
+            numbers = launches.measure_numbers if measure else launches.apply_numbers
+            shrink, clip = 1.0 - lr * weight_decay, float(clip_threshold)
+            settings = average_weight, lr, shrink, clip, *_words(key), _offset(shard)
+            launches.apply((weight, g, mass, square_sum, scratch, results), (*numbers, *settings))
 
-        squares = scratch[plan.squares_at :][: plan.column_groups * plan.apply_groups * stack]
+        squares = None if shard is None else scratch[plan.squares_at :][: launches.applying]
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
+
+
+class _FactoredLaunches:
+    """What updates of weights of one shape have in common: their launches, and the numbers that these are always given."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        strides: tuple[int, ...],
+        weight_dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        contiguous: bool,
+        shard: tuple[int, float, float | None] | None,
+        stochastic: bool,
+        relative: bool,
+    ) -> None:
+        stack, rows, columns = shape
+        self.plan = plan = factored_plan(*shape, weight_dtype.itemsize)
+        offset, count, all_rows = (0, float(stack * rows * columns), None) if shard is None else shard
+        all_rows = float(rows) if all_rows is None else all_rows
+        index = _index(shape, strides, offset)
+        summing = (plan.column_groups, plan.row_groups, stack)
+        applying = (plan.column_groups, plan.apply_groups, stack)
+        self.applying = math.prod(applying)
+        tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": index}
+        usual = contiguous and grad_dtype == weight_dtype == torch.bfloat16 and columns % 32 == 0 and shard is None
+        kinds = {
+            "STOCHASTIC": stochastic, "RELATIVE": relative, "SHARDED": shard is not None,
+            "ALIGNED": columns % 32 == offset % 32 == 0,
+        }  # fmt: skip
+        self.sums = Launch(cuda_programs.row_and_column_sums, summing, {"TILE_ROWS": SUM_ROWS, **tile}, _OPTIONS)
+        self.factors = Launch(
+            cuda_programs.update_factors, (plan.row_blocks + plan.column_blocks, stack, 1), {}, {**_OPTIONS, "num_warps": 4}
+        )
+        self.squares = Launch(cuda_programs.update_square_sums, applying, {"TILE_ROWS": APPLY_ROWS, **tile}, _OPTIONS)
+        self.apply = Launch(
+            cuda_programs.apply_factored,
+            applying,
+            {**kinds, "TILE_ROWS": APPLY_ROWS, **tile},
+            {**_OPTIONS, "maxnreg": APPLY_REGISTERS if usual else None},
+        )
+        self.sums_numbers = (rows, columns, *strides, plan.tiles, plan.column_sums_at, plan.totals_at)
+        self.factors_numbers = (
+            rows, columns, all_rows, float(columns), math.prod(summing), plan.column_groups, plan.row_groups,
+            plan.row_blocks, plan.column_sums_at, plan.totals_at, plan.row_means_at,
+        )  # fmt: skip
+        self.squares_numbers = (
+            rows, columns, all_rows, *strides, plan.apply_tiles, plan.row_blocks, plan.column_sums_at, plan.row_means_at,
+            plan.squares_at,
+        )  # fmt: skip
+        self.apply_numbers, self.measure_numbers = (
+            (
+                rows, columns, *strides, plan.apply_tiles, self.applying, measure, plan.column_sums_at, plan.totals_at,
+                plan.squares_at, plan.weight_squares_at, count,
+            )
+            for measure in (0, 1)
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def factored_launches(
+    shape: tuple[int, int, int],
+    strides: tuple[int, ...],
+    weight_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    contiguous: bool,
+    device: torch.device,
+    shard: tuple[int, float, float | None] | None,
+    stochastic: bool,
+    relative: bool,
+) -> _FactoredLaunches:
+    """The launches of a kind of weight on a device, to which compiled programs belong; of a shard, its offset, the elements of
+    the whole weight, and its rows where ranks share them."""
+    return _FactoredLaunches(shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative)
 
 
 def adafactor_full(
@@ -149,26 +197,28 @@ def adafactor_full(
         )  # fmt: skip
         _keep_pace(shard, found[0], [2])
         return found
-    line = Line(weight, grad, shard)
+    line = _line(weight, grad, shard, cuda_elementwise.apply_full, STOCHASTIC=key is not None, RELATIVE=relative_step)
+    g = matrices(grad)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
-    with torch.cuda.device_of(weight):
-        scratch, scalars = line.allocate(3)
+    with _current(weight.device):
+        scratch, scalars = line.allocate(3, weight.device)
         if not line.alone:
-            line.sum_squares(scratch)
-            cuda_elementwise.update_full_moment[(line.programs,)](
-                line.grad, second_moment, mass, scratch, scalars, *line.sizes, line.blocks, line.programs, squares_at,
-                average_weight, eps, **line.options,
-            )  # fmt: skip
+            line.sum_squares(g, scratch, shard)
+            numbers = (*line.numbers, line.programs, squares_at, average_weight, float(eps))
+            line.moment((g, second_moment, mass, scratch, scalars), numbers)
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
-            cuda_elementwise.apply_full[(line.programs,)](
-                weight, line.grad, second_moment, mass, square_sum, scratch, results, *line.sizes, line.blocks,
-                line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard), average_weight, eps, lr,
-                1.0 - lr * weight_decay, clip_threshold, *_words(key), line.offset, ALONE=line.alone,
-                STOCHASTIC=key is not None, RELATIVE=relative_step, ALIGNED=line.aligned, **line.options,
+            tensors = weight, g, second_moment, mass, square_sum, scratch, results
+            line.apply(
+                tensors,
+                (
+                    *line.numbers, line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard),
+                    average_weight, float(eps), lr, 1.0 - lr * weight_decay, float(clip_threshold), *_words(key),
+                    _offset(shard),
+                ),
             )  # fmt: skip
 
-        squares = scratch[squares_at:][: line.programs]
+        squares = None if shard is None else scratch[squares_at:][: line.programs]
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
 
 
@@ -177,13 +227,13 @@ def _measure_and_apply(
     scalars: Tensor,
     weight_square_sum: Tensor | None,
     relative_step: bool,
-    squares: Tensor,
+    squares: Tensor | None,
     shard: Shard | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the last launch; before it, if the weight's sum of squares is needed and unknown, the same launch to measure it.
 
     The same program adds in the same order, so a resumed run continues with the bits that were carried before. `squares` are
-    the partial sums of the squared update.
+    the partial sums of the squared update of a shard.
     """
     if relative_step and weight_square_sum is None:
         measured = torch.empty_like(scalars)
@@ -191,6 +241,7 @@ def _measure_and_apply(
         weight_square_sum = measured[1]
     of_all = weight_square_sum if relative_step else scalars
     if shard is not None:
+        assert squares is not None
         known = torch.zeros_like(squares[0]) if weight_square_sum is None else weight_square_sum
         update, of_all = shard.sum(squares.sum(), known)
         squares.zero_()
@@ -198,6 +249,13 @@ def _measure_and_apply(
     apply(of_all, scalars, False)
     grad_square_sum, new_square_sum = scalars.unbind()
     return grad_square_sum, new_square_sum if relative_step else weight_square_sum
+
+
+def _sum_sums_over_ranks(shard: Shard, plan: FactoredPlan, scratch: Tensor, stack: int, rows: int, columns: int) -> None:
+    """Of the partial sums of a squared gradient: in all, and by column where ranks share the rows."""
+    totals = scratch[plan.totals_at :][: plan.column_groups * plan.row_groups * stack].view(-1, 1)
+    by_column = scratch[plan.column_sums_at :][: plan.row_groups * stack * columns].view(plan.row_groups, -1)
+    _sum_over_ranks(shard, *([by_column] if shard.rows_split else []), totals)
 
 
 def _sum_over_ranks(shard: Shard, *partial: Tensor) -> None:
@@ -253,17 +311,18 @@ def adamw(
             weight, grad, first_moment, second_moment, first_mass, second_mass, first_weight=first_weight,
             second_weight=second_weight, lr=lr, eps=eps, weight_decay=weight_decay, key=key, shard=shard,
         )  # fmt: skip
-    line = Line(weight, grad, shard)
-    with torch.cuda.device_of(weight):
-        scratch, scalars = line.allocate(1)
+    first = first_moment is not None
+    line = _line(weight, grad, shard, cuda_elementwise.apply_adamw, STOCHASTIC=key is not None, FIRST_MOMENT=first)
+    g = matrices(grad)
+    with _current(weight.device):
+        scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
-            line.sum_squares(scratch)
-        cuda_elementwise.apply_adamw[(line.programs,)](
-            weight, line.grad, second_moment if first_moment is None else first_moment, second_moment, first_mass,
-            second_mass, scratch, scalars, *line.sizes, line.blocks, line.programs, first_weight, second_weight, lr,
-            1.0 - lr * weight_decay, eps, *_words(key), line.offset, FIRST_MOMENT=first_moment is not None,
-            ALONE=line.alone, STOCHASTIC=key is not None, ALIGNED=line.aligned, **line.options,
-        )  # fmt: skip
+            line.sum_squares(g, scratch, shard)
+        moments = second_moment if first_moment is None else first_moment, second_moment
+        settings = first_weight, second_weight, lr, 1.0 - lr * weight_decay, float(eps), *_words(key), _offset(shard)
+        line.apply(
+            (weight, g, *moments, first_mass, second_mass, scratch, scalars), (*line.numbers, line.programs, *settings)
+        )
     return scalars[0]
 
 
@@ -285,17 +344,15 @@ def sgd(
             weight, grad, momentum, mass, momentum_weight=momentum_weight, lr=lr, weight_decay=weight_decay, key=key,
             shard=shard,
         )  # fmt: skip
-    line = Line(weight, grad, shard)
-    with torch.cuda.device_of(weight):
-        scratch, scalars = line.allocate(1)
+    line = _line(weight, grad, shard, cuda_elementwise.apply_sgd, STOCHASTIC=key is not None, MOMENTUM=momentum is not None)
+    g = matrices(grad)
+    with _current(weight.device):
+        scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
-            line.sum_squares(scratch)
-        cuda_elementwise.apply_sgd[(line.programs,)](
-            weight, line.grad, scalars if momentum is None else momentum, scalars if mass is None else mass, scratch,
-            scalars, *line.sizes, line.blocks, line.programs, momentum_weight, lr, 1.0 - lr * weight_decay, *_words(key),
-            line.offset, MOMENTUM=momentum is not None, ALONE=line.alone, STOCHASTIC=key is not None,
-            ALIGNED=line.aligned, **line.options,
-        )  # fmt: skip
+            line.sum_squares(g, scratch, shard)
+        average = scalars if momentum is None else momentum, scalars if mass is None else mass
+        settings = momentum_weight, lr, 1.0 - lr * weight_decay, *_words(key), _offset(shard)
+        line.apply((weight, g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
     return scalars[0]
 
 
@@ -349,47 +406,95 @@ def _cut(tiles: int, most_groups: int) -> tuple[int, int]:
     return size, triton.cdiv(tiles, size)
 
 
-class Line:
-    """A weight as a line of elements: its gradient's sizes and strides, and how many programs share it."""
+class LineLaunches:
+    """What updates of weights of one size, each a line of elements, have in common: launches, and numbers always given.
 
-    def __init__(self, weight: Tensor, grad: Tensor, shard: Shard | None = None) -> None:
-        self.grad = matrices(grad)
-        self.shard = shard
-        self.offset = 0 if shard is None else shard.offset
-        self.aligned = self.offset % 32 == 0
-        contiguous = grad.is_contiguous()
+    Args:
+        shape: of the gradient, a stack of matrices.
+        strides: of a gradient that is not contiguous.
+        offset: global index of the first element; None but of a shard.
+        program: the one that applies the update.
+        kinds: compile-time arguments of its own.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        strides: tuple[int, ...] | None,
+        offset: int | None,
+        program: Any,
+        kinds: dict[str, bool],
+    ) -> None:
         # A contiguous gradient needs no shape: equal arguments spare a compilation per shape.
-        shape = (16, 16, 16, 16, 16) if contiguous else (*self.grad.shape[1:], *self.grad.stride())
-        self.sizes = (weight.numel(), *shape)
-        blocks = triton.cdiv(weight.numel(), BLOCK)
-        self.alone = blocks <= ALONE_BLOCKS and shard is None
+        size, sizes = math.prod(shape), (16, 16, 16, 16, 16) if strides is None else (*shape[1:], *strides)
+        blocks = triton.cdiv(size, BLOCK)
+        self.alone = blocks <= ALONE_BLOCKS and offset is None
         self.blocks = blocks if self.alone else triton.cdiv(blocks, MAX_PROGRAMS)
         self.programs = triton.cdiv(blocks, self.blocks)
         self.section = _padded(self.programs)
-        self.index = {"STRIDED": not contiguous, "BLOCK": BLOCK, "INDEX": _index(self.grad, weight, self.offset)}
-        self.options = {**self.index, **_OPTIONS}
+        self.numbers = (size, *sizes, self.blocks)
+        index = _index(shape, (1, 1, 1) if strides is None else strides, offset or 0)
+        line = {"STRIDED": strides is not None, "BLOCK": BLOCK, "INDEX": index}
+        grid = (self.programs, 1, 1)
+        self._sums = Launch(cuda_elementwise.grad_square_sums, grid, line, _OPTIONS)
+        self.moment = Launch(cuda_elementwise.update_full_moment, grid, line, _OPTIONS)
+        kinds = {**kinds, "ALONE": self.alone, "ALIGNED": (offset or 0) % 32 == 0}
+        self.apply = Launch(program, grid, {**kinds, **line}, _OPTIONS)
 
-    def allocate(self, sections: int) -> tuple[Tensor, Tensor]:
+    def allocate(self, sections: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Memory for the count of arrivals and `sections` partial sums per program, and for two results."""
-        device = self.grad.device
         scalars = torch.empty(2, dtype=torch.float32, device=device)
         if self.alone:
             return scalars, scalars
         return torch.empty(16 + sections * self.section, dtype=torch.float32, device=device), scalars
 
-    def sum_squares(self, scratch: Tensor) -> None:
+    def sum_squares(self, grad: Tensor, scratch: Tensor, shard: Shard | None) -> None:
         """Launch the sums of the squared gradient."""
-        cuda_elementwise.grad_square_sums[(self.programs,)](
-            self.grad, scratch, *self.sizes, self.blocks, **self.options
-        )
-        if self.shard is not None:
-            _sum_over_ranks(self.shard, scratch[16:][: self.programs].view(-1, 1))
+        self._sums((grad, scratch), self.numbers)
+        if shard is not None:
+            _sum_over_ranks(shard, scratch[16:][: self.programs].view(-1, 1))
 
 
-def _index(grad: Tensor, weight: Tensor, offset: int) -> Any:
-    """Type that holds every offset into the two, with room for the masked end of the last group."""
-    reach = sum((size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True))
-    return tl.int32 if max(reach, offset + weight.numel()) < 1 << 30 else tl.int64
+@lru_cache(maxsize=4096)
+def line_launches(
+    shape: tuple[int, int, int],
+    strides: tuple[int, ...] | None,
+    weight_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    offset: int | None,
+    program: Any,
+    *kinds: tuple[str, bool],
+) -> LineLaunches:
+    """The launches of a kind of weight on a device, to which compiled programs belong."""
+    return LineLaunches(shape, strides, offset, program, dict(kinds))
+
+
+def _line(weight: Tensor, grad: Tensor, shard: Shard | None, program: Any, **kinds: bool) -> LineLaunches:
+    g = matrices(grad)
+    return line_launches(
+        g.shape, None if grad.is_contiguous() else g.stride(), weight.dtype, grad.dtype, weight.device,
+        None if shard is None else shard.offset, program, *kinds.items(),
+    )  # fmt: skip
+
+
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on this device; to enter the current one once more costs as much as a launch."""
+    here = device.index is None or device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(device)
+
+
+def _offset(shard: Shard | None) -> int:
+    return 0 if shard is None else shard.offset
+
+
+def _index(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
+    """Type that holds every offset into a weight and its gradient, with room for the masked end of the last group."""
+    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return tl.int32 if max(reach, offset + math.prod(shape)) < 1 << 30 else tl.int64
 
 
 def _padded(count: int) -> int:
