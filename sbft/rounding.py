@@ -9,9 +9,15 @@ sharding and the device cannot change them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Key = tuple[int, int] | tuple[Tensor, Tensor]
+"""Two words, of 32 bits without a sign; in tensors, int32 of shape () with their bits."""
 
 _MASK_64 = (1 << 64) - 1
 _MULTIPLIER_1 = 0x7FEB352D
@@ -42,12 +48,28 @@ def noise_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
     return key & 0xFFFFFFFF, key >> 32
 
 
-def signed_32(word: int) -> int:
-    """The int32 that has the bits of an unsigned 32-bit `word`, as torch and Triton want it."""
+def noise_keys(seed: int, step: int, parameters: int) -> NDArray[np.int32]:
+    """`noise_key` of the first `parameters` parameters, their words as int32 of shape (parameters, 2)."""
+    start = np.uint64(_mix_64(_mix_64(seed & _MASK_64) ^ (step & _MASK_64)))
+    x = (np.arange(parameters, dtype=np.uint64) ^ start) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return np.stack((x, x >> np.uint64(32)), axis=1).astype(np.uint32).view(np.int32)
+
+
+@overload
+def signed_32(word: int) -> int: ...
+@overload
+def signed_32(word: Tensor) -> Tensor: ...
+def signed_32(word: int | Tensor) -> int | Tensor:
+    """The int32 that has the bits of an unsigned 32-bit `word`, as torch and Triton want it; a tensor is one already."""
+    if isinstance(word, Tensor):
+        return word
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def noise_from_key(key: tuple[int, int], count: int, offset: int = 0, device: torch.device | None = None) -> Tensor:
+def noise_from_key(key: Key, count: int, offset: int = 0, device: torch.device | None = None) -> Tensor:
     """Noise of `count` consecutive elements from global element index `offset` on; int32 of shape (count,) in [0, 65535].
 
     One 32-bit hash serves two elements, 16 apart, so that 16-lane vector units need no shuffles: element `i` takes counter
@@ -64,13 +86,13 @@ def noise_from_key(key: tuple[int, int], count: int, offset: int = 0, device: to
     return pairs[start : start + count]
 
 
-def noise_at(key: tuple[int, int], index: Tensor) -> Tensor:
+def noise_at(key: Key, index: Tensor) -> Tensor:
     """Noise of the elements with these global indices (int64), as `noise_from_key` has it; int32 of the same shape."""
     x = _hash((index >> 5) * 16 + (index & 15), key)
     return torch.where((index & 16) == 0, x & 0xFFFF, (x >> 16) & 0xFFFF)
 
 
-def _hash(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def _hash(counter: Tensor, key: Key) -> Tensor:
     """32-bit hashes of counters, int32, or int64 where one may reach 2^31; the counters are changed if they are int32."""
     high: Tensor | int = 0
     x = counter

@@ -99,6 +99,9 @@ class Adafactor(TokenOptimizer):
         if not (isinstance(smallest, int) and smallest >= 1):
             raise ValueError(f"min_dim_size_to_factor must be an integer of at least 1, got {smallest!r}")
 
+    def _follows_steps(self, group: dict[str, Any]) -> bool:
+        return bool(group["schedule"] == "power")
+
     def _second_moment_weight(self, group: dict[str, Any]) -> float:
         if group["schedule"] == "half_life":
             return self._average_weight(group, SECOND_MOMENT)
@@ -120,7 +123,7 @@ class Adafactor(TokenOptimizer):
         version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
         settings = {
             "average_weight": self._second_moment_weight(group),
-            "lr": float(group["lr"]),
+            "lr": self._rate(group),
             "relative_step": group["relative_step"],
             "clip_threshold": group["clip_threshold"],
             "eps": group["eps"],
@@ -130,6 +133,8 @@ class Adafactor(TokenOptimizer):
         }
         known = square_sum if version == (param.data_ptr(), param._version) else None
         grad_square_sum, square_sum = update_with_factored_moment(param, grad, state, known, **settings)
+        if self._captured and isinstance(known, Tensor):
+            square_sum = known.copy_(square_sum)  # a captured update looks for it there
         self._weight_square_sums[param] = ((param.data_ptr(), param._version), square_sum)
         return grad_square_sum
 

@@ -90,7 +90,7 @@ class AdamW(TokenOptimizer):
             state,
             first_weight=self._average_weight(group, FIRST_MOMENT),
             second_weight=self._average_weight(group, SECOND_MOMENT),
-            lr=float(group["lr"]),
+            lr=self._rate(group),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             key=key,

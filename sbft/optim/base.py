@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from sbft.optim.release import GradientRelease
 from sbft.optim.sharding import Shard, cut_like, in_order_of, local, shard_of, whole
 from sbft.rounding import noise_key
 from sbft.tokens import FINE_TUNING_HALF_LIFE, debias
+
+if TYPE_CHECKING:
+    from sbft.optim.capture import DeviceNumbers
 
 _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -62,6 +65,9 @@ class TokenOptimizer(torch.optim.Optimizer):
     _grad_norm: Tensor | None
     _nonfinite: int | Tensor
     _release: GradientRelease | None
+    _numbers: DeviceNumbers | None  # what updates read in the place of the host's numbers while they are captured
+    _captured: bool  # whether a CUDA graph may hold updates, and so addresses of what is carried from step to step
+    _changes: int  # how often the state's tensors, or the parameters, were replaced
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         self.seed = int(seed)
@@ -101,6 +107,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._changes += 1
         count = len(self._positions)
         for i, param in enumerate(group["params"]):
             self._positions[param] = (len(self.param_groups) - 1, count + i)
@@ -155,6 +162,16 @@ class TokenOptimizer(torch.optim.Optimizer):
             return 1.0 - float(group[average.beta])
         assert self._tokens_per_step is not None
         return debias(half_life, self._tokens_per_step)
+
+    def _rate(self, group: dict[str, Any]) -> float | Tensor:
+        """A group's learning rate; while updates are captured, float32 of shape () on the device."""
+        if self._numbers is None:
+            return float(group["lr"])
+        return next(rate for one, rate in zip(self.param_groups, self._numbers.rates, strict=True) if one is group)
+
+    def _follows_steps(self, group: dict[str, Any]) -> bool:
+        """Whether other numbers than the learning rate and the noise change from step to step, of equally many tokens."""
+        return False
 
     # Updates
 
@@ -248,9 +265,10 @@ class TokenOptimizer(torch.optim.Optimizer):
             grad = grad.contiguous()  # channels-last kernels of convolutions: no stack of matrices can be seen in them
         group_index, index = self._positions[param]
         group = self.param_groups[group_index]
-        key = None
+        key: Any = None
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            key = noise_key(self.seed, self.clock.steps, index)
+            numbers = self._numbers
+            key = noise_key(self.seed, self.clock.steps, index) if numbers is None else numbers.key(index)
         self._updated.add(param)
         state = self.state[param]
         self._init_state(param, group, state)
@@ -339,6 +357,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         self.state.clear()
+        self._changes += 1
         for i, param in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i)
             if saved is not None:
@@ -379,6 +398,9 @@ class TokenOptimizer(torch.optim.Optimizer):
         self._grad_norm = None
         self._nonfinite = 0
         self._release = None
+        self._numbers = None
+        self._captured = False
+        self._changes = 0
 
 
 _TOKENS_NOT_SET = (

@@ -132,7 +132,7 @@ class MatrixOptimizer(TokenOptimizer):
         if _is_matrix(param, group):
             return self._update_matrices(param, grad, group, key)
         settings = {
-            "lr": float(group["lr"]) * group["rest_lr_ratio"],
+            "lr": self._rate(group) * group["rest_lr_ratio"],
             "eps": group["eps"] or _REST_EPS[group["rest_optimizer"]],
             "weight_decay": group["weight_decay"],
             "key": key,
@@ -161,7 +161,7 @@ class MatrixOptimizer(TokenOptimizer):
                 None,
                 None,
                 momentum_weight=1.0,
-                lr=float(group["lr"]) * ratio,
+                lr=self._rate(group) * ratio,
                 weight_decay=group["weight_decay"] / ratio,  # the kernel's is a multiple of its rate
                 key=key,
                 shard=None if len(weights) == 1 else whole_part(param.shape, i * weights[i].numel()),

@@ -69,7 +69,7 @@ class RowAdafactor(Adafactor):
         update_sum = (row_sum / second_moment).sum()
         if shard is not None:
             (update_sum,) = shard.sum(update_sum)
-        lr, shape = float(group["lr"]), param.shape if shard is None else shard.shape
+        lr, shape = self._rate(group), param.shape if shard is None else shard.shape
         step = step_size(lr, group["relative_step"], group["clip_threshold"], shape.numel(), update_sum, weight_sum)
         # Where a direction is not finite, the kernel leaves the weight as it is.
         factor = torch.where(usable, step * second_moment.rsqrt(), torch.nan).view(g.shape[:-1])

@@ -76,7 +76,7 @@ class SGD(TokenOptimizer):
             state.get("momentum"),
             state.get("mass"),
             momentum_weight=self._average_weight(group, _MOMENTUM),
-            lr=float(group["lr"]),
+            lr=self._rate(group),
             weight_decay=group["weight_decay"],
             key=key,
             shard=shard,

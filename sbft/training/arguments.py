@@ -136,6 +136,13 @@ class SmallBatchArguments:
         default=True,
         metadata={"help": "Update each parameter within backward and free its gradient. Only with a token optimizer."},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "On a GPU, launch whole steps at once (CUDA graphs) where batches have one shape and a label at every "
+            "position, as in pretraining: for models so small that launching their kernels is what takes the time."
+        },
+    )
     max_skipped_steps: int = field(
         default=20,
         metadata={"help": "Stop with an error after this many steps in a row whose loss was not finite."},
@@ -234,6 +241,10 @@ class SmallBatchArguments:
         self._check_batch_schedule()
         if self.token_optimizer is None:
             self._refuse_settings("token_optimizer is None")
+            if self.cuda_graphs:
+                raise ArgumentError(
+                    "cuda_graphs=True needs one of sbft's optimizers, and token_optimizer is None. Set one of the two."
+                )
             return
         if self.token_optimizer not in OPTIMIZERS:
             raise ArgumentError(
@@ -250,6 +261,8 @@ class SmallBatchArguments:
                 )
         if self.gradient_release:
             self._check_release()
+        if self.cuda_graphs:
+            self._check_graphs()
 
     @property
     def batch_schedule(self) -> BatchSchedule | None:
@@ -303,6 +316,27 @@ class SmallBatchArguments:
                 "gradient_release=True updates in backward. Set max_grad_norm=0 (Adafactor clips every update "
                 "itself), or gradient_release=False."
             )
+
+    def _check_graphs(self) -> None:
+        problems = {
+            "gradient_release=False": not self.gradient_release,
+            "schedule='power'": self.schedule == "power",
+            "logits_free_loss=False": not self.logits_free_loss,
+            "bf16=True": self.bf16,
+            "torch_compile=True": bool(vars(self).get("torch_compile")),
+            "gradient_checkpointing=True": self.checkpoints_activations,
+        }
+        found = [name for name, is_so in problems.items() if is_so]
+        if found:
+            raise ArgumentError(
+                f"cuda_graphs=True holds forward, backward and released updates as they are, and does not go with "
+                f"{', '.join(found)}. Remove it, or set cuda_graphs=False."
+            )
+
+    @property
+    def checkpoints_activations(self) -> bool:
+        """Whether backward runs parts of forward again."""
+        return any(vars(self).get(name) for name in ("activation_checkpointing", "gradient_checkpointing"))
 
     def _check_checkpointing(self) -> None:
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):

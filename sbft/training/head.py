@@ -69,6 +69,7 @@ class Head:
         num_items: Tensor | float | None = None,
         *,
         weight: Tensor | None = None,
+        every_position: bool = False,
     ) -> Tensor:
         """Next-token cross entropy, summed over the positions with a label, over `num_items` (default: their number).
 
@@ -78,6 +79,7 @@ class Head:
                 already.
             num_items: labels that the sum is divided by, for example those of a whole accumulated batch.
             weight: stands in for the head's weight, and receives its gradient.
+            every_position: all have a label, so that none is looked for, which would wait for the device.
         """
         inputs = dict(inputs)
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
@@ -86,7 +88,9 @@ class Head:
             assert labels is not None
             shifted, hidden = labels[:, 1:], hidden[:, :-1]
         shifted = shifted.to(hidden.device)
-        chosen = shifted != -100
+        chosen: Any = shifted != -100
+        if every_position:
+            hidden, shifted, chosen = hidden.flatten(0, 1), shifted.flatten(), ...
         weight = self.linear.weight if weight is None else weight
         return linear_cross_entropy(
             hidden[chosen],

@@ -24,6 +24,7 @@ from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
+from sbft.training.cuda_graph import GraphedSteps
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
 from sbft.training.saving import WholeCheckpoints
@@ -94,6 +95,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._head: Head | None = None
         self._head_sought = False
         self._tied: TiedEmbedding | None = None
+        self._graphed: GraphedSteps | None = None
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
@@ -254,7 +256,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             return super().train(*args, **kwargs)
         finally:
             self._attached.close()
-            self._tied = None
+            self._tied = self._graphed = None
             optimizer = self._token_optimizer
             if optimizer is not None:
                 optimizer.discard_step()  # what an error or an interrupt left half done
@@ -278,6 +280,22 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             held = [*self._tied_and_sharded(), *self._replicated()]
             self._attached.enter_context(optimizer.release_gradients(held))
             self._hook_parameters(optimizer, self._update_ends)
+            if self.args.cuda_graphs and self.args.device.type == "cuda":
+                self._graphed = self._graphed_steps(optimizer, head)
+
+    def _graphed_steps(self, optimizer: TokenOptimizer, head: Head | None) -> GraphedSteps:
+        if head is None or self.accelerator.num_processes > 1:
+            why = "needs the loss without logits" if head is None else "works in one process"
+            raise ArgumentError(f"cuda_graphs=True {why}, which this training does not. Set cuda_graphs=False.")
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            inputs = dict(batch)
+            return head.loss(self.model_wrapped, inputs, inputs.pop("num_items"), every_position=True)
+
+        try:
+            return GraphedSteps(optimizer, loss_of)
+        except ValueError as error:
+            raise ArgumentError(f"cuda_graphs=True: {error}.") from error
 
     def _tied_and_sharded(self) -> list[Tensor]:
         """The embedding that is also the output head, where FSDP2 reduces the gradients of its two uses one after the other."""
@@ -320,14 +338,36 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
         self._in_training_step = True
         try:
+            graphed = None if self._graphed is None else self._graphed_step(model, inputs, *args, **kwargs)
             with _fast_attention(inputs):
-                loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+                loss: Tensor = super().training_step(model, inputs, *args, **kwargs) if graphed is None else graphed
         except _NonFiniteLoss as error:
             self._skip_this_step = True
             loss = error.loss.detach()
         finally:
             self._in_training_step = False
         self._watch.add_loss(loss, self._step_tokens)
+        return loss
+
+    def _graphed_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor | None:
+        """The loss of a step that was launched as a graph, or prepares one; None for a batch that cannot be."""
+        assert self._graphed is not None
+        if set(inputs) != {"input_ids", "labels"}:
+            return None
+        inputs = self._prepare_inputs(inputs)
+        if bool((inputs["labels"] == -100).any()):
+            return None
+        if not model.training:
+            model.train()
+        loss = self._graphed.forward({**inputs, "num_items": num_items_in_batch})
+        if loss is None:
+            return None
+        if not self._all_finite(loss):
+            self._graphed.leave_out()
+            raise _NonFiniteLoss(loss)
+        self._graphed.backward()
         return loss
 
     def _before_update(self) -> None:

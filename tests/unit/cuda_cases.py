@@ -279,6 +279,21 @@ def test_offsets_have_64_bits_where_32_do_not_reach() -> None:
     assert cuda._index((1, 8, 8), (64, 8, 1), 1 << 30) == tl.int64  # of a shard, the noise goes by the global index
 
 
+@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("alone", [8, 0])
+def test_numbers_on_the_device_make_the_same_update(name: str, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch, ALONE_BLOCKS=alone)
+    there = torch.tensor([0, *map(signed_32, KEY)], dtype=torch.int32, device=DEVICE)
+    lr = torch.tensor([0.0, 2.0**-6], device=DEVICE)[1]
+    for dtype, key, key_there in ((BF16, KEY, (there[1], there[2])), (F32, None, None)):
+        plain = Run(cuda, UPDATES[name], (40, 70), dtype, lr=2.0**-6, weight_decay=0.5, key=key)
+        captured = Run(cuda, UPDATES[name], (40, 70), dtype, lr=lr, weight_decay=0.5, key=key_there)
+        for seed in range(3):
+            grad = randn((40, 70), dtype, seed=seed)
+            assert torch.equal(plain.step(grad), captured.step(grad))
+        assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), captured.tensors(), strict=True))
+
+
 # What every update promises
 
 

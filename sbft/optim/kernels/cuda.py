@@ -1,6 +1,7 @@
 """The updates in Triton for CUDA devices: the functions of `reference`, bit for bit but for the order of sums.
 
-Nothing waits for the device: finite check, step size and bias correction are numbers in its memory. A large factored
+Nothing waits for the device: finite check, step size and bias correction are numbers in its memory. The learning rate and the
+words of the key may be tensors of shape () there, for launches that a CUDA graph replays. A large factored
 parameter takes four launches and 10 bytes per bfloat16 element (gradient read three times, weight read and written once), a
 vector one. Partial sums need at most 1% of the tensor beyond its rows and columns, or 1 MiB. A weight that is not contiguous
 goes to the reference.
@@ -53,7 +54,7 @@ def adafactor_factored(
     weight_square_sum: Tensor | None,
     *,
     average_weight: float,
-    lr: float,
+    lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
     eps: float,
@@ -70,11 +71,11 @@ def adafactor_factored(
         )  # fmt: skip
         _keep_pace(shard, found[0], [1, 2] if shard is not None and shard.rows_split else [2])
         return found
-    g = matrices(grad)
+    g, shrink = matrices(grad), 1.0 - lr * weight_decay
     launches = factored_launches(
         g.shape, g.stride(), weight.dtype, g.dtype, grad.is_contiguous(), weight.device,
         None if shard is None else (shard.offset, float(shard.count), float(shard.shape[0]) if shard.rows_split else None),
-        key is not None, relative_step,
+        key is not None, relative_step, isinstance(shrink, Tensor),
     )  # fmt: skip
     plan = launches.plan
     with _current(weight.device):
@@ -90,8 +91,7 @@ def adafactor_factored(
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
             numbers = launches.measure_numbers if measure else launches.apply_numbers
-            shrink, clip = 1.0 - lr * weight_decay, float(clip_threshold)
-            settings = average_weight, lr, shrink, clip, *_words(key), _offset(shard)
+            settings = average_weight, lr, shrink, float(clip_threshold), *_words(key), _offset(shard)
             launches.apply((weight, g, mass, square_sum, scratch, results), (*numbers, *settings))
 
         squares = None if shard is None else scratch[plan.squares_at :][: launches.applying]
@@ -111,6 +111,7 @@ class _FactoredLaunches:
         shard: tuple[int, float, float | None] | None,
         stochastic: bool,
         relative: bool,
+        captured: bool,
     ) -> None:
         stack, rows, columns = shape
         self.plan = plan = factored_plan(*shape, weight_dtype.itemsize)
@@ -123,12 +124,15 @@ class _FactoredLaunches:
         tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": index}
         usual = contiguous and grad_dtype == weight_dtype == torch.bfloat16 and columns % 32 == 0 and shard is None
         kinds = {
-            "STOCHASTIC": stochastic, "RELATIVE": relative, "SHARDED": shard is not None,
+            "STOCHASTIC": stochastic, "RELATIVE": relative, "SHARDED": shard is not None, "CAPTURED": captured,
             "ALIGNED": columns % 32 == offset % 32 == 0,
         }  # fmt: skip
         self.sums = Launch(cuda_programs.row_and_column_sums, summing, {"TILE_ROWS": SUM_ROWS, **tile}, _OPTIONS)
         self.factors = Launch(
-            cuda_programs.update_factors, (plan.row_blocks + plan.column_blocks, stack, 1), {}, {**_OPTIONS, "num_warps": 4}
+            cuda_programs.update_factors,
+            (plan.row_blocks + plan.column_blocks, stack, 1),
+            {},
+            {**_OPTIONS, "num_warps": 4},
         )
         self.squares = Launch(cuda_programs.update_square_sums, applying, {"TILE_ROWS": APPLY_ROWS, **tile}, _OPTIONS)
         self.apply = Launch(
@@ -166,10 +170,13 @@ def factored_launches(
     shard: tuple[int, float, float | None] | None,
     stochastic: bool,
     relative: bool,
+    captured: bool,
 ) -> _FactoredLaunches:
     """The launches of a kind of weight on a device, to which compiled programs belong; of a shard, its offset, the elements of
     the whole weight, and its rows where ranks share them."""
-    return _FactoredLaunches(shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative)
+    return _FactoredLaunches(
+        shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative, captured
+    )
 
 
 def adafactor_full(
@@ -180,7 +187,7 @@ def adafactor_full(
     weight_square_sum: Tensor | None,
     *,
     average_weight: float,
-    lr: float,
+    lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
     eps: float,
@@ -197,8 +204,8 @@ def adafactor_full(
         )  # fmt: skip
         _keep_pace(shard, found[0], [2])
         return found
-    line = _line(weight, grad, shard, cuda_elementwise.apply_full, STOCHASTIC=key is not None, RELATIVE=relative_step)
-    g = matrices(grad)
+    g, shrink = matrices(grad), 1.0 - lr * weight_decay
+    line = _line(weight, grad, shard, cuda_elementwise.apply_full, shrink, key, RELATIVE=relative_step)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
     with _current(weight.device):
         scratch, scalars = line.allocate(3, weight.device)
@@ -208,15 +215,10 @@ def adafactor_full(
             line.moment((g, second_moment, mass, scratch, scalars), numbers)
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
+            settings = average_weight, float(eps), lr, shrink, float(clip_threshold), *_words(key), _offset(shard)
+            counts = line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard)
             tensors = weight, g, second_moment, mass, square_sum, scratch, results
-            line.apply(
-                tensors,
-                (
-                    *line.numbers, line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard),
-                    average_weight, float(eps), lr, 1.0 - lr * weight_decay, float(clip_threshold), *_words(key),
-                    _offset(shard),
-                ),
-            )  # fmt: skip
+            line.apply(tensors, (*line.numbers, *counts, *settings))
 
         squares = None if shard is None else scratch[squares_at:][: line.programs]
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
@@ -251,7 +253,9 @@ def _measure_and_apply(
     return grad_square_sum, new_square_sum if relative_step else weight_square_sum
 
 
-def _sum_sums_over_ranks(shard: Shard, plan: FactoredPlan, scratch: Tensor, stack: int, rows: int, columns: int) -> None:
+def _sum_sums_over_ranks(
+    shard: Shard, plan: FactoredPlan, scratch: Tensor, stack: int, rows: int, columns: int
+) -> None:
     """Of the partial sums of a squared gradient: in all, and by column where ranks share the rows."""
     totals = scratch[plan.totals_at :][: plan.column_groups * plan.row_groups * stack].view(-1, 1)
     by_column = scratch[plan.column_sums_at :][: plan.row_groups * stack * columns].view(plan.row_groups, -1)
@@ -299,7 +303,7 @@ def adamw(
     *,
     first_weight: float,
     second_weight: float,
-    lr: float,
+    lr: float | Tensor,
     eps: float,
     weight_decay: float,
     key: Key,
@@ -311,15 +315,14 @@ def adamw(
             weight, grad, first_moment, second_moment, first_mass, second_mass, first_weight=first_weight,
             second_weight=second_weight, lr=lr, eps=eps, weight_decay=weight_decay, key=key, shard=shard,
         )  # fmt: skip
-    first = first_moment is not None
-    line = _line(weight, grad, shard, cuda_elementwise.apply_adamw, STOCHASTIC=key is not None, FIRST_MOMENT=first)
-    g = matrices(grad)
+    g, shrink, has_first = matrices(grad), 1.0 - lr * weight_decay, first_moment is not None
+    line = _line(weight, grad, shard, cuda_elementwise.apply_adamw, shrink, key, FIRST_MOMENT=has_first)
     with _current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
             line.sum_squares(g, scratch, shard)
         moments = second_moment if first_moment is None else first_moment, second_moment
-        settings = first_weight, second_weight, lr, 1.0 - lr * weight_decay, float(eps), *_words(key), _offset(shard)
+        settings = first_weight, second_weight, lr, shrink, float(eps), *_words(key), _offset(shard)
         line.apply(
             (weight, g, *moments, first_mass, second_mass, scratch, scalars), (*line.numbers, line.programs, *settings)
         )
@@ -333,7 +336,7 @@ def sgd(
     mass: Tensor | None,
     *,
     momentum_weight: float,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     key: Key,
     shard: Shard | None = None,
@@ -344,14 +347,14 @@ def sgd(
             weight, grad, momentum, mass, momentum_weight=momentum_weight, lr=lr, weight_decay=weight_decay, key=key,
             shard=shard,
         )  # fmt: skip
-    line = _line(weight, grad, shard, cuda_elementwise.apply_sgd, STOCHASTIC=key is not None, MOMENTUM=momentum is not None)
-    g = matrices(grad)
+    g, shrink = matrices(grad), 1.0 - lr * weight_decay
+    line = _line(weight, grad, shard, cuda_elementwise.apply_sgd, shrink, key, MOMENTUM=momentum is not None)
     with _current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
             line.sum_squares(g, scratch, shard)
         average = scalars if momentum is None else momentum, scalars if mass is None else mass
-        settings = momentum_weight, lr, 1.0 - lr * weight_decay, *_words(key), _offset(shard)
+        settings = momentum_weight, lr, shrink, *_words(key), _offset(shard)
         line.apply((weight, g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
     return scalars[0]
 
@@ -470,11 +473,14 @@ def line_launches(
     return LineLaunches(shape, strides, offset, program, dict(kinds))
 
 
-def _line(weight: Tensor, grad: Tensor, shard: Shard | None, program: Any, **kinds: bool) -> LineLaunches:
+def _line(
+    weight: Tensor, grad: Tensor, shard: Shard | None, program: Any, shrink: float | Tensor, key: Key, **kinds: bool
+) -> LineLaunches:
     g = matrices(grad)
     return line_launches(
         g.shape, None if grad.is_contiguous() else g.stride(), weight.dtype, grad.dtype, weight.device,
-        None if shard is None else shard.offset, program, *kinds.items(),
+        None if shard is None else shard.offset, program, ("STOCHASTIC", key is not None),
+        ("CAPTURED", isinstance(shrink, Tensor)), *kinds.items(),
     )  # fmt: skip
 
 
@@ -501,5 +507,8 @@ def _padded(count: int) -> int:
     return (count + 15) // 16 * 16
 
 
-def _words(key: Key) -> tuple[int, int]:
-    return (0, 0) if key is None else (signed_32(key[0]), signed_32(key[1]))
+def _words(key: Key) -> tuple[int | Tensor, int | Tensor]:
+    if key is None:
+        return 0, 0
+    # On the device they lie as int32.
+    return key if isinstance(key[0], Tensor) else (signed_32(key[0]), signed_32(key[1]))

@@ -1,7 +1,8 @@
 """The Triton programs of the updates that keep whole tensors as state: Adafactor on vectors, AdamW and SGD.
 
 A tensor is a line of elements here, cut into blocks; a program takes `blocks` consecutive ones. A short line is one program's
-(`ALONE`), and its whole update one launch. `offset` is the global index of the first element.
+(`ALONE`), and its whole update one launch. `offset` is the global index of the first element. `CAPTURED`
+as in `apply_factored`.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -176,6 +177,7 @@ def apply_full(
     key_1,
     offset,
     ALONE: tl.constexpr,
+    CAPTURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     RELATIVE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -184,6 +186,10 @@ def apply_full(
     INDEX: tl.constexpr,
 ):
     """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
+    if CAPTURED:
+        lr, shrink = tl.load(lr), tl.load(shrink)
+        if STOCHASTIC:
+            key_0, key_1 = tl.load(key_0), tl.load(key_1)
     program = tl.program_id(0)
     first = program.to(INDEX) * blocks
     if ALONE:
@@ -261,6 +267,7 @@ def apply_adamw(
     offset,
     FIRST_MOMENT: tl.constexpr,
     ALONE: tl.constexpr,
+    CAPTURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -268,6 +275,10 @@ def apply_adamw(
     INDEX: tl.constexpr,
 ):
     """Moments and weights of AdamW."""
+    if CAPTURED:
+        lr, shrink = tl.load(lr), tl.load(shrink)
+        if STOCHASTIC:
+            key_0, key_1 = tl.load(key_0), tl.load(key_1)
     total = total_square_sum(
         grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
         ALONE, STRIDED, BLOCK, INDEX,
@@ -322,6 +333,7 @@ def apply_sgd(
     offset,
     MOMENTUM: tl.constexpr,
     ALONE: tl.constexpr,
+    CAPTURED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     STRIDED: tl.constexpr,
@@ -329,6 +341,10 @@ def apply_sgd(
     INDEX: tl.constexpr,
 ):
     """Weights, and with `MOMENTUM` the gradient's average."""
+    if CAPTURED:
+        lr, shrink = tl.load(lr), tl.load(shrink)
+        if STOCHASTIC:
+            key_0, key_1 = tl.load(key_0), tl.load(key_1)
     total = total_square_sum(
         grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
         ALONE, STRIDED, BLOCK, INDEX,

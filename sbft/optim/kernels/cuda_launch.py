@@ -34,8 +34,9 @@ class Launch:
         self._values: tuple[Any, ...] = ()  # of the constants
         self._aligned: tuple[int, ...] = ()  # tensors for whose alignment the program is specialized
 
-    def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
-        """Launch on the current device's current stream."""
+    def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float | Tensor]) -> None:
+        """Launch on the current device's current stream. Numbers are Python's own, or tensors where the program takes their
+        addresses, of any alignment."""
         if self._run is not None:
             pointers = [tensor.data_ptr() for tensor in tensors]
             if not any([pointers[i] % _ALIGNMENT for i in self._aligned]):

@@ -17,8 +17,8 @@ PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile in which
 SMALLEST_RMS = tl.constexpr(1e-3)  # as in reference
 
 COUNTS = ["partials", "groups", "blocks", "row_blocks", "column_groups", "row_groups", "measure", "key_0", "key_1"]
-COUNTS += ["weight_square_sum", "offset"]
-"""Arguments whose values do not matter to the compiler: one program serves them all."""
+COUNTS += ["weight_square_sum", "offset", "lr", "shrink"]
+"""Arguments whose values, or addresses, do not matter to the compiler: one program serves them all."""
 
 
 # Rounding
@@ -289,6 +289,7 @@ def apply_factored(
     STOCHASTIC: tl.constexpr,
     RELATIVE: tl.constexpr,
     SHARDED: tl.constexpr,
+    CAPTURED: tl.constexpr,
     ALIGNED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
@@ -296,8 +297,13 @@ def apply_factored(
 ):
     """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old.
 
-    `offset` is the global index of the first element, zero but with `SHARDED`: adding it costs registers.
+    `offset` is the global index of the first element, zero but with `SHARDED`: adding it costs registers. With `CAPTURED` the
+    rate, what the weight shrinks to and the key lie at addresses, so that a graph's replays have those of their step.
     """
+    if CAPTURED:
+        lr, shrink = tl.load(lr), tl.load(shrink)
+        if STOCHASTIC:
+            key_0, key_1 = tl.load(key_0), tl.load(key_1)
     column_group, row_group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     write = (tl.load(scalars) < float("inf")) & (measure == 0)
     update_square_sum = sum_partials(scratch + squares_at, partials)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sbft import rounding
 from sbft.optim.sharding import Shard
 from sbft.rounding import noise_at, noise_from_key, stochastic_round
 
@@ -27,7 +28,7 @@ BLOCK_ELEMENTS = 1 << 13
 SMALLEST_RMS = 1e-3
 """Floor of the weight's RMS in a relative step (Shazeer and Stern, arXiv 1804.04235, section 8: epsilon 2)."""
 
-Key = tuple[int, int] | None
+Key = rounding.Key | None
 
 
 GPU_BLOCK_ELEMENTS = 1 << 20
@@ -114,7 +115,7 @@ def square_root(values: Tensor) -> Tensor:
 
 
 def step_size(
-    lr: float,
+    lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
     count: int,
@@ -123,7 +124,7 @@ def step_size(
 ) -> Tensor:
     """What the update is multiplied with: the rate, times the weight's RMS, over the excess of the update's RMS; shape ()."""
     clip = (square_root(update_square_sum / count) / clip_threshold).clamp_(min=1.0)
-    step = torch.full_like(clip, lr)
+    step = torch.ones_like(clip) * lr
     if relative_step:
         assert weight_square_sum is not None
         step *= square_root(weight_square_sum / count).clamp_(min=SMALLEST_RMS)
@@ -181,7 +182,7 @@ def apply_(
     weight: Tensor,
     update: Callable[[Block], Tensor],
     step: Tensor | float,
-    shrink: float,
+    shrink: float | Tensor,
     key: Key,
     shard: Shard | None,
     want_sum: bool,
@@ -204,7 +205,7 @@ def adafactor_factored(
     weight_square_sum: Tensor | None,
     *,
     average_weight: float,
-    lr: float,
+    lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
     eps: float,
@@ -257,7 +258,7 @@ def adafactor_full(
     weight_square_sum: Tensor | None,
     *,
     average_weight: float,
-    lr: float,
+    lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
     eps: float,
@@ -294,7 +295,7 @@ def _step_and_apply(
     w: Tensor,
     update: Callable[[Block], Tensor],
     weight_square_sum: Tensor | None,
-    lr: float,
+    lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
     weight_decay: float,
@@ -326,7 +327,7 @@ def adamw(
     *,
     first_weight: float,
     second_weight: float,
-    lr: float,
+    lr: float | Tensor,
     eps: float,
     weight_decay: float,
     key: Key,
@@ -377,7 +378,7 @@ def sgd(
     mass: Tensor | None,
     *,
     momentum_weight: float,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     key: Key,
     shard: Shard | None = None,

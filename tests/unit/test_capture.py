@@ -1,0 +1,163 @@
+"""Updates that read their numbers from the device, as a CUDA graph holds them: on the CPU, by the reference kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.capture import CapturedUpdates, DeviceNumbers
+from sbft.rounding import noise_key, noise_keys, signed_32
+
+KINDS: dict[str, Callable[[Any], TokenOptimizer]] = {
+    "adafactor": lambda params: Adafactor(params, lr=2.0**-6, min_dim_size_to_factor=8, weight_decay=0.5),
+    "adafactor, absolute": lambda params: Adafactor(params, lr=2.0**-9, relative_step=False),
+    "adamw": lambda params: AdamW(params, lr=2.0**-9, weight_decay=0.5),
+    "sgd": lambda params: SGD(params, lr=2.0**-6, momentum=0.5),
+    "muon": lambda params: Muon(params, lr=2.0**-6),
+    "sinkgd": lambda params: SinkGD(params, lr=2.0**-6),
+    "row adafactor": lambda params: RowAdafactor(params, lr=2.0**-6, weight_decay=0.5),
+}
+
+
+class Trained:
+    """A small model, and the rates of its steps."""
+
+    def __init__(self, kind: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 10)).to(dtype)
+        self.optimizer = KINDS[kind](self.model.parameters())
+        self.optimizer.release_gradients()
+
+    def begin(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randn(4, 16, generator=generator).to(self.model[0].weight.dtype)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 2.0 ** -(6 + step)
+        self.optimizer.tokens_per_step = 64
+        return self.model(rows).float().square().mean()
+
+    def state(self) -> list[Tensor]:
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.model.parameters(), *values]
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SBFT_KERNELS", "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_on_the_device_make_the_same_updates(kind: str, dtype: torch.dtype) -> None:
+    plain, captured = Trained(kind, dtype), Trained(kind, dtype)
+    updates = CapturedUpdates(captured.optimizer)
+    for step in range(4):
+        plain.begin(step).backward()
+        plain.optimizer.step()
+        loss = captured.begin(step)
+        if step == 2:  # one between, of another shape
+            loss.backward()
+        else:
+            with updates.within():
+                loss.backward()
+        captured.optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(plain.state(), captured.state(), strict=True))
+        assert torch.equal(plain.optimizer.grad_norm, captured.optimizer.grad_norm)  # type: ignore[arg-type]
+
+
+def test_what_is_carried_from_step_to_step_stays_where_a_graph_looks_for_it() -> None:
+    trained = Trained("adafactor", torch.bfloat16)
+    updates = CapturedUpdates(trained.optimizer)
+    assert isinstance(trained.optimizer, Adafactor)
+    places = []
+    for step in range(4):
+        loss = trained.begin(step)
+        with updates.within():
+            loss.backward()
+        trained.optimizer.step()
+        places.append([kept.data_ptr() for _, kept in trained.optimizer._weight_square_sums.values()])
+    assert places[0] == places[1] == places[2] == places[3]
+
+
+def test_a_replayed_step_leaves_the_optimizer_as_a_step_that_ran() -> None:
+    ran, replayed = Trained("adamw", torch.float32), Trained("adamw", torch.float32)
+    updates = CapturedUpdates(replayed.optimizer)
+    ran.begin(0).backward()
+    loss = replayed.begin(0)
+    with updates.within():
+        loss.backward()  # on a GPU captured here, and not run
+    updates.after_capture()
+    assert updates.hold
+    updates.before_replay()
+    updates.after_replay()
+    for trained in (ran, replayed):
+        trained.optimizer.step()
+    assert ran.optimizer.clock == replayed.optimizer.clock
+    assert torch.equal(ran.optimizer.grad_norm, replayed.optimizer.grad_norm)  # type: ignore[arg-type]
+
+
+def test_a_capture_holds_as_long_as_nothing_else_changes() -> None:
+    def captured() -> tuple[Trained, CapturedUpdates]:
+        trained = Trained("adamw", torch.float32)
+        updates = CapturedUpdates(trained.optimizer)
+        loss = trained.begin(0)
+        with updates.within():
+            loss.backward()
+        updates.after_capture()
+        trained.optimizer.step()
+        trained.optimizer.tokens_per_step = 64
+        assert updates.hold
+        return trained, updates
+
+    def new_rate(trained: Trained) -> None:
+        trained.optimizer.param_groups[0]["lr"] = 0.5
+
+    def more_tokens(trained: Trained) -> None:
+        trained.optimizer.tokens_per_step = 65
+
+    def other_setting(trained: Trained) -> None:
+        trained.optimizer.param_groups[0]["weight_decay"] = 0.0
+
+    def loaded_state(trained: Trained) -> None:
+        trained.optimizer.load_state_dict(trained.optimizer.state_dict())
+        trained.optimizer.tokens_per_step = 64
+
+    def changed_weight(trained: Trained) -> None:
+        with torch.no_grad():
+            trained.model[0].weight.mul_(2)
+
+    for change, holds in (
+        (new_rate, True), (more_tokens, False), (other_setting, False), (loaded_state, False), (changed_weight, False),
+    ):  # fmt: skip
+        trained, updates = captured()
+        change(trained)
+        assert updates.hold is holds, change.__name__
+
+
+def test_what_cannot_be_captured_is_refused() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="release_gradients"):
+        CapturedUpdates(AdamW(model.parameters()))
+    optimizer = Adafactor(model.parameters(), schedule="power")
+    optimizer.release_gradients()
+    with pytest.raises(ValueError, match="power"):
+        CapturedUpdates(optimizer)
+
+
+def test_keys_of_all_parameters_are_those_of_each() -> None:
+    for seed, step in ((0, 0), (7, 3), (-1, 2**40), (2**70, 5)):
+        expected = [[signed_32(word) for word in noise_key(seed, step, i)] for i in range(50)]
+        assert noise_keys(seed, step, 50).tolist() == expected
+
+
+def test_numbers_of_a_step() -> None:
+    numbers = DeviceNumbers(2, 3, torch.device("cpu"))
+    numbers.write([0.1, 1e-5], seed=1, step=2)
+    assert [float(rate) for rate in numbers.rates] == [float(torch.tensor(0.1)), float(torch.tensor(1e-5))]
+    assert [int(word) for word in numbers.key(2)] == [signed_32(word) for word in noise_key(1, 2, 2)]

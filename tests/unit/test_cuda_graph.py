@@ -1,0 +1,196 @@
+"""Steps as CUDA graphs: which are captured, on any machine; what they compute, on a GPU."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sbft.data.windows import collate_windows
+from sbft.training import cuda_graph
+from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
+from sbft.training.cuda_graph import WARM_UP, GraphedSteps
+from sbft.training.trainer import SmallBatchTrainer
+from tests.tiny import tiny_model
+
+# Which steps are captured
+
+
+class Recorded:
+    """What a `GraphedSteps` did, without a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.hold = True
+        weight = torch.zeros((), requires_grad=True)
+        recorded = self
+
+        class Updates:
+            def __init__(self, optimizer: Any) -> None:
+                self.within = nullcontext
+
+            @property
+            def hold(self) -> bool:
+                return recorded.hold
+
+        class Graph:
+            def __init__(self, batch: Any, *others: Any) -> None:
+                self.shape = cuda_graph._shape_of(batch)
+                recorded.done.append("capture")
+
+            def forward(self, batch: Any) -> Tensor:
+                recorded.done.append("replay")
+                return torch.zeros(())
+
+            def backward(self) -> None:
+                recorded.done.append("replayed backward")
+
+        monkeypatch.setattr(cuda_graph, "CapturedUpdates", Updates)
+        monkeypatch.setattr(cuda_graph, "_Graph", Graph)
+        monkeypatch.setattr(cuda_graph, "_Beside", lambda stream: nullcontext())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+
+        def loss_of(batch: Any) -> Tensor:
+            self.done.append("run")
+            return weight * 2
+
+        self.steps = GraphedSteps(nn.Module(), loss_of)  # type: ignore[arg-type]
+
+    def step(self, size: int, backward: bool = True) -> list[str]:
+        self.done.clear()
+        loss = self.steps.forward({"input_ids": torch.zeros(size), "num_items": None})
+        if loss is None:
+            return ["left to the caller"]
+        self.steps.backward() if backward else self.steps.leave_out()
+        return list(self.done)
+
+
+CAPTURED, REPLAYED = ["capture", "replay", "replayed backward"], ["replay", "replayed backward"]
+
+
+def test_a_shape_is_captured_behind_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    assert [recorded.step(4) for _ in range(WARM_UP + 3)] == [["run"]] * WARM_UP + [CAPTURED, REPLAYED, REPLAYED]
+
+
+def test_an_odd_batch_leaves_the_capture_as_it_is_and_several_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    for _ in range(WARM_UP + 1):
+        recorded.step(4)
+    assert recorded.step(3) == ["left to the caller"]
+    assert recorded.step(4) == REPLAYED
+    assert [recorded.step(8) for _ in range(WARM_UP + 2)] == [["left to the caller"]] * WARM_UP + [CAPTURED, REPLAYED]
+
+
+def test_what_no_longer_holds_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    for _ in range(WARM_UP + 2):
+        recorded.step(4)
+    recorded.hold = False
+    assert recorded.step(4) == ["run"]
+    recorded.hold = True
+    assert [recorded.step(4) for _ in range(WARM_UP)] == [["run"]] * (WARM_UP - 1) + [CAPTURED]
+
+
+def test_a_step_that_is_left_out_has_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    assert recorded.step(4, backward=False) == ["run"]
+    assert recorded.steps._loss is None
+
+
+def test_what_does_not_go_with_graphs_is_refused(tmp_path: Path) -> None:
+    for settings in (
+        {"gradient_release": False}, {"token_optimizer": None}, {"schedule": "power"}, {"gradient_checkpointing": True},
+        {"logits_free_loss": False},
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError, match="cuda_graphs=True"):
+            SmallBatchTrainingArguments(output_dir=str(tmp_path), cuda_graphs=True, **settings)  # type: ignore[arg-type]
+
+
+# What they compute
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adafactor": {}, "adamw": {"token_optimizer": "adamw"}, "sgd": {"token_optimizer": "sgd", "momentum": 0.9},
+    "muon": {"token_optimizer": "muon"}, "sinkgd": {"token_optimizer": "sinkgd"},
+    "row_adafactor": {"token_optimizer": "row_adafactor"},
+}  # fmt: skip
+
+
+def trained(
+    folder: Path, graphs: bool, windows: int = 12, bad: int | None = None, dtype: Any = torch.bfloat16, **settings: Any
+) -> SmallBatchTrainer:
+    """A tiny model after a few windows of one length, with plain attention, whose sums have one order."""
+    torch.manual_seed(0)
+    model = tiny_model().to("cuda", dtype)
+    generator = np.random.default_rng(0)
+    examples = [{"input_ids": generator.integers(0, 500, 48)} for _ in range(windows)]
+    args = SmallBatchTrainingArguments(
+        output_dir=str(folder), num_train_epochs=1, report_to="none", save_strategy="no", logging_steps=1, seed=1,
+        cuda_graphs=graphs, lr_scheduler_type="linear", disable_tqdm=True, cast_weights=False, **settings,
+    )  # fmt: skip
+    trainer = SmallBatchTrainer(model=model, args=args, train_dataset=examples, data_collator=collate_windows)
+    if bad is not None:
+        finite = trainer._all_finite
+        seen = []
+        trainer._all_finite = lambda loss: finite(loss) and len(seen.append(0) or seen) != bad  # type: ignore[func-returns-value,method-assign]
+    with sdpa_kernel(SDPBackend.MATH):
+        trainer.train()
+    return trainer
+
+
+def assert_same(ours: SmallBatchTrainer, theirs: SmallBatchTrainer) -> None:
+    for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (ours, theirs)]
+    assert losses[0] == losses[1] and len(losses[0]) > 5
+    norms = [[entry["grad_norm"] for entry in one.state.log_history if "loss" in entry] for one in (ours, theirs)]
+    assert norms[0] == norms[1]
+    assert ours.optimizer.optimizer.clock == theirs.optimizer.optimizer.clock  # type: ignore[union-attr]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_graphed_steps_have_the_bits_of_plain_ones(name: str, dtype: Any, tmp_path: Path) -> None:
+    settings = {"stochastic_rounding": dtype == torch.bfloat16, "dtype": dtype, **OPTIMIZERS[name]}
+    ours = trained(tmp_path / "graphs", True, **settings)
+    assert_same(ours, trained(tmp_path / "plain", False, **settings))
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 2, "windows": 15},  # the last batch is smaller
+        {"batch_doubling_examples": 6, "largest_batch_size": 2, "windows": 24},
+        {"bad": 2},
+        {"bad": 9},
+        {"weight_decay": 0.5, "learning_rate": 2.0**-10},
+    ],
+    ids=str,
+)
+def test_graphed_steps_among_others(settings: dict[str, Any], tmp_path: Path) -> None:
+    ours = trained(tmp_path / "graphs", True, **settings)
+    theirs = trained(tmp_path / "plain", False, **settings)
+    assert ours.skipped_steps == theirs.skipped_steps == int("bad" in settings)
+    assert_same(ours, theirs)
+
+
+@gpu
+@needs_gpu
+def test_graphs_are_used_and_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), replay(self)))
+    trainer = trained(tmp_path, True)
+    assert len(replays) == 2 * (12 - WARM_UP) and trainer._graphed is None
