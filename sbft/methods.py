@@ -15,7 +15,7 @@ from sbft.tokens import FINE_TUNING_HALF_LIFE
 _SECOND_MOMENT = frozenset({"second_moment_half_life", "beta2", "eps", "weight_decay"})
 _FIRST_MOMENT = frozenset({"first_moment_half_life", "beta1"})
 _ANY = frozenset({"max_skipped_steps", "logits_free_loss"})
-_OURS = frozenset({"stochastic_rounding", "gradient_release", "seed"}) | _ANY
+_OURS = frozenset({"stochastic_rounding", "gradient_release", "cuda_graphs", "seed"}) | _ANY
 _ADAFACTOR = frozenset({"schedule", "relative_step", "clip_threshold"})
 _OF_MATRICES = frozenset({"rest_optimizer", "rest_lr_ratio"}) | _SECOND_MOMENT | _FIRST_MOMENT | _OURS
 _OTHERS_ADAM = frozenset({"beta1", "beta2", "eps", "weight_decay"}) | _ANY

@@ -164,7 +164,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         return debias(half_life, self._tokens_per_step)
 
     def _rate(self, group: dict[str, Any]) -> float | Tensor:
-        """A group's learning rate; while updates are captured, float32 of shape () on the device."""
+        """A group's learning rate; while updates are captured, float64 of shape () on the device."""
         if self._numbers is None:
             return float(group["lr"])
         return next(rate for one, rate in zip(self.param_groups, self._numbers.rates, strict=True) if one is group)

@@ -31,13 +31,13 @@ class DeviceNumbers:
         device: where updates run.
 
     Attributes:
-        rates: float32 of shape () of each group.
+        rates: float64 of shape () of each group, as exact as Python's, whatever they are multiplied with.
     """
 
     def __init__(self, groups: int, parameters: int, device: torch.device) -> None:
-        self._words = torch.zeros(groups + 2 * parameters, dtype=torch.int32, device=device)
-        self.rates: tuple[Tensor, ...] = self._words[:groups].view(torch.float32).unbind()
-        self._keys = self._words[groups:].view(parameters, 2)
+        self._words = torch.zeros(2 * groups + 2 * parameters, dtype=torch.int32, device=device)
+        self.rates: tuple[Tensor, ...] = self._words[: 2 * groups].view(torch.float64).unbind()
+        self._keys = self._words[2 * groups :].view(parameters, 2)
 
     def key(self, parameter: int) -> tuple[Tensor, Tensor]:
         """Noise key of the parameter in this position, two of int32 and shape ()."""
@@ -46,7 +46,7 @@ class DeviceNumbers:
     def write(self, rates: list[float], seed: int, step: int) -> None:
         """Send the numbers of a step, behind what was launched before."""
         keys = noise_keys(seed, step, len(self._keys))
-        words = np.concatenate((np.array(rates, dtype=np.float32).view(np.int32), keys.ravel()))
+        words = np.concatenate((np.array(rates, dtype=np.float64).view(np.int32), keys.ravel()))
         self._words.copy_(torch.from_numpy(words))
 
 

@@ -74,6 +74,7 @@ class RowAdafactor(Adafactor):
         # Where a direction is not finite, the kernel leaves the weight as it is.
         factor = torch.where(usable, step * second_moment.rsqrt(), torch.nan).view(g.shape[:-1])
         offset = 0 if shard is None else shard.offset
+        rate = 1.0 if isinstance(lr, float) else torch.ones_like(lr)  # the factor holds it
         for piece in _pieces(g.shape):
             direction = g[piece].float() * factor[piece].unsqueeze(-1)
             backend_for(param.device).sgd(
@@ -82,7 +83,7 @@ class RowAdafactor(Adafactor):
                 None,
                 None,
                 momentum_weight=1.0,
-                lr=1.0,  # in the factor already
+                lr=rate,
                 weight_decay=lr * group["weight_decay"],
                 key=key,
                 shard=whole_part(shape, offset),

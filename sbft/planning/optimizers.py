@@ -17,7 +17,7 @@ from sbft.recipe import Recipe
 from sbft.training.groups import parameter_groups
 from sbft.training.trainer import TOKEN_OPTIMIZERS
 
-_OF_THE_TRAINER = {"gradient_release", "max_skipped_steps", "logits_free_loss"}
+_OF_THE_TRAINER = {"gradient_release", "cuda_graphs", "max_skipped_steps", "logits_free_loss"}
 # Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.
 _SMALLEST_IN_8_BITS, _BLOCK = 4096, 256
 

@@ -132,6 +132,8 @@ class OptimizerConfig(_Section):
     """Round new bfloat16 weights stochastically; otherwise to the nearest, which loses small updates."""
     gradient_release: bool | None = None
     """Update each parameter inside the backward pass and free its gradient."""
+    cuda_graphs: bool | None = None
+    """On a GPU, launch whole steps at once where examples have one length and every token is learned; for small models."""
     max_skipped_steps: PositiveInt | None = None
     """Stop after this many steps in a row whose loss is not finite."""
     logits_free_loss: bool | None = None

@@ -15,13 +15,13 @@ from sbft.optim.capture import CapturedUpdates, DeviceNumbers
 from sbft.rounding import noise_key, noise_keys, signed_32
 
 KINDS: dict[str, Callable[[Any], TokenOptimizer]] = {
-    "adafactor": lambda params: Adafactor(params, lr=2.0**-6, min_dim_size_to_factor=8, weight_decay=0.5),
+    "adafactor": lambda params: Adafactor(params, lr=0.0123, min_dim_size_to_factor=8, weight_decay=0.1),
     "adafactor, absolute": lambda params: Adafactor(params, lr=2.0**-9, relative_step=False),
-    "adamw": lambda params: AdamW(params, lr=2.0**-9, weight_decay=0.5),
+    "adamw": lambda params: AdamW(params, lr=2.0**-9, weight_decay=0.1),
     "sgd": lambda params: SGD(params, lr=2.0**-6, momentum=0.5),
     "muon": lambda params: Muon(params, lr=2.0**-6),
     "sinkgd": lambda params: SinkGD(params, lr=2.0**-6),
-    "row adafactor": lambda params: RowAdafactor(params, lr=2.0**-6, weight_decay=0.5),
+    "row adafactor": lambda params: RowAdafactor(params, lr=2.0**-6, weight_decay=0.1),
 }
 
 
@@ -38,7 +38,7 @@ class Trained:
         generator = torch.Generator().manual_seed(step)
         rows = torch.randn(4, 16, generator=generator).to(self.model[0].weight.dtype)
         for group in self.optimizer.param_groups:
-            group["lr"] = 2.0 ** -(6 + step)
+            group["lr"] = 0.0123 / (1 + step)
         self.optimizer.tokens_per_step = 64
         return self.model(rows).float().square().mean()
 
@@ -159,5 +159,5 @@ def test_keys_of_all_parameters_are_those_of_each() -> None:
 def test_numbers_of_a_step() -> None:
     numbers = DeviceNumbers(2, 3, torch.device("cpu"))
     numbers.write([0.1, 1e-5], seed=1, step=2)
-    assert [float(rate) for rate in numbers.rates] == [float(torch.tensor(0.1)), float(torch.tensor(1e-5))]
+    assert [float(rate) for rate in numbers.rates] == [0.1, 1e-5]
     assert [int(word) for word in numbers.key(2)] == [signed_32(word) for word in noise_key(1, 2, 2)]

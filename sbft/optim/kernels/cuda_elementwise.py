@@ -187,7 +187,7 @@ def apply_full(
 ):
     """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
     if CAPTURED:
-        lr, shrink = tl.load(lr), tl.load(shrink)
+        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
         if STOCHASTIC:
             key_0, key_1 = tl.load(key_0), tl.load(key_1)
     program = tl.program_id(0)
@@ -276,7 +276,7 @@ def apply_adamw(
 ):
     """Moments and weights of AdamW."""
     if CAPTURED:
-        lr, shrink = tl.load(lr), tl.load(shrink)
+        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
         if STOCHASTIC:
             key_0, key_1 = tl.load(key_0), tl.load(key_1)
     total = total_square_sum(
@@ -342,7 +342,7 @@ def apply_sgd(
 ):
     """Weights, and with `MOMENTUM` the gradient's average."""
     if CAPTURED:
-        lr, shrink = tl.load(lr), tl.load(shrink)
+        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
         if STOCHASTIC:
             key_0, key_1 = tl.load(key_0), tl.load(key_1)
     total = total_square_sum(

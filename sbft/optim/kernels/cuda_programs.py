@@ -301,7 +301,7 @@ def apply_factored(
     rate, what the weight shrinks to and the key lie at addresses, so that a graph's replays have those of their step.
     """
     if CAPTURED:
-        lr, shrink = tl.load(lr), tl.load(shrink)
+        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
         if STOCHASTIC:
             key_0, key_1 = tl.load(key_0), tl.load(key_1)
     column_group, row_group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -124,7 +124,7 @@ def step_size(
 ) -> Tensor:
     """What the update is multiplied with: the rate, times the weight's RMS, over the excess of the update's RMS; shape ()."""
     clip = (square_root(update_square_sum / count) / clip_threshold).clamp_(min=1.0)
-    step = torch.ones_like(clip) * lr
+    step = lr.to(clip.dtype) if isinstance(lr, Tensor) else torch.full_like(clip, lr)
     if relative_step:
         assert weight_square_sum is not None
         step *= square_root(weight_square_sum / count).clamp_(min=SMALLEST_RMS)
