@@ -43,6 +43,8 @@ class Budget:
     experiments: tuple[str, ...]
     takes: str
     betas1: tuple[float, ...] = (0.0, 0.5, 0.9, 0.95, 0.99)
+    on_gpu: bool = False
+    """Whether steps are launched as graphs, and products are made in TF32."""
 
     @property
     def half_life(self) -> int:
@@ -71,7 +73,7 @@ BUDGETS = {
     ),
     "gpu": Budget(
         "scratch:30m", "builtin:python-stdlib", 120 * 1024 * LENGTH, BATCHES, 512, 4, (1, 2, 3),
-        (*OF_THE_PAPER, *CANDIDATES), ALL, "runs of minutes on one GPU",
+        (*OF_THE_PAPER, *CANDIDATES), ALL, "runs of minutes on one GPU", on_gpu=True,
     ),
 }  # fmt: skip
 
@@ -110,10 +112,12 @@ OPTIMIZERS = {
 }
 
 
-def batch_settings(batch: int) -> dict[str, Any]:
+def batch_settings(batch: int, on_gpu: bool = False) -> dict[str, Any]:
     """Microbatches above the largest."""
     micro = min(batch, LARGEST_MICROBATCH)
+    graphs = {"optimizer.cuda_graphs": True, "optimizer.gradient_release": True} if micro == batch else {}
     return {
+        **({"training.tf32": True, **graphs} if on_gpu else {}),
         "training.per_device_train_batch_size": micro,
         "training.gradient_accumulation_steps": batch // micro,
         "training.logging_steps": max(256 // batch, 1),
@@ -130,7 +134,7 @@ def variant(name: str, batch: int, budget: Budget, shift: int = 0, more: int = 0
     """
     optimizer = OPTIMIZERS[name]
     second = {"optimizer.second_moment_half_life": budget.half_life} if optimizer.second_moments else {}
-    chosen = {**FLOAT32, **second, **optimizer.settings, **batch_settings(batch), **changes}
+    chosen = {**FLOAT32, **second, **optimizer.settings, **batch_settings(batch, budget.on_gpu), **changes}
     return {
         "method": optimizer.method,
         "set": {key: value for key, value in chosen.items() if value is not None},
