@@ -14,8 +14,10 @@ from sbft.training.trainer import PLAIN_ATTENTION_TOKENS
 def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
     """What stands in for `torch.nn.functional.scaled_dot_product_attention`: that which the trainer or torch takes.
 
-    On CUDA flash attention where there is no mask, memory-efficient attention where there is one; on a CPU torch's plain
-    attention for short rows, else its flash kernel for CPUs.
+    On CUDA flash attention where there is no mask, memory-efficient attention where there is one, or in float32. Of the three
+    only flash attention takes several queries to a key as they are, and transformers asks for that wherever there is no mask:
+    in float32 such a model has torch's plain attention, which keeps the probabilities of every layer. On a CPU plain
+    attention for short rows, else torch's flash kernel for CPUs.
 
     Args:
         device: "cpu" or "cuda".
@@ -35,7 +37,9 @@ def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
         enable_gqa: bool = False,
     ) -> Tensor:
         result: Tensor
-        if plain:
+        flash = device == "cuda" and attn_mask is None and query.dtype != torch.float32
+        unsupported = device == "cuda" and enable_gqa and query.shape[-3] > key.shape[-3] and not flash
+        if plain or unsupported:
             result, *_ = aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
@@ -46,14 +50,11 @@ def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
             result, *_ = aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )
-        elif attn_mask is None and query.dtype != torch.float32:
+        elif flash:
             result, *_ = aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )
         else:
-            # Flash kernels take several queries to a key as they are.
-            if enable_gqa and (repeats := query.shape[-3] // key.shape[-3]) > 1:
-                key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
             if attn_mask is not None:
                 attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
             result, *_ = aten._scaled_dot_product_efficient_attention(

@@ -16,6 +16,12 @@ from sbft.cli.app import app
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(12)]
 
 
+@pytest.fixture(autouse=True)
+def no_note_of_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the few tokens of these examples would be worth one."""
+    monkeypatch.setattr("sbft.planning.checks.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
+
+
 @pytest.fixture
 def recipe(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe file in the working folder, with nothing wrong in it."""

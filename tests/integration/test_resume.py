@@ -55,7 +55,11 @@ torch.save(trainer._token_optimizer.state_dict(), folder + "/optimizer.pt")
 def _run(folder: Path, kill_after: int = -1, resume: bool = False) -> int:
     begin = "resume" if resume else "begin"
     command = [sys.executable, "-c", SCRIPT, str(folder), str(kill_after), begin, str(STEPS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120).returncode
 
 

@@ -66,6 +66,12 @@ class Predicted:
 Make = Callable[..., Recipe]
 
 
+@pytest.fixture(autouse=True)
+def no_note_of_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the few tokens of these examples would be worth one."""
+    monkeypatch.setattr("sbft.planning.checks.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
+
+
 @pytest.fixture
 def make(tiny_dir: Path, tmp_path: Path) -> Make:
     """A resolved recipe of tiny things, with the overrides given."""

