@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in under ten minutes and without network: the kernels against the reference, the
-# optimizer step on 4096x11008 and on the shapes of Llamas with 1B and 8B parameters, and whole training steps of both.
+# Everything that only a GPU can show, in a quarter of an hour and without network: the kernels and the graphs of steps against
+# plain ones, the optimizer step on 4096x11008 and on the shapes of Llamas with 1B and 8B parameters, whole training steps of
+# both, steps as graphs, and predicted against measured memory.
 #
 #     OUT=benchmarks/results/h100 scripts/gpu_evidence.sh
 #
@@ -34,7 +35,7 @@ part() { # part NAME SECONDS COMMAND...: its output also goes to NAME.log
 }
 
 # An optimizer whose first step outlasts --limit-s, compiling, has a row that says so.
-part kernels 170 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/test_kernels_cuda.py
+part kernels 170 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/test_kernels_cuda.py tests/unit/test_cuda_graph.py
 part optimizer_step_4096x11008 55 "$python" benchmarks/optimizer_step.py --model 4096x11008 --rounds 5 --steps 5 \
     --limit-s 20 --json "$out/optimizer_step_4096x11008.json"
 part optimizer_step_llama-1b 80 "$python" benchmarks/optimizer_step.py --model llama-1b --rounds 3 \
@@ -47,6 +48,9 @@ part training_step_llama-1b 95 "$python" benchmarks/training_step.py --model lla
 part training_step_llama-8b 85 "$python" benchmarks/training_step.py --model llama-8b \
     --methods sbft sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-8b.json"
+part graphed_steps_30m 90 "$python" benchmarks/graphed_steps.py --model scratch:30m --json "$out/graphed_steps_30m.json"
+# Nothing else may lie on the GPU: three at once fill 80 GB.
+part memory_prediction 200 "$python" benchmarks/memory_prediction.py --large --jobs 3 --json "$out/memory_prediction.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'gpu_evidence.sh: failed: %s\n' "${failed[@]}" >&2

@@ -1,0 +1,119 @@
+"""Steps of pretraining a small model on a GPU: launched kernel by kernel, and as CUDA graphs (`optimizer.cuda_graphs`).
+
+    python benchmarks/graphed_steps.py --model scratch:30m --json graphed_steps.json
+
+Each row is the median of a run's steps after its first ones, by the wall clock; what the GPU computes in a step is counted in a
+second, short run under torch's profiler. What is left between the two is the host's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+WARM_UP, PROFILED = 20, 12
+METHODS = {"adam": "float32", "sbft": "bfloat16", "sgd": "float32", "muon": "float32", "sinkgd": "float32"}
+"""Method, and what its weights are."""
+GRAPHS = ("optimizer.cuda_graphs=true", "optimizer.gradient_release=true")
+
+
+def main() -> None:
+    arguments = parse()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("graphed_steps.py: torch sees no CUDA device here")
+    rows = []
+    for method in arguments.methods:
+        for graphs in (False, True):
+            rows.append(measure(arguments, method, graphs))
+            if arguments.json:  # a run that is stopped keeps what it has
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="scratch:30m")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=100, help=f"measured, after {WARM_UP} others")
+    parser.add_argument("--tf32", action="store_true", help="products of float32 in TF32")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[str, Any]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from sbft.memory import device_name
+
+    trainer = make(arguments, method, graphs, WARM_UP + arguments.steps)
+    trainer.train()
+    torch.cuda.synchronize()
+    seconds = trainer.step_seconds[WARM_UP:]
+    short = make(arguments, method, graphs, PROFILED)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        short.train()
+        torch.cuda.synchronize()
+    kernels = [one for one in profiled.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    return {
+        "model": arguments.model, "batch_size": arguments.batch_size, "length": arguments.length, "method": method,
+        "dtype": METHODS[method], "tf32": arguments.tf32, "graphs": graphs, "device": device_name(),
+        "torch": torch.__version__, "step_ms": 1e3 * statistics.median(seconds),
+        "tenth_ms": 1e3 * sorted(seconds)[len(seconds) // 10],
+        "gpu_ms": sum(one.device_time_total for one in kernels) / PROFILED / 1e3, "kernels": len(kernels) / PROFILED,
+    }  # fmt: skip
+
+
+def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int) -> Any:
+    from transformers.trainer_callback import PrinterCallback
+
+    from sbft.data.windows import collate_windows
+    from sbft.recipe import load_recipe, resolve
+    from sbft.training.methods import prepare_model
+    from sbft.training.prepared import prepare
+    from sbft.training.trainer import SmallBatchTrainer
+
+    settings = [
+        f"data.max_length={arguments.length}", f"training.max_steps={steps}", f"dtype={METHODS[method]}",
+        f"training.per_device_train_batch_size={arguments.batch_size}", f"output_dir={tempfile.mkdtemp()}",
+        *(["training.tf32=true"] if arguments.tf32 else []), *(GRAPHS if graphs else ()),
+    ]  # fmt: skip
+    recipe = resolve(load_recipe(None, settings, model=arguments.model, data="builtin:python-stdlib", method=method))
+    prepared = prepare(recipe)
+    trainer = SmallBatchTrainer(
+        model=prepare_model(recipe, prepared.tokenizer),
+        args=prepared.arguments,
+        train_dataset=prepared.examples,
+        data_collator=collate_windows,
+        processing_class=prepared.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table of benchmarks/README.md."""
+    print(
+        "| method | weights | a step, ms | as graphs | ratio | of it the GPU's |", "|---|---|---|---|---|---|", sep="\n"
+    )
+    for plain, graphs in zip(rows[::2], rows[1::2], strict=True):
+        ratio = plain["step_ms"] / graphs["step_ms"]
+        print(
+            f"| {plain['method']} | {plain['dtype']} | {plain['step_ms']:.1f} | {graphs['step_ms']:.1f} | {ratio:.1f} | "
+            f"{graphs['gpu_ms']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
