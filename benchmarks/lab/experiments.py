@@ -72,8 +72,8 @@ BUDGETS = {
         "a night on 2 cores",
     ),
     "gpu": Budget(
-        "scratch:30m", "builtin:python-stdlib", 120 * 1024 * LENGTH, BATCHES, 512, 4, (1, 2, 3),
-        (*OF_THE_PAPER, *CANDIDATES), ALL, "runs of minutes on one GPU", on_gpu=True,
+        "scratch:30m", "builtin:python-stdlib", 30 * 1024 * LENGTH, BATCHES, 128, 4, (1, 2, 3),
+        (*OF_THE_PAPER, *CANDIDATES), ALL, "a day on one GPU, no run above ten minutes", on_gpu=True,
     ),
 }  # fmt: skip
 

@@ -140,8 +140,8 @@ class SmallBatchArguments:
         default=False,
         metadata={
             "help": "On a GPU, launch whole steps at once (CUDA graphs) where batches have one shape and a label at every "
-            "position, as in pretraining: for models so small that launching their kernels is what takes the time. A resumed run "
-            "ends in the same bits in float32 only."
+            "position, as in pretraining: for models so small that launching their kernels is what takes the time. A "
+            "resumed run ends in the same bits in float32 only."
         },
     )
     max_skipped_steps: int = field(
