@@ -1,4 +1,5 @@
-"""The updates in Triton for CUDA devices: the functions of `reference`, bit for bit but for the order of sums.
+"""The updates in Triton for CUDA devices: the functions of `reference`, bit for bit but for the order of sums (and, with Triton
+before 3.6, for quotients and roots of subnormal numbers, which it takes for zero).
 
 Nothing waits for the device: finite check, step size and bias correction are numbers in its memory. The learning rate and the
 words of the key may be tensors of shape () there, for launches that a CUDA graph replays. A large factored
