@@ -50,4 +50,5 @@ class Launch:
         if not any([tensors[i].data_ptr() % _ALIGNMENT for i in aligned]):
             names = [parameter.name for parameter in parameters[len(tensors) + len(numbers) :]]
             self._values = tuple(self._constants[name] for name in names)
-            self._run, self._aligned = compiled[self._grid], aligned
+            self._aligned = aligned
+            self._run = compiled[self._grid]  # last: another thread may launch by it at once
