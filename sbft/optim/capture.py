@@ -64,25 +64,33 @@ class CapturedUpdates:
     """
 
     def __init__(self, optimizer: TokenOptimizer) -> None:
-        parameters = [param for group in optimizer.param_groups for param in group["params"]]
-        devices = {param.device for param in parameters}
         if not optimizer.releases_gradients:
             raise ValueError("updates can be captured where gradients are released: call release_gradients() first")
+        self._optimizer = optimizer
+        self._made_for: object = None
+        self._updated: set[Tensor] = set()
+        self._square_sums: list[float | Tensor] = []
+        self._make_numbers()
+
+    def _make_numbers(self) -> None:
+        """For the groups and parameters that there are now."""
+        optimizer = self._optimizer
+        parameters = [param for group in optimizer.param_groups for param in group["params"]]
+        devices = {param.device for param in parameters}
         if len(devices) > 1 or any(map(is_sharded, parameters)):
             raise ValueError("updates can be captured where all parameters lie whole on one device")
         if any(map(optimizer._follows_steps, optimizer.param_groups)):
             raise ValueError("schedule='power' averages otherwise in every step, which a captured update cannot")
-        self._optimizer = optimizer
         self._parameters = parameters
         self._numbers = DeviceNumbers(len(optimizer.param_groups), len(parameters), devices.pop())
-        self._made_for: object = None
-        self._updated: set[Tensor] = set()
-        self._square_sums: list[float | Tensor] = []
+        self._numbers_made_for = optimizer._changes
 
     @contextmanager
     def within(self) -> Iterator[None]:
         """Updates in here read their numbers from the device."""
         optimizer = self._optimizer
+        if self._numbers_made_for != optimizer._changes:  # a group was added
+            self._make_numbers()
         self._write()
         optimizer._numbers, optimizer._captured = self._numbers, True
         try:
@@ -123,5 +131,5 @@ class CapturedUpdates:
             {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in optimizer.param_groups
         ]
-        weights = [(param.data_ptr(), param._version) for param in self._parameters]
+        weights = [(param.data_ptr(), param._version, param.requires_grad) for param in self._parameters]
         return optimizer.tokens_per_step, optimizer._changes, settings, weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -132,12 +133,29 @@ def test_a_capture_holds_as_long_as_nothing_else_changes() -> None:
         with torch.no_grad():
             trained.model[0].weight.mul_(2)
 
+    def frozen_weight(trained: Trained) -> None:
+        trained.model[0].weight.requires_grad_(False)
+
     for change, holds in (
         (new_rate, True), (more_tokens, False), (other_setting, False), (loaded_state, False), (changed_weight, False),
+        (frozen_weight, False),
     ):  # fmt: skip
         trained, updates = captured()
         change(trained)
         assert updates.hold is holds, change.__name__
+
+
+def test_a_group_that_is_added_is_updated_too() -> None:
+    plain, captured = Trained("adamw", torch.bfloat16), Trained("adamw", torch.bfloat16)
+    updates = CapturedUpdates(captured.optimizer)
+    for trained in (plain, captured):
+        trained.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8, dtype=torch.bfloat16))]})
+        loss = trained.begin(0) + trained.optimizer.param_groups[1]["params"][0].float().sum()
+        with updates.within() if trained is captured else nullcontext():
+            loss.backward()
+        trained.optimizer.step()
+    for a, b in zip(plain.optimizer.param_groups, captured.optimizer.param_groups, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(a["params"], b["params"], strict=True))
 
 
 def test_what_cannot_be_captured_is_refused() -> None:
