@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbft.errors import TrainingError
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.capture import CapturedUpdates
 
@@ -33,6 +34,7 @@ class GraphedSteps:
 
     Raises:
         ValueError: if the optimizer's updates cannot be captured.
+        TrainingError: from `forward`, if the model's step cannot be.
     """
 
     def __init__(self, optimizer: TokenOptimizer, loss_of: Callable[[Batch], Tensor]) -> None:
@@ -60,8 +62,7 @@ class GraphedSteps:
             return None  # an odd one, such as the last of an epoch
         self._graph = None
         if self._seen > WARM_UP:
-            with self._updates.within():
-                self._graph = _Graph(batch, self._loss_of, self._updates, self._stream)
+            self._graph = self._captured(batch)
             self._seen = 0
             return self._graph.forward(batch)
         with self._beside():
@@ -79,8 +80,23 @@ class GraphedSteps:
             loss.backward()
 
     def leave_out(self) -> None:
-        """Forget the step whose loss `forward` has returned last."""
-        self._loss = None
+        """Forget the step whose loss `forward` has returned last; without its backward it has warmed nothing up."""
+        if self._loss is not None:
+            self._loss = None
+            self._seen -= 1
+
+    def _captured(self, batch: Batch) -> _Graph:
+        try:
+            with self._updates.within():
+                return _Graph(batch, self._loss_of, self._updates, self._stream)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            raise TrainingError(
+                "cuda_graphs=True: this model's step cannot be captured, as none can that waits for the device, like that of "
+                f"experts which count their tokens. Set cuda_graphs=False. What torch says: {said}"
+            ) from error
 
     def _beside(self) -> AbstractContextManager[None]:
         return _Beside(self._stream)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sbft.data.windows import collate_windows
+from sbft.errors import TrainingError
 from sbft.training import cuda_graph
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.cuda_graph import WARM_UP, GraphedSteps
@@ -104,6 +105,26 @@ def test_a_step_that_is_left_out_has_no_backward(monkeypatch: pytest.MonkeyPatch
     recorded = Recorded(monkeypatch)
     assert recorded.step(4, backward=False) == ["run"]
     assert recorded.steps._loss is None
+
+
+def test_steps_that_are_left_out_warm_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's state is made in the first backward; made in a capture, every replay would make it anew."""
+    recorded = Recorded(monkeypatch)
+    for _ in range(WARM_UP + 1):
+        assert recorded.step(4, backward=False) == ["run"]
+    assert [recorded.step(4) for _ in range(WARM_UP + 1)] == [["run"]] * WARM_UP + [CAPTURED]
+
+
+def test_a_model_that_cannot_be_captured_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    recorded = Recorded(monkeypatch)
+    for _ in range(WARM_UP):
+        recorded.step(4)
+    monkeypatch.setattr(cuda_graph, "_Graph", refuse)
+    with pytest.raises(TrainingError, match="Set cuda_graphs=False.*stream is capturing$"):
+        recorded.step(4)
 
 
 def test_what_does_not_go_with_graphs_is_refused(tmp_path: Path) -> None:
