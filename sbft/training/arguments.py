@@ -140,8 +140,8 @@ class SmallBatchArguments:
         default=False,
         metadata={
             "help": "On a GPU, launch whole steps at once (CUDA graphs) where batches have one shape and a label at every "
-            "position, as in pretraining: for models so small that launching their kernels is what takes the time. A "
-            "resumed run ends in the same bits in float32 only."
+            "position, as in pretraining: for models so small that launching their kernels is what takes the time. A resumed "
+            "run ends in the same bits in float32 only."
         },
     )
     max_skipped_steps: int = field(
@@ -244,7 +244,8 @@ class SmallBatchArguments:
             self._refuse_settings("token_optimizer is None")
             if self.cuda_graphs:
                 raise ArgumentError(
-                    "cuda_graphs=True needs one of sbft's optimizers, and token_optimizer is None. Set one of the two."
+                    "cuda_graphs=True needs one of sbft's optimizers, and token_optimizer is None. Name one there, or set "
+                    "cuda_graphs=False."
                 )
             return
         if self.token_optimizer not in OPTIMIZERS:
@@ -326,12 +327,13 @@ class SmallBatchArguments:
             "bf16=True": self.bf16,
             "torch_compile=True": bool(vars(self).get("torch_compile")),
             "gradient_checkpointing=True": self.checkpoints_activations,
+            "activation_offloading=True": bool(vars(self).get("activation_offloading")),  # of TRL
         }
         found = [name for name, is_so in problems.items() if is_so]
         if found:
             raise ArgumentError(
                 f"cuda_graphs=True holds forward, backward and released updates as they are, and does not go with "
-                f"{', '.join(found)}. Remove it, or set cuda_graphs=False."
+                f"{', '.join(found)}. Change that, or set cuda_graphs=False."
             )
 
     @property

@@ -96,6 +96,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._head_sought = False
         self._tied: TiedEmbedding | None = None
         self._graphed: GraphedSteps | None = None
+        self._warned_of_plain_step = False
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
@@ -284,9 +285,9 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
                 self._graphed = self._graphed_steps(optimizer, head)
 
     def _graphed_steps(self, optimizer: TokenOptimizer, head: Head | None) -> GraphedSteps:
-        if head is None or self.accelerator.num_processes > 1:
-            why = "needs the loss without logits" if head is None else "works in one process"
-            raise ArgumentError(f"cuda_graphs=True {why}, which this training does not. Set cuda_graphs=False.")
+        reason = self._why_not_graphed(head)
+        if head is None or reason is not None:
+            raise ArgumentError(f"cuda_graphs=True does not go with this training: {reason}. Set cuda_graphs=False.")
 
         def loss_of(batch: dict[str, Any]) -> Tensor:
             inputs = dict(batch)
@@ -296,6 +297,22 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             return GraphedSteps(optimizer, loss_of)
         except ValueError as error:
             raise ArgumentError(f"cuda_graphs=True: {error}.") from error
+
+    def _why_not_graphed(self, head: Head | None) -> str | None:
+        """What of this training a captured step cannot hold, or would leave out; None if nothing."""
+        own_loss = self._has_own_loss() or type(self).compute_loss is not SmallBatchMixin.compute_loss
+        reasons = {
+            "its loss is made from logits (of a model whose head is not understood, by Liger, or by TRL)": head is None,
+            "its loss is another one (label_smoothing_factor, compute_loss_func, or a compute_loss of your own)": own_loss,
+            "it runs in several processes": self.accelerator.num_processes > 1,
+            "it computes under autocast (mixed_precision of accelerate's launch config)": (
+                self.accelerator.mixed_precision != "no"
+            ),
+            "gradient checkpointing was enabled on the model": any(
+                vars(module).get("gradient_checkpointing") for module in self.model.modules()
+            ),
+        }
+        return next((reason for reason, is_so in reasons.items() if is_so), None)
 
     def _tied_and_sharded(self) -> list[Tensor]:
         """The embedding that is also the output head, where FSDP2 reduces the gradients of its two uses one after the other."""
@@ -354,10 +371,12 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
     ) -> Tensor | None:
         """The loss of a step that was launched as a graph, or prepares one; None for a batch that cannot be."""
         assert self._graphed is not None
-        if set(inputs) != {"input_ids", "labels"}:
-            return None
         inputs = self._prepare_inputs(inputs)
-        if bool((inputs["labels"] == -100).any()):
+        reason = _why_plain(inputs)
+        if reason is not None:
+            if not self._warned_of_plain_step:
+                logger.warning(f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {reason}.")
+            self._warned_of_plain_step = True
             return None
         if not model.training:
             model.train()
@@ -446,8 +465,10 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
 
     def _takes_logits_free_loss(self, inputs: dict[str, Any]) -> bool:
         has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
-        own_loss = self.label_smoother is not None or self.compute_loss_func is not None or self.args.n_gpu > 1
-        return has_labels and not own_loss and self._find_head() is not None
+        return has_labels and not self._has_own_loss() and self._find_head() is not None
+
+    def _has_own_loss(self) -> bool:
+        return self.label_smoother is not None or self.compute_loss_func is not None or self.args.n_gpu > 1
 
     def _find_head(self) -> Head | None:
         """The model's head, sought once; None, with one warning, where the model's own loss has to do."""
@@ -579,6 +600,15 @@ def _count_tokens(batch: dict[str, Any]) -> int:
     if mask is not None and mask.dim() == 2:
         return int(mask.sum())
     return int(batch["input_ids"].numel())
+
+
+def _why_plain(batch: dict[str, Any]) -> str | None:
+    """Why a batch's step cannot be launched as a graph; None if it can."""
+    if set(batch) != {"input_ids", "labels"}:
+        return f"a graph takes input_ids and labels alone, and this batch holds {', '.join(sorted(batch))}"
+    if bool((batch["labels"] == -100).any()):
+        return "a graph takes batches with a label at every position, and this one lacks some"
+    return None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -130,10 +131,52 @@ def test_a_model_that_cannot_be_captured_is_named_as_such(monkeypatch: pytest.Mo
 def test_what_does_not_go_with_graphs_is_refused(tmp_path: Path) -> None:
     for settings in (
         {"gradient_release": False}, {"token_optimizer": None}, {"schedule": "power"}, {"gradient_checkpointing": True},
-        {"logits_free_loss": False},
+        {"logits_free_loss": False}, {"bf16": True},
     ):  # fmt: skip
         with pytest.raises(ArgumentError, match="cuda_graphs=True"):
             SmallBatchTrainingArguments(output_dir=str(tmp_path), cuda_graphs=True, **settings)  # type: ignore[arg-type]
+
+
+def on_the_cpu(folder: Path, kind: type[SmallBatchTrainer] = SmallBatchTrainer, **settings: Any) -> SmallBatchTrainer:
+    trainer_settings = {name: settings.pop(name) for name in ("compute_loss_func",) if name in settings}
+    args = SmallBatchTrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **settings)
+    return kind(model=tiny_model(), args=args, **trainer_settings)
+
+
+class WithItsOwnLoss(SmallBatchTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_training_that_a_capture_would_change_is_refused(tmp_path: Path) -> None:
+    checkpointing = on_the_cpu(tmp_path)
+    checkpointing.model.gradient_checkpointing_enable()
+    for trainer, reason in (
+        (on_the_cpu(tmp_path), None),
+        (on_the_cpu(tmp_path, label_smoothing_factor=0.1), "its loss is another one"),
+        (on_the_cpu(tmp_path, compute_loss_func=lambda *given, **named: None), "its loss is another one"),
+        (on_the_cpu(tmp_path, kind=WithItsOwnLoss), "its loss is another one"),
+        (on_the_cpu(tmp_path, logits_free_loss=False), "its loss is made from logits"),
+        (checkpointing, "gradient checkpointing was enabled"),
+    ):
+        found = trainer._why_not_graphed(trainer._find_head())
+        assert found is None if reason is None else found is not None and reason in found
+
+
+def test_one_warning_tells_that_batches_are_not_launched_as_graphs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = on_the_cpu(tmp_path)
+    graphed: Any = object()
+    trainer._graphed = graphed
+    ids = torch.arange(8).view(1, 8)
+    masked = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    unlabelled = {"input_ids": ids, "labels": ids.masked_fill(ids < 2, -100)}
+    with caplog.at_level(logging.WARNING, logger="sbft.training.trainer"):
+        for batch in (masked, masked, unlabelled):
+            assert trainer._graphed_step(trainer.model, batch) is None
+    said = [record.getMessage() for record in caplog.records if "cuda_graphs=True" in record.getMessage()]
+    assert len(said) == 1 and "attention_mask" in said[0]
 
 
 # What they compute
