@@ -104,7 +104,9 @@ def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int) -
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table of benchmarks/README.md."""
     print(
-        "| method | weights | a step, ms | as graphs | ratio | of it the GPU's |", "|---|---|---|---|---|---|", sep="\n"
+        "| method | weights | a step, ms | as graphs, ms | ratio | of that the GPU's, ms |",
+        "|---|---|---|---|---|---|",
+        sep="\n",
     )
     for plain, graphs in zip(rows[::2], rows[1::2], strict=True):
         ratio = plain["step_ms"] / graphs["step_ms"]
