@@ -36,7 +36,10 @@ def plan(
         int | None, typer.Option(min=1, help="Examples in a forward pass; each method's own where it is not given.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="NAME,NAME", help=f"Some of {', '.join(METHODS)}; all where it is not given.")
+        str | None, typer.Option(
+            metavar="NAME,NAME",
+            help=f"Some of {', '.join(METHODS)}; where it is not given, all whose packages are installed.",
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines: bytes.")] = False,
@@ -56,7 +59,7 @@ def plan(
             from sbft.memory import available_bytes, type_of
             from sbft.planning.fit import make_plan
             from sbft.planning.usable_memory import parse_bytes
-        chosen = _chosen(methods)
+        chosen, left_out = _chosen(methods)
         device = "cuda" if gpu_memory is not None else type_of()
         memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
         with Console(stderr=True).status("Planning") as status:
@@ -76,13 +79,22 @@ def plan(
             print(json.dumps(_for_machines(made), indent=1))
         else:
             _print_for_people(made)
+        if left_out:
+            Console(stderr=True, highlight=False).print(left_out, markup=False, soft_wrap=True)
 
 
-def _chosen(methods: str | None) -> list[str]:
+def _chosen(methods: str | None) -> tuple[list[str], str | None]:
+    """The methods to plan; where none was named those that can be run here, and a line on the others, if any."""
     from sbft.errors import RecipeError
     from sbft.recipe.nearest import nearest
 
-    names = list(METHODS) if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    if methods is None:
+        usable = [name for name, method in METHODS.items() if not method.missing_packages]
+        others = [name for name in METHODS if name not in usable]
+        packages = sorted({package for name in others for package in METHODS[name].missing_packages})
+        line = f"Left out, for want of a package ({', '.join(packages)}): {', '.join(others)}." if others else None
+        return usable, line
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         if name not in METHODS:
             raise RecipeError(
@@ -90,7 +102,7 @@ def _chosen(methods: str | None) -> list[str]:
             )
     if not names:
         raise RecipeError(f"--methods is empty, expected some of {', '.join(METHODS)}.")
-    return names
+    return names, None
 
 
 def _print_for_people(plan: Plan) -> None:

@@ -341,7 +341,7 @@ class TokenOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state keeps its own dtype (torch casts float32 state to that of bfloat16 weights).
+        """As in torch, but the state is float32 (torch casts it to the dtype of bfloat16 weights).
 
         A state of whole tensors is cut as the parameters are.
 
@@ -361,7 +361,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         for i, param in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                here = {name: value.to(param.device, copy=True) for name, value in saved.items()}
+                here = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
                 self.state[param] = self._cut(here, param) if shard_of(param) is not None else here
         self._begin_step()
 

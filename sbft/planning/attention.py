@@ -14,10 +14,10 @@ from sbft.training.trainer import PLAIN_ATTENTION_TOKENS
 def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
     """What stands in for `torch.nn.functional.scaled_dot_product_attention`: that which the trainer or torch takes.
 
-    On CUDA flash attention where there is no mask, memory-efficient attention where there is one, or in float32. Of the three
-    only flash attention takes several queries to a key as they are, and transformers asks for that wherever there is no mask:
-    in float32 such a model has torch's plain attention, which keeps the probabilities of every layer. On a CPU plain
-    attention for short rows, else torch's flash kernel for CPUs.
+    On CUDA flash attention (or cuDNN's, which holds about as much) where there is no mask, memory-efficient attention where
+    there is one, or in float32. The latter does not take several queries to a key as they are, and transformers asks for
+    that wherever there is no mask: in float32 such a model has torch's plain attention, which keeps the probabilities of
+    every layer. On a CPU plain attention for short rows, else torch's flash kernel for CPUs.
 
     Args:
         device: "cpu" or "cuda".

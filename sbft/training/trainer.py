@@ -71,7 +71,8 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
 
     Attributes:
         step_seconds: wall time of every finished step, data loading included.
-        optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them.
+        optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them, and where a graph
+            launches them with all else, of closing the step alone.
         tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint.
         skipped_steps: steps left out because their loss was not finite, also those before a resumed checkpoint.
         tokens_of_this_session: those of `tokens_seen` that came after the resumed checkpoint.

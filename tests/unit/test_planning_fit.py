@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -104,6 +105,16 @@ def test_the_verb_speaks_json() -> None:
     assert plan["memory_bytes"] == 10**9 and plan["device"] == "cuda"
     assert {row["method"] for row in plan["rows"]} == {"lora"}
     assert all(row["needed_bytes"] == sum(row["parts"].values()) for row in plan["rows"])
+
+
+def test_methods_whose_package_is_missing_are_left_out_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name))
+    shown = CliRunner().invoke(app, ["plan", "--model", "random:tiny", "--gpu-memory", "1GB", "--json"])
+    assert shown.exit_code == 0, shown.output
+    planned = {row["method"] for row in json.loads(shown.stdout)["rows"]}
+    assert {"sbft", "adam", "hf-adafactor"} <= planned and not {"adam8bit", "qlora"} & planned
+    assert "Left out, for want of a package (bitsandbytes): adam8bit, qlora." in shown.stderr
 
 
 def test_this_machine_is_planned_for_where_no_gpu_is_named() -> None:
