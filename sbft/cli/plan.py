@@ -36,7 +36,8 @@ def plan(
         int | None, typer.Option(min=1, help="Examples in a forward pass; each method's own where it is not given.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(
+        str | None,
+        typer.Option(
             metavar="NAME,NAME",
             help=f"Some of {', '.join(METHODS)}; where it is not given, all whose packages are installed.",
         ),

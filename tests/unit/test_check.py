@@ -8,9 +8,11 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +24,7 @@ from sbft.planning.check import check, expected_memory, find, warnings_in_brief
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import fit
 from sbft.planning.checks.length import duration, row_sizes, rows_per_step, run_length
-from sbft.planning.checks.settings import COMPUTE_BOUND_TOKENS
+from sbft.planning.checks.settings import COMPUTE_BOUND_TOKENS, unused_graphs
 from sbft.planning.predict import PlanError
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.training.prepared import Prepared, prepare
@@ -201,6 +203,20 @@ def test_a_half_life_beyond_the_run_is_a_note(make: Make) -> None:
     found = the(make(f"optimizer.second_moment_half_life={10 * tokens}"), "half-life-longer-than-run")
     assert found.severity == "note" and found.mend is None and "Harmless" in found.why
     assert keys(make(f"optimizer.second_moment_half_life={10 * tokens - 1}")) == set()
+
+
+def test_graphs_that_cannot_be_are_told_of(make: Make) -> None:
+    def on(device: str, **changes: Any) -> Prepared:
+        return replace(asked, arguments=SimpleNamespace(device=torch.device(device)), **changes)
+
+    asked = prepare(make("optimizer.cuda_graphs=true"))
+    found = unused_graphs(on("cpu"))
+    assert found is not None and found.severity == "note" and "on this machine" in found.title
+    found = unused_graphs(on("cuda"))
+    assert found is not None and found.severity == "warning" and "these examples" in found.title
+    assert found.mend is not None and unused_graphs(on("cuda", recipe=make(*as_overrides(found.mend)))) is None
+    assert unused_graphs(on("cuda", recipe=make())) is None
+    assert ("graphs-not-used" in keys(make("optimizer.cuda_graphs=true"))) and "graphs-not-used" not in keys(make())
 
 
 def test_few_tokens_for_the_device_are_a_note(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

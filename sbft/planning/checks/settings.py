@@ -110,6 +110,29 @@ def far_under_compute_bound(prepared: Prepared) -> Finding | None:
     )
 
 
+def unused_graphs(prepared: Prepared) -> Finding | None:
+    """Steps that are to be launched as CUDA graphs, and cannot be."""
+    if not prepared.recipe.optimizer.cuda_graphs:
+        return None
+    if prepared.arguments.device.type != "cuda":
+        return Finding(
+            "graphs-not-used",
+            "note",
+            "optimizer.cuda_graphs does nothing on this machine",
+            "Steps are launched as graphs on a CUDA device, and there is none here. The run is the same without it.",
+        )
+    if prepared.pretrains:
+        return None
+    return Finding(
+        "graphs-not-used",
+        "warning",
+        "optimizer.cuda_graphs does nothing with these examples",
+        "A graph takes batches of one length with a label at every position, as pretraining has them. Steps on questions and "
+        "answers are launched kernel by kernel all the same.",
+        "--set optimizer.cuda_graphs=false",
+    )
+
+
 def large_relative_step(prepared: Prepared) -> Finding | None:
     """A learning rate made for absolute steps, or too high a one, where it is relative to each weight's size."""
     recipe = prepared.recipe
@@ -183,6 +206,7 @@ SETTINGS_CHECKS = (
     rounded_to_nearest,
     needless_accumulation,
     far_under_compute_bound,
+    unused_graphs,
     large_relative_step,
     warmup,
     long_half_life,
