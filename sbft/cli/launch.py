@@ -31,18 +31,20 @@ def launch(arguments: list[str], processes: int) -> int:
         which reaches all of them, they are waited for, unless it comes twice. When this process is told to end
         (SIGTERM), so are they, and they are waited for likewise.
     """
-    former = signal.signal(signal.SIGTERM, _leave)
+    told: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        # Raising here would lose a rank that is being started: it would run on.
+        told.append(number)
+
+    former = signal.signal(signal.SIGTERM, note)
     try:
-        return _launch(arguments, processes)
+        return _launch(arguments, processes, told)
     finally:
         signal.signal(signal.SIGTERM, former)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def _launch(arguments: list[str], processes: int) -> int:
+def _launch(arguments: list[str], processes: int, told: Sequence[int]) -> int:
     import tempfile
 
     with socket.socket() as free:
@@ -57,7 +59,7 @@ def _launch(arguments: list[str], processes: int) -> int:
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), rank_errors.VARIABLE: str(errors[rank])}
                 ranks.append(start_rank(arguments, {**threads, **os.environ, **common, **own}))
-            return _wait(ranks, errors)
+            return _wait(ranks, errors, told)
         finally:
             _end(ranks)
 
@@ -67,18 +69,28 @@ def start_rank(arguments: list[str], environment: dict[str, str]) -> subprocess.
     return subprocess.Popen([sys.executable, "-m", "sbft", *arguments], env=environment)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = ()) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = (), told: Sequence[int] = ()) -> int:
     """The exit code, once all have ended, or one has failed and the others had time to end of themselves.
 
     Args:
         ranks: the processes.
         errors: the files in which each leaves why it failed.
+        told: grows when this process is told to end.
+
+    Raises:
+        KeyboardInterrupt: if that, or Ctrl-C, comes twice.
     """
-    interrupted = False
+    interrupted = ended = False
     patience = _PATIENCE_S
     first: int | None = None
     while True:
         try:
+            if told and not ended:
+                interrupted = ended = True
+                for process in ranks:
+                    process.terminate()
+            if len(told) > 1:
+                raise KeyboardInterrupt(told[-1])
             codes = [process.poll() for process in ranks]
             if first is None:
                 failed = [rank for rank, code in enumerate(codes) if code]
@@ -96,14 +108,11 @@ def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = ()) -> 
             # A rank that stops on Ctrl-C ends with a code too, while another still writes the checkpoint.
             if first is not None and not interrupted:
                 patience -= _POLL_S
-        except KeyboardInterrupt as told:
+        except KeyboardInterrupt:
             # On Ctrl-C the terminal has told the ranks too: they end their step, save, and stop.
             if interrupted:
                 raise
             interrupted = True
-            if told.args:
-                for process in ranks:
-                    process.terminate()
 
 
 def _tell(first: int, codes: list[int | None], errors: list[str | None]) -> None:

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from sbft.cli.launch import _end, _wait
+from sbft.cli.launch import _end, _wait, launch
 from sbft.errors import DataError, DiskError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.training.failures import (
@@ -218,3 +219,24 @@ def test_a_parent_that_is_told_to_end_ends_its_ranks(tmp_path: Path) -> None:
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
+
+
+def test_a_parent_that_is_told_to_end_while_it_starts_its_ranks_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = tmp_path / "rank.sh"
+    rank.write_text("#!/bin/sh\nexec sleep 100\n")
+    rank.chmod(0o755)
+    started = []
+
+    class Told(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self)
+            if len(started) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(sys, "executable", str(rank))
+    monkeypatch.setattr(subprocess, "Popen", Told)
+    assert launch([], 2) == 128 + signal.SIGTERM
+    assert len(started) == 2 and all(process.poll() == -signal.SIGTERM for process in started)
