@@ -21,7 +21,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from sbft.optim.kernels import cuda, cuda_elementwise, cuda_programs, reference  # noqa: E402
+from sbft.optim.kernels import cuda, cuda_elementwise, cuda_plans, cuda_programs, reference  # noqa: E402
 from sbft.optim.sharding import Shard  # noqa: E402
 from sbft.rounding import noise_from_key, noise_key, signed_32, stochastic_round  # noqa: E402
 
@@ -65,12 +65,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 def change(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
     """Give names of the module other values, and forget what was made with the former ones."""
     for name, value in values.items():
-        monkeypatch.setattr(cuda, name, value)
+        monkeypatch.setattr(cuda_plans, name, value)
     forget()
 
 
 def forget() -> None:
-    for cached in (cuda.factored_plan, cuda.factored_launches, cuda.line_launches):
+    for cached in (cuda_plans.factored_plan, cuda_plans.factored_launches, cuda_plans.line_launches):
         cached.cache_clear()
 
 
@@ -273,10 +273,12 @@ def test_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offsets_have_64_bits_where_32_do_not_reach() -> None:
-    assert cuda._index((1, 70000, 70000), (1, 70000, 1), 0) == tl.int64
-    assert cuda._index((1, 8, 8), (0, 1 << 28, 1), 0) == tl.int64  # a gradient that is a view of something large
-    assert cuda._index((1, 8, 8), (64, 8, 1), 0) == tl.int32
-    assert cuda._index((1, 8, 8), (64, 8, 1), 1 << 30) == tl.int64  # of a shard, the noise goes by the global index
+    assert cuda_plans._index((1, 70000, 70000), (1, 70000, 1), 0) == tl.int64
+    assert cuda_plans._index((1, 8, 8), (0, 1 << 28, 1), 0) == tl.int64  # a gradient that is a view of something large
+    assert cuda_plans._index((1, 8, 8), (64, 8, 1), 0) == tl.int32
+    assert (
+        cuda_plans._index((1, 8, 8), (64, 8, 1), 1 << 30) == tl.int64
+    )  # of a shard, the noise goes by the global index
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -364,15 +366,18 @@ MODEL_SHAPES = [
 @pytest.mark.parametrize("element_size", [2, 4])
 def test_plan_needs_little_memory(shape: tuple[int, int, int], element_size: int) -> None:
     stack, rows, columns = shape
-    plan = cuda.factored_plan(*shape, element_size)
+    plan = cuda_plans.factored_plan(*shape, element_size)
     tensor = stack * rows * columns * element_size
     assert 4 * plan.scratch + 512 <= max(1 << 20, 0.01 * tensor + 4 * stack * (rows + columns))
-    assert plan.row_groups * plan.tiles * cuda.SUM_ROWS >= rows and plan.column_groups * cuda.TILE_COLUMNS >= columns
-    assert plan.apply_groups * plan.apply_tiles * cuda.APPLY_ROWS >= rows
+    assert (
+        plan.row_groups * plan.tiles * cuda_plans.SUM_ROWS >= rows
+        and plan.column_groups * cuda_plans.TILE_COLUMNS >= columns
+    )
+    assert plan.apply_groups * plan.apply_tiles * cuda_plans.APPLY_ROWS >= rows
 
 
 def test_plan_of_an_elementwise_update_needs_little_memory() -> None:
-    line = cuda.LineLaunches((1, 1, 1 << 33), None, None, cuda_elementwise.apply_full, {})
+    line = cuda_plans.LineLaunches((1, 1, 1 << 33), None, None, cuda_elementwise.apply_full, {})
     assert line.section * 3 * 4 <= 1 << 20
 
 

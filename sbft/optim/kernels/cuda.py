@@ -10,38 +10,17 @@ goes to the reference.
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from sbft.optim.kernels import cuda_elementwise, cuda_programs, reference
-from sbft.optim.kernels.cuda_launch import Launch
+from sbft.optim.kernels import cuda_elementwise, reference
+from sbft.optim.kernels.cuda_plans import FactoredPlan, LineLaunches, factored_launches, line_launches
 from sbft.optim.kernels.reference import Key, matrices
 from sbft.optim.sharding import Shard
 from sbft.rounding import signed_32
-
-TILE_COLUMNS, SUM_ROWS, APPLY_ROWS = 256, 32, 16
-"""Tile of a matrix. One warp holds whole rows of it, so that row sums need no barrier. Applying needs more registers for an
-element than summing: with half the rows, and its registers limited, three programs fit on a multiprocessor."""
-
-APPLY_REGISTERS = 80  # holds the usual case, a contiguous bfloat16 gradient, without spilling
-
-BLOCK, ALONE_BLOCKS = 2048, 8
-"""Elements of a block of a line, and how many blocks one program updates alone."""
-
-MAX_PROGRAMS = 1024
-SMALL_BYTES, LARGE_SHARE = 1 << 20, 0.01
-"""Partial sums take at most the larger of the two (the second as a share of the weight, beyond its rows and columns)."""
-
-_SCALARS = 512  # bytes that an allocation of any size takes at least
-_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
-
 
 # Adafactor
 
@@ -99,87 +78,6 @@ def adafactor_factored(
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
 
 
-class _FactoredLaunches:
-    """What updates of weights of one shape have in common: their launches, and the numbers that these are always given."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        strides: tuple[int, ...],
-        weight_dtype: torch.dtype,
-        grad_dtype: torch.dtype,
-        contiguous: bool,
-        shard: tuple[int, float, float | None] | None,
-        stochastic: bool,
-        relative: bool,
-        captured: bool,
-    ) -> None:
-        stack, rows, columns = shape
-        self.plan = plan = factored_plan(*shape, weight_dtype.itemsize)
-        offset, count, all_rows = (0, float(stack * rows * columns), None) if shard is None else shard
-        all_rows = float(rows) if all_rows is None else all_rows
-        index = _index(shape, strides, offset)
-        summing = (plan.column_groups, plan.row_groups, stack)
-        applying = (plan.column_groups, plan.apply_groups, stack)
-        self.applying = math.prod(applying)
-        tile = {"TILE_COLUMNS": TILE_COLUMNS, "INDEX": index}
-        usual = contiguous and grad_dtype == weight_dtype == torch.bfloat16 and columns % 32 == 0 and shard is None
-        kinds = {
-            "STOCHASTIC": stochastic, "RELATIVE": relative, "SHARDED": shard is not None, "CAPTURED": captured,
-            "ALIGNED": columns % 32 == offset % 32 == 0,
-        }  # fmt: skip
-        self.sums = Launch(cuda_programs.row_and_column_sums, summing, {"TILE_ROWS": SUM_ROWS, **tile}, _OPTIONS)
-        self.factors = Launch(
-            cuda_programs.update_factors,
-            (plan.row_blocks + plan.column_blocks, stack, 1),
-            {},
-            {**_OPTIONS, "num_warps": 4},
-        )
-        self.squares = Launch(cuda_programs.update_square_sums, applying, {"TILE_ROWS": APPLY_ROWS, **tile}, _OPTIONS)
-        self.apply = Launch(
-            cuda_programs.apply_factored,
-            applying,
-            {**kinds, "TILE_ROWS": APPLY_ROWS, **tile},
-            {**_OPTIONS, "maxnreg": APPLY_REGISTERS if usual else None},
-        )
-        self.sums_numbers = (rows, columns, *strides, plan.tiles, plan.column_sums_at, plan.totals_at)
-        self.factors_numbers = (
-            rows, columns, all_rows, float(columns), math.prod(summing), plan.column_groups, plan.row_groups,
-            plan.row_blocks, plan.column_sums_at, plan.totals_at, plan.row_means_at,
-        )  # fmt: skip
-        self.squares_numbers = (
-            rows, columns, all_rows, *strides, plan.apply_tiles, plan.row_blocks, plan.column_sums_at, plan.row_means_at,
-            plan.squares_at,
-        )  # fmt: skip
-        self.apply_numbers, self.measure_numbers = (
-            (
-                rows, columns, *strides, plan.apply_tiles, self.applying, measure, plan.column_sums_at, plan.totals_at,
-                plan.squares_at, plan.weight_squares_at, count,
-            )
-            for measure in (0, 1)
-        )  # fmt: skip
-
-
-@lru_cache(maxsize=4096)
-def factored_launches(
-    shape: tuple[int, int, int],
-    strides: tuple[int, ...],
-    weight_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    contiguous: bool,
-    device: torch.device,
-    shard: tuple[int, float, float | None] | None,
-    stochastic: bool,
-    relative: bool,
-    captured: bool,
-) -> _FactoredLaunches:
-    """The launches of a kind of weight on a device, to which compiled programs belong; of a shard, its offset, the elements of
-    the whole weight, and its rows where ranks share them."""
-    return _FactoredLaunches(
-        shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative, captured
-    )
-
-
 def adafactor_full(
     weight: Tensor,
     grad: Tensor,
@@ -211,7 +109,7 @@ def adafactor_full(
     with _current(weight.device):
         scratch, scalars = line.allocate(3, weight.device)
         if not line.alone:
-            line.sum_squares(g, scratch, shard)
+            _sum_squares(line, g, scratch, shard)
             numbers = (*line.numbers, line.programs, squares_at, average_weight, float(eps))
             line.moment((g, second_moment, mass, scratch, scalars), numbers)
 
@@ -270,6 +168,13 @@ def _sum_over_ranks(shard: Shard, *partial: Tensor) -> None:
         rows[0] = total
 
 
+def _sum_squares(line: LineLaunches, grad: Tensor, scratch: Tensor, shard: Shard | None) -> None:
+    """Partial sums of the squared gradient."""
+    line.sums((grad, scratch), line.numbers)
+    if shard is not None:
+        _sum_over_ranks(shard, scratch[16:][: line.programs].view(-1, 1))
+
+
 def _keep_pace(shard: Shard | None, grad_square_sum: Tensor, counts: list[int]) -> None:
     """The programs of other ranks do not wait to learn that a gradient is not finite: they go on sending so many numbers,
     where the reference of a rank without elements has returned."""
@@ -321,7 +226,7 @@ def adamw(
     with _current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
-            line.sum_squares(g, scratch, shard)
+            _sum_squares(line, g, scratch, shard)
         moments = second_moment if first_moment is None else first_moment, second_moment
         settings = first_weight, second_weight, lr, shrink, float(eps), *_words(key), _offset(shard)
         line.apply(
@@ -353,125 +258,11 @@ def sgd(
     with _current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
-            line.sum_squares(g, scratch, shard)
+            _sum_squares(line, g, scratch, shard)
         average = scalars if momentum is None else momentum, scalars if mass is None else mass
         settings = momentum_weight, lr, shrink, *_words(key), _offset(shard)
         line.apply((weight, g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
     return scalars[0]
-
-
-# Sizes
-
-
-class FactoredPlan(NamedTuple):
-    """How a (B, R, C) tensor is cut, and where its partial sums lie in the scratch memory (all counted in float32)."""
-
-    column_groups: int
-    row_groups: int  # of the launch that writes column sums: the fewer, the less memory
-    tiles: int  # of a row group
-    apply_groups: int  # row groups of the other launches
-    apply_tiles: int
-    row_blocks: int
-    column_blocks: int
-    column_sums_at: int
-    totals_at: int
-    squares_at: int
-    weight_squares_at: int
-    row_means_at: int
-    scratch: int
-
-
-@lru_cache(maxsize=4096)
-def factored_plan(stack: int, rows: int, columns: int, element_size: int) -> FactoredPlan:
-    """Cut a (stack, rows, columns) weight into as many groups as programs are wanted and memory allows."""
-    column_groups = triton.cdiv(columns, TILE_COLUMNS)
-    most = max(1, MAX_PROGRAMS // (stack * column_groups))
-    block = cuda_programs.FACTOR_BLOCK.value
-    row_blocks, column_blocks = triton.cdiv(rows, block), triton.cdiv(columns, block)
-    row_sums = _padded(stack * column_groups * rows)
-    others = 64 + _padded(stack * row_blocks) + 3 * _padded(max(stack * column_groups, MAX_PROGRAMS))
-    large = LARGE_SHARE * stack * rows * columns * element_size + 4 * stack * (rows + columns)
-    memory = (max(SMALL_BYTES, int(large)) - _SCALARS) // 4 - row_sums - others
-    tiles, row_groups = _cut(triton.cdiv(rows, SUM_ROWS), min(most, max(1, memory // (stack * columns))))
-    apply_tiles, apply_groups = _cut(triton.cdiv(rows, APPLY_ROWS), most)
-    totals_at = row_sums + _padded(stack * row_groups * columns) + 16  # the number before it counts arrivals
-    squares_at = totals_at + _padded(stack * column_groups * row_groups)
-    weight_squares_at = squares_at + _padded(stack * column_groups * apply_groups)
-    row_means_at = weight_squares_at + _padded(stack * column_groups * apply_groups)
-    return FactoredPlan(
-        column_groups, row_groups, tiles, apply_groups, apply_tiles, row_blocks, column_blocks, row_sums,
-        totals_at, squares_at, weight_squares_at, row_means_at, row_means_at + _padded(stack * row_blocks),
-    )  # fmt: skip
-
-
-def _cut(tiles: int, most_groups: int) -> tuple[int, int]:
-    """Size and number of equal groups of tiles, at most `most_groups`."""
-    size = triton.cdiv(tiles, min(tiles, most_groups))
-    return size, triton.cdiv(tiles, size)
-
-
-class LineLaunches:
-    """What updates of weights of one size, each a line of elements, have in common: launches, and numbers always given.
-
-    Args:
-        shape: of the gradient, a stack of matrices.
-        strides: of a gradient that is not contiguous.
-        offset: global index of the first element; None but of a shard.
-        program: the one that applies the update.
-        kinds: compile-time arguments of its own.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        strides: tuple[int, ...] | None,
-        offset: int | None,
-        program: Any,
-        kinds: dict[str, bool],
-    ) -> None:
-        # A contiguous gradient needs no shape: equal arguments spare a compilation per shape.
-        size, sizes = math.prod(shape), (16, 16, 16, 16, 16) if strides is None else (*shape[1:], *strides)
-        blocks = triton.cdiv(size, BLOCK)
-        self.alone = blocks <= ALONE_BLOCKS and offset is None
-        self.blocks = blocks if self.alone else triton.cdiv(blocks, MAX_PROGRAMS)
-        self.programs = triton.cdiv(blocks, self.blocks)
-        self.section = _padded(self.programs)
-        self.numbers = (size, *sizes, self.blocks)
-        index = _index(shape, (1, 1, 1) if strides is None else strides, offset or 0)
-        line = {"STRIDED": strides is not None, "BLOCK": BLOCK, "INDEX": index}
-        grid = (self.programs, 1, 1)
-        self._sums = Launch(cuda_elementwise.grad_square_sums, grid, line, _OPTIONS)
-        self.moment = Launch(cuda_elementwise.update_full_moment, grid, line, _OPTIONS)
-        kinds = {**kinds, "ALONE": self.alone, "ALIGNED": (offset or 0) % 32 == 0}
-        self.apply = Launch(program, grid, {**kinds, **line}, _OPTIONS)
-
-    def allocate(self, sections: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Memory for the count of arrivals and `sections` partial sums per program, and for two results."""
-        scalars = torch.empty(2, dtype=torch.float32, device=device)
-        if self.alone:
-            return scalars, scalars
-        return torch.empty(16 + sections * self.section, dtype=torch.float32, device=device), scalars
-
-    def sum_squares(self, grad: Tensor, scratch: Tensor, shard: Shard | None) -> None:
-        """Launch the sums of the squared gradient."""
-        self._sums((grad, scratch), self.numbers)
-        if shard is not None:
-            _sum_over_ranks(shard, scratch[16:][: self.programs].view(-1, 1))
-
-
-@lru_cache(maxsize=4096)
-def line_launches(
-    shape: tuple[int, int, int],
-    strides: tuple[int, ...] | None,
-    weight_dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    device: torch.device,
-    offset: int | None,
-    program: Any,
-    *kinds: tuple[str, bool],
-) -> LineLaunches:
-    """The launches of a kind of weight on a device, to which compiled programs belong."""
-    return LineLaunches(shape, strides, offset, program, dict(kinds))
 
 
 def _line(
@@ -496,16 +287,6 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 
 def _offset(shard: Shard | None) -> int:
     return 0 if shard is None else shard.offset
-
-
-def _index(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
-    """Type that holds every offset into a weight and its gradient, with room for the masked end of the last group."""
-    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    return tl.int32 if max(reach, offset + math.prod(shape)) < 1 << 30 else tl.int64
-
-
-def _padded(count: int) -> int:
-    return (count + 15) // 16 * 16
 
 
 def _words(key: Key) -> tuple[int | Tensor, int | Tensor]:
