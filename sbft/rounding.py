@@ -9,7 +9,7 @@ sharding and the device cannot change them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ _MULTIPLIER_2 = 0x846CA68B
 _HIGH_WORD_MULTIPLIER = 0x9E3779B9
 
 
-def _mix_64(x: int) -> int:
+@overload
+def _mix_64(x: int) -> int: ...
+@overload
+def _mix_64(x: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+def _mix_64(x: Any) -> Any:
     """The finalizer of splitmix64 (Steele et al., 2014): a bijection of 64-bit integers that mixes every bit."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK_64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
@@ -44,18 +48,18 @@ def noise_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
     Returns:
         Unsigned words (first, second) as Python integers.
     """
-    key = _mix_64(_mix_64(_mix_64(seed & _MASK_64) ^ (step & _MASK_64)) ^ (parameter & _MASK_64))
+    key = _mix_64(_step_key(seed, step) ^ (parameter & _MASK_64))
     return key & 0xFFFFFFFF, key >> 32
 
 
 def noise_keys(seed: int, step: int, parameters: int) -> NDArray[np.int32]:
     """`noise_key` of the first `parameters` parameters, their words as int32 of shape (parameters, 2)."""
-    start = np.uint64(_mix_64(_mix_64(seed & _MASK_64) ^ (step & _MASK_64)))
-    x = (np.arange(parameters, dtype=np.uint64) ^ start) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return np.stack((x, x >> np.uint64(32)), axis=1).astype(np.uint32).view(np.int32)
+    keys = _mix_64(np.arange(parameters, dtype=np.uint64) ^ np.uint64(_step_key(seed, step)))
+    return np.stack((keys, keys >> np.uint64(32)), axis=1).astype(np.uint32).view(np.int32)
+
+
+def _step_key(seed: int, step: int) -> int:
+    return _mix_64(_mix_64(seed & _MASK_64) ^ (step & _MASK_64))
 
 
 @overload

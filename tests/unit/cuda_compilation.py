@@ -105,21 +105,26 @@ def spills(kernel: Any, tmp_path: Path) -> bool:
     return re.search(r"STACK:(\d+)", usage)[1] != "0"  # type: ignore[index]
 
 
-def adafactor(shape: tuple[int, ...], transposed: bool = False) -> Callable[[], object]:
+HOSTS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "key": KEY}
+WORDS = torch.zeros(2, dtype=torch.int32)
+DEVICES: dict[str, Any] = {**HOSTS, "lr": torch.zeros((), dtype=torch.float64), "key": (WORDS[0], WORDS[1])}
+"""Numbers of a step: Python's own, and where a captured launch finds them."""
+
+
+def adafactor(shape: tuple[int, ...], transposed: bool = False, step: dict[str, Any] = HOSTS) -> Callable[[], object]:
     weight = torch.zeros(shape, dtype=BF16)
     grad = torch.zeros(shape[::-1], dtype=BF16).T if transposed else torch.zeros_like(weight)
     state = [torch.zeros(s) for s in (shape[:-1], shape[:-2] + shape[-1:], ())]
     function = cuda.adafactor_factored
     if len(shape) == 1 or min(shape[-2:]) < 128:
         function, state = cuda.adafactor_full, [torch.zeros(shape), torch.zeros(())]  # type: ignore[assignment]
-    settings = {"average_weight": 0.1, "lr": 0.1, "clip_threshold": 1.0, "eps": 1e-30, "weight_decay": 0.0, "key": KEY}
+    settings = {"average_weight": 0.1, "clip_threshold": 1.0, "eps": 1e-30, **step}
     return lambda: function(weight, grad, *state, None, relative_step=True, **settings)
 
 
-def others(numel: int) -> Callable[[], object]:
+def others(numel: int, step: dict[str, Any] = HOSTS) -> Callable[[], object]:
     weight, grad, mass = torch.zeros(numel, dtype=BF16), torch.zeros(numel, dtype=BF16), torch.zeros(())
     moments: list[Tensor] = [torch.zeros(numel), torch.zeros(numel)]
-    step: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "key": KEY}
     weights = {"first_weight": 0.1, "second_weight": 0.1, "eps": 1e-8}
     return lambda: (
         cuda.adamw(weight, grad, *moments, mass, mass, **weights, **step),
@@ -133,11 +138,16 @@ CASES = {
     "long and narrow": (lambda: adafactor((8192, 16)), 3),
     "AdamW and SGD": (lambda: others(1 << 20), 3),
 }
+CAPTURED = {
+    "captured matrix": (lambda: adafactor((1024, 2048), step=DEVICES), 4),
+    "captured vector": (lambda: adafactor((4096,), step=DEVICES), 1),
+    "captured AdamW and SGD": (lambda: others(1 << 20, step=DEVICES), 3),
+}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", {**CASES, **CAPTURED})
 def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_path: Path) -> None:
-    make, launches = CASES[case]
+    make, launches = {**CASES, **CAPTURED}[case]
     make()()
     assert len(compiled) == launches
     for name, kernel in compiled.items():

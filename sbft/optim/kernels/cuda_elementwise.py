@@ -12,7 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sbft.optim.kernels.cuda_programs import COUNTS, average, is_last, step_size, store_weight, sum_partials
+from sbft.optim.kernels.cuda_programs import (
+    COUNTS,
+    average,
+    is_last,
+    numbers_of_step,
+    step_size,
+    store_weight,
+    sum_partials,
+)
 
 
 @triton.jit
@@ -186,10 +194,7 @@ def apply_full(
     INDEX: tl.constexpr,
 ):
     """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
-    if CAPTURED:
-        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
-        if STOCHASTIC:
-            key_0, key_1 = tl.load(key_0), tl.load(key_1)
+    lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     program = tl.program_id(0)
     first = program.to(INDEX) * blocks
     if ALONE:
@@ -275,10 +280,7 @@ def apply_adamw(
     INDEX: tl.constexpr,
 ):
     """Moments and weights of AdamW."""
-    if CAPTURED:
-        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
-        if STOCHASTIC:
-            key_0, key_1 = tl.load(key_0), tl.load(key_1)
+    lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     total = total_square_sum(
         grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
         ALONE, STRIDED, BLOCK, INDEX,
@@ -341,10 +343,7 @@ def apply_sgd(
     INDEX: tl.constexpr,
 ):
     """Weights, and with `MOMENTUM` the gradient's average."""
-    if CAPTURED:
-        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
-        if STOCHASTIC:
-            key_0, key_1 = tl.load(key_0), tl.load(key_1)
+    lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     total = total_square_sum(
         grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
         ALONE, STRIDED, BLOCK, INDEX,

@@ -21,6 +21,16 @@ COUNTS += ["weight_square_sum", "offset", "lr", "shrink"]
 """Arguments whose values, or addresses, do not matter to the compiler: one program serves them all."""
 
 
+@triton.jit
+def numbers_of_step(lr, shrink, key_0, key_1, CAPTURED: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """What changes from step to step: as given, or with `CAPTURED` what lies at these addresses."""
+    if CAPTURED:
+        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
+        if STOCHASTIC:
+            key_0, key_1 = tl.load(key_0), tl.load(key_1)
+    return lr, shrink, key_0, key_1
+
+
 # Rounding
 
 
@@ -300,10 +310,7 @@ def apply_factored(
     `offset` is the global index of the first element, zero but with `SHARDED`: adding it costs registers. With `CAPTURED` the
     rate, what the weight shrinks to and the key lie at addresses, so that a graph's replays have those of their step.
     """
-    if CAPTURED:
-        lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
-        if STOCHASTIC:
-            key_0, key_1 = tl.load(key_0), tl.load(key_1)
+    lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     column_group, row_group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     write = (tl.load(scalars) < float("inf")) & (measure == 0)
     update_square_sum = sum_partials(scratch + squares_at, partials)
