@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in a quarter of an hour and without network: the kernels and the graphs of steps against
+# Everything that only a GPU can show, in some fifteen minutes and without network: the kernels and the graphs of steps against
 # plain ones, the optimizer step on 4096x11008 and on the shapes of Llamas with 1B and 8B parameters, whole training steps of
 # both, steps as graphs, and predicted against measured memory.
 #
@@ -48,7 +48,7 @@ part training_step_llama-1b 95 "$python" benchmarks/training_step.py --model lla
 part training_step_llama-8b 85 "$python" benchmarks/training_step.py --model llama-8b \
     --methods sbft sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-8b.json"
-part graphed_steps_30m 90 "$python" benchmarks/graphed_steps.py --model scratch:30m --json "$out/graphed_steps_30m.json"
+part graphed_steps_30m 140 "$python" benchmarks/graphed_steps.py --model scratch:30m --steps 40 --json "$out/graphed_steps_30m.json"
 # Nothing else may lie on the GPU: three at once fill 80 GB.
 part memory_prediction 200 "$python" benchmarks/memory_prediction.py --large --jobs 3 --json "$out/memory_prediction.json"
 
