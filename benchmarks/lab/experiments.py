@@ -43,6 +43,8 @@ class Budget:
     experiments: tuple[str, ...]
     takes: str
     betas1: tuple[float, ...] = (0.0, 0.5, 0.9, 0.95, 0.99)
+    shift: int = 0
+    """Half-decades that all grids are moved by: the more tokens, the lower the best rates."""
     on_gpu: bool = False
     """Whether steps are launched as graphs, and products are made in TF32."""
 
@@ -70,6 +72,11 @@ BUDGETS = {
     "cpu": Budget(
         "scratch:0.4m", "builtin:python-stdlib", 2048 * LENGTH, BATCHES[:-1], 16, 3, (1, 2), (*OF_THE_PAPER, *CANDIDATES), ALL,
         "a night on 2 cores",
+    ),
+    # The tokens that a model of this size is said to want, 20 a parameter, so that large batches too have steps enough.
+    "gpu-small": Budget(
+        "scratch:0.4m", "builtin:python-stdlib", 16 * 1024 * LENGTH, BATCHES, 64, 4, (1, 2), (*OF_THE_PAPER, *CANDIDATES), ALL,
+        "an afternoon on one GPU", shift=-1, on_gpu=True,
     ),
     "gpu": Budget(
         "scratch:30m", "builtin:python-stdlib", 30 * 1024 * LENGTH, BATCHES, 128, 4, (1, 2, 3),
@@ -138,7 +145,7 @@ def variant(name: str, batch: int, budget: Budget, shift: int = 0, more: int = 0
     return {
         "method": optimizer.method,
         "set": {key: value for key, value in chosen.items() if value is not None},
-        "learning_rates": optimizer.grid(batch, budget.rates + more, shift),
+        "learning_rates": optimizer.grid(batch, budget.rates + more, budget.shift + shift),
     }
 
 

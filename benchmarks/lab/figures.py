@@ -47,6 +47,12 @@ class Point:
     seeds_short: str
     """How many of its seeds the figure is the mean of, where some failed or are missing."""
 
+    @property
+    def shown(self) -> Estimate | None:
+        """Loss of its seeds; where none is done, that of the search at the rate which it chose."""
+        tried = None if self.rate is None else self.validation.get(self.rate)
+        return self.loss if self.loss is not None or tried is None else Estimate(tried)
+
 
 BY_NAME = ("rounding", "schedule")
 """Experiments whose variants are not points of a line over the batch size."""
@@ -83,16 +89,24 @@ def lines_against_batch(found: list[Point], axes: Axes) -> None:
     """Loss over batch size, a line for each optimizer."""
     style = looks(list(dict.fromkeys(one.name for one in found)))
     for name in dict.fromkeys(one.name for one in found):
-        its = sorted((one for one in found if one.name == name and one.loss is not None), key=lambda one: one.batch)
+        its = sorted((one for one in found if one.name == name and one.shown is not None), key=lambda one: one.batch)
         if not its:
             continue
         axes.errorbar(
             [one.batch for one in its],
-            [one.loss.mean for one in its if one.loss],
-            [one.loss.standard_error or 0.0 for one in its if one.loss],
+            [one.shown.mean for one in its if one.shown],
+            [one.shown.standard_error or 0.0 for one in its if one.shown],
             label=name, color=style[name].colour, marker=style[name].marker, linestyle=style[name].line, capsize=2,
             linewidth=1.2,
         )  # fmt: skip
+        searched = [one for one in its if one.loss is None]
+        axes.plot(
+            [one.batch for one in searched],
+            [one.shown.mean for one in searched if one.shown],
+            color=style[name].colour, marker=style[name].marker, markerfacecolor="white", linestyle="none", zorder=3,
+        )  # fmt: skip
+    if any(one.loss is None and one.shown is not None for one in found):
+        axes.set_title("hollow: the seed that chose the learning rate", fontsize=8, loc="right")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({one.batch for one in found}), [str(b) for b in sorted({one.batch for one in found})])
     axes.set_xlabel(f"batch size, sequences of {LENGTH} tokens")
@@ -102,14 +116,14 @@ def lines_against_batch(found: list[Point], axes: Axes) -> None:
 
 def dots(found: list[Point], axes: Axes) -> None:
     """Loss of each variant."""
-    its = [one for one in found if one.loss is not None][::-1]
+    its = [one for one in found if one.shown is not None][::-1]
     axes.errorbar(
-        [one.loss.mean for one in its if one.loss],
+        [one.shown.mean for one in its if one.shown],
         range(len(its)),
-        xerr=[one.loss.standard_error or 0.0 for one in its if one.loss],
+        xerr=[one.shown.standard_error or 0.0 for one in its if one.shown],
         fmt="o", capsize=2,
     )  # fmt: skip
-    axes.set_yticks(range(len(its)), [f"{one.name}-{one.batch}{one.seeds_short}" for one in its])
+    axes.set_yticks(range(len(its)), [f"{one.name}-{one.batch}{_seeds(one)}" for one in its])
     axes.set_xlabel("validation loss, nats a token")
 
 
@@ -127,11 +141,15 @@ def table(found: list[Point]) -> str:
 
 
 def _cell(one: Point) -> str:
-    if one.loss is None:
+    if one.shown is None:
         return "failed" if one.failed else "not run"
-    error = "" if one.loss.standard_error is None else f" ± {one.loss.standard_error:.3f}"
+    error = "" if one.shown.standard_error is None else f" ± {one.shown.standard_error:.3f}"
     mark = "" if one.edge is None else f", {one.edge} of its grid"
-    return f"{one.loss.mean:.3f}{error}{one.seeds_short} ({one.rate:g}{mark})"
+    return f"{one.shown.mean:.3f}{error}{_seeds(one)} ({one.rate:g}{mark})"
+
+
+def _seeds(one: Point) -> str:
+    return one.seeds_short if one.loss is not None else " (of the search)"
 
 
 def heat_maps(found: list[Point], path: Path) -> None:
@@ -178,7 +196,7 @@ def draw(folder: Path, output: Path) -> None:
     for suite in sorted((folder / "suites").glob("*.yaml")):
         found = points(suite, folder)
         everything |= {(one.name, one.batch): one for one in found}
-        done = [one for one in found if one.loss is not None]
+        done = [one for one in found if one.shown is not None]
         stem = suite.stem
         record: list[dict[str, Any]] = [asdict(one) for one in found]
         (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
