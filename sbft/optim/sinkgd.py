@@ -92,14 +92,33 @@ class SinkGD(MatrixOptimizer):
 def balanced_(matrix: Tensor, iterations: int) -> Tensor:
     """Scale rows, then columns, to a root mean square of one, so many times; those of zeros remain.
 
+    What is iterated are the factors of rows and columns, as in Sinkhorn's algorithm on the squared matrix, which is made in
+    blocks of rows: with a single one, once.
+
     Args:
         matrix: (R, C) float32, changed in place.
         iterations: how many times.
     """
+    rows, columns = matrix.shape
     largest = matrix.abs().amax()
     matrix /= torch.where(largest > 0, largest, 1.0)  # squares of tiny gradients would vanish
+    blocks = matrix.split(max(_BLOCK // columns, 1))
+    squares = blocks[0].square()
+    of_rows, of_columns = matrix.new_empty(rows), matrix.new_ones(columns)  # squared factors
     for _ in range(iterations):
-        for dim in (1, 0):
-            norm = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
-            matrix *= torch.where(norm == 0, 0.0, matrix.shape[dim] ** 0.5 / norm)
-    return matrix
+        sums = torch.zeros_like(of_columns)
+        for block, factors in zip(blocks, of_rows.split(max(_BLOCK // columns, 1)), strict=True):
+            if len(blocks) > 1:
+                squares = block.square()
+            factors.copy_(_inverse(torch.mv(squares, of_columns), columns))
+            sums.addmv_(squares.t(), factors)
+        of_columns = _inverse(sums, rows)
+    return matrix.mul_(of_rows.sqrt_()[:, None]).mul_(of_columns.sqrt_())
+
+
+_BLOCK = 1 << 24
+"""Elements that are squared at once."""
+
+
+def _inverse(sums: Tensor, count: int) -> Tensor:
+    return torch.where(sums == 0, 0.0, count / sums)

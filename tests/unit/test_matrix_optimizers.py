@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbft.errors import RecipeError
-from sbft.optim import Adafactor, AdamW, Muon, RowAdafactor, SinkGD, TokenOptimizer, matrix_groups
+from sbft.optim import Adafactor, AdamW, Muon, RowAdafactor, SinkGD, TokenOptimizer, matrix_groups, sinkgd
 from sbft.optim.muon import orthogonalized
 from sbft.recipe import load_recipe
 from sbft.rounding import noise, stochastic_round
@@ -131,6 +131,13 @@ def test_sinkgd_agrees_with_float64(shape: tuple[int, ...], iterations: int) -> 
     ours, optimizer = run(SinkGD, shape, lr=lr, weight_decay=weight_decay, sinkhorn_iterations=iterations)
     np.testing.assert_allclose(ours.double().numpy(), weight.reshape(shape), **FLOAT32)
     assert not any(optimizer.state.values())
+
+
+def test_blocks_of_rows_are_balanced_as_a_whole_matrix_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(70, 30, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(sinkgd, "_BLOCK", 9 * 30 + 5)
+    expected = balanced_float64(matrix.double().numpy(), 5)
+    np.testing.assert_allclose(sinkgd.balanced_(matrix, 5).double().numpy(), expected, **FLOAT32)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
