@@ -17,12 +17,14 @@ from tests.tiny import KINDS, tiny_model
 ROWS, VOCABULARY, HIDDEN = 24, 1000, 16
 
 
-def _call(dtype: torch.dtype, requires_grad: bool = True) -> tuple[torch.Tensor, ...]:
+def _call(
+    dtype: torch.dtype, requires_grad: bool = True, rows: int = ROWS, width: int = HIDDEN
+) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, HIDDEN, generator=generator)
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(VOCABULARY, width, generator=generator)
     bias = torch.randn(VOCABULARY, generator=generator)
-    labels = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    labels = torch.randint(0, VOCABULARY, (rows,), generator=generator)
     labels[0], labels[1] = 0, VOCABULARY - 1
     return (*(t.to(dtype).requires_grad_(requires_grad) for t in (hidden, weight, bias)), labels)
 
@@ -58,6 +60,16 @@ def test_loss_and_gradients_match_float64(
         assert found is not None and found.dtype == dtype
         error = (found.double() - 3 * reference).norm() / (3 * reference).norm()
         assert error <= tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_of_a_wide_model_match_float64(dtype: torch.dtype) -> None:
+    hidden, weight, bias, labels = call = _call(dtype, rows=3, width=64)
+    linear_cross_entropy(hidden, weight, labels, bias=bias, num_items=3.0).backward()
+    expected = _oracle(1.0, None, 3.0, call)
+    for found, reference in zip((hidden.grad, weight.grad, bias.grad), expected[1:], strict=True):
+        assert found is not None and found.dtype == dtype
+        assert (found.double() - reference).norm() / reference.norm() <= (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_a_frozen_head_gets_no_gradient_buffer() -> None:
