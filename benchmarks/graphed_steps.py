@@ -56,14 +56,15 @@ def measure(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[st
 
     from sbft.memory import device_name
 
-    trainer = make(arguments, method, graphs, WARM_UP + arguments.steps)
-    trainer.train()
-    torch.cuda.synchronize()
-    seconds = trainer.step_seconds[WARM_UP:]
-    short = make(arguments, method, graphs, PROFILED)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        short.train()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(arguments, method, graphs, WARM_UP + arguments.steps, folder)
+        trainer.train()
         torch.cuda.synchronize()
+        seconds = trainer.step_seconds[WARM_UP:]
+        short = make(arguments, method, graphs, PROFILED, folder)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            short.train()
+            torch.cuda.synchronize()
     kernels = [one for one in profiled.events() if one.device_type == torch.autograd.DeviceType.CUDA]
     return {
         "model": arguments.model, "batch_size": arguments.batch_size, "length": arguments.length, "method": method,
@@ -74,7 +75,7 @@ def measure(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[st
     }  # fmt: skip
 
 
-def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int) -> Any:
+def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int, folder: str) -> Any:
     from transformers.trainer_callback import PrinterCallback
 
     from sbft.data.windows import collate_windows
@@ -85,7 +86,7 @@ def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int) -
 
     settings = [
         f"data.max_length={arguments.length}", f"training.max_steps={steps}", f"dtype={METHODS[method]}",
-        f"training.per_device_train_batch_size={arguments.batch_size}", f"output_dir={tempfile.mkdtemp()}",
+        f"training.per_device_train_batch_size={arguments.batch_size}", f"output_dir={folder}",
         *(["training.tf32=true"] if arguments.tf32 else []), *(GRAPHS if graphs else ()),
     ]  # fmt: skip
     recipe = resolve(load_recipe(None, settings, model=arguments.model, data="builtin:python-stdlib", method=method))
