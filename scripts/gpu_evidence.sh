@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in some fifteen minutes and without network: the kernels and the graphs of steps against
 # plain ones, the optimizer step on 4096x11008 and on the shapes of Llamas with 1B and 8B parameters, whole training steps of
-# both, steps as graphs, and predicted against measured memory.
+# both and of SmolLM2, whose hundreds of small weights take the host longest, steps as graphs, and predicted against measured memory.
 #
 #     OUT=benchmarks/results/h100 scripts/gpu_evidence.sh
 #
@@ -45,6 +45,8 @@ part optimizer_step_llama-8b 110 "$python" benchmarks/optimizer_step.py --model 
 part training_step_llama-1b 95 "$python" benchmarks/training_step.py --model llama-1b \
     --methods sbft sbft-frozen-embeddings lora adam --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-1b.json"
+part training_step_smollm2-135m 60 "$python" benchmarks/training_step.py --model smollm2-135m \
+    --methods sbft lora adam --tokens 64 --steps 12 --repeats 1 --json "$out/training_step_smollm2-135m.json"
 part training_step_llama-8b 85 "$python" benchmarks/training_step.py --model llama-8b \
     --methods sbft sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-8b.json"
