@@ -3,7 +3,8 @@
     python benchmarks/graphed_steps.py --model scratch:30m --json graphed_steps.json
 
 Each row is the median of a run's steps after its first ones, by the wall clock; what the GPU computes in a step is counted in a
-second, short run under torch's profiler. What is left between the two is the host's.
+second, short run under torch's profiler, when all times are taken: once used, it makes launches of its process slower. What is
+left between the two is the host's.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("graphed_steps.py: torch sees no CUDA device here")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for method in arguments.methods:
         for graphs in (False, True):
-            rows.append(measure(arguments, method, graphs))
-            if arguments.json:  # a run that is stopped keeps what it has
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            rows.append(time_steps(arguments, method, graphs))
+            write(arguments.json, rows)
+    for row in rows:
+        row.update(count_kernels(arguments, row["method"], row["graphs"]))
+        write(arguments.json, rows)
     show(rows)
 
 
@@ -50,9 +52,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[str, Any]:
+def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """A run that is stopped keeps what it has."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def time_steps(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[str, Any]:
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from sbft.memory import device_name
 
@@ -60,19 +68,29 @@ def measure(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[st
         trainer = make(arguments, method, graphs, WARM_UP + arguments.steps, folder)
         trainer.train()
         torch.cuda.synchronize()
-        seconds = trainer.step_seconds[WARM_UP:]
-        short = make(arguments, method, graphs, PROFILED, folder)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            short.train()
-            torch.cuda.synchronize()
-    kernels = [one for one in profiled.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    seconds = trainer.step_seconds[WARM_UP:]
     return {
         "model": arguments.model, "batch_size": arguments.batch_size, "length": arguments.length, "method": method,
         "dtype": METHODS[method], "tf32": arguments.tf32, "graphs": graphs, "device": device_name(),
         "torch": torch.__version__, "step_ms": 1e3 * statistics.median(seconds),
         "tenth_ms": 1e3 * sorted(seconds)[len(seconds) // 10],
-        "gpu_ms": sum(one.device_time_total for one in kernels) / PROFILED / 1e3, "kernels": len(kernels) / PROFILED,
     }  # fmt: skip
+
+
+def count_kernels(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[str, float]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(arguments, method, graphs, PROFILED, folder)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            trainer.train()
+            torch.cuda.synchronize()
+    kernels = [one for one in profiled.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    return {
+        "gpu_ms": sum(one.device_time_total for one in kernels) / PROFILED / 1e3,
+        "kernels": len(kernels) / PROFILED,
+    }
 
 
 def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int, folder: str) -> Any:

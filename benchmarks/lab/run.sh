@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's experiments: benchmarks/lab/run.sh [--budget short|evening|cpu|gpu] [--data DATA] [--output DIR] [--jobs N]
+# The paper's experiments: benchmarks/lab/run.sh [--budget short|evening|cpu|gpu-small|gpu] [--data DATA] [--output DIR] [--jobs N]
 # Goes on where it was cut off; what two experiments have in common is run once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -11,7 +11,7 @@ while [ $# -gt 0 ]; do
         --data) data=$2 ;;
         --output) output=$2 ;;
         --jobs) jobs=$2 ;;
-        *) echo "run.sh: unknown argument $1; it takes --budget short|evening|cpu|gpu, --data DATA, --output DIR and --jobs N" >&2; exit 2 ;;
+        *) echo "run.sh: unknown argument $1; it takes --budget short|evening|cpu|gpu-small|gpu, --data DATA, --output DIR and --jobs N" >&2; exit 2 ;;
     esac
     shift 2
 done
