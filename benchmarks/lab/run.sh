@@ -21,6 +21,8 @@ bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
 
 "$bin/python" -m benchmarks.lab.experiments --budget "$budget" ${data:+--data "$data"} --output "$output/suites" |
     while read -r suite; do
-        "$bin/sbft" bench "$suite" --output-dir "$output" --jobs "$jobs" < /dev/null
+        only=()
+        if [[ $suite == */robustness.yaml ]]; then only=(--only '*/validation-seed=*'); fi # its figure is of the search alone
+        "$bin/sbft" bench "$suite" --output-dir "$output" --jobs "$jobs" ${only[@]+"${only[@]}"} < /dev/null
     done
 "$bin/python" -m benchmarks.lab.figures "$output" --output "$output/figures"
