@@ -100,24 +100,40 @@ def balanced_(matrix: Tensor, iterations: int) -> Tensor:
         iterations: how many times.
     """
     rows, columns = matrix.shape
-    largest = matrix.abs().amax()
-    matrix /= torch.where(largest > 0, largest, 1.0)  # squares of tiny gradients would vanish
-    blocks = matrix.split(max(_BLOCK // columns, 1))
-    squares = blocks[0].square()
-    of_rows, of_columns = matrix.new_empty(rows), matrix.new_ones(columns)  # squared factors
-    for _ in range(iterations):
-        sums = torch.zeros_like(of_columns)
-        for block, factors in zip(blocks, of_rows.split(max(_BLOCK // columns, 1)), strict=True):
-            if len(blocks) > 1:
-                squares = block.square()
-            factors.copy_(_inverse(torch.mv(squares, of_columns), columns))
-            sums.addmv_(squares.t(), factors)
-        of_columns = _inverse(sums, rows)
-    return matrix.mul_(of_rows.sqrt_()[:, None]).mul_(of_columns.sqrt_())
+    height = max(_BLOCK // columns, 1)
+    blocks = matrix.split(height)
+    for begin in range(0, iterations, _AT_ONCE):
+        # The largest of every row and of every column becomes one, or squares of tiny ones would vanish beside others. What a
+        # row is scaled by makes no difference; what a column is, its factor begins with.
+        for block in blocks:
+            block.div_(_or_one(block.abs().amax(1, keepdim=True)))
+        of_columns = _or_one(torch.stack([block.abs().amax(0) for block in blocks]).amax(0))
+        matrix.div_(of_columns)
+        of_columns.square_()  # squared factors, as those of rows
+        of_rows = matrix.new_empty(rows)
+        squares = blocks[0].square()
+        for _ in range(begin, min(begin + _AT_ONCE, iterations)):
+            sums = torch.zeros_like(of_columns)
+            for block, factors in zip(blocks, of_rows.split(height), strict=True):
+                if len(blocks) > 1:
+                    squares = block.square()
+                factors.copy_(_inverse(torch.mv(squares, of_columns), columns))
+                sums.addmv_(squares.t(), factors)
+            of_columns = _inverse(sums, rows)
+        matrix.mul_(of_rows.sqrt_()[:, None]).mul_(of_columns.sqrt_())
+    return matrix
 
 
 _BLOCK = 1 << 24
 """Elements that are squared at once."""
+
+_AT_ONCE = 5
+"""Iterations before the matrix itself is scaled. In each a squared factor changes by up to the number of rows or columns, so
+that with a million of these, float32 would not hold those of more iterations."""
+
+
+def _or_one(largest: Tensor) -> Tensor:
+    return torch.where(largest > 0, largest, 1.0)
 
 
 def _inverse(sums: Tensor, count: int) -> Tensor:

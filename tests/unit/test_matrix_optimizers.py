@@ -140,6 +140,25 @@ def test_blocks_of_rows_are_balanced_as_a_whole_matrix_is(monkeypatch: pytest.Mo
     np.testing.assert_allclose(sinkgd.balanced_(matrix, 5).double().numpy(), expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("iterations", [1, 5, 12, 40])
+@pytest.mark.parametrize("tiny", [1e-19, 1e-21, 1e-30])
+def test_rows_and_columns_of_very_unlike_size_are_balanced(tiny: float, iterations: int) -> None:
+    matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    matrix[3] *= tiny
+    matrix[:, 5] *= tiny
+    matrix[3, 5] = tiny  # tiny * tiny is none of float32
+    expected = balanced_float64(matrix.double().numpy(), iterations)
+    np.testing.assert_allclose(sinkgd.balanced_(matrix, iterations).double().numpy(), expected, **FLOAT32)
+
+
+def test_factors_that_grow_in_every_iteration_stay_within_float32() -> None:
+    matrix = torch.randn(150, 128, generator=torch.Generator().manual_seed(0))
+    matrix[:120, 1:] = 0.0  # rows with one element: their column's squared factor falls to a hundredth, again and again
+    expected = balanced_float64(matrix.double().numpy(), 40)
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(sinkgd.balanced_(matrix, 40).double().numpy(), expected, **FLOAT32)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-30])
 def test_balanced_rows_and_columns_have_one_size_and_empty_ones_stay_empty(scale: float) -> None:
     gradient = torch.randn(30, 20, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 0, 30)[:, None]
