@@ -219,6 +219,14 @@ def test_factored_with_gradients_of_any_strides(layout: Callable[[Tensor], Tenso
     compare(FACTORED, (2, 40, 64), BF16, layout)
 
 
+def test_factored_with_rows_without_gradient_beside_huge_ones() -> None:
+    def few_rows(gradient: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(gradient))[:, None] < 7, gradient * 1e16, 0.0)
+
+    for dtype in (BF16, F32):
+        compare(FACTORED, (40, 64), dtype, few_rows)
+
+
 @pytest.mark.parametrize("update", [FACTORED, FULL])
 @pytest.mark.parametrize("changes", [{"key": None}, {"relative_step": False}, {"clip_threshold": 0.1}])
 def test_settings_of_adafactor(update: Update, changes: dict[str, Any]) -> None:

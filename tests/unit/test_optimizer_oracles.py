@@ -101,6 +101,26 @@ def test_adafactor_with_a_half_life_agrees_with_float64_for_steps_of_any_length(
     np.testing.assert_allclose(ours.double().numpy(), expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("size", [1e10, 1e16])
+def test_adafactor_with_huge_gradients_leaves_rows_without_gradient_as_they_are(size, kernels, monkeypatch):
+    monkeypatch.setenv("SBFT_KERNELS", kernels)
+    weight = torch.nn.Parameter(start((150, 130)))
+    gradient = torch.randn(150, 130, generator=torch.Generator().manual_seed(0)) * size
+    gradient[7:] = 0.0  # as of an embedding
+    optimizer = Adafactor([weight], lr=0.01)
+    optimizer.tokens_per_step, weight.grad = 40, gradient.clone()
+    optimizer.step()
+
+    w, g = start((150, 130)).double().numpy(), gradient.double().numpy()
+    row, column = (g**2 + 1e-30).mean(axis=1), (g**2 + 1e-30).mean(axis=0)
+    update = g / np.sqrt(row[:, None] * column / row.mean())
+    update /= max(1.0, np.sqrt((update**2).mean()))
+    expected = w - 0.01 * np.sqrt((w**2).mean()) * update
+    np.testing.assert_allclose(weight.detach().double().numpy(), expected, **FLOAT32)
+    assert torch.equal(weight[7:], start((150, 130))[7:]) and not torch.equal(weight[:7], start((150, 130))[:7])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_adamw_with_fixed_betas_is_torchs(shape):
     weight = torch.nn.Parameter(start(shape))

@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int LANES = 16;
+constexpr float SMALLEST_RATIO = 0x1p-126f;  // as in reference
 typedef float F16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
@@ -416,7 +417,9 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                 if (shard.sum && shard.rows_split) shard.sum(row_totals, stack);
                 for (int64_t b = 0; b < stack; b++) {
                     const float mean = (float)(row_totals[b] / (double)shard.rows);
-                    for (int64_t r = b * rows; r < (b + 1) * rows; r++) row_factor[r] = 1.0f / std::sqrt(row[r] / mean);
+                    for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
+                        row_factor[r] = 1.0f / std::sqrt(std::max(row[r] / mean, SMALLEST_RATIO));
+                    }
                 }
             }
 #pragma omp barrier

@@ -14,7 +14,7 @@ import triton.language as tl
 
 PARTIALS = tl.constexpr(1024)  # partial sums added at once
 PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile in which row and column sums are put together
-SMALLEST_RMS = tl.constexpr(1e-3)  # as in reference
+SMALLEST_RMS, SMALLEST_RATIO = tl.constexpr(1e-3), tl.constexpr(2.0**-126)  # as in reference
 
 COUNTS = ["partials", "groups", "blocks", "row_blocks", "column_groups", "row_groups", "measure", "key_0", "key_1"]
 COUNTS += ["weight_square_sum", "offset", "lr", "shrink"]
@@ -261,7 +261,8 @@ def update_square_sums(
         r = (row_group * groups + tile) * TILE_ROWS + tl.arange(0, TILE_ROWS)
         mask = (r < rows)[:, None] & (c < columns)[None, :]
         g = tl.load(grad + (r.to(INDEX)[:, None] * row_stride + column_offsets), mask, 0.0).to(tl.float32)
-        row_factor = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.load(row + b * rows + r, r < rows, 1.0), mean)))
+        ratio = tl.maximum(tl.div_rn(tl.load(row + b * rows + r, r < rows, 1.0), mean), SMALLEST_RATIO)
+        row_factor = tl.div_rn(1.0, tl.sqrt_rn(ratio))
         tl.store(scratch + b * rows + r, row_factor, (r < rows) & (column_group == 0))
         update = g * row_factor[:, None] * column_factor
         square_sum += update * update

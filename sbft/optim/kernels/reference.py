@@ -28,6 +28,10 @@ BLOCK_ELEMENTS = 1 << 13
 SMALLEST_RMS = 1e-3
 """Floor of the weight's RMS in a relative step (Shazeer and Stern, arXiv 1804.04235, section 8: epsilon 2)."""
 
+SMALLEST_RATIO = 2.0**-126
+"""Floor of a row's second moment as a share of the mean, float32's smallest normal number: what is left of a row without
+gradient vanishes beside large ones, and its factor would be infinite."""
+
 Key = rounding.Key | None
 
 
@@ -165,7 +169,8 @@ def update_factors(
     total = row.sum(dim=1, keepdim=True)
     if shard is not None:
         total = shard.sum_over_rows(total)
-    return 1.0 / square_root(row / (total / rows)), 1.0 / square_root(column / mass)
+    ratio = (row / (total / rows)).clamp_(min=SMALLEST_RATIO)
+    return 1.0 / square_root(ratio), 1.0 / square_root(column / mass)
 
 
 def factored_update(grad: Tensor, row_factor: Tensor, column_factor: Tensor) -> Callable[[Block], Tensor]:
