@@ -40,9 +40,11 @@ class GradientRelease:
                 self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _on_gradient(self, param: Tensor) -> None:
-        with torch.no_grad():
-            self._optimizer._update_one(param)
-        param.grad = None
+        try:
+            with torch.no_grad():
+                self._optimizer._update_one(param)
+        finally:  # of an update that failed too, or the next backward would add to it
+            param.grad = None
 
     def remove(self) -> None:
         """Take the hooks off; the optimizer works as without release from the next backward on. May be called again."""

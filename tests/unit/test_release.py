@@ -154,6 +154,23 @@ def test_a_step_that_failed_half_way_can_be_discarded():
     assert optimizer.steps == 1
 
 
+def test_the_gradient_of_an_update_that_failed_is_not_added_to_the_next():
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = SGD([weight], lr=1.0)
+    with optimizer.release_gradients():
+        with pytest.raises(RuntimeError, match="tokens_per_step"):
+            weight.sum().backward()
+        optimizer.tokens_per_step = 1
+        weight.sum().backward()
+        with pytest.raises(RuntimeError, match="second backward"):
+            (5 * weight.sum()).backward()
+        optimizer.discard_step()
+        optimizer.tokens_per_step = 1
+        weight.sum().backward()
+        optimizer.step()
+    assert weight.tolist() == [-2.0] * 4
+
+
 def test_forgotten_tokens_are_noticed_within_backward():
     model = tiny_model("llama")
     with Adafactor(model.parameters()).release_gradients(), pytest.raises(RuntimeError, match="tokens_per_step"):
