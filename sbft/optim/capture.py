@@ -70,6 +70,7 @@ class CapturedUpdates:
         self._made_for: object = None
         self._updated: set[Tensor] = set()
         self._square_sums: list[float | Tensor] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []  # parameters left to step(), and their gradients
         self._make_numbers()
 
     def _make_numbers(self) -> None:
@@ -102,6 +103,7 @@ class CapturedUpdates:
         """The step that is open was captured: remember what it left on the host, and take it back, since it did not run."""
         optimizer = self._optimizer
         self._updated, self._square_sums = set(optimizer._updated), list(optimizer._square_sums)
+        self._kept = [(param, param.grad) for param in self._parameters if param.grad is not None]
         self._made_for = self._circumstances()
         optimizer._updated.clear()
         optimizer._square_sums.clear()
@@ -119,6 +121,8 @@ class CapturedUpdates:
         """Leave the optimizer as the updates would have: `step()` is next."""
         self._optimizer._updated.update(self._updated)
         self._optimizer._square_sums.extend(self._square_sums)
+        for param, grad in self._kept:  # has been set to None since
+            param.grad = grad
 
     def _write(self) -> None:
         optimizer = self._optimizer

@@ -158,6 +158,25 @@ def test_a_group_that_is_added_is_updated_too() -> None:
         assert all(torch.equal(one, other) for one, other in zip(a["params"], b["params"], strict=True))
 
 
+def test_a_weight_that_was_unfrozen_since_is_updated_after_every_replay() -> None:
+    frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+    optimizer = SGD([nn.Parameter(torch.ones(4)), frozen], lr=0.5)
+    optimizer.release_gradients()
+    frozen.requires_grad_()
+    updates = CapturedUpdates(optimizer)
+    optimizer.tokens_per_step = 1
+    with updates.within():
+        frozen.sum().backward()  # on a GPU captured here, and not run
+    updates.after_capture()
+    for expected in (0.5, 0.0, -0.5):
+        optimizer.zero_grad()
+        optimizer.tokens_per_step = 1
+        updates.before_replay()
+        updates.after_replay()
+        optimizer.step()
+        assert frozen.tolist() == [expected] * 4
+
+
 def test_what_cannot_be_captured_is_refused() -> None:
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="release_gradients"):
