@@ -321,8 +321,10 @@ class TokenOptimizer(torch.optim.Optimizer):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the token clock and the seed under "clock"; of a sharded parameter what lies here, as DTensors."""
-        return {**super().state_dict(), "clock": {**asdict(self.clock), "seed": self.seed}}
+        """As in torch, with the clock and the seed under "clock", and the class's name under "optimizer"; of a sharded
+        parameter what lies here, as DTensors."""
+        clock = {**asdict(self.clock), "seed": self.seed}
+        return {**super().state_dict(), "clock": clock, "optimizer": type(self).__name__}
 
     @torch.no_grad()
     def whole_state_dict(self, *, keep: bool = True) -> dict[str, Any]:
@@ -350,6 +352,10 @@ class TokenOptimizer(torch.optim.Optimizer):
         """
         if "clock" not in state_dict:
             raise ValueError("this state holds no token clock, so it was not saved by an sbft optimizer")
+        mine = type(self).__name__
+        saved_by = state_dict.get("optimizer", mine)  # states of before it was noted have none
+        if saved_by != mine:
+            raise ValueError(f"this state was saved by {saved_by}, whose settings and averages are not those of {mine}")
         super().load_state_dict({**state_dict, "state": {}})
         clock = dict(state_dict["clock"])
         self.seed = clock.pop("seed")

@@ -90,6 +90,22 @@ def test_a_state_of_another_kind_is_refused():
     theirs = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match="token clock"):
         AdamW(model.parameters()).load_state_dict(theirs.state_dict())
+    for saving in (Adafactor, AdamW, SGD, Muon, SinkGD, RowAdafactor):
+        for loading in {Adafactor, AdamW, SGD, Muon, SinkGD, RowAdafactor} - {saving}:
+            optimizer = loading(model.parameters())
+            before = copy.deepcopy(optimizer.state_dict())
+            with pytest.raises(ValueError, match=f"saved by {saving.__name__}, .* of {loading.__name__}"):
+                optimizer.load_state_dict(saving(model.parameters()).state_dict())
+            assert optimizer.state_dict() == before
+
+
+def test_a_state_of_before_its_optimizer_was_noted_is_loaded():
+    model = network()
+    saved = AdamW(model.parameters(), lr=0.5).state_dict()
+    del saved["optimizer"]
+    optimizer = AdamW(model.parameters())
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 @pytest.mark.parametrize(("optimizer_class", "settings"), OPTIMIZERS)
