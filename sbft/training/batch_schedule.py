@@ -99,7 +99,8 @@ def rates_by_examples(
     if arguments.warmup_steps >= 1:
         warmup = seen[min(warmup, steps)]
     settings: Any = arguments.lr_scheduler_kwargs  # a dict by now, whatever was given
-    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    # With the same rate: what it shall end at may be given in absolute terms.
+    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=optimizer.defaults["lr"])
     by_examples = get_scheduler(
         arguments.lr_scheduler_type,
         optimizer=stand_in,

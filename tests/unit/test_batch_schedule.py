@@ -65,6 +65,22 @@ def test_the_learning_rate_goes_by_examples(tmp_path: Path, kind: str, warmup: f
     assert rates["doubling"][: len(SIZES)] == [rates["one"][examples] for examples in seen[:-1]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [
+        ("polynomial", {"lr_end": 0.1}),
+        ("cosine_with_min_lr", {"min_lr": 0.2}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 0.2}),
+    ],
+)
+def test_a_schedule_that_ends_at_a_given_rate_ends_there(tmp_path: Path, kind: str, chosen: dict[str, float]) -> None:
+    settings = arguments(tmp_path, lr_scheduler_type=kind, warmup_steps=2, lr_scheduler_kwargs=chosen)
+    ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0) for _ in range(2))
+    found = rates_of(ours, rates_by_examples(ours, settings, BatchSchedule(1, 4, 1), 12))
+    usual = rates_of(theirs, get_scheduler(kind, theirs, 2, 12, scheduler_specific_kwargs=chosen))
+    assert found[:13] == pytest.approx(usual[:13])
+
+
 def rates_of(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> list[float]:
     rates = []
     for _ in range(28):
