@@ -277,6 +277,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
         if optimizer is None:
             return
+        optimizer.discard_step()  # auto_find_batch_size begins anew after an error within backward
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
             held = [*self._tied_and_sharded(), *self._replicated()]

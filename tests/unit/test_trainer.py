@@ -118,6 +118,18 @@ def test_hooks_come_off_when_training_ends_or_fails(tmp_path: Path) -> None:
         assert not trainer._token_optimizer.releases_gradients
 
 
+def test_a_smaller_batch_is_tried_where_memory_ends_within_backward(tmp_path: Path) -> None:
+    trainer = make(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, max_steps=3)
+
+    def memory_ends(gradient: torch.Tensor) -> None:
+        if trainer._train_batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(memory_ends)
+    trainer.train()
+    assert trainer._train_batch_size < 4 and trainer.state.global_step == trainer._token_optimizer.steps == 3
+
+
 def _poison(trainer: SmallBatchTrainer, steps: set[int]) -> list[int]:
     """Makes the head's loss NaN in these steps; returns the list of steps whose backward ran."""
     head = trainer._find_head()
