@@ -250,9 +250,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; what is attached to the model for training is taken off however it ends."""
-        self.step_seconds.clear()
-        self.optimizer_seconds.clear()
-        self.tokens_seen = self.skipped_steps = self._skipped_in_a_row = self.tokens_of_this_session = 0
+        self._count_anew()
         shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
         try:
             return super().train(*args, **kwargs)
@@ -263,9 +261,15 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             if optimizer is not None:
                 optimizer.discard_step()  # what an error or an interrupt left half done
 
+    def _count_anew(self) -> None:
+        self.step_seconds.clear()
+        self.optimizer_seconds.clear()
+        self.tokens_seen = self.skipped_steps = self._skipped_in_a_row = self.tokens_of_this_session = 0
+
     def _attach(self) -> None:
         """Hooks for the duration of training, run in this order; the optimizer's state is loaded by now."""
         self._attached.close()
+        self._count_anew()  # auto_find_batch_size begins anew after an error within backward
         optimizer = self._token_optimizer
         head = self._find_head()
         if head is not None and not self._is_sharded:
@@ -277,7 +281,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
         if optimizer is None:
             return
-        optimizer.discard_step()  # auto_find_batch_size begins anew after an error within backward
+        optimizer.discard_step()
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
             held = [*self._tied_and_sharded(), *self._replicated()]

@@ -122,12 +122,14 @@ def test_a_smaller_batch_is_tried_where_memory_ends_within_backward(tmp_path: Pa
     trainer = make(tmp_path, per_device_train_batch_size=4, auto_find_batch_size=True, max_steps=3)
 
     def memory_ends(gradient: torch.Tensor) -> None:
-        if trainer._train_batch_size == 4:
+        if trainer._train_batch_size == 4 and trainer.state.global_step == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(memory_ends)
     trainer.train()
-    assert trainer._train_batch_size < 4 and trainer.state.global_step == trainer._token_optimizer.steps == 3
+    assert trainer._train_batch_size < 4 and trainer.state.global_step == 3
+    assert trainer._token_optimizer.steps == 4  # the first, of the former try, has changed the weights
+    assert len(trainer.step_seconds) == len(trainer.optimizer_seconds) == 3
 
 
 def _poison(trainer: SmallBatchTrainer, steps: set[int]) -> list[int]:
