@@ -13,7 +13,7 @@ import json
 import math
 import re
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ def seed_noise(found: list[Point]) -> tuple[float, int] | None:
         if one.loss is not None and one.rate is not None and (tried := one.validation.get(one.rate)) is not None
     ]
     return (1.4826 * statistics.median(differences), len(differences)) if differences else None
+
+
+def with_reference(found: list[Point]) -> list[Point]:
+    """With the point that both lines of the half-life experiment share: the fixed beta2 has that half-life there, and the two
+    are one run."""
+    ours, fixed = dict.fromkeys(one.name for one in found)
+    made = {one.batch for one in found if one.name == fixed}
+    return [*found, *(replace(one, name=fixed) for one in found if one.name == ours and one.batch not in made)]
 
 
 def lines_against_batch(found: list[Point], axes: Axes) -> None:
@@ -196,11 +204,12 @@ def draw(folder: Path, output: Path) -> None:
     for suite in sorted((folder / "suites").glob("*.yaml")):
         found = points(suite, folder)
         everything |= {(one.name, one.batch): one for one in found}
-        done = [one for one in found if one.shown is not None]
         stem = suite.stem
         record: list[dict[str, Any]] = [asdict(one) for one in found]
         (output / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if not done:
+        if stem == "half-life":
+            found = with_reference(found)
+        if not any(one.shown for one in found):
             continue
         text += [f"## {stem}", load_suite(suite).summary, table(found), f"![{stem}]({stem}.png)"]
         path = output / f"{stem}.png"

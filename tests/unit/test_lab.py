@@ -88,6 +88,8 @@ def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: 
     assert adam.endswith("| failed |") and " 3.010 (1 of 2 seeds) (0.003, lowest" in adam
     momentum = next(line for line in tables.splitlines() if line.startswith("| sgd-momentum |"))
     assert momentum.startswith("| sgd-momentum | 5.000 (of the search) (0.3, lowest of its grid) |")
+    fixed = next(line for line in tables.splitlines() if line.startswith("| adam-beta2-fixed |"))
+    assert fixed.split("|")[3] == adam.split("|")[3]  # at batch size 8 the two are the same
     # 1.4826 * 0.015 / sqrt(1.5): so far lies the mean of seeds 1 and 2 from seed 0.
     assert "varies by 0.018 (standard deviation" in tables.splitlines()[0]
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
