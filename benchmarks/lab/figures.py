@@ -54,6 +54,9 @@ class Point:
         return self.loss if self.loss is not None or tried is None else Estimate(tried)
 
 
+FARTHEST = 1.5
+"""Nats above the best where the colours of the heat maps end."""
+
 BY_NAME = ("rounding", "schedule")
 """Experiments whose variants are not points of a line over the batch size."""
 
@@ -161,33 +164,32 @@ def _seeds(one: Point) -> str:
 
 
 def heat_maps(found: list[Point], path: Path) -> None:
-    """Validation loss over learning rate and beta1, one panel for each batch size, the same colours in both."""
+    """Validation loss over learning rate and beta1, a panel for each batch size, coloured by the distance to its best."""
     batches = sorted({one.batch for one in found})
     drawn, all_axes = plt.subplots(
         1, len(batches), figsize=(4.2 * len(batches), 3.4), layout="constrained", squeeze=False
     )
-    values = [loss for one in found for loss in one.validation.values() if loss is not None]
-    low, high = min(values), min(max(values), min(values) + 2.0)
     for axes, batch in zip(all_axes[0], batches, strict=True):
         its = sorted((one for one in found if one.batch == batch), key=lambda one: _beta1(one))
         rates = sorted({rate for one in its for rate in one.validation})
         grid = [[one.validation.get(rate) for rate in rates] for one in its]
+        best = min((value for row in grid for value in row if value is not None), default=0.0)
         image = axes.imshow(
-            [[math.nan if value is None else value for value in row] for row in grid],
-            vmin=low, vmax=high, cmap="viridis_r", aspect="auto",
+            [[math.nan if value is None else value - best for value in row] for row in grid],
+            vmin=0.0, vmax=FARTHEST, cmap="viridis_r", aspect="auto",
         )  # fmt: skip
         for i, row in enumerate(grid):
             for j, value in enumerate(row):
                 shown = "failed" if value is None else f"{value:.2f}"
                 # A failed one is not coloured in.
-                light = value is None or value < (low + high) / 2
+                light = value is None or value - best < FARTHEST / 2
                 axes.text(j, i, shown, ha="center", va="center", fontsize=8, color="black" if light else "white")
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(its)), [f"{_beta1(one):g}" for one in its])
         axes.set_xlabel("learning rate")
         axes.set_ylabel("beta1")
-        axes.set_title(f"batch {batch}", fontsize=10)
-    drawn.colorbar(image, ax=all_axes[0].tolist(), label="validation loss")
+        axes.set_title(f"batch {batch}: validation loss", fontsize=10)
+    drawn.colorbar(image, ax=all_axes[0].tolist(), label="above the best of the panel", extend="max")
     drawn.savefig(path, dpi=150)
     plt.close(drawn)
 
