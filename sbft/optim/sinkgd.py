@@ -111,12 +111,11 @@ def balanced_(matrix: Tensor, iterations: int) -> Tensor:
         matrix.div_(of_columns)
         of_columns.square_()  # squared factors, as those of rows
         of_rows = matrix.new_empty(rows)
-        squares = blocks[0].square()
+        whole = matrix.square() if len(blocks) == 1 else None
         for _ in range(begin, min(begin + _AT_ONCE, iterations)):
             sums = torch.zeros_like(of_columns)
             for block, factors in zip(blocks, of_rows.split(height), strict=True):
-                if len(blocks) > 1:
-                    squares = block.square()
+                squares = block.square() if whole is None else whole
                 factors.copy_(_inverse(torch.mv(squares, of_columns), columns))
                 sums.addmv_(squares.t(), factors)
             of_columns = _inverse(sums, rows)
