@@ -44,10 +44,12 @@ class DeviceNumbers:
         return self._keys[parameter, 0], self._keys[parameter, 1]
 
     def write(self, rates: list[float], seed: int, step: int) -> None:
-        """Send the numbers of a step, behind what was launched before."""
+        """Send the numbers of a step, behind what was launched before; the host waits for none of it."""
         keys = noise_keys(seed, step, len(self._keys))
-        words = np.concatenate((np.array(rates, dtype=np.float64).view(np.int32), keys.ravel()))
-        self._words.copy_(torch.from_numpy(words))
+        words = torch.from_numpy(np.concatenate((np.array(rates, dtype=np.float64).view(np.int32), keys.ravel())))
+        if self._words.is_cuda:
+            words = words.pin_memory()  # freed memory is not pinned anew before it was read
+        self._words.copy_(words, non_blocking=True)
 
 
 class CapturedUpdates:
@@ -114,7 +116,7 @@ class CapturedUpdates:
         return self._made_for == self._circumstances()
 
     def before_replay(self) -> None:
-        """Send the coming step's numbers."""
+        """Send the coming step's numbers; earlier than its replay is as well, and may be in vain."""
         self._write()
 
     def after_replay(self) -> None:

@@ -130,10 +130,10 @@ class _Graph:
             if isinstance(one, Tensor):
                 self._batch[name].copy_(one, non_blocking=True)
         self._forward.replay()
+        self._updates.before_replay()  # now, since the host will wait for the loss, and the device then for backward
         return self._loss.clone()
 
     def backward(self) -> None:
-        self._updates.before_replay()
         self._backward.replay()
         self._updates.after_replay()
 

@@ -27,6 +27,7 @@ from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.cuda_graph import GraphedSteps
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
+from sbft.training.host import CountingCollator, FiniteLoss, count_tokens, is_labelled
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -90,6 +91,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._skipped_in_a_row = 0
         self._skip_this_step = False
         self._in_training_step = False
+        self._found_finite = False
         self._step_tokens = 0
         self._step_began = 0.0
         self._optimizer_time = 0.0
@@ -105,6 +107,8 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             super().__init__(*args, **kwargs)
         self._check_arguments()
         self._check_weights()
+        if self.args.dataloader_pin_memory:  # a batch waits its turn on the device, and the host does not wait for it
+            self.accelerator.dataloader_config.non_blocking = True
         self.add_callback(_StepEvents(self))
         self.add_callback(self._watch)
 
@@ -216,8 +220,12 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """As in `Trainer`; with a batch that doubles, all of the run is one pass over its batches."""
-        loader: Any = super().get_train_dataloader()
+        """As in `Trainer`, its batches counted; with a batch that doubles, all of the run is one pass over them."""
+        collator, self.data_collator = self.data_collator, CountingCollator(self.data_collator)
+        try:
+            loader: Any = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
         schedule = self.args.batch_schedule
         if schedule is None:
             return loader
@@ -347,7 +355,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._skip_this_step = False
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            tokens = sum(_count_tokens(batch) for batch in batches)
+            tokens = sum(count_tokens(batch) for batch in batches)
             if self.accelerator.num_processes > 1:
                 tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
                 tokens //= self.get_tp_size()  # these ranks have the same examples
@@ -359,7 +367,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
-        self._in_training_step = True
+        self._in_training_step, self._found_finite = True, False
         try:
             graphed = None if self._graphed is None else self._graphed_step(model, inputs, *args, **kwargs)
             with _fast_attention(inputs):
@@ -370,14 +378,13 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         finally:
             self._in_training_step = False
         self._watch.add_loss(loss, self._step_tokens)
-        return loss
+        return FiniteLoss.of(loss) if self._found_finite else loss
 
     def _graphed_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | None:
         """The loss of a step that was launched as a graph, or prepares one; None for a batch that cannot be."""
         assert self._graphed is not None
-        inputs = self._prepare_inputs(inputs)
         reason = _why_plain(inputs)
         if reason is not None:
             if not self._warned_of_plain_step:
@@ -386,7 +393,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             return None
         if not model.training:
             model.train()
-        loss = self._graphed.forward({**inputs, "num_items": num_items_in_batch})
+        loss = self._graphed.forward({**self._prepare_inputs(inputs), "num_items": num_items_in_batch})
         if loss is None:
             return None
         if not self._all_finite(loss):
@@ -467,7 +474,8 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         finite = torch.isfinite(loss.detach()).all()
         if self.accelerator.num_processes > 1:  # or the ranks would part ways
             finite = self.accelerator.gather(finite.reshape(1)).all()
-        return bool(finite)
+        self._found_finite = bool(finite)
+        return self._found_finite
 
     def _takes_logits_free_loss(self, inputs: dict[str, Any]) -> bool:
         has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
@@ -601,18 +609,11 @@ def _kept_states(state: TrainerState) -> dict[str, Any]:
     return kept
 
 
-def _count_tokens(batch: dict[str, Any]) -> int:
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        return int(mask.sum())
-    return int(batch["input_ids"].numel())
-
-
 def _why_plain(batch: dict[str, Any]) -> str | None:
     """Why a batch's step cannot be launched as a graph; None if it can."""
     if set(batch) != {"input_ids", "labels"}:
         return f"a graph takes input_ids and labels alone, and this batch holds {', '.join(sorted(batch))}"
-    if bool((batch["labels"] == -100).any()):
+    if not is_labelled(batch):
         return "a graph takes batches with a label at every position, and this one lacks some"
     return None
 

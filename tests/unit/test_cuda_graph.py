@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import TrainerCallback
 
 from sbft.data.windows import collate_windows
 from sbft.errors import TrainingError
@@ -191,7 +193,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def trained(
-    folder: Path, graphs: bool, windows: int = 12, bad: int | None = None, dtype: Any = torch.bfloat16, **settings: Any
+    folder: Path,
+    graphs: bool,
+    windows: int = 12,
+    bad: int | None = None,
+    dtype: Any = torch.bfloat16,
+    callbacks: list[TrainerCallback] | None = None,
+    **settings: Any,
 ) -> SmallBatchTrainer:
     """A tiny model after a few windows of one length, with plain attention, whose sums have one order."""
     torch.manual_seed(0)
@@ -199,10 +207,12 @@ def trained(
     generator = np.random.default_rng(0)
     examples = [{"input_ids": generator.integers(0, 500, 48)} for _ in range(windows)]
     args = SmallBatchTrainingArguments(
-        output_dir=str(folder), num_train_epochs=1, report_to="none", save_strategy="no", logging_steps=1, seed=1,
-        cuda_graphs=graphs, lr_scheduler_type="linear", disable_tqdm=True, cast_weights=False, **settings,
+        output_dir=str(folder), num_train_epochs=1, report_to="none", save_strategy="no", seed=1, cuda_graphs=graphs,
+        lr_scheduler_type="linear", disable_tqdm=True, cast_weights=False, **{"logging_steps": 1, **settings},
     )  # fmt: skip
-    trainer = SmallBatchTrainer(model=model, args=args, train_dataset=examples, data_collator=collate_windows)
+    trainer = SmallBatchTrainer(
+        model=model, args=args, train_dataset=examples, data_collator=collate_windows, callbacks=callbacks
+    )
     if bad is not None:
         trainer._all_finite = one_bad(trainer._all_finite, bad)  # type: ignore[method-assign]
     with sdpa_kernel(SDPBackend.MATH):
@@ -277,3 +287,26 @@ def test_bfloat16_steps_come_close_to_plain_ones(tmp_path: Path) -> None:
         assert a == pytest.approx(b, rel=2**-8)
     for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert ((a != b).float().mean() < 0.1) and torch.allclose(a, b, rtol=2**-6, atol=1e-5)
+
+
+class Waits(TrainerCallback):
+    """Has torch warn of every wait for the device from one step on until another ends."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (self.first - 1, self.last):
+            torch.cuda.set_sync_debug_mode("warn" if state.global_step < self.last else "default")
+
+
+@gpu
+@needs_gpu
+def test_a_replayed_step_waits_for_its_loss_alone(tmp_path: Path) -> None:
+    """What else waited would wait for the backward before it too. The watch reads losses in every eighth step."""
+    first, steps = 9, 16
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trained(tmp_path, True, windows=30, logging_steps=100, callbacks=[Waits(first, first + steps - 1)])
+    where = [f"{Path(one.filename).name}:{one.lineno}" for one in caught if "synchronizing CUDA" in str(one.message)]
+    assert len(where) == steps + steps // 8, where
