@@ -290,6 +290,11 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         if optimizer is None:
             return
         optimizer.discard_step()
+        if optimizer.releases_gradients and self.args.cuda_graphs:
+            raise ArgumentError(
+                "cuda_graphs=True, and the optimizer that was passed in releases its gradients already, to hooks that a graph "
+                "does not know. Call remove() on its handle, and the trainer attaches its own; or set cuda_graphs=False."
+            )
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
             held = [*self._tied_and_sharded(), *self._replicated()]

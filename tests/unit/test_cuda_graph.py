@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
+from sbft.data.collate import Collator
 from sbft.data.windows import collate_windows
 from sbft.errors import TrainingError
+from sbft.optim import Adafactor
 from sbft.training import cuda_graph
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.cuda_graph import WARM_UP, GraphedSteps
@@ -163,6 +165,24 @@ def test_a_training_that_a_capture_would_change_is_refused(tmp_path: Path) -> No
     ):
         found = trainer._why_not_graphed(trainer._find_head())
         assert found is None if reason is None else found is not None and reason in found
+
+
+def test_an_optimizer_that_releases_gradients_already_is_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = Adafactor(model.parameters())
+    args = SmallBatchTrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, cuda_graphs=True, max_steps=1, disable_tqdm=True
+    )
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    trainer = SmallBatchTrainer(
+        model=model, args=args, train_dataset=[row] * 2, data_collator=Collator(0), optimizers=(optimizer, None)
+    )
+    with (
+        optimizer.release_gradients(),
+        pytest.raises(ArgumentError, match=r"releases its gradients already.*remove\(\)"),
+    ):
+        trainer.train()
+    trainer.train()
 
 
 def test_one_warning_tells_that_batches_are_not_launched_as_graphs(
