@@ -277,7 +277,10 @@ def make(wanted: list[tuple[str, Row, float, int, str]], runs: dict[tuple[Any, .
     """Make the runs that are not there yet; each is written down as it ends."""
     missing = [one for one in wanted if (one[0], one[1].name, *one[2:]) not in runs]
     with ProcessPoolExecutor(arguments.jobs) as pool, (arguments.output / "runs.jsonl").open("a") as file:
-        for done in as_completed([pool.submit(train, *one, arguments) for one in missing]):
+        begun = [pool.submit(train, *one, arguments) for one in missing]
+        for done in as_completed(begun):
+            if done.exception() is not None:
+                pool.shutdown(wait=False, cancel_futures=True)  # or it would make all others first, and throw them away
             run = done.result()
             runs[key(run)] = run
             file.write(json.dumps(run) + "\n")
