@@ -48,7 +48,7 @@ class DeviceNumbers:
         keys = noise_keys(seed, step, len(self._keys))
         words = torch.from_numpy(np.concatenate((np.array(rates, dtype=np.float64).view(np.int32), keys.ravel())))
         if self._words.is_cuda:
-            words = words.pin_memory()  # freed memory is not pinned anew before it was read
+            words = words.pin_memory()  # torch gives this memory to nobody else before the copy has read it
         self._words.copy_(words, non_blocking=True)
 
 
@@ -116,7 +116,7 @@ class CapturedUpdates:
         return self._made_for == self._circumstances()
 
     def before_replay(self) -> None:
-        """Send the coming step's numbers; earlier than its replay is as well, and may be in vain."""
+        """Send the coming step's numbers, at any time between the last update and its own."""
         self._write()
 
     def after_replay(self) -> None:

@@ -1,12 +1,13 @@
-"""What the host knows without asking the device, which would be a wait for all that was launched before.
+"""What the host knows without asking the device, since an answer comes only after all that was launched before.
 
-A step at batch size 1 has so little work for a GPU that the loop around it takes as long; the two overlap only where nothing
-between one backward and the next forward waits.
+At batch size 1 a small model gives a GPU so little work that the loop around a step takes as long as the step. The two overlap
+where nothing between one backward and the next forward waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,28 +17,75 @@ from torch import Tensor
 from sbft.data.collate import IGNORED_LABEL
 
 
-class CountedBatch(dict[str, Any]):
-    """A batch, counted while it lay on the host. What is made of it, such as its copy on a device, keeps the counts.
+@dataclass(frozen=True)
+class Counts:
+    """Of a batch.
 
     Attributes:
-        tokens: padding aside; None if they were not counted.
-        labelled: whether every position has a label; None if nobody looked.
+        tokens: padding aside.
+        labelled: whether every position has a label.
     """
 
-    tokens: int | None = None
-    labelled: bool | None = None
+    tokens: int
+    labelled: bool
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> Counts:
+        """Counted now: of a batch that lies on a device, after a wait for it."""
+        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        tokens = int(batch["input_ids"].numel())
+        if mask is not None and mask.dim() == 2:
+            tokens = int(mask.sum())
+        labelled = isinstance(labels, Tensor) and not bool((labels == IGNORED_LABEL).any())
+        return cls(tokens, labelled)
+
+
+class CountedBatch(dict[str, Any]):
+    """A batch that was counted while it lay on the host. Pinned, sent to a device or pickled it keeps its counts; a copy that
+    is made otherwise, and a batch that is changed, have none."""
+
+    _counts: Counts | None = None
+    _shapes: dict[str, Any] | None = None
+    _sent: dict[str, tuple[Any, int]] | None = None  # once on the device: its values, and how often they had been written to
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> CountedBatch:
+        """The same tensors, counted."""
+        counted = cls(batch)
+        counted._counts, counted._shapes = Counts.of(batch), _shapes(batch)
+        return counted
+
+    @property
+    def counts(self) -> Counts | None:
+        """None where there are none, or where they may no longer be true."""
+        if self._shapes != _shapes(self):
+            return None
+        if self._sent is not None and any(
+            one is not self._sent[name][0] or _version(one) != self._sent[name][1] for name, one in self.items()
+        ):
+            return None
+        return self._counts
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> CountedBatch:
         """The batch with its tensors on a device; accelerate's data loaders ask for it so."""
         moved = CountedBatch(
             {name: send_to_device(one, device, non_blocking=non_blocking) for name, one in self.items()}
         )
-        moved.tokens, moved.labelled = self.tokens, self.labelled
+        moved._counts, moved._shapes = self.counts, self._shapes
+        moved._sent = {name: (one, _version(one)) for name, one in moved.items()}
         return moved
 
 
+def _shapes(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: one.shape if isinstance(one, Tensor) else None for name, one in batch.items()}
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
+
+
 class CountingCollator:
-    """A collator whose batches are counted; batches that are no plain dictionaries are left as they are.
+    """A collator whose batches are counted, but for those that are no plain dictionary with a tensor `input_ids`.
 
     Args:
         collate: as `DataLoader` takes it.
@@ -48,35 +96,26 @@ class CountingCollator:
 
     def __call__(self, examples: Any) -> Any:
         batch = self._collate(examples)
-        if type(batch) is not dict or not isinstance(batch.get("input_ids"), Tensor):
-            return batch
-        counted = CountedBatch(batch)
-        counted.tokens, counted.labelled = count_tokens(batch), is_labelled(batch)
-        return counted
+        countable = type(batch) is dict and isinstance(batch.get("input_ids"), Tensor)
+        return CountedBatch.of(batch) if countable else batch
 
 
-def count_tokens(batch: dict[str, Any]) -> int:
-    """Tokens of a batch, padding aside."""
-    known = batch.tokens if isinstance(batch, CountedBatch) else None
-    if known is not None:
-        return known
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        return int(mask.sum())
-    return int(batch["input_ids"].numel())
+def counts_of(batch: dict[str, Any], of: dict[str, Any] | None = None) -> Counts:
+    """Counts of a batch; where it has none of its own, those of the batch that it was made of without a change."""
+    for one in (batch, of):
+        known = one.counts if isinstance(one, CountedBatch) else None
+        if known is not None and (one is batch or _are_same(batch, one)):
+            return known
+    return Counts.of(batch)
 
 
-def is_labelled(batch: dict[str, Any]) -> bool:
-    """Whether every position of a batch has a label."""
-    known = batch.labelled if isinstance(batch, CountedBatch) else None
-    if known is not None:
-        return known
-    labels = batch.get("labels")
-    return isinstance(labels, Tensor) and not bool((labels == IGNORED_LABEL).any())
+def _are_same(batch: dict[str, Any], other: Any) -> bool:
+    return batch.keys() == other.keys() and all(batch[name] is other[name] for name in batch)
 
 
 class FiniteLoss(Tensor):
-    """A loss found to be finite: asked for NaN or infinity, as by `Trainer` after every backward, it answers at once."""
+    """A loss that was found to be finite: to `torch.isnan` and `torch.isinf`, which `Trainer` asks after every backward, it
+    answers at once. For that loop alone; code of others gets plain tensors."""
 
     @classmethod
     def of(cls, loss: Tensor) -> FiniteLoss:
@@ -86,6 +125,6 @@ class FiniteLoss(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (torch.isnan, torch.isinf):
-            return torch.zeros(args[0].shape, dtype=torch.bool)
+            return torch.zeros((), dtype=torch.bool, device="cpu")
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))

@@ -27,7 +27,7 @@ from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.cuda_graph import GraphedSteps
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
-from sbft.training.host import CountingCollator, FiniteLoss, count_tokens, is_labelled
+from sbft.training.host import CountingCollator, FiniteLoss, counts_of
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -107,8 +107,8 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             super().__init__(*args, **kwargs)
         self._check_arguments()
         self._check_weights()
-        if self.args.dataloader_pin_memory:  # a batch waits its turn on the device, and the host does not wait for it
-            self.accelerator.dataloader_config.non_blocking = True
+        if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
+            self.accelerator.dataloader_config.non_blocking = True  # the host does not wait until a batch is copied
         self.add_callback(_StepEvents(self))
         self.add_callback(self._watch)
 
@@ -221,11 +221,10 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
 
     def get_train_dataloader(self) -> Any:
         """As in `Trainer`, its batches counted; with a batch that doubles, all of the run is one pass over them."""
-        collator, self.data_collator = self.data_collator, CountingCollator(self.data_collator)
-        try:
-            loader: Any = super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
+        loader: Any = super().get_train_dataloader()
+        plain = getattr(loader, "base_dataloader", loader)  # inside accelerate's
+        if isinstance(plain, DataLoader):
+            plain.collate_fn = CountingCollator(plain.collate_fn)
         schedule = self.args.batch_schedule
         if schedule is None:
             return loader
@@ -360,7 +359,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._skip_this_step = False
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            tokens = sum(count_tokens(batch) for batch in batches)
+            tokens = sum(counts_of(batch).tokens for batch in batches)
             if self.accelerator.num_processes > 1:
                 tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
                 tokens //= self.get_tp_size()  # these ranks have the same examples
@@ -383,14 +382,21 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         finally:
             self._in_training_step = False
         self._watch.add_loss(loss, self._step_tokens)
-        return FiniteLoss.of(loss) if self._found_finite else loss
+        return FiniteLoss.of(loss) if self._found_finite and self._loss_goes_to_the_loop else loss
+
+    @property
+    def _loss_goes_to_the_loop(self) -> bool:
+        """Whether what `training_step` returns is what was found finite, and nobody's code is given it."""
+        mine = SmallBatchMixin
+        return type(self).training_step is mine.training_step and type(self).compute_loss is mine.compute_loss
 
     def _graphed_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | None:
         """The loss of a step that was launched as a graph, or prepares one; None for a batch that cannot be."""
         assert self._graphed is not None
-        reason = _why_plain(inputs)
+        prepared = self._prepare_inputs(inputs)
+        reason = _why_plain(prepared, counts_of(prepared, inputs).labelled)
         if reason is not None:
             if not self._warned_of_plain_step:
                 logger.warning(f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {reason}.")
@@ -398,7 +404,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             return None
         if not model.training:
             model.train()
-        loss = self._graphed.forward({**self._prepare_inputs(inputs), "num_items": num_items_in_batch})
+        loss = self._graphed.forward({**prepared, "num_items": num_items_in_batch})
         if loss is None:
             return None
         if not self._all_finite(loss):
@@ -614,11 +620,11 @@ def _kept_states(state: TrainerState) -> dict[str, Any]:
     return kept
 
 
-def _why_plain(batch: dict[str, Any]) -> str | None:
+def _why_plain(batch: dict[str, Any], labelled: bool) -> str | None:
     """Why a batch's step cannot be launched as a graph; None if it can."""
     if set(batch) != {"input_ids", "labels"}:
         return f"a graph takes input_ids and labels alone, and this batch holds {', '.join(sorted(batch))}"
-    if not is_labelled(batch):
+    if not labelled:
         return "a graph takes batches with a label at every position, and this one lacks some"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from sbft.data.collate import Collator
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.host import CountedBatch, CountingCollator, FiniteLoss, count_tokens, is_labelled
+from sbft.training.host import CountedBatch, CountingCollator, Counts, FiniteLoss, counts_of
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 
@@ -26,30 +27,64 @@ PARTLY = {"input_ids": IDS, "labels": torch.tensor([[5, 6, 7], [-100, 6, -100]])
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "labelled"),
-    [(PADDED, 5, True), (PARTLY, 6, False), ({"input_ids": IDS}, 6, False)],
+    ("batch", "expected"),
+    [(PADDED, Counts(5, True)), (PARTLY, Counts(6, False)), ({"input_ids": IDS}, Counts(6, False))],
     ids=["padded", "partly labelled", "without labels"],
 )
-def test_a_batch_is_counted_as_it_is_collated(batch: dict[str, Any], tokens: int, labelled: bool) -> None:
-    assert (count_tokens(batch), is_labelled(batch)) == (tokens, labelled)
+def test_a_batch_is_counted_as_it_is_collated(batch: dict[str, Any], expected: Counts) -> None:
+    assert Counts.of(batch) == expected
     counted = CountingCollator(lambda examples: batch)([])
     assert isinstance(counted, dict) and counted == batch
     for same in (counted, copy.copy(counted), pickle.loads(pickle.dumps(counted)), send_to_device(counted, "cpu")):
-        assert (same.tokens, same.labelled) == (tokens, labelled)
+        assert same.counts == expected
         assert same.keys() == batch.keys() and all(torch.equal(same[name], batch[name]) for name in batch)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_counts_go_with_a_batch_to_the_device() -> None:
-    moved = send_to_device(pin_memory(CountingCollator(lambda examples: PADDED)([])), "cuda", non_blocking=True)
-    assert moved["input_ids"].is_cuda and (moved.tokens, moved.labelled) == (5, True)
+    moved = send_to_device(pin_memory(CountedBatch.of(PADDED)), "cuda", non_blocking=True)
+    assert moved["input_ids"].is_cuda and moved.counts == Counts(5, True)
     assert torch.equal(moved["attention_mask"].cpu(), PADDED["attention_mask"])
 
 
-def test_counts_are_taken_anew_of_a_batch_that_someone_rebuilt() -> None:
-    rebuilt = CountedBatch({"input_ids": IDS[:, :2], "labels": torch.full((2, 2), -100)})
-    assert (count_tokens(rebuilt), is_labelled(rebuilt)) == (4, False)
+def cut(batch: Any) -> None:
+    for name in batch:
+        batch[name] = batch[name][:, :2]
+
+
+def mask_in_place(batch: Any) -> None:
+    batch["labels"][0, 0] = -100
+
+
+def mask_anew(batch: Any) -> None:
+    batch["labels"] = batch["labels"].masked_fill(IDS == 5, -100)
+
+
+def unlabel(batch: Any) -> None:
+    del batch["labels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [(cut, Counts(4, True)), (mask_in_place, Counts(5, False)), (mask_anew, Counts(5, False)), (unlabel, Counts(5, False))],
+)  # fmt: skip
+def test_a_batch_that_someone_changes_is_counted_anew(change: Callable[[Any], None], expected: Counts) -> None:
+    batch = CountedBatch.of({name: one.clone() for name, one in PADDED.items()}).to("cpu")
+    assert batch.counts == Counts(5, True)
+    change(batch)
+    assert batch.counts is None and counts_of(batch) == expected
+
+
+def test_counts_are_those_of_a_batch_made_of_the_same_tensors_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = CountedBatch.of(PARTLY).to("cpu")
+    rebuilt = CountedBatch({**counted})
+    more = {**counted, "position_ids": IDS}
+    assert rebuilt.counts is None
+    anew = Counts(-1, True)
+    monkeypatch.setattr(Counts, "of", lambda batch: anew)
+    assert counts_of(rebuilt, counted) == Counts(6, False)
+    assert counts_of(rebuilt) is counts_of(more, counted) is anew
 
 
 def test_other_batches_are_left_as_they_are() -> None:
@@ -69,40 +104,81 @@ def test_a_finite_loss_is_the_loss_and_answers_without_the_device() -> None:
     assert (total.item(), float(loss), loss.item()) == (3.5, 2.5, 2.5)
 
 
-class Answers(SmallBatchTrainer):
-    """Notes what training steps return; the loss of the second is not finite."""
+# In the trainer
 
-    answers: list[Tensor]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self.answers.append(super().training_step(*args, **kwargs))
-        return self.answers[-1]
+def trained(folder: Path, kind: type[SmallBatchTrainer], **settings: Any) -> Any:
+    args = SmallBatchTrainingArguments(
+        output_dir=str(folder), use_cpu=True, max_steps=4, report_to="none", save_strategy="no", logging_steps=1,
+        disable_tqdm=True, **settings,
+    )  # fmt: skip
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8
+    trainer = kind(model=tiny_model(), args=args, train_dataset=rows, data_collator=Collator(2))
+    trainer.train()
+    return trainer
+
+
+def logged(trainer: SmallBatchTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class SecondIsNotFinite(SmallBatchTrainer):
+    """Notes what is made of each loss for the loop."""
 
     def _all_finite(self, loss: Tensor) -> bool:
-        return super()._all_finite(loss * float("nan") if len(self.answers) == 1 else loss)
+        bad = self.state.global_step == 1 and not self.skipped_steps
+        return super()._all_finite(loss * float("nan") if bad else loss)
 
 
-def test_only_a_loss_that_was_found_finite_says_so(tmp_path: Path) -> None:
-    args = SmallBatchTrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=3, report_to="none", save_strategy="no", logging_steps=1,
-        disable_tqdm=True,
-    )  # fmt: skip
-    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 6
-    trainer = Answers(model=tiny_model(), args=args, train_dataset=rows, data_collator=Collator(2))
-    trainer.answers = []
-    trainer.train()
-    assert [type(loss) for loss in trainer.answers] == [FiniteLoss, Tensor, FiniteLoss]
-    assert trainer.skipped_steps == 1
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged[0] == pytest.approx(float(trainer.answers[0]), abs=1e-6) and len(logged) == 3
+def test_only_a_loss_that_was_found_finite_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Tensor] = []
+    of = FiniteLoss.of
+    monkeypatch.setattr(FiniteLoss, "of", lambda loss: (told.append(loss), of(loss))[1])
+    trainer = trained(tmp_path, SecondIsNotFinite)
+    assert trainer.skipped_steps == 1 and len(told) == 3
+    assert len(logged(trainer)) == 4 and logged(trainer)[0] == pytest.approx(float(told[0]), abs=1e-6)
 
 
-def test_batches_of_the_trainers_own_loader_are_counted_and_the_collator_stays(tmp_path: Path) -> None:
+class WithAnotherTerm(SmallBatchTrainer):
+    """Adds to the loss what is NaN in the second step, behind the check."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) + (float("nan") if self.state.global_step == 1 else 0.0)
+
+
+class Prints(SmallBatchTrainer):
+    """Does with the loss what code around a training step does."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        assert type(loss) is Tensor
+        return copy.deepcopy(loss)
+
+
+def test_losses_of_a_trainer_of_ones_own_are_plain_tensors(tmp_path: Path) -> None:
+    losses = logged(trained(tmp_path, WithAnotherTerm))
+    assert len(losses) == 4 and all(loss == loss for loss in losses)
+    trained(tmp_path, Prints)
+
+
+class CutsBatches(SmallBatchTrainer):
+    """Alters batches behind the collator, which is its own still."""
+
+    def get_train_dataloader(self) -> Any:
+        assert isinstance(self.data_collator, Collator)
+        for batch in super().get_train_dataloader():
+            cut(batch)
+            yield batch
+
+
+def test_tokens_are_those_of_the_batch_that_is_trained_on(tmp_path: Path) -> None:
     args = SmallBatchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    collator = Collator(2)
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}] * 2
-    trainer = SmallBatchTrainer(model=tiny_model(), args=args, train_dataset=rows, data_collator=collator)
-    batches = list(trainer.get_train_dataloader())
-    assert [(batch.tokens, batch.labelled) for batch in batches] == [(3, False)] * 2
-    assert trainer.data_collator is collator
-    assert trainer.accelerator.non_blocking == args.dataloader_pin_memory
+    trainers = [
+        kind(model=tiny_model(), args=args, train_dataset=rows, data_collator=Collator(2, 1))
+        for kind in (SmallBatchTrainer, CutsBatches)
+    ]
+    batches = [list(trainer.get_train_dataloader()) for trainer in trainers]
+    assert [[batch.counts for batch in some] for some in batches] == [[Counts(3, False)] * 2, [None] * 2]
+    assert [trainers[1].get_batch_samples(iter(batches[1]), 2, args.device), trainers[1]._step_tokens][1] == 4
+    assert not trainers[0].accelerator.non_blocking  # only where it is known to be safe: CUDA, from pinned memory
