@@ -102,9 +102,9 @@ class Adafactor(TokenOptimizer):
     def _follows_steps(self, group: dict[str, Any]) -> bool:
         return bool(group["schedule"] == "power")
 
-    def _second_moment_weight(self, group: dict[str, Any]) -> float:
+    def _second_moment_weight(self, group: dict[str, Any]) -> float | Tensor:
         if group["schedule"] == "half_life":
-            return self._average_weight(group, SECOND_MOMENT)
+            return self._weight(group, SECOND_MOMENT)
         return (self.clock.steps + 1.0) ** -group["beta2"]
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -163,14 +163,21 @@ class TokenOptimizer(torch.optim.Optimizer):
         assert self._tokens_per_step is not None
         return debias(half_life, self._tokens_per_step)
 
+    def _weight(self, group: dict[str, Any], average: Average) -> float | Tensor:
+        """`_average_weight`, for an update; while updates are captured, float64 of shape () on the device."""
+        if self._numbers is None:
+            return self._average_weight(group, average)
+        return self._numbers.weights[self._place(group)][self.averages.index(average)]
+
     def _rate(self, group: dict[str, Any]) -> float | Tensor:
         """A group's learning rate; while updates are captured, float64 of shape () on the device."""
-        if self._numbers is None:
-            return float(group["lr"])
-        return next(rate for one, rate in zip(self.param_groups, self._numbers.rates, strict=True) if one is group)
+        return float(group["lr"]) if self._numbers is None else self._numbers.rates[self._place(group)]
+
+    def _place(self, group: dict[str, Any]) -> int:
+        return next(i for i, one in enumerate(self.param_groups) if one is group)
 
     def _follows_steps(self, group: dict[str, Any]) -> bool:
-        """Whether other numbers than the learning rate and the noise change from step to step, of equally many tokens."""
+        """Whether other numbers than the learning rate, the averages' weights and the noise change from step to step."""
         return False
 
     # Updates

@@ -1,8 +1,8 @@
 """Updates within a CUDA graph: what changes from step to step lies in the device's memory, where a replay reads it.
 
-A captured launch keeps the numbers it was made with. The learning rate and the keys of the rounding noise are other ones in
-every step, so while updates are captured the kernels are given addresses in their place. All else stays the same as
-long as every step has equally many tokens.
+A captured launch keeps the numbers it was made with. Learning rates, weights of moving averages (which go by a step's tokens)
+and the keys of the rounding noise are other ones in every step, so while updates are captured the kernels are given addresses
+in their place. All else has to stay the same.
 """
 
 from __future__ import annotations
@@ -23,40 +23,53 @@ if TYPE_CHECKING:
 
 
 class DeviceNumbers:
-    """Learning rates and noise keys of one step in one tensor.
+    """Learning rates, weights of averages and noise keys of one step in one tensor.
 
     Args:
         groups: how many parameter groups there are.
+        averages: how many moving averages a group has.
         parameters: how many parameters.
         device: where updates run.
 
     Attributes:
         rates: float64 of shape () of each group, as exact as Python's, whatever they are multiplied with.
+        weights: likewise of each group's averages.
     """
 
-    def __init__(self, groups: int, parameters: int, device: torch.device) -> None:
-        self._words = torch.zeros(2 * groups + 2 * parameters, dtype=torch.int32, device=device)
-        self.rates: tuple[Tensor, ...] = self._words[: 2 * groups].view(torch.float64).unbind()
-        self._keys = self._words[2 * groups :].view(parameters, 2)
+    def __init__(self, groups: int, averages: int, parameters: int, device: torch.device) -> None:
+        numbers = groups * (1 + averages)
+        self._words = torch.zeros(2 * numbers + 2 * parameters, dtype=torch.int32, device=device)
+        by_group = self._words[: 2 * numbers].view(torch.float64).view(groups, 1 + averages)
+        self.rates: tuple[Tensor, ...] = by_group[:, 0].unbind()
+        self.weights: tuple[tuple[Tensor, ...], ...] = tuple(row.unbind() for row in by_group[:, 1:].unbind())
+        self._keys = self._words[2 * numbers :].view(parameters, 2)
 
     def key(self, parameter: int) -> tuple[Tensor, Tensor]:
         """Noise key of the parameter in this position, two of int32 and shape ()."""
         return self._keys[parameter, 0], self._keys[parameter, 1]
 
-    def write(self, rates: list[float], seed: int, step: int) -> None:
-        """Send the numbers of a step, behind what was launched before; the host waits for none of it."""
+    def write(self, by_group: list[list[float]], seed: int, step: int) -> None:
+        """Send the numbers of a step, behind what was launched before; the host waits for none of it.
+
+        Args:
+            by_group: of each group its rate, and the weights of its averages.
+            seed: of the noise.
+            step: how many steps are finished.
+        """
         keys = noise_keys(seed, step, len(self._keys))
-        words = torch.from_numpy(np.concatenate((np.array(rates, dtype=np.float64).view(np.int32), keys.ravel())))
+        numbers = np.array(by_group, dtype=np.float64).ravel()
+        words = torch.from_numpy(np.concatenate((numbers.view(np.int32), keys.ravel())))
         if self._words.is_cuda:
             words = words.pin_memory()  # torch gives this memory to nobody else before the copy has read it
         self._words.copy_(words, non_blocking=True)
 
 
 class CapturedUpdates:
-    """The updates of released gradients as a CUDA graph holds them.
+    """The updates of released gradients as CUDA graphs hold them.
 
     Run a few steps `within()` first, then capture one there; it must come to its end, which `after_capture()` notes. A
-    captured step does not run: replay it as any later one, `before_replay()`, the graph, `after_replay()`.
+    captured step does not run: replay it as any later one, `before_replay()`, the graph, and `after_replay()` of what
+    `after_capture()` returned. Any number of steps may be captured, such as of batches of several shapes.
 
     Args:
         optimizer: it releases its gradients, on one CUDA device.
@@ -69,10 +82,6 @@ class CapturedUpdates:
         if not optimizer.releases_gradients:
             raise ValueError("updates can be captured where gradients are released: call release_gradients() first")
         self._optimizer = optimizer
-        self._made_for: object = None
-        self._updated: set[Tensor] = set()
-        self._square_sums: list[float | Tensor] = []
-        self._kept: list[tuple[Tensor, Tensor]] = []  # parameters left to step(), and their gradients
         self._make_numbers()
 
     def _make_numbers(self) -> None:
@@ -85,7 +94,8 @@ class CapturedUpdates:
         if any(map(optimizer._follows_steps, optimizer.param_groups)):
             raise ValueError("schedule='power' averages otherwise in every step, which a captured update cannot")
         self._parameters = parameters
-        self._numbers = DeviceNumbers(len(optimizer.param_groups), len(parameters), devices.pop())
+        groups, averages = len(optimizer.param_groups), len(optimizer.averages)
+        self._numbers = DeviceNumbers(groups, averages, len(parameters), devices.pop())
         self._numbers_made_for = optimizer._changes
 
     @contextmanager
@@ -94,30 +104,55 @@ class CapturedUpdates:
         optimizer = self._optimizer
         if self._numbers_made_for != optimizer._changes:  # a group was added
             self._make_numbers()
-        self._write()
+        self.before_replay()
         optimizer._numbers, optimizer._captured = self._numbers, True
         try:
             yield
         finally:
             optimizer._numbers = None
 
-    def after_capture(self) -> None:
-        """The step that is open was captured: remember what it left on the host, and take it back, since it did not run."""
+    def after_capture(self) -> CapturedStep:
+        """The step that is open was captured: what it left on the host is taken back, since it did not run."""
         optimizer = self._optimizer
-        self._updated, self._square_sums = set(optimizer._updated), list(optimizer._square_sums)
-        self._kept = [(param, param.grad) for param in self._parameters if param.grad is not None]
-        self._made_for = self._circumstances()
+        kept = [(param, param.grad) for param in self._parameters if param.grad is not None]
+        captured = CapturedStep(optimizer, set(optimizer._updated), list(optimizer._square_sums), kept)
         optimizer._updated.clear()
         optimizer._square_sums.clear()
-
-    @property
-    def hold(self) -> bool:
-        """Whether a replay would do what the coming step asks for: as many tokens, the same settings, tensors and weights."""
-        return self._made_for == self._circumstances()
+        return captured
 
     def before_replay(self) -> None:
         """Send the coming step's numbers, at any time between the last update and its own."""
-        self._write()
+        optimizer = self._optimizer
+        by_group = [
+            [float(group["lr"]), *(optimizer._average_weight(group, average) for average in optimizer.averages)]
+            for group in optimizer.param_groups
+        ]
+        self._numbers.write(by_group, optimizer.seed, optimizer.clock.steps)
+
+    def circumstances(self) -> object:
+        """What has to be the same for a replay to do what the coming step asks for: settings, tensors and weights."""
+        optimizer = self._optimizer
+        settings = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
+        weights = [(param.data_ptr(), param._version, param.requires_grad) for param in self._parameters]
+        return optimizer._changes, settings, weights
+
+
+class CapturedStep:
+    """What the updates of one captured step leave on the host."""
+
+    def __init__(
+        self,
+        optimizer: TokenOptimizer,
+        updated: set[Tensor],
+        square_sums: list[float | Tensor],
+        kept: list[tuple[Tensor, Tensor]],
+    ) -> None:
+        self._optimizer = optimizer
+        self._updated, self._square_sums = updated, square_sums
+        self._kept = kept  # parameters left to step(), and their gradients
 
     def after_replay(self) -> None:
         """Leave the optimizer as the updates would have: `step()` is next."""
@@ -125,17 +160,3 @@ class CapturedUpdates:
         self._optimizer._square_sums.extend(self._square_sums)
         for param, grad in self._kept:  # has been set to None since
             param.grad = grad
-
-    def _write(self) -> None:
-        optimizer = self._optimizer
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._numbers.write(rates, optimizer.seed, optimizer.clock.steps)
-
-    def _circumstances(self) -> object:
-        optimizer = self._optimizer
-        settings = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in optimizer.param_groups
-        ]
-        weights = [(param.data_ptr(), param._version, param.requires_grad) for param in self._parameters]
-        return optimizer.tokens_per_step, optimizer._changes, settings, weights

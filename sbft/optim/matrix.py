@@ -138,9 +138,9 @@ class MatrixOptimizer(TokenOptimizer):
             "key": key,
             "shard": shard,
         }
-        second_weight = self._average_weight(group, SECOND_MOMENT)
+        second_weight = self._weight(group, SECOND_MOMENT)
         if group["rest_optimizer"] == "adamw":
-            first_weight = self._average_weight(group, FIRST_MOMENT)
+            first_weight = self._weight(group, FIRST_MOMENT)
             return update_with_moments(
                 param, grad, state, first_weight=first_weight, second_weight=second_weight, **settings
             )

@@ -111,10 +111,13 @@ class Muon(MatrixOptimizer):
 
     def _direction(self, grad: Tensor, momentum: Tensor | None, usable: Tensor, group: dict[str, Any]) -> Tensor:
         if momentum is not None:
-            weight = self._average_weight(group, _MOMENTUM)
+            weight = self._weight(group, _MOMENTUM)
+            rest = 1.0 - weight
+            if isinstance(weight, Tensor):
+                weight, rest = weight.float(), (1.0 - weight).float()
             # Not bias-corrected, as in torch: the iteration takes no notice of the average's size.
             momentum.lerp_(torch.where(usable, grad, momentum), weight)
-            grad = grad.lerp_(momentum, 1.0 - weight) if group["nesterov"] else torch.where(usable, momentum, grad)
+            grad = grad.lerp_(momentum, rest) if group["nesterov"] else torch.where(usable, momentum, grad)
         return orthogonalized(grad.to(_DTYPES[group["newton_schulz_dtype"]]))
 
     def _rate_ratio(self, group: dict[str, Any], rows: int, columns: int) -> float:

@@ -75,7 +75,7 @@ class SGD(TokenOptimizer):
             grad,
             state.get("momentum"),
             state.get("mass"),
-            momentum_weight=self._average_weight(group, _MOMENTUM),
+            momentum_weight=self._weight(group, _MOMENTUM),
             lr=self._rate(group),
             weight_decay=group["weight_decay"],
             key=key,

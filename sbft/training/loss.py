@@ -50,6 +50,7 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    counted: Tensor | None = None,
     piece_elements: int = PIECE_ELEMENTS,
     part: VocabularyPart | None = None,
 ) -> Tensor:
@@ -58,13 +59,15 @@ def linear_cross_entropy(
     Products run in the dtype of `weight` (under autocast, in its dtype); everything from the logits on runs in float32.
 
     Args:
-        hidden: (rows, hidden size), only rows that have a label.
+        hidden: (rows, hidden size), only rows that have a label, or `counted` says which.
         weight: (vocabulary, hidden size), the head.
         labels: (rows,) int64 in [0, vocabulary).
         bias: (vocabulary,), of the head.
         num_items: divides the sum; the number of rows when None. A tensor of shape () causes no synchronisation.
         scale: the logits are multiplied by it.
         softcap: the logits `x` become `softcap * tanh(x / softcap)`.
+        counted: (rows,) bool, where not all rows count; the others cost their logits all the same, and nobody waits to learn
+            how many there are. Their labels may be any.
         piece_elements: most float32 logits to exist at once.
         part: what of the vocabulary `weight` and `bias` are, where ranks share it; all give the same `hidden` and `labels`.
 
@@ -72,11 +75,14 @@ def linear_cross_entropy(
         float32 of shape (); differentiable once with respect to `hidden`, `weight` and `bias`.
     """
     if num_items is None:
-        num_items = float(hidden.shape[0])
+        num_items = float(hidden.shape[0]) if counted is None else counted.sum()
     if isinstance(num_items, Tensor):
         weight_of_row: Tensor | float = num_items.to(hidden.device, torch.float32).clamp(min=1).reciprocal()
     else:
         weight_of_row = 1.0 / max(num_items, 1.0)
+    if counted is not None:
+        weight_of_row = counted.unsqueeze(1) * torch.as_tensor(weight_of_row, dtype=torch.float32)
+        labels = labels.where(counted, 0)
     dtype = weight.dtype
     device = device_type(weight)
     if torch.is_autocast_enabled(device):
@@ -138,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_grad:
             ctx.slice_size = slice_size
             ctx.save_for_backward(hidden, weight, labels, log_sum, *(() if bias is None else (bias,)))
-        return (log_sum - of_label).sum() * weight_of_row
+        return _total((log_sum - of_label).unsqueeze(1), weight_of_row)
 
     @staticmethod
     @once_differentiable
@@ -171,12 +177,19 @@ def _one_piece(
     logits, tanh = _logits(hidden, weight, bias, 0, weight.shape[0], scale, softcap)
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
     index = labels.unsqueeze(1)
-    loss = log_probabilities.gather(1, index).sum().neg() * weight_of_row
+    loss = _total(log_probabilities.gather(1, index).neg_(), weight_of_row)
     if not needs_grad:
         return loss, logits
     grad = log_probabilities.exp_()
     grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
     return loss, _through_head(grad, tanh, weight_of_row, scale).to(hidden.dtype)
+
+
+def _total(losses: Tensor, weight_of_row: Tensor | float) -> Tensor:
+    """Sum of (rows, 1), times the weight that all rows have, or that each has."""
+    if isinstance(weight_of_row, Tensor) and weight_of_row.ndim == 2:
+        return (losses * weight_of_row).sum()
+    return losses.sum() * weight_of_row
 
 
 _WIDTH_PER_ROW = 11

@@ -294,10 +294,13 @@ def test_offsets_have_64_bits_where_32_do_not_reach() -> None:
 def test_numbers_on_the_device_make_the_same_update(name: str, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, ALONE_BLOCKS=alone)
     there = torch.tensor([0, *map(signed_32, KEY)], dtype=torch.int32, device=DEVICE)
-    lr = torch.tensor([0.0, 0.0123], dtype=torch.float64, device=DEVICE)[1]
+    weights = [setting for setting in UPDATES[name].settings if setting.endswith("_weight")]
+    given = (0.0123, *(0.07 + 0.01 * i for i in range(len(weights))))
+    lr, *others = torch.tensor([0.0, *given], dtype=torch.float64, device=DEVICE)[1:].unbind()
+    numbers, numbers_there = dict(zip(weights, given[1:], strict=True)), dict(zip(weights, others, strict=True))
     for dtype, key, key_there in ((BF16, KEY, (there[1], there[2])), (F32, None, None)):
-        plain = Run(cuda, UPDATES[name], (40, 70), dtype, lr=0.0123, key=key)
-        captured = Run(cuda, UPDATES[name], (40, 70), dtype, lr=lr, key=key_there)
+        plain = Run(cuda, UPDATES[name], (40, 70), dtype, lr=0.0123, key=key, **numbers)
+        captured = Run(cuda, UPDATES[name], (40, 70), dtype, lr=lr, key=key_there, **numbers_there)
         for seed in range(3):
             grad = randn((40, 70), dtype, seed=seed)
             assert torch.equal(plain.step(grad), captured.step(grad))

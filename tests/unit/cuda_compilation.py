@@ -106,8 +106,8 @@ def spills(kernel: Any, tmp_path: Path) -> bool:
 
 
 HOSTS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "key": KEY}
-WORDS = torch.zeros(2, dtype=torch.int32)
-DEVICES: dict[str, Any] = {**HOSTS, "lr": torch.zeros((), dtype=torch.float64), "key": (WORDS[0], WORDS[1])}
+WORDS, NUMBER = torch.zeros(2, dtype=torch.int32), torch.zeros((), dtype=torch.float64)
+DEVICES: dict[str, Any] = {**HOSTS, "lr": NUMBER, "key": (WORDS[0], WORDS[1])}
 """Numbers of a step: Python's own, and where a captured launch finds them."""
 
 
@@ -118,17 +118,18 @@ def adafactor(shape: tuple[int, ...], transposed: bool = False, step: dict[str, 
     function = cuda.adafactor_factored
     if len(shape) == 1 or min(shape[-2:]) < 128:
         function, state = cuda.adafactor_full, [torch.zeros(shape), torch.zeros(())]  # type: ignore[assignment]
-    settings = {"average_weight": 0.1, "clip_threshold": 1.0, "eps": 1e-30, **step}
+    settings = {"average_weight": NUMBER if step is DEVICES else 0.1, "clip_threshold": 1.0, "eps": 1e-30, **step}
     return lambda: function(weight, grad, *state, None, relative_step=True, **settings)
 
 
 def others(numel: int, step: dict[str, Any] = HOSTS) -> Callable[[], object]:
     weight, grad, mass = torch.zeros(numel, dtype=BF16), torch.zeros(numel, dtype=BF16), torch.zeros(())
     moments: list[Tensor] = [torch.zeros(numel), torch.zeros(numel)]
-    weights = {"first_weight": 0.1, "second_weight": 0.1, "eps": 1e-8}
+    of_average = NUMBER if step is DEVICES else 0.1
+    weights = {"first_weight": of_average, "second_weight": of_average, "eps": 1e-8}
     return lambda: (
         cuda.adamw(weight, grad, *moments, mass, mass, **weights, **step),
-        cuda.sgd(weight, grad, None, None, momentum_weight=1.0, **step),
+        cuda.sgd(weight, grad, moments[0], mass, momentum_weight=of_average, **step),
     )
 
 

@@ -19,8 +19,9 @@ KINDS: dict[str, Callable[[Any], TokenOptimizer]] = {
     "adafactor": lambda params: Adafactor(params, lr=0.0123, min_dim_size_to_factor=8, weight_decay=0.1),
     "adafactor, absolute": lambda params: Adafactor(params, lr=2.0**-9, relative_step=False),
     "adamw": lambda params: AdamW(params, lr=2.0**-9, weight_decay=0.1),
-    "sgd": lambda params: SGD(params, lr=2.0**-6, momentum=0.5),
-    "muon": lambda params: Muon(params, lr=2.0**-6),
+    "sgd": lambda params: SGD(params, lr=2.0**-6, momentum_half_life=100),
+    "muon": lambda params: Muon(params, lr=2.0**-6, momentum_half_life=300),
+    "muon, heavy ball": lambda params: Muon(params, lr=2.0**-6, nesterov=False),
     "sinkgd": lambda params: SinkGD(params, lr=2.0**-6),
     "row adafactor": lambda params: RowAdafactor(params, lr=2.0**-6, weight_decay=0.1),
 }
@@ -40,7 +41,7 @@ class Trained:
         rows = torch.randn(4, 16, generator=generator).to(self.model[0].weight.dtype)
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0123 / (1 + step)
-        self.optimizer.tokens_per_step = 64
+        self.optimizer.tokens_per_step = 64 + 7 * step
         return self.model(rows).float().square().mean()
 
     def state(self) -> list[Tensor]:
@@ -93,10 +94,9 @@ def test_a_replayed_step_leaves_the_optimizer_as_a_step_that_ran() -> None:
     loss = replayed.begin(0)
     with updates.within():
         loss.backward()  # on a GPU captured here, and not run
-    updates.after_capture()
-    assert updates.hold
+    captured = updates.after_capture()
     updates.before_replay()
-    updates.after_replay()
+    captured.after_replay()
     for trained in (ran, replayed):
         trained.optimizer.step()
     assert ran.optimizer.clock == replayed.optimizer.clock
@@ -112,8 +112,6 @@ def test_a_capture_holds_as_long_as_nothing_else_changes() -> None:
             loss.backward()
         updates.after_capture()
         trained.optimizer.step()
-        trained.optimizer.tokens_per_step = 64
-        assert updates.hold
         return trained, updates
 
     def new_rate(trained: Trained) -> None:
@@ -127,7 +125,6 @@ def test_a_capture_holds_as_long_as_nothing_else_changes() -> None:
 
     def loaded_state(trained: Trained) -> None:
         trained.optimizer.load_state_dict(trained.optimizer.state_dict())
-        trained.optimizer.tokens_per_step = 64
 
     def changed_weight(trained: Trained) -> None:
         with torch.no_grad():
@@ -137,12 +134,14 @@ def test_a_capture_holds_as_long_as_nothing_else_changes() -> None:
         trained.model[0].weight.requires_grad_(False)
 
     for change, holds in (
-        (new_rate, True), (more_tokens, False), (other_setting, False), (loaded_state, False), (changed_weight, False),
+        (new_rate, True), (more_tokens, True), (other_setting, False), (loaded_state, False), (changed_weight, False),
         (frozen_weight, False),
     ):  # fmt: skip
         trained, updates = captured()
+        before = updates.circumstances()
+        assert updates.circumstances() == before
         change(trained)
-        assert updates.hold is holds, change.__name__
+        assert (updates.circumstances() == before) is holds, change.__name__
 
 
 def test_a_group_that_is_added_is_updated_too() -> None:
@@ -167,12 +166,12 @@ def test_a_weight_that_was_unfrozen_since_is_updated_after_every_replay() -> Non
     optimizer.tokens_per_step = 1
     with updates.within():
         frozen.sum().backward()  # on a GPU captured here, and not run
-    updates.after_capture()
+    captured = updates.after_capture()
     for expected in (0.5, 0.0, -0.5):
         optimizer.zero_grad()
         optimizer.tokens_per_step = 1
         updates.before_replay()
-        updates.after_replay()
+        captured.after_replay()
         optimizer.step()
         assert frozen.tolist() == [expected] * 4
 
@@ -194,7 +193,11 @@ def test_keys_of_all_parameters_are_those_of_each() -> None:
 
 
 def test_numbers_of_a_step() -> None:
-    numbers = DeviceNumbers(2, 3, torch.device("cpu"))
-    numbers.write([0.1, 1e-5], seed=1, step=2)
+    numbers = DeviceNumbers(2, 2, 3, torch.device("cpu"))
+    numbers.write([[0.1, 0.05, 1e-3], [1e-5, 0.5, 1.0]], seed=1, step=2)
     assert [float(rate) for rate in numbers.rates] == [0.1, 1e-5]
+    assert [[float(weight) for weight in group] for group in numbers.weights] == [[0.05, 1e-3], [0.5, 1.0]]
     assert [int(word) for word in numbers.key(2)] == [signed_32(word) for word in noise_key(1, 2, 2)]
+    of_none = DeviceNumbers(1, 0, 1, torch.device("cpu"))
+    of_none.write([[0.25]], seed=1, step=0)
+    assert float(of_none.rates[0]) == 0.25 and of_none.weights == ((),)

@@ -62,6 +62,46 @@ def test_loss_and_gradients_match_float64(
         assert error <= tolerance
 
 
+@pytest.mark.parametrize("piece_elements", [ROWS * VOCABULARY, ROWS * 300, 1])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.0, 7.0)])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(11)])
+def test_rows_that_do_not_count_change_nothing(
+    num_items: torch.Tensor | None, scale: float, softcap: float | None, piece_elements: int
+) -> None:
+    hidden, weight, bias, labels = _call(torch.float32)
+    counted = torch.arange(ROWS) % 3 != 1
+    few = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in (hidden[counted], weight, bias))
+    expected = _oracle(scale, softcap, 16 if num_items is None else 11, (*few, labels[counted]))
+    labels = labels.masked_fill(~counted, -100)
+    loss = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, num_items=num_items, scale=scale, softcap=softcap, counted=counted,
+        piece_elements=piece_elements,
+    )  # fmt: skip
+    (3 * loss).backward()
+    assert abs(loss.item() - expected[0].item()) <= 1e-5 * abs(expected[0].item())
+    assert hidden.grad is not None and not hidden.grad[~counted].any()
+    for found, reference in zip((hidden.grad[counted], weight.grad, bias.grad), expected[1:], strict=True):
+        assert found is not None and (found.double() - 3 * reference).norm() <= 1e-5 * (3 * reference).norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logits_of_every_position_give_the_loss_of_those_with_a_label(kind: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(kind)
+    head = find_head(model)
+    ids = torch.randint(0, 500, (2, 12))
+    labels = ids.where(torch.rand(2, 12) < 0.5, -100)
+    for settings in ({"every_position": True}, {"every_position": True, "num_items": torch.tensor(9)}):
+        losses = [
+            head.loss(model, {"input_ids": ids, "labels": labels}, **how)
+            for how in ({**settings, "every_position": False}, settings)
+        ]
+        grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_rows_of_a_wide_model_match_float64(dtype: torch.dtype) -> None:
     hidden, weight, bias, labels = call = _call(dtype, rows=3, width=64)

@@ -1,8 +1,9 @@
 """The updates in Triton for CUDA devices: the functions of `reference`, bit for bit but for the order of sums (and, with Triton
 before 3.6, for quotients and roots of subnormal numbers, which it takes for zero).
 
-Nothing waits for the device: finite check, step size and bias correction are numbers in its memory. The learning rate and the
-words of the key may be tensors of shape () there, for launches that a CUDA graph replays. A large factored
+Nothing waits for the device: finite check, step size and bias correction are numbers in its memory. The learning rate, the
+weights of averages and the words of the key may be tensors of shape () there, all of them or none, for launches that a CUDA
+graph replays. A large factored
 parameter takes four launches and 10 bytes per bfloat16 element (gradient read three times, weight read and written once), a
 vector one. Partial sums need at most 1% of the tensor beyond its rows and columns, or 1 MiB. A weight that is not contiguous
 goes to the reference.
@@ -33,7 +34,7 @@ def adafactor_factored(
     mass: Tensor,
     weight_square_sum: Tensor | None,
     *,
-    average_weight: float,
+    average_weight: float | Tensor,
     lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
@@ -85,7 +86,7 @@ def adafactor_full(
     mass: Tensor,
     weight_square_sum: Tensor | None,
     *,
-    average_weight: float,
+    average_weight: float | Tensor,
     lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
@@ -207,8 +208,8 @@ def adamw(
     first_mass: Tensor,
     second_mass: Tensor,
     *,
-    first_weight: float,
-    second_weight: float,
+    first_weight: float | Tensor,
+    second_weight: float | Tensor,
     lr: float | Tensor,
     eps: float,
     weight_decay: float,
@@ -241,7 +242,7 @@ def sgd(
     momentum: Tensor | None,
     mass: Tensor | None,
     *,
-    momentum_weight: float,
+    momentum_weight: float | Tensor,
     lr: float | Tensor,
     weight_decay: float,
     key: Key,
@@ -260,7 +261,7 @@ def sgd(
         if not line.alone:
             _sum_squares(line, g, scratch, shard)
         average = scalars if momentum is None else momentum, scalars if mass is None else mass
-        settings = momentum_weight, lr, shrink, *_words(key), _offset(shard)
+        settings = 1.0 if momentum is None else momentum_weight, lr, shrink, *_words(key), _offset(shard)
         line.apply((weight, g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
     return scalars[0]
 

@@ -20,6 +20,7 @@ from sbft.optim.kernels.cuda_programs import (
     step_size,
     store_weight,
     sum_partials,
+    weight_of_step,
 )
 
 
@@ -138,11 +139,13 @@ def update_full_moment(
     squares_at,
     average_weight,
     eps,
+    CAPTURED: tl.constexpr,
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
     """Second moment, and each program's sum of the squared unscaled update."""
+    average_weight = weight_of_step(average_weight, CAPTURED)
     total = total_square_sum(
         grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
         False, STRIDED, BLOCK, INDEX,
@@ -195,6 +198,7 @@ def apply_full(
 ):
     """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
+    average_weight = weight_of_step(average_weight, CAPTURED)
     program = tl.program_id(0)
     first = program.to(INDEX) * blocks
     if ALONE:
@@ -281,6 +285,7 @@ def apply_adamw(
 ):
     """Moments and weights of AdamW."""
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
+    first_weight, second_weight = weight_of_step(first_weight, CAPTURED), weight_of_step(second_weight, CAPTURED)
     total = total_square_sum(
         grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
         ALONE, STRIDED, BLOCK, INDEX,
@@ -351,6 +356,7 @@ def apply_sgd(
     write = total < float("inf")
     new_mass = 1.0
     if MOMENTUM:
+        momentum_weight = weight_of_step(momentum_weight, CAPTURED)
         new_mass = average(tl.load(mass), 1.0, momentum_weight)
     lane = tl.arange(0, BLOCK)
     for block in range(0, blocks):

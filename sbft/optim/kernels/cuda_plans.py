@@ -114,7 +114,7 @@ class FactoredLaunches:
         self.factors = Launch(
             cuda_programs.update_factors,
             (plan.row_blocks + plan.column_blocks, stack, 1),
-            {},
+            {"CAPTURED": captured},
             {**_OPTIONS, "num_warps": 4},
         )
         self.squares = Launch(cuda_programs.update_square_sums, applying, {"TILE_ROWS": APPLY_ROWS, **tile}, _OPTIONS)
@@ -194,7 +194,9 @@ class LineLaunches:
         line = {"STRIDED": strides is not None, "BLOCK": BLOCK, "INDEX": index}
         grid = (self.programs, 1, 1)
         self.sums = Launch(cuda_elementwise.grad_square_sums, grid, line, _OPTIONS)
-        self.moment = Launch(cuda_elementwise.update_full_moment, grid, line, _OPTIONS)
+        self.moment = Launch(
+            cuda_elementwise.update_full_moment, grid, {"CAPTURED": kinds.get("CAPTURED", False), **line}, _OPTIONS
+        )
         kinds = {**kinds, "ALONE": self.alone, "ALIGNED": (offset or 0) % 32 == 0}
         self.apply = Launch(program, grid, {**kinds, **line}, _OPTIONS)
 

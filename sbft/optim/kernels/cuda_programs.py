@@ -17,7 +17,16 @@ PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile in which
 SMALLEST_RMS, SMALLEST_RATIO = tl.constexpr(1e-3), tl.constexpr(2.0**-126)  # as in reference
 
 COUNTS = ["partials", "groups", "blocks", "row_blocks", "column_groups", "row_groups", "measure", "key_0", "key_1"]
-COUNTS += ["weight_square_sum", "offset", "lr", "shrink"]
+COUNTS += [
+    "weight_square_sum",
+    "offset",
+    "lr",
+    "shrink",
+    "average_weight",
+    "first_weight",
+    "second_weight",
+    "momentum_weight",
+]
 """Arguments whose values, or addresses, do not matter to the compiler: one program serves them all."""
 
 
@@ -29,6 +38,14 @@ def numbers_of_step(lr, shrink, key_0, key_1, CAPTURED: tl.constexpr, STOCHASTIC
         if STOCHASTIC:
             key_0, key_1 = tl.load(key_0), tl.load(key_1)
     return lr, shrink, key_0, key_1
+
+
+@triton.jit
+def weight_of_step(weight, CAPTURED: tl.constexpr):
+    """Of a moving average, likewise."""
+    if CAPTURED:
+        weight = tl.load(weight).to(tl.float32)
+    return weight
 
 
 # Rounding
@@ -198,11 +215,13 @@ def update_factors(
     row_means_at,
     average_weight,
     eps,
+    CAPTURED: tl.constexpr,
 ):
     """Take the sums into the averages. Leaves the column factors in the place of the first column sums.
 
     A grid of (row blocks + column blocks, stack).
     """
+    average_weight = weight_of_step(average_weight, CAPTURED)
     block, b, stack = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     total = sum_partials(scratch + totals_at, partials)
     finite = total < float("inf")
@@ -309,9 +328,11 @@ def apply_factored(
     """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old.
 
     `offset` is the global index of the first element, zero but with `SHARDED`: adding it costs registers. With `CAPTURED` the
-    rate, what the weight shrinks to and the key lie at addresses, so that a graph's replays have those of their step.
+    rate, what the weight shrinks to, the weight of the averages and the key lie at addresses, so that a graph's replays have
+    those of their step.
     """
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
+    average_weight = weight_of_step(average_weight, CAPTURED)
     column_group, row_group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     write = (tl.load(scalars) < float("inf")) & (measure == 0)
     update_square_sum = sum_partials(scratch + squares_at, partials)

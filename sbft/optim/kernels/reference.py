@@ -90,8 +90,10 @@ def sum_of_squares(tensor: Tensor, values: Callable[[Block], Tensor]) -> Tensor:
     return total
 
 
-def average_(average: Tensor, value: Tensor, weight: float) -> Tensor:
-    """Move an average in place towards `value` by `weight`."""
+def average_(average: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
+    """Move an average in place towards `value` by `weight`, a number, or a tensor of shape () on its device."""
+    if isinstance(weight, Tensor):
+        weight = weight.to(average.dtype)  # as a number is taken
     return average.add_((value - average).mul_(weight))
 
 
@@ -154,7 +156,7 @@ def update_factors(
     mass: Tensor,
     row_sum: Tensor,
     column_sum: Tensor,
-    average_weight: float,
+    average_weight: float | Tensor,
     eps: float,
     shard: Shard | None,
 ) -> tuple[Tensor, Tensor]:
@@ -209,7 +211,7 @@ def adafactor_factored(
     mass: Tensor,
     weight_square_sum: Tensor | None,
     *,
-    average_weight: float,
+    average_weight: float | Tensor,
     lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
@@ -262,7 +264,7 @@ def adafactor_full(
     mass: Tensor,
     weight_square_sum: Tensor | None,
     *,
-    average_weight: float,
+    average_weight: float | Tensor,
     lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
@@ -330,8 +332,8 @@ def adamw(
     first_mass: Tensor,
     second_mass: Tensor,
     *,
-    first_weight: float,
-    second_weight: float,
+    first_weight: float | Tensor,
+    second_weight: float | Tensor,
     lr: float | Tensor,
     eps: float,
     weight_decay: float,
@@ -382,7 +384,7 @@ def sgd(
     momentum: Tensor | None,
     mass: Tensor | None,
     *,
-    momentum_weight: float,
+    momentum_weight: float | Tensor,
     lr: float | Tensor,
     weight_decay: float,
     key: Key,
