@@ -20,6 +20,7 @@ from typing import Any
 
 METHODS = {
     "sbft": "Adafactor, bf16 + stochastic rounding, released, all weights",
+    "sbft-graphs": "sbft, its steps launched as CUDA graphs",
     "sbft-frozen-embeddings": "the same, input and output embeddings frozen: the layers that LoRA trains",
     "lora": "PEFT LoRA r=16 on all linear layers, torch AdamW, the same loss without logits",
     "lora-model-loss": "the same with the model's own loss, which holds the logits of all tokens",
@@ -110,6 +111,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             disable_tqdm=True,
             gradient_checkpointing=arguments.checkpointing,
             logits_free_loss=method != "lora-model-loss",
+            cuda_graphs=method == "sbft-graphs",
             **own,
         )
         generator = torch.Generator().manual_seed(0)

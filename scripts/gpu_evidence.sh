@@ -35,7 +35,8 @@ part() { # part NAME SECONDS COMMAND...: its output also goes to NAME.log
 }
 
 # An optimizer whose first step outlasts --limit-s, compiling, has a row that says so.
-part kernels 170 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/test_kernels_cuda.py tests/unit/test_cuda_graph.py
+part kernels 170 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/test_kernels_cuda.py tests/unit/test_cuda_graph.py \
+    tests/unit/test_graphed.py tests/unit/test_host.py
 part optimizer_step_4096x11008 55 "$python" benchmarks/optimizer_step.py --model 4096x11008 --rounds 5 --steps 5 \
     --limit-s 20 --json "$out/optimizer_step_4096x11008.json"
 part optimizer_step_llama-1b 80 "$python" benchmarks/optimizer_step.py --model llama-1b --rounds 3 \
@@ -45,8 +46,8 @@ part optimizer_step_llama-8b 110 "$python" benchmarks/optimizer_step.py --model 
 part training_step_llama-1b 95 "$python" benchmarks/training_step.py --model llama-1b \
     --methods sbft sbft-frozen-embeddings lora adam --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-1b.json"
-part training_step_smollm2-135m 60 "$python" benchmarks/training_step.py --model smollm2-135m \
-    --methods sbft lora adam --tokens 64 --steps 12 --repeats 1 --json "$out/training_step_smollm2-135m.json"
+part training_step_smollm2-135m 90 "$python" benchmarks/training_step.py --model smollm2-135m \
+    --methods sbft sbft-graphs lora --tokens 64 --steps 16 --repeats 1 --json "$out/training_step_smollm2-135m.json"
 part training_step_llama-8b 85 "$python" benchmarks/training_step.py --model llama-8b \
     --methods sbft sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-8b.json"

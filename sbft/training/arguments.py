@@ -139,9 +139,9 @@ class SmallBatchArguments:
     cuda_graphs: bool = field(
         default=False,
         metadata={
-            "help": "On a GPU, launch whole steps at once (CUDA graphs) where batches have one shape and a label at every "
-            "position, as in pretraining: for models so small that launching their kernels is what takes the time. A resumed "
-            "run ends in the same bits in float32 only."
+            "help": "On a GPU, launch whole steps at once (CUDA graphs): for models so small that launching their kernels is "
+            "what takes the time. Batches with padding are padded on to one of few lengths, each captured when it comes again. "
+            "A resumed run ends in the same bits in float32 only."
         },
     )
     max_skipped_steps: int = field(

@@ -6,7 +6,8 @@ one. Forward and backward are two graphs, so that a loss that is not finite reac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,14 +20,16 @@ from sbft.optim.capture import CapturedUpdates
 
 Batch = dict[str, Any]
 WARM_UP = 3
-"""Steps of one shape before it is captured: libraries choose and load their kernels in the first."""
+"""Steps before the first capture: libraries choose and load their kernels, and the optimizer makes its state."""
+MOST_GRAPHS = 48
+"""Held at once, those of the shapes that came last; a graph takes the driver some MiB."""
 
 
 class GraphedSteps:
-    """Runs steps, captures one once some of its shape have passed, and replays it for others of that shape.
+    """Runs steps; once some have run, captures those of a shape that ran before, and replays them from then on.
 
-    One shape is held at a time; a step of another one is left to the caller, until enough of those come in a row. Call
-    `forward`, look at the loss, then call `backward`, which also updates the weights, or `leave_out`.
+    Call `forward`, look at the loss, then call `backward`, which also updates the weights, or `leave_out`. Graphs share their
+    memory: since one runs at a time, all take together little more than the largest.
 
     Args:
         optimizer: it releases its gradients, on one CUDA device.
@@ -41,54 +44,62 @@ class GraphedSteps:
         self._updates = CapturedUpdates(optimizer)
         self._loss_of = loss_of
         self._stream = torch.cuda.Stream()
-        self._shape: object = None
-        self._seen = 0  # in a row
-        self._graph: _Graph | None = None
-        self._loss: Tensor | None = None  # of the step that waits for its backward
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._made_for: object = None
+        self._ran: Counter[Hashable] = Counter()  # steps of each shape that ran kernel by kernel
+        self._replayed: _Graph | None = None  # whose backward is next
+        self._waiting: tuple[Hashable, Tensor] | None = None  # the shape and the loss of a step that runs, likewise
 
-    def forward(self, batch: Batch) -> Tensor | None:
-        """The loss, float32 of shape (); None for a batch that the caller has to see to, backward and all.
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss, float32 of shape ().
 
         Args:
-            batch: of equal shapes where the steps are to be graphed; what is no tensor is part of the shape.
+            batch: of few shapes; what is no tensor is part of the shape, and hashable.
         """
         shape = _shape_of(batch)
-        if self._graph is not None and self._graph.shape == shape and self._updates.hold:
-            self._seen = 0
-            return self._graph.forward(batch)
-        self._seen = self._seen + 1 if shape == self._shape else 1
-        self._shape = shape
-        if self._graph is not None and self._seen <= WARM_UP and self._graph.shape != shape:
-            return None  # an odd one, such as the last of an epoch
-        self._graph = None
-        if self._seen > WARM_UP:
-            self._graph = self._captured(batch)
-            self._seen = 0
-            return self._graph.forward(batch)
-        with self._beside():
-            self._loss = self._loss_of(batch)
-        return self._loss.detach()
+        if self._graphs and self._made_for != self._updates.circumstances():
+            self._forget()
+        if shape not in self._graphs and (self._ran.total() < WARM_UP or not self._ran[shape]):
+            with self._beside():
+                loss = self._loss_of(batch)
+            self._waiting = shape, loss
+            return loss.detach()
+        if shape not in self._graphs:
+            self._graphs[shape] = self._captured(batch)
+            self._made_for = self._updates.circumstances()
+            if len(self._graphs) > MOST_GRAPHS:
+                torch.cuda.synchronize()  # it may be running
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(shape)
+        self._replayed = self._graphs[shape]
+        return self._replayed.forward(batch)
 
     def backward(self) -> None:
         """Backward and updates of the step whose loss `forward` has returned last."""
-        if self._loss is None:
-            assert self._graph is not None
-            self._graph.backward()
+        if self._waiting is None:
+            assert self._replayed is not None
+            self._replayed.backward()
             return
         with self._beside(), self._updates.within():
-            loss, self._loss = self._loss, None
+            (shape, loss), self._waiting = self._waiting, None
             loss.backward()
+        self._ran[shape] += 1
 
     def leave_out(self) -> None:
         """Forget the step whose loss `forward` has returned last; without its backward it has warmed nothing up."""
-        if self._loss is not None:
-            self._loss = None
-            self._seen -= 1
+        self._waiting = None
+
+    def _forget(self) -> None:
+        torch.cuda.synchronize()
+        self._graphs.clear()
+        self._ran.clear()
+        self._replayed = None
 
     def _captured(self, batch: Batch) -> _Graph:
+        pool = next(iter(self._graphs.values())).pool if self._graphs else torch.cuda.graph_pool_handle()
         try:
             with self._updates.within():
-                return _Graph(batch, self._loss_of, self._updates, self._stream)
+                return _Graph(batch, self._loss_of, self._updates, self._stream, pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -103,26 +114,31 @@ class GraphedSteps:
 
 
 class _Graph:
-    """A captured step."""
+    """A captured step.
+
+    Attributes:
+        pool: where it allocates, with all others that were captured into it.
+    """
 
     def __init__(
-        self, batch: Batch, loss_of: Callable[[Batch], Tensor], updates: CapturedUpdates, stream: torch.cuda.Stream
+        self,
+        batch: Batch,
+        loss_of: Callable[[Batch], Tensor],
+        updates: CapturedUpdates,
+        stream: torch.cuda.Stream,
+        pool: Any,
     ) -> None:
-        self.shape = _shape_of(batch)
+        self.pool = pool
         self._updates = updates
         self._batch = {name: one.clone() if isinstance(one, Tensor) else one for name, one in batch.items()}
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, such as those of a data loader, may go on.
-        how: dict[str, Any] = {
-            "stream": stream,
-            "capture_error_mode": "thread_local",
-            "pool": torch.cuda.graph_pool_handle(),
-        }
+        how: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local", "pool": pool}
         with torch.cuda.graph(self._forward, **how):
             loss = loss_of(self._batch)
         with torch.cuda.graph(self._backward, **how):
             loss.backward()
-        updates.after_capture()
+        self._captured = updates.after_capture()
         self._loss = loss.detach()
 
     def forward(self, batch: Batch) -> Tensor:
@@ -135,7 +151,7 @@ class _Graph:
 
     def backward(self) -> None:
         self._backward.replay()
-        self._updates.after_replay()
+        self._captured.after_replay()
 
 
 class _Beside(AbstractContextManager[None]):
@@ -153,5 +169,7 @@ class _Beside(AbstractContextManager[None]):
         torch.cuda.current_stream().wait_stream(self._stream)
 
 
-def _shape_of(batch: Batch) -> object:
-    return {name: (one.shape, one.dtype) if isinstance(one, Tensor) else one for name, one in batch.items()}
+def _shape_of(batch: Batch) -> Hashable:
+    return tuple(
+        (name, one.shape, one.dtype) if isinstance(one, Tensor) else (name, one) for name, one in batch.items()
+    )

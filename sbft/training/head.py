@@ -70,6 +70,7 @@ class Head:
         *,
         weight: Tensor | None = None,
         every_position: bool = False,
+        all_labelled: bool = False,
     ) -> Tensor:
         """Next-token cross entropy, summed over the positions with a label, over `num_items` (default: their number).
 
@@ -79,7 +80,9 @@ class Head:
                 already.
             num_items: labels that the sum is divided by, for example those of a whole accumulated batch.
             weight: stands in for the head's weight, and receives its gradient.
-            every_position: all have a label, so that none is looked for, which would wait for the device.
+            every_position: the logits of all are made, so that those with a label need not be looked for, which would wait for
+                the device.
+            all_labelled: with `every_position`, none is without a label.
         """
         inputs = dict(inputs)
         labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
@@ -89,7 +92,9 @@ class Head:
             shifted, hidden = labels[:, 1:], hidden[:, :-1]
         shifted = shifted.to(hidden.device)
         chosen: Any = shifted != -100
+        counted = None
         if every_position:
+            counted = None if all_labelled else chosen.flatten()
             hidden, shifted, chosen = hidden.flatten(0, 1), shifted.flatten(), ...
         weight = self.linear.weight if weight is None else weight
         return linear_cross_entropy(
@@ -100,6 +105,7 @@ class Head:
             num_items=num_items,
             scale=self.scale,
             softcap=self.softcap,
+            counted=counted,
             part=vocabulary_part(weight),
         )
 

@@ -24,20 +24,26 @@ class Counts:
     Attributes:
         tokens: padding aside.
         labelled: whether every position has a label.
+        padded_right: whether padding lies behind all tokens of its row, and has no labels.
     """
 
     tokens: int
     labelled: bool
+    padded_right: bool
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
         """Counted now: of a batch that lies on a device, after a wait for it."""
         mask, labels = batch.get("attention_mask"), batch.get("labels")
-        tokens = int(batch["input_ids"].numel())
-        if mask is not None and mask.dim() == 2:
-            tokens = int(mask.sum())
-        labelled = isinstance(labels, Tensor) and not bool((labels == IGNORED_LABEL).any())
-        return cls(tokens, labelled)
+        has_label = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
+        labelled = has_label is not None and bool(has_label.all())
+        if mask is None or mask.dim() != 2:
+            return cls(int(batch["input_ids"].numel()), labelled, mask is None)
+        is_token = mask != 0
+        padded_right = bool((is_token[:, 1:] <= is_token[:, :-1]).all())
+        if has_label is not None and has_label.shape == is_token.shape:
+            padded_right &= bool((has_label <= is_token).all())
+        return cls(int(mask.sum()), labelled, padded_right)
 
 
 class CountedBatch(dict[str, Any]):
@@ -46,7 +52,9 @@ class CountedBatch(dict[str, Any]):
 
     _counts: Counts | None = None
     _shapes: dict[str, Any] | None = None
-    _sent: dict[str, tuple[Any, int]] | None = None  # once on the device: its values, and how often they had been written to
+    _sent: dict[str, tuple[Any, int]] | None = (
+        None  # once on the device: its values, and how often they had been written to
+    )
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> CountedBatch:

@@ -24,7 +24,7 @@ from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
-from sbft.training.cuda_graph import GraphedSteps
+from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
 from sbft.training.host import CountingCollator, FiniteLoss, counts_of
@@ -63,7 +63,7 @@ else:
     _Base = object
 
 
-class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base):
+class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
     Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
@@ -98,8 +98,6 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._head: Head | None = None
         self._head_sought = False
         self._tied: TiedEmbedding | None = None
-        self._graphed: GraphedSteps | None = None
-        self._warned_of_plain_step = False
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
@@ -300,37 +298,7 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
             self._attached.enter_context(optimizer.release_gradients(held))
             self._hook_parameters(optimizer, self._update_ends)
             if self.args.cuda_graphs and self.args.device.type == "cuda":
-                self._graphed = self._graphed_steps(optimizer, head)
-
-    def _graphed_steps(self, optimizer: TokenOptimizer, head: Head | None) -> GraphedSteps:
-        reason = self._why_not_graphed(head)
-        if head is None or reason is not None:
-            raise ArgumentError(f"cuda_graphs=True does not go with this training: {reason}. Set cuda_graphs=False.")
-
-        def loss_of(batch: dict[str, Any]) -> Tensor:
-            inputs = dict(batch)
-            return head.loss(self.model_wrapped, inputs, inputs.pop("num_items"), every_position=True)
-
-        try:
-            return GraphedSteps(optimizer, loss_of)
-        except ValueError as error:
-            raise ArgumentError(f"cuda_graphs=True: {error}.") from error
-
-    def _why_not_graphed(self, head: Head | None) -> str | None:
-        """What of this training a captured step cannot hold, or would leave out; None if nothing."""
-        own_loss = self._has_own_loss() or type(self).compute_loss is not SmallBatchMixin.compute_loss
-        reasons = {
-            "its loss is made from logits (of a model whose head is not understood, by Liger, or by TRL)": head is None,
-            "its loss is another one (label_smoothing_factor, compute_loss_func, or a compute_loss of your own)": own_loss,
-            "it runs in several processes": self.accelerator.num_processes > 1,
-            "it computes under autocast (mixed_precision of accelerate's launch config)": (
-                self.accelerator.mixed_precision != "no"
-            ),
-            "gradient checkpointing was enabled on the model": any(
-                vars(module).get("gradient_checkpointing") for module in self.model.modules()
-            ),
-        }
-        return next((reason for reason, is_so in reasons.items() if is_so), None)
+                self._start_graphs(optimizer, head)
 
     def _tied_and_sharded(self) -> list[Tensor]:
         """The embedding that is also the output head, where FSDP2 reduces the gradients of its two uses one after the other."""
@@ -384,34 +352,25 @@ class SmallBatchMixin(WholeCheckpoints, ShardedCheckpoints, TensorParallel, Repl
         self._watch.add_loss(loss, self._step_tokens)
         return FiniteLoss.of(loss) if self._found_finite and self._loss_goes_to_the_loop else loss
 
-    @property
-    def _loss_goes_to_the_loop(self) -> bool:
-        """Whether what `training_step` returns is what was found finite, and nobody's code is given it."""
-        mine = SmallBatchMixin
-        return type(self).training_step is mine.training_step and type(self).compute_loss is mine.compute_loss
-
-    def _graphed_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor | None:
+    def _graphed_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor | None:
         """The loss of a step that was launched as a graph, or prepares one; None for a batch that cannot be."""
-        assert self._graphed is not None
-        prepared = self._prepare_inputs(inputs)
-        reason = _why_plain(prepared, counts_of(prepared, inputs).labelled)
-        if reason is not None:
-            if not self._warned_of_plain_step:
-                logger.warning(f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {reason}.")
-            self._warned_of_plain_step = True
-            return None
-        if not model.training:
-            model.train()
-        loss = self._graphed.forward({**prepared, "num_items": num_items_in_batch})
+        loss = self._graphed_forward(model, inputs, *args, **kwargs)
         if loss is None:
             return None
+        assert self._graphed is not None
         if not self._all_finite(loss):
             self._graphed.leave_out()
             raise _NonFiniteLoss(loss)
         self._graphed.backward()
         return loss
+
+    @property
+    def _loss_goes_to_the_loop(self) -> bool:
+        """Whether what `training_step` returns is what was found finite, and nobody's code is given it."""
+        return not self._is_overridden("training_step") and not self._is_overridden("compute_loss")
+
+    def _is_overridden(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(SmallBatchMixin, name)
 
     def _before_update(self) -> None:
         if self._skip_this_step:
@@ -618,15 +577,6 @@ def _kept_states(state: TrainerState) -> dict[str, Any]:
     states: Any = state.stateful_callbacks
     kept: dict[str, Any] = states
     return kept
-
-
-def _why_plain(batch: dict[str, Any], labelled: bool) -> str | None:
-    """Why a batch's step cannot be launched as a graph; None if it can."""
-    if set(batch) != {"input_ids", "labels"}:
-        return f"a graph takes input_ids and labels alone, and this batch holds {', '.join(sorted(batch))}"
-    if not labelled:
-        return "a graph takes batches with a label at every position, and this one lacks some"
-    return None
 
 
 @contextlib.contextmanager

@@ -212,8 +212,10 @@ def test_graphs_that_cannot_be_are_told_of(make: Make) -> None:
     asked = prepare(make("optimizer.cuda_graphs=true"))
     found = unused_graphs(on("cpu"))
     assert found is not None and found.severity == "note" and "on this machine" in found.title
+    assert unused_graphs(on("cuda")) is None
+    asked = prepare(make("optimizer.cuda_graphs=true", "data.packing=true"))
     found = unused_graphs(on("cuda"))
-    assert found is not None and found.severity == "warning" and "these examples" in found.title
+    assert found is not None and found.severity == "warning" and "packed examples" in found.title
     assert found.mend is not None and unused_graphs(on("cuda", recipe=make(*as_overrides(found.mend)))) is None
     assert unused_graphs(on("cuda", recipe=make())) is None
     assert ("graphs-not-used" in keys(make("optimizer.cuda_graphs=true"))) and "graphs-not-used" not in keys(make())

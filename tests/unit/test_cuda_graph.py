@@ -35,7 +35,8 @@ class Recorded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[str] = []
-        self.hold = True
+        self.circumstances: object = "as ever"
+        self.pools: list[object] = []
         weight = torch.zeros((), requires_grad=True)
         recorded = self
 
@@ -43,13 +44,13 @@ class Recorded:
             def __init__(self, optimizer: Any) -> None:
                 self.within = nullcontext
 
-            @property
-            def hold(self) -> bool:
-                return recorded.hold
+            def circumstances(self) -> object:
+                return recorded.circumstances
 
         class Graph:
-            def __init__(self, batch: Any, *others: Any) -> None:
-                self.shape = cuda_graph._shape_of(batch)
+            def __init__(self, batch: Any, loss_of: Any, updates: Any, stream: Any, pool: Any) -> None:
+                self.pool = pool
+                recorded.pools.append(pool)
                 recorded.done.append("capture")
 
             def forward(self, batch: Any) -> Tensor:
@@ -63,6 +64,8 @@ class Recorded:
         monkeypatch.setattr(cuda_graph, "_Graph", Graph)
         monkeypatch.setattr(cuda_graph, "_Beside", lambda stream: nullcontext())
         monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.done.append("wait"))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
 
         def loss_of(batch: Any) -> Tensor:
             self.done.append("run")
@@ -70,11 +73,9 @@ class Recorded:
 
         self.steps = GraphedSteps(nn.Module(), loss_of)  # type: ignore[arg-type]
 
-    def step(self, size: int, backward: bool = True) -> list[str]:
+    def step(self, size: int, backward: bool = True, **more: Any) -> list[str]:
         self.done.clear()
-        loss = self.steps.forward({"input_ids": torch.zeros(size), "num_items": None})
-        if loss is None:
-            return ["left to the caller"]
+        self.steps.forward({"input_ids": torch.zeros(size), "num_items": None, **more})
         self.steps.backward() if backward else self.steps.leave_out()
         return list(self.done)
 
@@ -87,29 +88,41 @@ def test_a_shape_is_captured_behind_its_warm_up(monkeypatch: pytest.MonkeyPatch)
     assert [recorded.step(4) for _ in range(WARM_UP + 3)] == [["run"]] * WARM_UP + [CAPTURED, REPLAYED, REPLAYED]
 
 
-def test_an_odd_batch_leaves_the_capture_as_it_is_and_several_replace_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_warm_a_shape_is_captured_when_it_comes_again_and_held_beside_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recorded = Recorded(monkeypatch)
-    for _ in range(WARM_UP + 1):
-        recorded.step(4)
-    assert recorded.step(3) == ["left to the caller"]
-    assert recorded.step(4) == REPLAYED
-    assert [recorded.step(8) for _ in range(WARM_UP + 2)] == [["left to the caller"]] * WARM_UP + [CAPTURED, REPLAYED]
+    assert [recorded.step(size) for size in (4, 8, 3)] == [["run"]] * 3
+    assert [recorded.step(size) for size in (8, 16, 4, 16)] == [CAPTURED, ["run"], CAPTURED, CAPTURED]
+    assert [recorded.step(size) for size in (4, 8, 16)] == [REPLAYED] * 3
+    assert recorded.step(4, all_labelled=True) == ["run"]  # as good as another shape
+    assert len(set(recorded.pools)) == 1
+
+
+def test_the_shape_that_came_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
+    recorded = Recorded(monkeypatch)
+    for size in (1, 2, 3):
+        recorded.step(size)
+    assert [recorded.step(size) for size in (1, 2, 1)] == [CAPTURED, CAPTURED, REPLAYED]
+    assert recorded.step(3) == ["capture", "wait", *REPLAYED]
+    assert [recorded.step(size) for size in (1, 3)] == [REPLAYED] * 2
+    assert recorded.step(2) == ["capture", "wait", *REPLAYED]
 
 
 def test_what_no_longer_holds_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     for _ in range(WARM_UP + 2):
         recorded.step(4)
-    recorded.hold = False
-    assert recorded.step(4) == ["run"]
-    recorded.hold = True
+    recorded.circumstances = "others"
+    assert recorded.step(4) == ["wait", "run"]
     assert [recorded.step(4) for _ in range(WARM_UP)] == [["run"]] * (WARM_UP - 1) + [CAPTURED]
 
 
 def test_a_step_that_is_left_out_has_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     assert recorded.step(4, backward=False) == ["run"]
-    assert recorded.steps._loss is None
+    assert recorded.steps._waiting is None
 
 
 def test_steps_that_are_left_out_warm_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,13 +205,13 @@ def test_one_warning_tells_that_batches_are_not_launched_as_graphs(
     graphed: Any = object()
     trainer._graphed = graphed
     ids = torch.arange(8).view(1, 8)
-    masked = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    unlabelled = {"input_ids": ids, "labels": ids.masked_fill(ids < 2, -100)}
-    with caplog.at_level(logging.WARNING, logger="sbft.training.trainer"):
-        for batch in (masked, masked, unlabelled):
+    packed = {"input_ids": ids, "labels": ids, "position_ids": ids}
+    padded_left = {"input_ids": ids, "labels": ids, "attention_mask": (ids > 3).long()}
+    with caplog.at_level(logging.WARNING, logger="sbft.training.graphed"):
+        for batch in (packed, packed, padded_left):
             assert trainer._graphed_step(trainer.model, batch) is None
     said = [record.getMessage() for record in caplog.records if "cuda_graphs=True" in record.getMessage()]
-    assert len(said) == 1 and "attention_mask" in said[0]
+    assert len(said) == 1 and "position_ids" in said[0]
 
 
 # What they compute

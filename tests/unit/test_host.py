@@ -28,8 +28,15 @@ PARTLY = {"input_ids": IDS, "labels": torch.tensor([[5, 6, 7], [-100, 6, -100]])
 
 @pytest.mark.parametrize(
     ("batch", "expected"),
-    [(PADDED, Counts(5, True)), (PARTLY, Counts(6, False)), ({"input_ids": IDS}, Counts(6, False))],
-    ids=["padded", "partly labelled", "without labels"],
+    [
+        (PADDED, Counts(5, True, False)),
+        ({**PADDED, "labels": IDS.where(IDS > 0, -100)}, Counts(5, False, True)),
+        ({**PADDED, "attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])}, Counts(5, True, False)),
+        ({**PADDED, "attention_mask": torch.ones(2, 1, 3, 3)}, Counts(6, True, False)),
+        (PARTLY, Counts(6, False, True)),
+        ({"input_ids": IDS}, Counts(6, False, True)),
+    ],
+    ids=["labels on padding", "padded", "padded on the left", "mask of one's own", "partly labelled", "without labels"],
 )
 def test_a_batch_is_counted_as_it_is_collated(batch: dict[str, Any], expected: Counts) -> None:
     assert Counts.of(batch) == expected
@@ -44,7 +51,7 @@ def test_a_batch_is_counted_as_it_is_collated(batch: dict[str, Any], expected: C
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_counts_go_with_a_batch_to_the_device() -> None:
     moved = send_to_device(pin_memory(CountedBatch.of(PADDED)), "cuda", non_blocking=True)
-    assert moved["input_ids"].is_cuda and moved.counts == Counts(5, True)
+    assert moved["input_ids"].is_cuda and moved.counts == Counts(5, True, False)
     assert torch.equal(moved["attention_mask"].cpu(), PADDED["attention_mask"])
 
 
@@ -65,15 +72,20 @@ def unlabel(batch: Any) -> None:
     del batch["labels"]
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [(cut, Counts(4, True)), (mask_in_place, Counts(5, False)), (mask_anew, Counts(5, False)), (unlabel, Counts(5, False))],
-)  # fmt: skip
-def test_a_batch_that_someone_changes_is_counted_anew(change: Callable[[Any], None], expected: Counts) -> None:
+CHANGES = {
+    cut: Counts(4, True, True),
+    mask_in_place: Counts(5, False, False),
+    mask_anew: Counts(5, False, False),
+    unlabel: Counts(5, False, True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_batch_that_someone_changes_is_counted_anew(change: Callable[[Any], None]) -> None:
     batch = CountedBatch.of({name: one.clone() for name, one in PADDED.items()}).to("cpu")
-    assert batch.counts == Counts(5, True)
+    assert batch.counts == Counts(5, True, False)
     change(batch)
-    assert batch.counts is None and counts_of(batch) == expected
+    assert batch.counts is None and counts_of(batch) == CHANGES[change]
 
 
 def test_counts_are_those_of_a_batch_made_of_the_same_tensors_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +93,9 @@ def test_counts_are_those_of_a_batch_made_of_the_same_tensors_and_no_other(monke
     rebuilt = CountedBatch({**counted})
     more = {**counted, "position_ids": IDS}
     assert rebuilt.counts is None
-    anew = Counts(-1, True)
+    anew = Counts(-1, True, True)
     monkeypatch.setattr(Counts, "of", lambda batch: anew)
-    assert counts_of(rebuilt, counted) == Counts(6, False)
+    assert counts_of(rebuilt, counted) == Counts(6, False, True)
     assert counts_of(rebuilt) is counts_of(more, counted) is anew
 
 
@@ -179,6 +191,6 @@ def test_tokens_are_those_of_the_batch_that_is_trained_on(tmp_path: Path) -> Non
         for kind in (SmallBatchTrainer, CutsBatches)
     ]
     batches = [list(trainer.get_train_dataloader()) for trainer in trainers]
-    assert [[batch.counts for batch in some] for some in batches] == [[Counts(3, False)] * 2, [None] * 2]
+    assert [[batch.counts for batch in some] for some in batches] == [[Counts(3, False, True)] * 2, [None] * 2]
     assert [trainers[1].get_batch_samples(iter(batches[1]), 2, args.device), trainers[1]._step_tokens][1] == 4
     assert not trainers[0].accelerator.non_blocking  # only where it is known to be safe: CUDA, from pinned memory

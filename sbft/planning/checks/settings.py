@@ -121,14 +121,14 @@ def unused_graphs(prepared: Prepared) -> Finding | None:
             "optimizer.cuda_graphs does nothing on this machine",
             "Steps are launched as graphs on a CUDA device, and there is none here. The run is the same without it.",
         )
-    if prepared.pretrains:
+    if prepared.pretrains or not prepared.recipe.data.packing:
         return None
     return Finding(
         "graphs-not-used",
         "warning",
-        "optimizer.cuda_graphs does nothing with these examples",
-        "A graph takes batches of one length with a label at every position, as pretraining has them. Steps on questions and "
-        "answers are launched kernel by kernel all the same.",
+        "optimizer.cuda_graphs does nothing with packed examples",
+        "A graph takes tokens, labels and padding on the right. Packed rows hold positions besides, and are launched kernel by "
+        "kernel all the same.",
         "--set optimizer.cuda_graphs=false",
     )
 

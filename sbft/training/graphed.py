@@ -1,0 +1,171 @@
+"""The trainer's part of steps as CUDA graphs: which batches a graph serves, and how they come to few shapes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer
+
+from sbft.data.collate import IGNORED_LABEL
+from sbft.optim.base import TokenOptimizer
+from sbft.training.arguments import ArgumentError
+from sbft.training.cuda_graph import GraphedSteps
+from sbft.training.head import Head, unwrap
+from sbft.training.host import Counts, counts_of
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+_SMALLEST_STEP = 16
+
+
+class GraphedTraining(_Base):
+    """Put before a `Trainer`, by the mixin that has its loss: launches steps as graphs while `_graphed` is set."""
+
+    args: Any
+    model: Any
+    model_wrapped: Any
+    _graphed: GraphedSteps | None = None
+    _is_causal = False
+    _most_positions: int | None = None
+    _warned_of_plain_step = False
+
+    def _start_graphs(self, optimizer: TokenOptimizer, head: Head | None) -> None:
+        """
+        Raises:
+            ArgumentError: if a graph cannot hold steps of this training.
+        """
+        reason = self._why_not_graphed(head)
+        if head is None or reason is not None:
+            raise ArgumentError(f"cuda_graphs=True does not go with this training: {reason}. Set cuda_graphs=False.")
+
+        def loss_of(batch: dict[str, Any]) -> Tensor:
+            inputs = dict(batch)
+            num_items, labelled = inputs.pop("num_items"), inputs.pop("all_labelled")
+            return head.loss(self.model_wrapped, inputs, num_items, every_position=True, all_labelled=labelled)
+
+        try:
+            self._graphed = GraphedSteps(optimizer, loss_of)
+        except ValueError as error:
+            raise ArgumentError(f"cuda_graphs=True: {error}.") from error
+        self._is_causal = is_causal(self.model, head)
+        base: Any = unwrap(self.model)
+        self._most_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+
+    def _why_not_graphed(self, head: Head | None) -> str | None:
+        """What of this training a captured step cannot hold, or would leave out; None if nothing."""
+        reasons = {
+            "its loss is made from logits (of a model whose head is not understood, by Liger, or by TRL)": head is None,
+            "its loss is another one (label_smoothing_factor, compute_loss_func, or a compute_loss of your own)": (
+                self._has_own_loss() or self._is_overridden("compute_loss")
+            ),
+            "it runs in several processes": self.accelerator.num_processes > 1,
+            "it computes under autocast (mixed_precision of accelerate's launch config)": (
+                self.accelerator.mixed_precision != "no"
+            ),
+            "gradient checkpointing was enabled on the model": any(
+                vars(module).get("gradient_checkpointing") for module in self.model.modules()
+            ),
+        }
+        return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+    def _has_own_loss(self) -> bool:
+        raise NotImplementedError  # abstract
+
+    def _is_overridden(self, name: str) -> bool:
+        raise NotImplementedError  # abstract
+
+    def _graphed_forward(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor | None:
+        """The loss of a step, which `_graphed.backward` or `leave_out` has to follow; None for a batch that no graph takes."""
+        assert self._graphed is not None
+        batch = self._prepare_inputs(inputs)
+        reason, counts = why_plain_by_names(batch), None
+        if reason is None:
+            counts = counts_of(batch, inputs)
+            reason = why_plain(batch, counts, self._is_causal)
+        if counts is None or reason is not None:
+            if not self._warned_of_plain_step:
+                logger.warning(f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {reason}.")
+            self._warned_of_plain_step = True
+            return None
+        if not model.training:
+            model.train()
+        few = as_graphs_take_it(batch, counts, self._most_positions)
+        return self._graphed.forward({**few, "num_items": num_items_in_batch})
+
+
+def why_plain_by_names(batch: dict[str, Any]) -> str | None:
+    """Why a step cannot be launched as a graph, by what its batch holds; None if it can."""
+    if {"input_ids", "labels"} <= set(batch) <= {"input_ids", "labels", "attention_mask"}:
+        return None
+    return f"a graph takes input_ids, labels and an attention_mask, and this batch holds {', '.join(sorted(batch))}"
+
+
+def why_plain(batch: dict[str, Any], counts: Counts, causal: bool) -> str | None:
+    """Likewise, by its padding."""
+    if "attention_mask" not in batch and counts.labelled:
+        return None
+    if not causal:
+        return (
+            "the model's tokens see those behind them, so that padding needs its mask, of which a graph knows nothing"
+        )
+    if not counts.padded_right:
+        return "a graph takes padding on the right alone, without labels, and this batch has some elsewhere"
+    return None
+
+
+def as_graphs_take_it(batch: dict[str, Any], counts: Counts, most: int | None = None) -> dict[str, Any]:
+    """A batch without its mask, its length one of few, so that the graph of one shape serves many batches.
+
+    Padding on the right, behind all that has a label, needs no mask where no token sees what is behind it.
+
+    Args:
+        batch: `input_ids` and `labels`, int64 of shape (batch, length); perhaps an `attention_mask`.
+        counts: its own.
+        most: positions of the model.
+
+    Returns:
+        `input_ids` and `labels`, longer by padding, and `all_labelled`, whether every position has a label: such batches, as
+        pretraining has them, are of one length already and stay as they are.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    if "attention_mask" not in batch and counts.labelled:
+        return {"input_ids": ids, "labels": labels, "all_labelled": True}
+    more = padded_length(ids.shape[1], most) - ids.shape[1]
+    return {
+        "input_ids": F.pad(ids, (0, more)),
+        "labels": F.pad(labels, (0, more), value=IGNORED_LABEL),
+        "all_labelled": False,
+    }
+
+
+def padded_length(length: int, most: int | None = None) -> int:
+    """The next of four lengths an octave (of all multiples of 16 up to 128): at most a quarter more, a twelfth on average."""
+    step = max(_SMALLEST_STEP, 2 ** ((length - 1).bit_length() - 3)) if length > 1 else _SMALLEST_STEP
+    padded = -(-length // step) * step
+    return padded if most is None else max(length, min(padded, most))
+
+
+@torch.no_grad()
+def is_causal(model: nn.Module, head: Head) -> bool:
+    """Whether a token's hidden state is the same, bit for bit, whatever token comes behind it; runs the model twice."""
+    device = head.linear.weight.device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    seen = [
+        head.hidden_states(model, {"input_ids": torch.tensor([[1, 2, 3, last]], device=device), "use_cache": False})
+        for last in (4, 5)
+    ]
+    for module, was in training.items():
+        module.training = was
+    return torch.equal(seen[0][:, :3], seen[1][:, :3])
