@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import Trainer, masking_utils
 
 from sbft.data.collate import IGNORED_LABEL
 from sbft.optim.base import TokenOptimizer
@@ -50,7 +52,8 @@ class GraphedTraining(_Base):
         def loss_of(batch: dict[str, Any]) -> Tensor:
             inputs = dict(batch)
             num_items, labelled = inputs.pop("num_items"), inputs.pop("all_labelled")
-            return head.loss(self.model_wrapped, inputs, num_items, every_position=True, all_labelled=labelled)
+            with one_example_a_row():
+                return head.loss(self.model_wrapped, inputs, num_items, every_position=True, all_labelled=labelled)
 
         try:
             self._graphed = GraphedSteps(optimizer, loss_of)
@@ -154,6 +157,21 @@ def padded_length(length: int, most: int | None = None) -> int:
     step = max(_SMALLEST_STEP, 2 ** ((length - 1).bit_length() - 3)) if length > 1 else _SMALLEST_STEP
     padded = -(-length // step) * step
     return padded if most is None else max(length, min(padded, most))
+
+
+@contextmanager
+def one_example_a_row() -> Iterator[None]:
+    """Has transformers take rows without given positions for one example each, which they are.
+
+    It looks, to learn whether examples are packed into a row, and waits for the device; while a stream is captured it cannot,
+    and makes a mask of all pairs of tokens to be safe, with which attention takes a slower kernel that rounds otherwise.
+    """
+    looks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looks
 
 
 @torch.no_grad()

@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sbft.data.collate import Collator
 from sbft.training import cuda_graph
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.cuda_graph import WARM_UP
-from sbft.training.graphed import as_graphs_take_it, is_causal, padded_length, why_plain, why_plain_by_names
+from sbft.training.graphed import (
+    as_graphs_take_it,
+    is_causal,
+    one_example_a_row,
+    padded_length,
+    why_plain,
+    why_plain_by_names,
+)
 from sbft.training.head import find_head
 from sbft.training.host import Counts
 from sbft.training.trainer import SmallBatchTrainer
@@ -82,6 +90,28 @@ def test_a_model_whose_tokens_see_what_is_behind_them_is_found_out(kind: str) ->
         if hasattr(module, "is_causal"):
             module.is_causal = False
     assert not is_causal(model, head)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
+def test_what_is_captured_has_the_bits_of_what_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes another mask while a stream is captured, with which gradients in bfloat16 are rounded otherwise."""
+    model = tiny_model(kind)
+    head = find_head(model)
+    ids = torch.randint(3, 500, (1, 48), generator=torch.Generator().manual_seed(0))
+
+    def gradients(context: Any = nullcontext) -> tuple[Tensor, ...]:
+        with context(), sdpa_kernel(SDPBackend.MATH):
+            loss = head.loss(model, {"input_ids": ids, "labels": ids}, torch.tensor(47), every_position=True)
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    def are_same(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+    plain = gradients()
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    if kind in ("llama", "qwen3"):
+        assert not are_same(plain, gradients())  # or the context is needed no longer
+    assert are_same(plain, gradients(one_example_a_row))
 
 
 class Again:
