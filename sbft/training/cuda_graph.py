@@ -21,7 +21,7 @@ from sbft.optim.capture import CapturedUpdates
 Batch = dict[str, Any]
 WARM_UP = 3
 """Steps before the first capture: libraries choose and load their kernels, and the optimizer makes its state."""
-MOST_GRAPHS = 48
+MOST_GRAPHS = 24
 """Held at once, those of the shapes that came last; a graph takes the driver some MiB."""
 
 
@@ -84,6 +84,7 @@ class GraphedSteps:
             (shape, loss), self._waiting = self._waiting, None
             loss.backward()
         self._ran[shape] += 1
+        self._made_for = self._updates.circumstances()  # which updates written in torch, not in Triton, have changed
 
     def leave_out(self) -> None:
         """Forget the step whose loss `forward` has returned last; without its backward it has warmed nothing up."""

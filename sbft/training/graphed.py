@@ -181,8 +181,8 @@ def is_causal(model: nn.Module, head: Head) -> bool:
     training = {module: module.training for module in model.modules()}
     model.eval()
     seen = [
-        head.hidden_states(model, {"input_ids": torch.tensor([[1, 2, 3, last]], device=device), "use_cache": False})
-        for last in (4, 5)
+        head.hidden_states(model, {"input_ids": torch.tensor([[1, 0, 1, last]], device=device), "use_cache": False})
+        for last in (0, 1)
     ]
     for module, was in training.items():
         module.training = was
