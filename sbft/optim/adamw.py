@@ -73,7 +73,7 @@ class AdamW(TokenOptimizer):
             raise ValueError(f"eps must be a positive, finite number, got {group['eps']!r}")
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        init_moments(param, state, first_weight=self._average_weight(group, FIRST_MOMENT))
+        init_moments(param, state, has_first=self._is_kept(group, FIRST_MOMENT))
 
     def _update(
         self,
@@ -98,13 +98,13 @@ class AdamW(TokenOptimizer):
         )
 
 
-def init_moments(param: Tensor, state: dict[str, Tensor], *, first_weight: float) -> None:
-    """Put AdamW's state of a parameter into `state` where it is not there; no first moment at a weight of one."""
+def init_moments(param: Tensor, state: dict[str, Tensor], *, has_first: bool) -> None:
+    """Put AdamW's state of a parameter into `state` where it is not there."""
     if not state:
         state["second_moment"] = zeros_beside(param)
         state["first_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["second_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    if first_weight < 1.0 and "first_moment" not in state:
+    if has_first and "first_moment" not in state:
         state["first_moment"] = zeros_beside(param)
         state["first_mass"].zero_()
 

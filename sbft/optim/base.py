@@ -163,6 +163,10 @@ class TokenOptimizer(torch.optim.Optimizer):
         assert self._tokens_per_step is not None
         return debias(half_life, self._tokens_per_step)
 
+    def _is_kept(self, group: dict[str, Any], average: Average) -> bool:
+        """Whether a moving average is one: not so with a decay factor of zero per step."""
+        return group[average.half_life] is not None or float(group[average.beta]) > 0
+
     def _weight(self, group: dict[str, Any], average: Average) -> float | Tensor:
         """`_average_weight`, for an update; while updates are captured, float64 of shape () on the device."""
         if self._numbers is None:

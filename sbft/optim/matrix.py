@@ -116,7 +116,7 @@ class MatrixOptimizer(TokenOptimizer):
             if self._has_momentum(group) and "momentum" not in state:
                 state["momentum"] = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
         elif group["rest_optimizer"] == "adamw":
-            init_moments(param, state, first_weight=self._average_weight(group, FIRST_MOMENT))
+            init_moments(param, state, has_first=self._is_kept(group, FIRST_MOMENT))
         else:
             init_factored_moment(param, state)
 

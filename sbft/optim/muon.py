@@ -107,7 +107,7 @@ class Muon(MatrixOptimizer):
                 raise ValueError(f"{name} must be one of {allowed}, got {group[name]!r}")
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:
-        return self._average_weight(group, _MOMENTUM) < 1.0
+        return self._is_kept(group, _MOMENTUM)
 
     def _direction(self, grad: Tensor, momentum: Tensor | None, usable: Tensor, group: dict[str, Any]) -> Tensor:
         if momentum is not None:

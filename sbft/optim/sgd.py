@@ -57,7 +57,7 @@ class SGD(TokenOptimizer):
         super().__init__(params, defaults, seed)
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        if not state and self._average_weight(group, _MOMENTUM) < 1.0:
+        if not state and self._is_kept(group, _MOMENTUM):
             state["momentum"] = zeros_beside(param)
             state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 

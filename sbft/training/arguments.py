@@ -140,7 +140,8 @@ class SmallBatchArguments:
         default=False,
         metadata={
             "help": "On a GPU, launch whole steps at once (CUDA graphs): for models so small that launching their kernels is "
-            "what takes the time. Batches with padding are padded on to one of few lengths, each captured when it comes again. "
+            "what takes the time. Batches of other than pretraining are padded on to one of few lengths, each captured when it "
+            "comes again, and logits are made of all positions, not of those with a label alone. "
             "A resumed run ends in the same bits in float32 only."
         },
     )

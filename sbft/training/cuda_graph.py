@@ -6,7 +6,7 @@ one. Forward and backward are two graphs, so that a loss that is not finite reac
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,15 +21,16 @@ from sbft.optim.capture import CapturedUpdates
 Batch = dict[str, Any]
 WARM_UP = 3
 """Steps before the first capture: libraries choose and load their kernels, and the optimizer makes its state."""
-MOST_GRAPHS = 24
-"""Held at once, those of the shapes that came last; a graph takes the driver some MiB."""
+MOST_GRAPHS = 32
+"""A graph takes the driver some MiB."""
 
 
 class GraphedSteps:
     """Runs steps; once some have run, captures those of a shape that ran before, and replays them from then on.
 
     Call `forward`, look at the loss, then call `backward`, which also updates the weights, or `leave_out`. Graphs share their
-    memory: since one runs at a time, all take together little more than the largest.
+    memory: since one runs at a time, all take together little more than the largest. Once there are `MOST_GRAPHS`, steps of
+    further shapes run kernel by kernel.
 
     Args:
         optimizer: it releases its gradients, on one CUDA device.
@@ -44,7 +45,7 @@ class GraphedSteps:
         self._updates = CapturedUpdates(optimizer)
         self._loss_of = loss_of
         self._stream = torch.cuda.Stream()
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._graphs: dict[Hashable, _Graph] = {}
         self._made_for: object = None
         self._ran: Counter[Hashable] = Counter()  # steps of each shape that ran kernel by kernel
         self._replayed: _Graph | None = None  # whose backward is next
@@ -56,10 +57,10 @@ class GraphedSteps:
         Args:
             batch: of few shapes; what is no tensor is part of the shape, and hashable.
         """
-        shape = _shape_of(batch)
+        shape, self._waiting = _shape_of(batch), None
         if self._graphs and self._made_for != self._updates.circumstances():
             self._forget()
-        if shape not in self._graphs and (self._ran.total() < WARM_UP or not self._ran[shape]):
+        if shape not in self._graphs and not self._may_capture(shape):
             with self._beside():
                 loss = self._loss_of(batch)
             self._waiting = shape, loss
@@ -67,10 +68,6 @@ class GraphedSteps:
         if shape not in self._graphs:
             self._graphs[shape] = self._captured(batch)
             self._made_for = self._updates.circumstances()
-            if len(self._graphs) > MOST_GRAPHS:
-                torch.cuda.synchronize()  # it may be running
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(shape)
         self._replayed = self._graphs[shape]
         return self._replayed.forward(batch)
 
@@ -90,8 +87,11 @@ class GraphedSteps:
         """Forget the step whose loss `forward` has returned last; without its backward it has warmed nothing up."""
         self._waiting = None
 
+    def _may_capture(self, shape: Hashable) -> bool:
+        return self._ran.total() >= WARM_UP and self._ran[shape] > 0 and len(self._graphs) < MOST_GRAPHS
+
     def _forget(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # one may be running
         self._graphs.clear()
         self._ran.clear()
         self._replayed = None

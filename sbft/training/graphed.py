@@ -39,6 +39,7 @@ class GraphedTraining(_Base):
     _is_causal = False
     _most_positions: int | None = None
     _warned_of_plain_step = False
+    _whole_length: int | None = None
 
     def _start_graphs(self, optimizer: TokenOptimizer, head: Head | None) -> None:
         """
@@ -62,6 +63,7 @@ class GraphedTraining(_Base):
         self._is_causal = is_causal(self.model, head)
         base: Any = unwrap(self.model)
         self._most_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        self._whole_length = None
 
     def _why_not_graphed(self, head: Head | None) -> str | None:
         """What of this training a captured step cannot hold, or would leave out; None if nothing."""
@@ -92,19 +94,30 @@ class GraphedTraining(_Base):
         """The loss of a step, which `_graphed.backward` or `leave_out` has to follow; None for a batch that no graph takes."""
         assert self._graphed is not None
         batch = self._prepare_inputs(inputs)
-        reason, counts = why_plain_by_names(batch), None
-        if reason is None:
-            counts = counts_of(batch, inputs)
-            reason = why_plain(batch, counts, self._is_causal)
-        if counts is None or reason is not None:
+        graphable = self._graphable(batch, inputs)
+        if isinstance(graphable, str):
             if not self._warned_of_plain_step:
-                logger.warning(f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {reason}.")
+                logger.warning(
+                    f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {graphable}."
+                )
             self._warned_of_plain_step = True
             return None
         if not model.training:
             model.train()
-        few = as_graphs_take_it(batch, counts, self._most_positions)
-        return self._graphed.forward({**few, "num_items": num_items_in_batch})
+        return self._graphed.forward({**graphable, "num_items": num_items_in_batch})
+
+    def _graphable(self, batch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any] | str:
+        """A batch as graphs take it, made of `inputs` that may have been counted; or why none does."""
+        reason = why_plain_by_names(batch)
+        if reason is not None:
+            return reason
+        counts, length = counts_of(batch, inputs), batch["input_ids"].shape[1]
+        if "attention_mask" not in batch and counts.labelled:
+            if self._whole_length is None:
+                self._whole_length = length
+            if length == self._whole_length:  # as all are in pretraining
+                return {"input_ids": batch["input_ids"], "labels": batch["labels"], "all_labelled": True}
+        return why_plain(counts, self._is_causal) or padded_on(batch, self._most_positions)
 
 
 def why_plain_by_names(batch: dict[str, Any]) -> str | None:
@@ -114,36 +127,28 @@ def why_plain_by_names(batch: dict[str, Any]) -> str | None:
     return f"a graph takes input_ids, labels and an attention_mask, and this batch holds {', '.join(sorted(batch))}"
 
 
-def why_plain(batch: dict[str, Any], counts: Counts, causal: bool) -> str | None:
+def why_plain(counts: Counts, causal: bool) -> str | None:
     """Likewise, by its padding."""
-    if "attention_mask" not in batch and counts.labelled:
-        return None
     if not causal:
-        return (
-            "the model's tokens see those behind them, so that padding needs its mask, of which a graph knows nothing"
-        )
+        return "a graph pads on the right, and what lies there changes the model's other hidden states"
     if not counts.padded_right:
         return "a graph takes padding on the right alone, without labels, and this batch has some elsewhere"
     return None
 
 
-def as_graphs_take_it(batch: dict[str, Any], counts: Counts, most: int | None = None) -> dict[str, Any]:
+def padded_on(batch: dict[str, Any], most: int | None = None) -> dict[str, Any]:
     """A batch without its mask, its length one of few, so that the graph of one shape serves many batches.
 
     Padding on the right, behind all that has a label, needs no mask where no token sees what is behind it.
 
     Args:
         batch: `input_ids` and `labels`, int64 of shape (batch, length); perhaps an `attention_mask`.
-        counts: its own.
         most: positions of the model.
 
     Returns:
-        `input_ids` and `labels`, longer by padding, and `all_labelled`, whether every position has a label: such batches, as
-        pretraining has them, are of one length already and stay as they are.
+        `input_ids` and `labels`, longer by padding, and `all_labelled`, which says that not every position has a label.
     """
     ids, labels = batch["input_ids"], batch["labels"]
-    if "attention_mask" not in batch and counts.labelled:
-        return {"input_ids": ids, "labels": labels, "all_labelled": True}
     more = padded_length(ids.shape[1], most) - ids.shape[1]
     return {
         "input_ids": F.pad(ids, (0, more)),
@@ -153,10 +158,13 @@ def as_graphs_take_it(batch: dict[str, Any], counts: Counts, most: int | None = 
 
 
 def padded_length(length: int, most: int | None = None) -> int:
-    """The next of four lengths an octave (of all multiples of 16 up to 128): at most a quarter more, a twelfth on average."""
-    step = max(_SMALLEST_STEP, 2 ** ((length - 1).bit_length() - 3)) if length > 1 else _SMALLEST_STEP
+    """The next of few lengths: a multiple of 16, and above 128 of an eighth of the next power of two, four an octave.
+
+    Up to `most`, if the length itself is.
+    """
+    step = _SMALLEST_STEP if length <= 1 else max(_SMALLEST_STEP, 2 ** (length - 1).bit_length() // 8)
     padded = -(-length // step) * step
-    return padded if most is None else max(length, min(padded, most))
+    return padded if most is None or length > most else min(padded, most)
 
 
 @contextmanager
@@ -180,10 +188,12 @@ def is_causal(model: nn.Module, head: Head) -> bool:
     device = head.linear.weight.device
     training = {module: module.training for module in model.modules()}
     model.eval()
-    seen = [
-        head.hidden_states(model, {"input_ids": torch.tensor([[1, 0, 1, last]], device=device), "use_cache": False})
-        for last in (0, 1)
-    ]
-    for module, was in training.items():
-        module.training = was
+    try:
+        seen = [
+            head.hidden_states(model, {"input_ids": torch.tensor([[1, 0, 1, last]], device=device), "use_cache": False})
+            for last in (0, 1)
+        ]
+    finally:
+        for module, was in training.items():
+            module.training = was
     return torch.equal(seen[0][:, :3], seen[1][:, :3])

@@ -52,9 +52,8 @@ class CountedBatch(dict[str, Any]):
 
     _counts: Counts | None = None
     _shapes: dict[str, Any] | None = None
-    _sent: dict[str, tuple[Any, int]] | None = (
-        None  # once on the device: its values, and how often they had been written to
-    )
+    # Once on a device: its values, and how often they had been written to.
+    _sent: dict[str, tuple[Any, int]] | None = None
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> CountedBatch:

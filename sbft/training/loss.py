@@ -83,6 +83,7 @@ def linear_cross_entropy(
     if counted is not None:
         weight_of_row = counted.unsqueeze(1) * torch.as_tensor(weight_of_row, dtype=torch.float32)
         labels = labels.where(counted, 0)
+        hidden = hidden.masked_fill(~counted.unsqueeze(1), 0.0)  # or infinity there, times nothing, would be NaN
     dtype = weight.dtype
     device = device_type(weight)
     if torch.is_autocast_enabled(device):

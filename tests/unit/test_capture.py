@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
@@ -19,6 +20,9 @@ KINDS: dict[str, Callable[[Any], TokenOptimizer]] = {
     "adafactor": lambda params: Adafactor(params, lr=0.0123, min_dim_size_to_factor=8, weight_decay=0.1),
     "adafactor, absolute": lambda params: Adafactor(params, lr=2.0**-9, relative_step=False),
     "adamw": lambda params: AdamW(params, lr=2.0**-9, weight_decay=0.1),
+    "adamw, half-lives": lambda params: AdamW(
+        params, lr=2.0**-9, first_moment_half_life=100, second_moment_half_life=900
+    ),
     "sgd": lambda params: SGD(params, lr=2.0**-6, momentum_half_life=100),
     "muon": lambda params: Muon(params, lr=2.0**-6, momentum_half_life=300),
     "muon, heavy ball": lambda params: Muon(params, lr=2.0**-6, nesterov=False),
@@ -71,6 +75,54 @@ def test_numbers_on_the_device_make_the_same_updates(kind: str, dtype: torch.dty
         captured.optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(plain.state(), captured.state(), strict=True))
         assert torch.equal(plain.optimizer.grad_norm, captured.optimizer.grad_norm)  # type: ignore[arg-type]
+
+
+class Scalars(TorchDispatchMode):
+    """Notes every operation with all that is no tensor: what a capture would hold for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def shown(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return tuple(value.shape)
+            return [shown(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+        self.seen.append(f"{function} {shown(args)} { {name: shown(one) for name, one in (kwargs or {}).items()} }")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_that_changes_from_step_to_step_is_a_number_of_the_host(kind: str, dtype: torch.dtype) -> None:
+    trained = Trained(kind, dtype)
+    updates = CapturedUpdates(trained.optimizer)
+    seen = []
+    for step in range(5):
+        loss = trained.begin(step)
+        with updates.within(), Scalars() as scalars:
+            loss.backward()
+        trained.optimizer.step()
+        seen.append(scalars.seen)
+    assert len(seen[3]) > 50 and seen[3] == seen[4]
+    loss = trained.begin(5)
+    with Scalars() as scalars:
+        loss.backward()
+    assert scalars.seen != seen[4]
+
+
+@pytest.mark.parametrize("kind", ["adamw, half-lives", "sgd", "muon"])
+def test_state_is_made_by_what_is_set_and_not_by_a_steps_tokens(kind: str) -> None:
+    trained = Trained(kind, torch.float32)
+    for tokens in (10**7, 64):  # of the first nothing is left of earlier averages
+        loss = trained.begin(0)
+        trained.optimizer.tokens_per_step = tokens
+        loss.backward()
+        trained.optimizer.step()
+        made = [{*state} for state in trained.optimizer.state.values()]
+        assert all(state & {"momentum", "first_moment"} for state in made)
 
 
 def test_what_is_carried_from_step_to_step_stays_where_a_graph_looks_for_it() -> None:

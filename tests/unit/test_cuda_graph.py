@@ -99,15 +99,20 @@ def test_once_warm_a_shape_is_captured_when_it_comes_again_and_held_beside_other
     assert len(set(recorded.pools)) == 1
 
 
-def test_the_shape_that_came_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_for_which_there_is_no_room_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     recorded = Recorded(monkeypatch)
     for size in (1, 2, 3):
         recorded.step(size)
-    assert [recorded.step(size) for size in (1, 2, 1)] == [CAPTURED, CAPTURED, REPLAYED]
-    assert recorded.step(3) == ["capture", "wait", *REPLAYED]
-    assert [recorded.step(size) for size in (1, 3)] == [REPLAYED] * 2
-    assert recorded.step(2) == ["capture", "wait", *REPLAYED]
+    assert [recorded.step(size) for size in (1, 2, 3, 3, 1)] == [CAPTURED, CAPTURED, ["run"], ["run"], REPLAYED]
+
+
+def test_a_step_that_an_error_left_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(monkeypatch)
+    for _ in range(WARM_UP + 1):
+        recorded.step(4)
+    recorded.steps.forward({"input_ids": torch.zeros(8), "num_items": None})  # and no backward
+    assert recorded.step(4) == REPLAYED
 
 
 def test_what_no_longer_holds_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:

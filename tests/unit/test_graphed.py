@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,7 @@ from sbft.data.collate import Collator
 from sbft.training import cuda_graph
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.cuda_graph import WARM_UP
-from sbft.training.graphed import (
-    as_graphs_take_it,
-    is_causal,
-    one_example_a_row,
-    padded_length,
-    why_plain,
-    why_plain_by_names,
-)
+from sbft.training.graphed import is_causal, one_example_a_row, padded_length, why_plain
 from sbft.training.head import find_head
 from sbft.training.host import Counts
 from sbft.training.trainer import SmallBatchTrainer
@@ -38,8 +32,9 @@ def test_lengths_are_few_and_little_longer() -> None:
     assert all(length <= padded < 1.25 * length + 16 for length, padded in lengths.items())
     assert all(padded_length(padded) == padded for padded in set(lengths.values()))
     assert len({padded for length, padded in lengths.items() if length > 128}) == 4 * 5
+    assert len({padded for length, padded in lengths.items() if length <= 2048}) == 24 < cuda_graph.MOST_GRAPHS
     assert padded_length(1000, 1010) == 1010 and padded_length(1000, 2048) == 1024
-    assert padded_length(1000, 900) == 1000  # which the model refuses with or without a graph
+    assert padded_length(1000, 900) == 1024  # positions may be taken for a bound that they are not
 
 
 IDS = torch.tensor([[5, 6, 7], [5, 6, 0]])
@@ -47,36 +42,52 @@ MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
 PARTLY = torch.tensor([[-100, 6, 7], [-100, 6, -100]])
 
 
-def test_a_batch_as_graphs_take_it() -> None:
-    batch = {"input_ids": IDS, "labels": PARTLY, "attention_mask": MASK}
-    taken = as_graphs_take_it(batch, Counts.of(batch))
-    assert taken["input_ids"].shape == taken["labels"].shape == (2, 16) and taken.keys() == {*batch, "all_labelled"} - {
-        "attention_mask"
-    }
+@pytest.fixture
+def given(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, Any] | str]:
+    """What graphs are given of a batch, or why they are not."""
+    args = SmallBatchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = SmallBatchTrainer(model=tiny_model(), args=args)
+    trainer._is_causal, trainer._most_positions = True, 4096
+    return lambda batch: trainer._graphable(batch, batch)
+
+
+def test_a_batch_as_graphs_take_it(given: Any) -> None:
+    taken = given({"input_ids": IDS, "labels": PARTLY, "attention_mask": MASK})
+    assert taken.keys() == {"input_ids", "labels", "all_labelled"}
+    assert taken["input_ids"].shape == taken["labels"].shape == (2, 16)
     assert torch.equal(taken["input_ids"][:, :3], IDS) and torch.equal(taken["labels"][:, :3], PARTLY)
     assert (taken["labels"][:, 3:] == -100).all() and taken["all_labelled"] is False
-    windows = {"input_ids": IDS, "labels": IDS}
-    taken = as_graphs_take_it(windows, Counts.of(windows))
-    assert taken["input_ids"] is taken["labels"] is IDS and taken["all_labelled"] is True
 
 
-def test_batches_that_no_graph_takes() -> None:
-    def why(causal: bool = True, **batch: Tensor) -> str | None:
-        return why_plain_by_names(batch) or why_plain(batch, Counts.of(batch), causal)
+def test_windows_stay_as_they_are_and_labelled_batches_of_other_lengths_are_padded(given: Any) -> None:
+    for _ in range(2):
+        taken = given({"input_ids": IDS, "labels": IDS})
+        assert taken["input_ids"] is taken["labels"] is IDS and taken["all_labelled"] is True
+    for length in (2, 4, 5):
+        ids = torch.ones(1, length, dtype=torch.int64)
+        taken = given({"input_ids": ids, "labels": ids})
+        assert taken["input_ids"].shape == (1, 16) and taken["all_labelled"] is False
+        assert taken["labels"].tolist() == [[1] * length + [-100] * (16 - length)]
 
-    assert why(input_ids=IDS, labels=PARTLY, attention_mask=MASK) is None
-    assert why(input_ids=IDS, labels=PARTLY) is None
-    assert why(input_ids=IDS, labels=IDS, causal=False) is None
-    for reason, batch in (
+
+@pytest.mark.parametrize(
+    ("reason", "batch"),
+    [
         ("holds input_ids, labels, position_ids", {"input_ids": IDS, "labels": IDS, "position_ids": IDS}),
         ("holds input_ids$", {"input_ids": IDS}),
         ("padding on the right alone", {"input_ids": IDS, "labels": PARTLY, "attention_mask": MASK.flip(1)}),
         ("padding on the right alone", {"input_ids": IDS, "labels": IDS, "attention_mask": MASK}),
-    ):
-        found = why(**batch)
-        assert found is not None and re.search(reason, found)
-    found = why(causal=False, input_ids=IDS, labels=PARTLY, attention_mask=MASK)
-    assert found is not None and "see those behind them" in found
+    ],
+)
+def test_batches_that_no_graph_takes(given: Any, reason: str, batch: dict[str, Tensor]) -> None:
+    found = given(batch)
+    assert isinstance(found, str) and re.search(reason, found)
+
+
+def test_a_model_that_is_not_causal_has_graphs_of_windows_alone() -> None:
+    assert why_plain(Counts(6, True, True), causal=True) is None
+    found = why_plain(Counts(6, False, True), causal=False)
+    assert found is not None and "changes the model's other hidden states" in found
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -165,14 +176,17 @@ def trained(folder: Path, kind: type[SmallBatchTrainer], use_cpu: bool = True, *
 
 
 ADAFACTOR: dict[str, Any] = {"learning_rate": 1e-3, "second_moment_half_life": 200}
+ADAMW: dict[str, Any] = {
+    "token_optimizer": "adamw", "learning_rate": 1e-4, "first_moment_half_life": 100, "second_moment_half_life": 200,
+}  # fmt: skip
 HEAVY_BALL: dict[str, Any] = {"token_optimizer": "sgd", "momentum_half_life": 100, "learning_rate": 0.3}
 
 
-# Adafactor makes a whole step of a gradient that is nothing but rounding, as that of a key's bias.
+# Adafactor and AdamW make a whole step of a gradient that is nothing but rounding, as that of a key's bias.
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
-    [(ADAFACTOR, 1e-4), (HEAVY_BALL, 1e-5), ({**HEAVY_BALL, "per_device_train_batch_size": 2}, 1e-5)],
-    ids=["adafactor", "sgd", "sgd, two at once"],
+    [(ADAFACTOR, 1e-4), (ADAMW, 1e-3), (HEAVY_BALL, 1e-5), ({**HEAVY_BALL, "per_device_train_batch_size": 2}, 1e-5)],
+    ids=["adafactor", "adamw", "sgd", "sgd, two at once"],
 )
 def test_questions_and_answers_are_trained_on_as_without_graphs(
     settings: dict[str, Any], tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +217,11 @@ def assert_close(ours: SmallBatchTrainer, theirs: SmallBatchTrainer, tolerance: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("settings", "tolerance"), [(ADAFACTOR, 1e-4), (HEAVY_BALL, 1e-5)], ids=["adafactor", "sgd"])
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [(ADAFACTOR, 1e-4), (ADAMW, 1e-3), (HEAVY_BALL, 1e-5)],
+    ids=["adafactor", "adamw", "sgd"],
+)
 def test_questions_and_answers_on_a_gpu(
     settings: dict[str, Any], tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

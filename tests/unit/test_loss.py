@@ -70,6 +70,7 @@ def test_rows_that_do_not_count_change_nothing(
 ) -> None:
     hidden, weight, bias, labels = _call(torch.float32)
     counted = torch.arange(ROWS) % 3 != 1
+    hidden = hidden.detach().masked_fill(~counted[:, None] & (torch.arange(HIDDEN) == 3), torch.inf).requires_grad_()
     few = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in (hidden[counted], weight, bias))
     expected = _oracle(scale, softcap, 16 if num_items is None else 11, (*few, labels[counted]))
     labels = labels.masked_fill(~counted, -100)
