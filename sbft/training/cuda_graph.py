@@ -60,23 +60,23 @@ class GraphedSteps:
         shape, self._waiting = _shape_of(batch), None
         if self._graphs and self._made_for != self._updates.circumstances():
             self._forget()
-        if shape not in self._graphs and not self._may_capture(shape):
-            with self._beside():
-                loss = self._loss_of(batch)
-            self._waiting = shape, loss
-            return loss.detach()
-        if shape not in self._graphs:
-            self._graphs[shape] = self._captured(batch)
+        self._replayed = self._graphs.get(shape)
+        if self._replayed is None and self._may_capture(shape):
+            self._replayed = self._graphs[shape] = self._captured(batch)
             self._made_for = self._updates.circumstances()
-        self._replayed = self._graphs[shape]
-        return self._replayed.forward(batch)
+        if self._replayed is not None:
+            return self._replayed.forward(batch)
+        with self._beside():
+            loss = self._loss_of(batch)
+        self._waiting = shape, loss
+        return loss.detach()
 
     def backward(self) -> None:
         """Backward and updates of the step whose loss `forward` has returned last."""
-        if self._waiting is None:
-            assert self._replayed is not None
+        if self._replayed is not None:
             self._replayed.backward()
             return
+        assert self._waiting is not None
         with self._beside(), self._updates.within():
             (shape, loss), self._waiting = self._waiting, None
             loss.backward()
@@ -92,9 +92,9 @@ class GraphedSteps:
 
     def _forget(self) -> None:
         torch.cuda.synchronize()  # one may be running
+        self._replayed = None
         self._graphs.clear()
         self._ran.clear()
-        self._replayed = None
 
     def _captured(self, batch: Batch) -> _Graph:
         pool = next(iter(self._graphs.values())).pool if self._graphs else torch.cuda.graph_pool_handle()

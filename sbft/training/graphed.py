@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import Trainer, masking_utils
 
 from sbft.data.collate import IGNORED_LABEL
+from sbft.likelihood import evaluating
 from sbft.optim.base import TokenOptimizer
 from sbft.training.arguments import ArgumentError
 from sbft.training.cuda_graph import GraphedSteps
@@ -182,18 +183,12 @@ def one_example_a_row() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = looks
 
 
-@torch.no_grad()
-def is_causal(model: nn.Module, head: Head) -> bool:
+def is_causal(model: Any, head: Head) -> bool:
     """Whether a token's hidden state is the same, bit for bit, whatever token comes behind it; runs the model twice."""
     device = head.linear.weight.device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         seen = [
             head.hidden_states(model, {"input_ids": torch.tensor([[1, 0, 1, last]], device=device), "use_cache": False})
             for last in (0, 1)
         ]
-    finally:
-        for module, was in training.items():
-            module.training = was
     return torch.equal(seen[0][:, :3], seen[1][:, :3])

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import is_peft_available
 
+from sbft.likelihood import evaluating
 from sbft.optim.sharding import differentiable_part, is_sharded, shard_of, tensor_parallel_group, whole
 from sbft.training.loss import VocabularyPart, linear_cross_entropy
 
@@ -196,11 +197,8 @@ def _verified(model: Any, heads: list[Head]) -> Head:
     # Raw logits of 60 and more: a soft cap or a factor that was overlooked shows.
     probe = probe * (60.0 / F.linear(probe, weight).float().std().clamp(min=1e-6)).to(probe)
     ids = torch.tensor([[0, 1]], device=model.device)
-    was_training = model.training
-    model.eval()
-    with _pre_hook(linear, lambda module, args: (probe.unsqueeze(0),)):
+    with evaluating(model), _pre_hook(linear, lambda module, args: (probe.unsqueeze(0),)):
         found = model(input_ids=ids, use_cache=False).logits
-    model.train(was_training)
     shard_again(model)
     for head in heads:
         expected = head.logits(probe.unsqueeze(0))

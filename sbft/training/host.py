@@ -34,16 +34,16 @@ class Counts:
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
         """Counted now: of a batch that lies on a device, after a wait for it."""
-        mask, labels = batch.get("attention_mask"), batch.get("labels")
+        tokens, mask, labels = _count_tokens(batch), batch.get("attention_mask"), batch.get("labels")
         has_label = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
         labelled = has_label is not None and bool(has_label.all())
         if mask is None or mask.dim() != 2:
-            return cls(int(batch["input_ids"].numel()), labelled, mask is None)
+            return cls(tokens, labelled, mask is None)
         is_token = mask != 0
         padded_right = bool((is_token[:, 1:] <= is_token[:, :-1]).all())
         if has_label is not None and has_label.shape == is_token.shape:
             padded_right &= bool((has_label <= is_token).all())
-        return cls(int(mask.sum()), labelled, padded_right)
+        return cls(tokens, labelled, padded_right)
 
 
 class CountedBatch(dict[str, Any]):
@@ -111,9 +111,20 @@ def counts_of(batch: dict[str, Any], of: dict[str, Any] | None = None) -> Counts
     """Counts of a batch; where it has none of its own, those of the batch that it was made of without a change."""
     for one in (batch, of):
         known = one.counts if isinstance(one, CountedBatch) else None
-        if known is not None and (one is batch or _are_same(batch, one)):
+        if known is not None and _are_same(batch, one):
             return known
     return Counts.of(batch)
+
+
+def tokens_of(batch: dict[str, Any]) -> int:
+    """Padding aside; of a batch without counts no more is counted."""
+    known = batch.counts if isinstance(batch, CountedBatch) else None
+    return _count_tokens(batch) if known is None else known.tokens
+
+
+def _count_tokens(batch: dict[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
 
 
 def _are_same(batch: dict[str, Any], other: Any) -> bool:

@@ -27,7 +27,7 @@ from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
-from sbft.training.host import CountingCollator, FiniteLoss, counts_of
+from sbft.training.host import CountingCollator, FiniteLoss, tokens_of
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -327,7 +327,7 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         self._skip_this_step = False
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            tokens = sum(counts_of(batch).tokens for batch in batches)
+            tokens = sum(tokens_of(batch) for batch in batches)
             if self.accelerator.num_processes > 1:
                 tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
                 tokens //= self.get_tp_size()  # these ranks have the same examples

@@ -195,7 +195,7 @@ class LineLaunches:
         grid = (self.programs, 1, 1)
         self.sums = Launch(cuda_elementwise.grad_square_sums, grid, line, _OPTIONS)
         self.moment = Launch(
-            cuda_elementwise.update_full_moment, grid, {"CAPTURED": kinds.get("CAPTURED", False), **line}, _OPTIONS
+            cuda_elementwise.update_full_moment, grid, {"CAPTURED": kinds["CAPTURED"], **line}, _OPTIONS
         )
         kinds = {**kinds, "ALONE": self.alone, "ALIGNED": (offset or 0) % 32 == 0}
         self.apply = Launch(program, grid, {**kinds, **line}, _OPTIONS)
