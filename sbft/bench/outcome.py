@@ -9,10 +9,10 @@ import signal
 from pathlib import Path
 
 from sbft.bench.active import Active
+from sbft.bench.archive import PROCESS_FILE
 from sbft.bench.process import log_beside, recipe_beside
 from sbft.bench.runs import (
     LOG_FILE,
-    PROCESS_FILE,
     RECIPE_FILE,
     Run,
     run_folder,

@@ -14,7 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from sbft import atomic
 from sbft.bench.active import Active, Place
+from sbft.bench.archive import ARCHIVE_FILE
 from sbft.bench.live import SuiteProgress
 from sbft.bench.machine import ThisMachine
 from sbft.bench.outcome import conclude, tidy, write_unsupported
@@ -94,9 +96,7 @@ def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[s
         only: patterns of the runs to be made again; all if there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{SUITE_FILE}.part"
-    part.write_text(suite.to_yaml(), encoding="utf-8")
-    os.replace(part, folder / SUITE_FILE)
+    atomic.write_text(folder / SUITE_FILE, suite.to_yaml())
     for run in possible_runs(suite):
         record = read_run(folder, run)
         again = retry and record is not None and record.status != "ok" and is_wanted(run.name, only)
@@ -107,7 +107,9 @@ def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[s
             continue
         if again:
             record.status, record.error = "error", UNFINISHED
-            record.save(run_folder(folder, run))
+            target = run_folder(folder, run)
+            target.mkdir(parents=True, exist_ok=True)  # of an archived run it is not there
+            record.save(target)
         else:
             tidy(suite, run_folder(folder, run))
         os.close(lock)
@@ -138,9 +140,11 @@ def _check_same(suite: Suite, folder: Path, run: Run, record: RunRecord) -> None
 
 
 def _ways_out(folder: Path, run: Run) -> str:
+    target = run_folder(folder, run)
+    remove = f"rm -r '{target}'" if target.is_dir() else f"delete its line from {folder / ARCHIVE_FILE}"
     return (
         "Type another --output-dir to begin anew, or change the suite back, or remove the run to have it made again: "
-        f"rm -r '{run_folder(folder, run)}'"
+        f"{remove}"
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+from sbft.bench.archive import PROCESS_FILE, archived_runs
 from sbft.bench.suite import Suite, load_suite, model_folder
 from sbft.recipe.defaults import complete
 from sbft.recipe.schema import Recipe
@@ -19,8 +20,6 @@ SUITE_FILE = "suite.yaml"
 RUNS_FOLDER = "runs"
 LOG_FILE = "log.txt"
 RECIPE_FILE = "recipe.yaml"
-PROCESS_FILE = "process.json"
-"""How long the process of a run took, from its start to its end, how it ended, how many ran at once, and on what."""
 STOPPED = ("Stopped by Ctrl-C", "Stopped by SIGTERM")
 """How the error of a run begins that somebody told to stop: see sbft.errors.Interrupted."""
 Phase = Literal["validation", "test"]
@@ -140,8 +139,10 @@ def possible_runs(suite: Suite) -> list[Run]:
 
 
 def read_run(folder: Path, run: Run) -> RunRecord | None:
-    """The record of a run; None if it has not been made, or was interrupted."""
+    """The record of a run, from its folder or the suite's archive; None if it was not made, or was interrupted."""
     record = stored_record(run_folder(folder, run))
+    if record is None and (archived := archived_runs(folder).get(run.name)):
+        return replace(archived.record)  # a copy: the archive is read once
     return None if record is None or record.error == UNFINISHED or was_stopped(record) else record
 
 
@@ -155,11 +156,20 @@ def stored_record(folder: Path) -> RunRecord | None:
     return RunRecord.load(folder) if (folder / FILE_NAME).is_file() else None
 
 
+def read_process(folder: Path, run: Run) -> dict[str, Any]:
+    """What is known of a finished run's process, from the run's folder or the suite's archive; empty if nothing is."""
+    path = run_folder(folder, run) / PROCESS_FILE
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    archived = archived_runs(folder).get(run.name)
+    return {} if archived is None else archived.process
+
+
 def seconds(folder: Path, run: Run, record: RunRecord) -> float | None:
     """How long a finished run took, with the start of its process where that is known."""
-    process = run_folder(folder, run) / PROCESS_FILE
-    if process.is_file():
-        return float(json.loads(process.read_text(encoding="utf-8"))["elapsed_s"])
+    process = read_process(folder, run)
+    if process:
+        return float(process["elapsed_s"])
     if record.total_s is not None:
         return record.total_s
     return None if record.train_s is None else record.train_s + (record.eval_s or 0.0)

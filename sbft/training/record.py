@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sbft import atomic
 from sbft.redaction import without_secrets
 
 SCHEMA = 1
@@ -86,10 +86,8 @@ class RunRecord:
     def save(self, folder: Path) -> Path:
         """Write `run.json` into a folder that exists; a reader never sees half of it."""
         path = folder / FILE_NAME
-        part = path.with_suffix(".json.part")
         content = _fit_to_keep({"schema": SCHEMA, **asdict(self)})
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        atomic.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -100,11 +98,20 @@ class RunRecord:
             FileNotFoundError: if there is none.
             ValueError: if it has another schema.
         """
-        content = json.loads((Path(folder) / FILE_NAME).read_text(encoding="utf-8"))
-        schema = content.pop("schema")
+        path = Path(folder) / FILE_NAME
+        return cls.of(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+    @classmethod
+    def of(cls, content: dict[str, Any], source: str = "the record") -> RunRecord:
+        """The record that has the content of a `run.json`; `source` is what an error calls it.
+
+        Raises:
+            ValueError: if it has another schema.
+        """
+        schema = content.get("schema")
         if schema != SCHEMA:
-            raise ValueError(f"{folder}/{FILE_NAME} has schema {schema}, expected {SCHEMA}")
-        return cls(**content)
+            raise ValueError(f"{source} has schema {schema}, expected {SCHEMA}")
+        return cls(**{name: value for name, value in content.items() if name != "schema"})
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:

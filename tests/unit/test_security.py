@@ -305,7 +305,7 @@ def test_a_record_cannot_have_another_folders_file_read(tmp_path: Path) -> None:
     for name in ("../secret.jsonl", str(tmp_path / "secret.jsonl")):
         record = RunRecord(method="sbft", model="m", dataset="d", seed=0, status="ok", predictions=name)
         suite = load_suite(suite_file(tmp_path))
-        assert Made(possible_runs(suite)[0], tmp_path / "run", record).outcomes("exact_match") is None
+        assert Made(possible_runs(suite)[0], tmp_path / "run", record, {}).outcomes("exact_match") is None
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------

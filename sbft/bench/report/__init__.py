@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sbft import atomic
 from sbft.bench.report import page, plain
 from sbft.bench.report.comparison import Comparison, compare
 from sbft.bench.report.notes import summary
@@ -77,7 +77,7 @@ def _of_suite(comparison: Comparison) -> Report:
         pictures, warning = [], _without_pictures(error)
     texts = {"report.md": page.markdown(comparison, pictures), "report.html": page.page(comparison, pictures)}
     for name, text in texts.items():
-        _write(folder / name, text)
+        atomic.write_text(folder / name, text)
     write_runs(comparison, folder / "runs.csv")
     write_summary(comparison, folder / "summary.csv")
     names = [*texts, "runs.csv", "summary.csv", *(picture.path.name for picture in pictures)]
@@ -95,7 +95,7 @@ def _for_terminal(comparison: Comparison) -> str:
 def _of_runs(folder: Path) -> Report:
     records = plain.read_records(folder)
     text = f"{plain.table(records).markdown()}\n\n{plain.footer(records)}"
-    _write(folder / plain.TABLE_FILE, text + "\n")
+    atomic.write_text(folder / plain.TABLE_FILE, text + "\n")
     report = Report(text, [folder / plain.TABLE_FILE])
     if shown := plain.measured(records):
         try:
@@ -111,10 +111,3 @@ def _without_pictures(error: ImportError) -> str:
     if error.name is None or not error.name.startswith("matplotlib"):
         raise error
     return "There are no pictures: matplotlib, which draws them, is not installed. " + how_to_install("'sbft[report]'")
-
-
-def _write(path: Path, text: str) -> None:
-    """So that a reader never sees half of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

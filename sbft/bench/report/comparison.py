@@ -13,12 +13,12 @@ from typing import Any
 from sbft.bench.report import statistics
 from sbft.bench.report.statistics import Estimate
 from sbft.bench.runs import (
-    PROCESS_FILE,
     RateChoice,
     Run,
     choose_rate,
     groups,
     prefix,
+    read_process,
     read_run,
     run_folder,
     searches,
@@ -40,6 +40,8 @@ class Made:
     run: Run
     folder: Path
     record: RunRecord | None
+    process: dict[str, Any]
+    """What is known of its process; empty if nothing is."""
 
     @property
     def ok(self) -> RunRecord | None:
@@ -63,16 +65,12 @@ class Made:
     @property
     def at_once(self) -> int | None:
         """How many runs its runner made at a time, where that is known."""
-        return self._process().get("at_once")
+        return self.process.get("at_once")
 
     @property
     def cores(self) -> int | None:
         """How many the machine has, where that is known: older runs did not write it down."""
-        return self._process().get("cores")
-
-    def _process(self) -> dict[str, Any]:
-        path = self.folder / PROCESS_FILE
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return self.process.get("cores")
 
     def outcomes(self, metric: str) -> list[tuple[str, str, bool]] | None:
         """Prompt, reference and whether the answer was right, for each item; None where that was not kept."""
@@ -306,7 +304,7 @@ def _estimate(metric: str, records: list[RunRecord]) -> Estimate | None:
 
 
 def _made(folder: Path, run: Run) -> Made:
-    return Made(run, run_folder(folder, run), read_run(folder, run))
+    return Made(run, run_folder(folder, run), read_run(folder, run), read_process(folder, run))
 
 
 def _paired_by_item(row: Row, other: Row) -> Estimate | None:
