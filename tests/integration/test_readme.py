@@ -1,4 +1,4 @@
-"""README's commands and Python examples, run as they stand there."""
+"""The commands and Python examples of the README and the documentation, run as they stand there."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from typer.testing import CliRunner
 from sbft.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BUILTIN = "builtin:smollm2-135m"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    """The blocks of a language in all pages, each once; what is not to be run stands in blocks of text."""
+    found = [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+    return list(dict.fromkeys(found))
 
 
 def commands() -> list[str]:
-    return [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return list(dict.fromkeys(lines))
 
 
 @pytest.fixture
