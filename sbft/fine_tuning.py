@@ -43,7 +43,7 @@ from sbft.training.output import (
 )
 from sbft.training.prepared import Prepared, evaluation_rows, prepare, rendering
 from sbft.training.ranks import check_agreed
-from sbft.training.record import UNFINISHED, RunRecord, git_commit, quantiles, versions
+from sbft.training.record import RunRecord, git_commit, quantiles, versions
 from sbft.training.saving import saved_whole
 from sbft.training.selection import LogWhereEvaluated, held_out_examples, held_out_part
 from sbft.training.trainer import SmallBatchTrainer
@@ -211,7 +211,6 @@ def _begin(recipe: Recipe) -> RunRecord:
         model=recipe.model,
         dataset=recipe.data.train,
         seed=training["seed"],
-        error=UNFINISHED,
         dtype=str(recipe.dtype),
         per_device_batch_size=training["per_device_train_batch_size"],
         gradient_accumulation_steps=training["gradient_accumulation_steps"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from sbft import atomic
 from sbft.errors import DataError
-from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord
+from sbft.training.record import FILE_NAME, RunRecord
 
 ARCHIVE_FILE = "runs.jsonl"
 PROCESS_FILE = "process.json"
@@ -69,7 +69,7 @@ def archive_runs(runs: Path, to: Path) -> int:
     lines = []
     for path in sorted(runs.rglob(FILE_NAME), key=lambda path: path.parent.relative_to(runs).as_posix()):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["error"] == UNFINISHED:
+        if not RunRecord.of(record, str(path)).is_result:
             continue
         process = path.with_name(PROCESS_FILE)
         facts = json.loads(process.read_text(encoding="utf-8")) if process.is_file() else {}

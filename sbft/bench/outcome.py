@@ -17,14 +17,13 @@ from sbft.bench.runs import (
     Run,
     run_folder,
     stored_record,
-    was_stopped,
 )
 from sbft.bench.suite import Suite
 from sbft.errors import Interrupted
 from sbft.install import how_to_install
 from sbft.methods import METHODS
 from sbft.training.checkpoints import remove_checkpoints
-from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord, git_commit, versions
+from sbft.training.record import FILE_NAME, RunRecord, git_commit, versions
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What is of use without the weights; tensorboard's events are there where the suite asks for them.
@@ -72,14 +71,11 @@ def conclude(suite: Suite, active: Active) -> RunRecord | None:
         if active.timed_out:
             # What it has measured until then stands.
             record.status, record.error = "error", f"timed out after {active.time_limit_s:g} s"
-        elif record.error in (None, UNFINISHED):
+        elif record.status == "unfinished":
             record.status, record.error = _how_it_ended(active.exit_code or 0, log_beside(active.folder))
-        stopped = was_stopped(record)
-        if stopped:
-            record.status, record.error = "error", UNFINISHED
         active.folder.mkdir(parents=True, exist_ok=True)
         record.save(active.folder)
-        if stopped:
+        if not record.is_result:
             return None
     process = {
         "elapsed_s": round(active.elapsed_s, 3),
@@ -121,7 +117,6 @@ def _blank(suite: Suite, run: Run) -> RunRecord:
         model=recipe.model,
         dataset=recipe.data.train,
         seed=run.seed,
-        error=UNFINISHED,
         dtype=str(recipe.dtype),
         per_device_batch_size=training["per_device_train_batch_size"],
         gradient_accumulation_steps=training["gradient_accumulation_steps"],
@@ -140,9 +135,10 @@ def _how_it_ended(code: int, log: Path) -> tuple[str, str]:
             "The system ended the process (signal 9), as it does when the machine's memory runs out. End other programs, "
             "run fewer at once (--jobs 1), or take a smaller model."
         )
-    if code in (-signal.SIGTERM, -signal.SIGINT):
-        # While it loaded, before it listened; a run that is over its time does not come here.
-        return "error", str(Interrupted(-code))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # While it loaded, by itself or by the signal; a run that is over its time does not come here.
+        if code in (-number, Interrupted(number).exit_code):
+            return "interrupted", str(Interrupted(number))
     if code < 0:
         return "error", f"The process was ended by {signal.Signals(-code).name}.{_last_lines(log)}"
     if paragraph := _error_paragraph(log):

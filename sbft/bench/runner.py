@@ -26,7 +26,7 @@ from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.bench.suite import Suite
 from sbft.errors import Interrupted, RecipeError, signal_of
 from sbft.recipe.schema import Recipe
-from sbft.training.record import UNFINISHED, RunRecord
+from sbft.training.record import RunRecord
 
 _POLL_S = 0.2
 _LOOK_AGAIN_S = 2.0  # while another runner has what is left
@@ -106,7 +106,7 @@ def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[s
         if lock is None:
             continue
         if again:
-            record.status, record.error = "error", UNFINISHED
+            record.status, record.error = "unfinished", None
             target = run_folder(folder, run)
             target.mkdir(parents=True, exist_ok=True)  # of an archived run it is not there
             record.save(target)
@@ -280,7 +280,7 @@ class _Runner:
             if record is not None and record.status == "ok":
                 tidy(self.suite, active.folder)
             elif record is not None:
-                record.status, record.error = "error", UNFINISHED
+                record.status, record.error = "unfinished", None
                 record.save(active.folder)
             active.release()
         self.active = []

@@ -14,14 +14,12 @@ from sbft.bench.archive import PROCESS_FILE, archived_runs
 from sbft.bench.suite import Suite, load_suite, model_folder
 from sbft.recipe.defaults import complete
 from sbft.recipe.schema import Recipe
-from sbft.training.record import FILE_NAME, UNFINISHED, RunRecord
+from sbft.training.record import FILE_NAME, RunRecord
 
 SUITE_FILE = "suite.yaml"
 RUNS_FOLDER = "runs"
 LOG_FILE = "log.txt"
 RECIPE_FILE = "recipe.yaml"
-STOPPED = ("Stopped by Ctrl-C", "Stopped by SIGTERM")
-"""How the error of a run begins that somebody told to stop: see sbft.errors.Interrupted."""
 Phase = Literal["validation", "test"]
 
 
@@ -143,12 +141,7 @@ def read_run(folder: Path, run: Run) -> RunRecord | None:
     record = stored_record(run_folder(folder, run))
     if record is None and (archived := archived_runs(folder).get(run.name)):
         return replace(archived.record)  # a copy: the archive is read once
-    return None if record is None or record.error == UNFINISHED or was_stopped(record) else record
-
-
-def was_stopped(record: RunRecord) -> bool:
-    """Whether a run says that somebody told it to stop."""
-    return record.status != "ok" and (record.error or "").startswith(STOPPED)
+    return record if record is not None and record.is_result else None
 
 
 def stored_record(folder: Path) -> RunRecord | None:

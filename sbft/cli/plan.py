@@ -110,8 +110,6 @@ def _print_for_people(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sbft.planning.fit import TIGHT
-
     console = Console(highlight=False)
     where = "GPU" if plan.device == "cuda" else "CPU"
     console.print(
@@ -132,9 +130,8 @@ def _print_for_people(plan: Plan) -> None:
             table.add_row(name, *[""] * (len(_HEADINGS) + 1), "?", "")
             continue
         needed = row.prediction.needed_bytes
-        fits = "yes" if needed <= TIGHT * plan.memory_bytes else "tight" if row.fits else "no"
         parts = [_gib(row.prediction.parts[part]) for part in _HEADINGS]
-        table.add_row(name, *parts, _gib(needed), fits, "-" if row.longest is None else str(row.longest))
+        table.add_row(name, *parts, _gib(needed), row.verdict, "-" if row.longest is None else str(row.longest))
     console.print(table)
     for problem in dict.fromkeys(row.problem for row in plan.rows if row.problem is not None):
         console.print(f"\nNot predicted: {problem}", markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from sbft.planning.peak_flops import peak_flops
 from sbft.planning.step_timing import StepTimer, longest_examples
 from sbft.planning.usable_memory import usable_bytes
 from sbft.recipe import Recipe, resolve
-from sbft.training.failures import advice
+from sbft.training.failures import training_advice
 from sbft.training.methods import prepare_model
 from sbft.training.prepared import prepare
 from sbft.training.record import versions
@@ -144,4 +144,4 @@ def _nothing_ran(recipe: Recipe, curve: Curve, weights_bytes: int, limit_bytes: 
             f"Batch size 1 takes {needed / 2**30:.2f} GiB, more than the {limit_bytes / 2**30:.2f} GiB that it may take. "
             "Raise --memory-limit, or add --set data.max_length=N for shorter examples."
         )
-    return f"Batch size 1 does not fit. {advice(recipe, {'weights': weights_bytes}, None, 1)}"
+    return f"Batch size 1 does not fit. {training_advice(recipe, {'weights': weights_bytes}, None, 1).text}"

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedConfig
 
@@ -17,12 +18,22 @@ from sbft.planning.predict import Prediction, predict_recipe
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.scratch_models import is_scratch
 
-TIGHT = 0.95
+SURE = 0.95
 """A prediction over this share of the memory may be too low by as much as is left."""
 _MULTIPLE = 16  # of tokens, that the collator pads to
 _CLOSE_ENOUGH = 0.02
 _CURVES = 12
 _DATA = "my.jsonl"
+
+
+Verdict = Literal["yes", "tight", "no"]
+
+
+def does_it_fit(needed_bytes: int, memory_bytes: int) -> Verdict:
+    """Whether what is predicted to be needed fits into the memory there is; "tight" where the prediction may be too low."""
+    if needed_bytes > memory_bytes:
+        return "no"
+    return "yes" if needed_bytes <= SURE * memory_bytes else "tight"
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,17 @@ class Row:
     """None where it cannot be predicted."""
     problem: str | None
     """Why it cannot."""
-    fits: bool | None
+    verdict: Verdict | None
+    """Whether it fits."""
     longest: int | None
     """Tokens of the longest sequence that would fit; None where none does."""
     command: str
     """What to type."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it does, if barely; None where it cannot be predicted."""
+        return None if self.verdict is None else self.verdict != "no"
 
 
 @dataclass(frozen=True)
@@ -125,8 +142,8 @@ def _row(
         longest = None if kept > memory_bytes else longest_that_fits(needed, memory_bytes, at_most, known)
     except SbftError as error:
         return Row(recipe.method, checkpointing, size, None, str(error), None, None, command)
-    fits = prediction.needed_bytes <= memory_bytes
-    return Row(recipe.method, checkpointing, size, prediction, None, fits, longest, command)
+    verdict = does_it_fit(prediction.needed_bytes, memory_bytes)
+    return Row(recipe.method, checkpointing, size, prediction, None, verdict, longest, command)
 
 
 def longest_that_fits(

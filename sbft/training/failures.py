@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +49,8 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
         yield stage
     except (Exception, KeyboardInterrupt) as error:
         told = _told(error, recipe, record, output, stage)
+        if record.status == "unfinished":  # else it says more already
+            record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         if is_out_of_memory(error):
             record.status = "oom"
             # That a model does not fit is a result too, even before there is anything to train.
@@ -70,8 +71,8 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
 def _told(error: BaseException, recipe: Recipe, record: RunRecord, output: RunFolder, stage: Stage) -> BaseException:
     """The error in sentences for the user; the error itself where sbft knows nothing to add."""
     if is_out_of_memory(error):
-        advised = _out_of_memory(recipe, record, stage)
-        return TrainingError(advised + _where_to_go_on(record, output, stage, advised))
+        advice = _out_of_memory(recipe, record, stage)
+        return TrainingError(advice.text + _where_to_go_on(record, output, stage, advice))
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(signal_of(error), _interrupted(record, output, stage))
     if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
@@ -92,18 +93,18 @@ def _save_if_there_is_room(record: RunRecord, output: RunFolder) -> None:
         logger.warning(str(error))
 
 
-def _where_to_go_on(record: RunRecord, output: RunFolder, stage: Stage, advised: str = "") -> str:
+def _where_to_go_on(record: RunRecord, output: RunFolder, stage: Stage, advice: Advice | None = None) -> str:
     """The checkpoint that a failure in training has left, and whether what was advised can be set for the rest of it."""
     checkpoint = find_checkpoint(output.folder) if output.open and not stage.trained else None
     if checkpoint is None:
         return ""
     whole = f" The last checkpoint, {checkpoint}, is whole"
-    switch = re.search(r"--set (([\w.]+)=[^\s.]\S*?)[.,]?(?= |$)", advised)
-    if switch is None:
-        return f"{whole}. To go on from it, type: {resume_command(record, output)}"
-    if is_fixed(switch[2]):
-        return f"{whole}, but {switch[2]} cannot be changed half-way: a run with another begins anew."
-    return f"{whole}. To go on from it with that, type: {resume_command(record, output)} --set {switch[1]}"
+    if advice is None:
+        return f"{whole}. To resume from it, type: {resume_command(record, output)}"
+    key = advice.switch.partition("=")[0]
+    if is_fixed(key):
+        return f"{whole}, but {key} cannot be changed half-way: a run with another begins anew."
+    return f"{whole}. To resume from it with that, type: {resume_command(record, output)} --set {advice.switch}"
 
 
 def resume_command(record: RunRecord, output: RunFolder) -> str:
@@ -126,16 +127,30 @@ def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
     return ", with no checkpoint to go on from. Type the command again to start over."
 
 
-def _out_of_memory(recipe: Recipe, record: RunRecord, stage: Stage) -> str:
+def _out_of_memory(recipe: Recipe, record: RunRecord, stage: Stage) -> Advice:
     if stage.evaluating:
         return evaluation_advice(
             recipe, "half-trained" if stage.within_training else "trained" if stage.trained else "untrained"
         )
-    return advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size)
+    return training_advice(recipe, record.memory, record.peak_memory_bytes, record.per_device_batch_size)
 
 
-def evaluation_advice(recipe: Recipe, which: Literal["untrained", "half-trained", "trained"]) -> str:
-    """Sentences that say what to type when memory ran out while the model was measured.
+@dataclass(frozen=True)
+class Advice:
+    """What to do where memory ran out, or will."""
+
+    part: str
+    """What takes the most of it, such as "the activations"."""
+    switch: str
+    """The setting that lowers the peak most: key=value, as `--set` takes it."""
+    remedy: str
+    """What to type, with what it costs."""
+    text: str
+    """The whole of it in sentences."""
+
+
+def evaluation_advice(recipe: Recipe, which: Literal["untrained", "half-trained", "trained"]) -> Advice:
+    """What to type when memory ran out while the model was measured.
 
     Args:
         recipe: the resolved recipe.
@@ -149,10 +164,11 @@ def evaluation_advice(recipe: Recipe, which: Literal["untrained", "half-trained"
     others = ["--set evaluation.limit=N to measure on fewer examples"]
     if which == "untrained":
         others.append("--set evaluation.before=false to leave this measurement out")
-    return (
+    text = (
         f"Out of memory while the {which} model was measured, {size} examples at once. What lowers it most: add "
         f"--set {switch}. Or add {', or '.join(others)}."
     )
+    return Advice("the activations", switch, f"--set {switch}", text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -162,8 +178,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in _MESSAGES)
 
 
-def advice(recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None, batch_size: int) -> str:
-    """Sentences that say which part was largest, and what to type.
+def training_advice(
+    recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None, batch_size: int
+) -> Advice:
+    """Which part was largest when memory ran out in training, and what to type.
 
     Args:
         recipe: the resolved recipe.
@@ -178,12 +196,12 @@ def advice(recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None
     }
     known = sum(parts.values())
     parts["the activations"] = max((peak_bytes or 0) - known, 0)
-    if recipe.training.get("gradient_checkpointing"):
-        activations = f"data.max_length={max(recipe.data.max_length // 2, 1)} (it cuts longer examples)"
-    else:
-        activations = "training.gradient_checkpointing=true (a third slower)"
     if batch_size > 1:
-        activations = "training.per_device_train_batch_size=1 (training is as good at batch size 1)"
+        activations, cost = "training.per_device_train_batch_size=1", "training is as good at batch size 1"
+    elif recipe.training.get("gradient_checkpointing"):
+        activations, cost = f"data.max_length={max(recipe.data.max_length // 2, 1)}", "it cuts longer examples"
+    else:
+        activations, cost = "training.gradient_checkpointing=true", "a third slower"
     accumulates = recipe.training.get("gradient_accumulation_steps", 1) > 1
     clips = float(recipe.training.get("max_grad_norm") or 0) > 0
     can_release = "gradient_release" in METHODS[recipe.method].settings and not accumulates and not clips
@@ -199,8 +217,13 @@ def advice(recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None
     switch = next(
         (switches[part] for part in sorted(parts, key=lambda part: -parts[part]) if switches[part]), activations
     )
-    smaller = " or take a smaller model" if largest == "the weights" and not switches[largest] else ""
-    return (
+    remedy = f"--set {switch}"
+    if switch == activations:
+        remedy += f" ({cost})"
+    if largest == "the weights" and not switches[largest]:
+        remedy += " or take a smaller model"
+    text = (
         f"Out of memory. Largest were {largest} (as far as seen before it ran out: {figures}). "
-        f"What lowers it most: add --set {switch}{smaller}."
+        f"What lowers it most: add {remedy}."
     )
+    return Advice(largest, switch, remedy, text)

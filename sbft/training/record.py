@@ -15,10 +15,12 @@ from typing import Any
 from sbft import atomic
 from sbft.redaction import without_secrets
 
-SCHEMA = 1
+SCHEMA = 2
+_READ = (1, 2)
 FILE_NAME = "run.json"
-UNFINISHED = "the run has not finished"
-"""The error of a record whose run is still going on, or was killed: no result."""
+_UNFINISHED_1 = "the run has not finished"
+_INTERRUPTED_1 = ("Stopped by Ctrl-C", "Stopped by SIGTERM")
+"""How the error of a record of schema 1 begins whose run has not finished, or was told to stop."""
 PACKAGES = ("sbft", "torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "liger-kernel")
 
 
@@ -30,8 +32,9 @@ class RunRecord:
     model: str
     dataset: str
     seed: int
-    status: str = "error"
-    """`ok`, `oom`, `error`, or `unsupported` where the machine or a missing package forbids the method."""
+    status: str = "unfinished"
+    """`ok`, `oom`, `error`, `unsupported` where the machine or a missing package forbids the method, `interrupted` where
+    somebody told the run to stop, `unfinished` while it is still going on, or was killed."""
     error: str | None = None
     device: str = ""
     dtype: str = ""
@@ -108,10 +111,22 @@ class RunRecord:
         Raises:
             ValueError: if it has another schema.
         """
-        schema = content.get("schema")
-        if schema != SCHEMA:
-            raise ValueError(f"{source} has schema {schema}, expected {SCHEMA}")
-        return cls(**{name: value for name, value in content.items() if name != "schema"})
+        content = dict(content)
+        schema = content.pop("schema", None)
+        if schema not in _READ:
+            raise ValueError(f"{source} has schema {schema}, expected {' or '.join(map(str, _READ))}")
+        if schema == 1 and content["status"] == "error":
+            error = content["error"] or ""
+            if error == _UNFINISHED_1:
+                content |= {"status": "unfinished", "error": None}
+            elif error.startswith(_INTERRUPTED_1):
+                content["status"] = "interrupted"
+        return cls(**content)
+
+    @property
+    def is_result(self) -> bool:
+        """Whether the run came to an end of its own, good or bad."""
+        return self.status not in ("unfinished", "interrupted")
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:

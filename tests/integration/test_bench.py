@@ -38,7 +38,6 @@ from sbft.bench.runs import (
 from sbft.bench.suite import Suite, load_suite
 from sbft.cli.app import app
 from sbft.methods import METHODS
-from sbft.training.record import UNFINISHED
 
 PATIENCE_S = 120
 
@@ -111,7 +110,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> t
     assert read_run(out, first) is None
 
     killed = bench(path, "--output-dir", out)
-    wait_for(lambda: (record := stored_record(run_folder(out, first))) and record.error == UNFINISHED)
+    wait_for(lambda: (record := stored_record(run_folder(out, first))) and record.status == "unfinished")
     killed.kill()
     killed.communicate()
     assert read_run(out, first) is None
@@ -299,7 +298,7 @@ def left_by_sigint(suite: Suite, folder: Path) -> ActiveProcess:
     stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To go on, type: sbft train x"
     active = ended(suite, folder, f"print('Error: {stopped}'); raise SystemExit(130)")
     record = write_unsupported(suite, folder, active.run, stopped)
-    record.status = "error"
+    record.status = "interrupted"
     record.save(active.folder)
     return active
 
@@ -315,7 +314,7 @@ def test_a_run_that_somebody_stopped_is_no_result(code: str | None, content: dic
     assert conclude(suite, active) is None
     assert read_run(tmp_path, active.run) is None
     record = stored_record(active.folder)
-    assert record is not None and (record.status, record.error) == ("error", UNFINISHED)
+    assert record is not None and record.status == "interrupted" and (record.error or "").startswith("Stopped by ")
 
 
 @pytest.mark.parametrize("stage", ["loading", "training"])

@@ -137,7 +137,8 @@ def test_what_goes_wrong_after_training_does_not_cost_the_model(
     with pytest.raises((TrainingError, ValueError)):
         run(recipe("out", eval_data=str(data / "test.jsonl")))
     record = RunRecord.load(out)
-    assert record.status == ("oom" if isinstance(error, MemoryError) else "error") and record.error is not None
+    statuses = {MemoryError: "oom", KeyboardInterrupt: "interrupted", ValueError: "error"}
+    assert record.status == statuses[type(error)] and record.error is not None
     assert f"The trained model lies in {out}. To measure it, type: sbft eval {out}" in record.error
     assert ("evaluation.batch_size=8" in record.error) == isinstance(error, MemoryError)
     assert "evaluation.before" not in record.error and "gradient_checkpointing" not in record.error

@@ -10,7 +10,6 @@ from sbft.bench.report import write_report
 from sbft.bench.runner import prepare
 from sbft.bench.runs import RUNS_FOLDER, possible_runs, read_process, read_run, run_folder
 from sbft.errors import DataError
-from sbft.training.record import UNFINISHED
 from tests.unit.report_cases import crowd, leave, record, store, suite
 
 
@@ -55,7 +54,7 @@ def test_unfinished_runs_stay_behind(tmp_path):
     store(one, tmp_path)
     finished, unfinished = possible_runs(one)[:2]
     leave(tmp_path, finished, record(one, finished))
-    leave(tmp_path, unfinished, record(one, unfinished, status="error", error=UNFINISHED))
+    leave(tmp_path, unfinished, record(one, unfinished, status="unfinished"))
     assert archive(tmp_path) == 1
     assert read_run(tmp_path, finished) is not None and read_run(tmp_path, unfinished) is None
 

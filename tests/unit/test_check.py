@@ -479,8 +479,8 @@ def test_the_time_is_that_of_a_run_which_was_alike(make: Make, tmp_path: Path) -
 
 def test_a_peak_beside_the_memory_there_is(make: Make) -> None:
     prepared, predicted = prepare(make()), Predicted(90, {"weights": 20, "activations": 70})
-    assert fit(prepared, predicted, 100) is None
-    hardly = fit(prepared, predicted, 99)
+    assert fit(prepared, predicted, 95) is None
+    hardly = fit(prepared, predicted, 94)
     assert hardly is not None and (hardly.key, hardly.severity) == ("hardly-fits", "warning")
     at_most = fit(prepared, predicted, 90)
     assert at_most is not None and at_most.severity == "warning"

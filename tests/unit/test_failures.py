@@ -20,10 +20,10 @@ from sbft.cli.launch import _end, _wait, launch
 from sbft.errors import DataError, DiskError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.training.failures import (
-    advice,
     evaluation_advice,
     failures_recorded,
     is_out_of_memory,
+    training_advice,
 )
 from sbft.training.interrupt import StopBetweenSteps
 from sbft.training.output import RunFolder, check_output_folder
@@ -63,16 +63,17 @@ def test_the_advice_names_the_largest_part_and_a_switch_for_it(
 ) -> None:
     recipe = given(*overrides)
     sizes = {name: None if size is None else size * GIB for name, size in memory.items()}
-    said = advice(recipe, sizes, 16 * GIB, recipe.training["per_device_train_batch_size"])
-    assert f"Largest were the {largest}" in said and switch in said
+    told = training_advice(recipe, sizes, 16 * GIB, recipe.training["per_device_train_batch_size"])
+    assert told.part == f"the {largest}" and f"Largest were the {largest}" in told.text
+    assert switch in told.remedy and told.remedy in told.text and f"--set {told.switch}" in told.remedy
 
 
 def test_the_advice_for_an_evaluation_is_about_the_evaluation() -> None:
-    before = evaluation_advice(given("evaluation.batch_size=8"), "untrained")
+    before = evaluation_advice(given("evaluation.batch_size=8"), "untrained").text
     for part in ("untrained", "8 examples", "evaluation.batch_size=4", "evaluation.limit=", "evaluation.before=false"):
         assert part in before
     assert "gradient" not in before
-    after = evaluation_advice(given("evaluation.batch_size=1"), "trained")
+    after = evaluation_advice(given("evaluation.batch_size=1"), "trained").text
     assert "evaluation.before" not in after and "batch_size=" not in after and "data.max_length=" in after
 
 

@@ -21,7 +21,7 @@ from sbft.recipe import load_recipe, resolve
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 from sbft.training.methods import prepare_model
 from sbft.training.prepared import evaluation_rows, read_splits
-from sbft.training.record import UNFINISHED, RunRecord
+from sbft.training.record import RunRecord
 from tests.tiny import save_tiny
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(40)]
@@ -191,7 +191,7 @@ def test_a_record_of_a_run_under_way_says_so(train: Train, tmp_path: Path) -> No
             found.append(RunRecord.load(tmp_path / "sbft"))
 
     train("sbft", "training.max_steps=1", callbacks=[Look()])
-    assert (found[0].status, found[0].error) == ("error", UNFINISHED)
+    assert (found[0].status, found[0].error) == ("unfinished", None)
 
 
 @pytest.mark.parametrize(("method", "tied"), [("sbft", True), ("sbft", False), ("adam", True), ("hf-adafactor", False)])

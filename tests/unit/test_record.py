@@ -1,9 +1,10 @@
-"""The run record: schema 1 as other programs read it."""
+"""The run record: schema 2 as other programs read it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from sbft.training.card import card
 from sbft.training.record import RunRecord, git_commit, quantiles, versions
 
 # The keys that a suite reads, as the design gives them.
-SCHEMA_1 = {
+KEYS = {
     "schema", "status", "error", "method", "seed", "model", "dataset", "device", "dtype", "parameters",
     "trainable_parameters", "per_device_batch_size", "gradient_accumulation_steps", "world_size", "steps", "tokens",
     "second_moment_half_life", "learning_rate", "peak_memory_bytes", "memory_kind", "memory", "step_s", "optimizer_s",
@@ -20,15 +21,15 @@ SCHEMA_1 = {
 }  # fmt: skip
 
 
-def record() -> RunRecord:
-    return RunRecord(method="sbft", model="builtin:smollm2-135m", dataset="my.jsonl", seed=0)
+def record(**changes: Any) -> RunRecord:
+    return RunRecord(method="sbft", model="builtin:smollm2-135m", dataset="my.jsonl", seed=0, **changes)
 
 
-def test_it_holds_every_key_of_schema_1_and_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_it_holds_every_key_of_schema_2_and_comes_back_as_it_was(tmp_path: Path) -> None:
     mine = record()
     mine.metrics = {"loss": 1.5}
     path = mine.save(tmp_path)
-    assert not SCHEMA_1 - set(json.loads(path.read_text()))
+    assert not KEYS - set(json.loads(path.read_text()))
     assert RunRecord.load(tmp_path) == mine
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
@@ -58,10 +59,27 @@ def test_a_loss_that_was_not_finite_is_null_in_the_history_too(tmp_path: Path) -
     assert RunRecord.load(tmp_path).history == [{"step": 1, "tokens": 10, "loss": None, "learning_rate": 1e-4}]
 
 
+@pytest.mark.parametrize(
+    ("error", "status", "is_result"),
+    [
+        ("the run has not finished", "unfinished", False),
+        ("Stopped by Ctrl-C; the last checkpoint lies in x.", "interrupted", False),
+        ("Stopped by SIGTERM.", "interrupted", False),
+        ("ValueError: Stopped by nothing", "error", True),
+    ],
+)
+def test_what_schema_1_told_by_its_error_is_a_status(error: str, status: str, is_result: bool, tmp_path: Path) -> None:
+    path = record(status="error", error=error).save(tmp_path)
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
+    read = RunRecord.load(tmp_path)
+    assert (read.status, read.is_result) == (status, is_result)
+    assert read.error == (None if status == "unfinished" else error)
+
+
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     path = record().save(tmp_path)
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(ValueError, match="schema 2, expected 1"):
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 3'))
+    with pytest.raises(ValueError, match="schema 3, expected 1 or 2"):
         RunRecord.load(tmp_path)
 
 

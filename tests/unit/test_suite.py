@@ -23,7 +23,7 @@ from sbft.bench.runs import (
 )
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
 from sbft.errors import RecipeError
-from sbft.training.record import UNFINISHED, RunRecord
+from sbft.training.record import RunRecord
 
 CONTENT: dict[str, Any] = {
     "summary": "A small one.",
@@ -268,12 +268,12 @@ def test_where_every_rate_failed_there_is_none_and_the_reason(suite: Suite, tmp_
 
 def test_an_interrupted_run_is_none(suite: Suite, tmp_path: Path) -> None:
     run = validation_runs(suite)[0]
-    finished(suite, tmp_path, run, status="error", error=UNFINISHED)
+    finished(suite, tmp_path, run, status="unfinished")
     assert read_run(tmp_path, run) is None
     # What a run leaves whose runner was killed before it could say so.
     stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To go on, type: sbft train x"
     other = validation_runs(suite)[1]
-    finished(suite, tmp_path, other, status="error", error=stopped)
+    finished(suite, tmp_path, other, status="interrupted", error=stopped)
     assert read_run(tmp_path, other) is None and plan(suite, tmp_path)[1].state == "to do"
 
 

@@ -8,15 +8,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from sbft.planning.checks.finding import Finding
+from sbft.planning.fit import SURE, does_it_fit
 from sbft.planning.predict import Prediction
 from sbft.recipe import Recipe
-from sbft.training.failures import advice
+from sbft.training.failures import training_advice
 from sbft.training.prepared import Prepared
-
-# A prediction that leaves less than this share of the memory free may come out above it.
-MARGIN = 0.1
-# What `advice` puts before the switch that it names.
-_ADD = "What lowers it most: add "
 
 
 class Predict(Protocol):
@@ -44,20 +40,21 @@ class Predict(Protocol):
 def fit(prepared: Prepared, prediction: Prediction, available_bytes: int) -> Finding | None:
     """What there is to say of a predicted peak beside the memory there is; None where there is room."""
     peak = prediction.peak_bytes
-    if peak <= (1 - MARGIN) * available_bytes:
+    verdict = does_it_fit(peak, available_bytes)
+    if verdict == "yes":
         return None
-    over = peak > available_bytes
+    over = verdict == "no"
     sizes = f"{gib(peak)} are needed at the peak ({prediction.phase}), and {gib(available_bytes)} are there"
     known: dict[str, int | None] = {
         name: prediction.parts.get(name) for name in ("weights", "gradients", "optimizer_state")
     }
-    told = advice(prepared.recipe, known, peak, prepared.arguments.per_device_train_batch_size)
+    advice = training_advice(prepared.recipe, known, peak, prepared.arguments.per_device_train_batch_size)
     return Finding(
         "does-not-fit" if over else "hardly-fits",
         "error" if over else "warning",
         "It will not fit into memory" if over else "It may not fit into memory",
-        f"{sizes}{'' if over else ', less than a tenth more, which the prediction may be wrong by'}.",
-        told.partition(_ADD)[2].removesuffix("."),
+        f"{sizes}{'' if over else f', less than {100 * (1 - SURE):.0f} % more, by which the prediction may be off'}.",
+        advice.remedy,
     )
 
 
