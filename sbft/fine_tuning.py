@@ -322,7 +322,7 @@ def _train(
         raise Interrupted(
             stop.signal,
             f" after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies in "
-            f"{find_checkpoint(output.folder)}. To go on, type: {resume_command(record, output)}",
+            f"{find_checkpoint(output.folder)}. To resume, type: {resume_command(record, output)}",
         )
 
 

@@ -63,7 +63,7 @@ def run_suite(
         raise Interrupted(
             signal_of(interrupt),
             f" with {done} run{'s' * (done != 1)} finished; what was cut off will be made from its "
-            "beginning. To go on, type the same command again.",
+            "beginning. To continue, type the same command again.",
         ) from None
     finally:
         runner.stop()

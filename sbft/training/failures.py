@@ -123,7 +123,7 @@ def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
         return " after training, before all was measured."
     checkpoint = find_checkpoint(output.folder) if output.open else None
     if checkpoint is not None:
-        return f"; the last checkpoint lies in {checkpoint}. To go on, type: {resume_command(record, output)}"
+        return f"; the last checkpoint lies in {checkpoint}. To resume, type: {resume_command(record, output)}"
     return ", with no checkpoint to go on from. Type the command again to start over."
 
 

@@ -45,7 +45,7 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if entries and entries <= _FAILED_EARLY and _failed(folder):
         return
     if entries and not overwrite:
-        again = " --resume to go on from its last checkpoint," if find_checkpoint(folder) else ""
+        again = " --resume to continue from its last checkpoint," if find_checkpoint(folder) else ""
         raise TrainingError(
             f"The output folder {folder} exists and is not empty. Add{again} --overwrite to replace it, or type "
             "another --output-dir."
@@ -137,7 +137,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     if differing:
         raise TrainingError(
             f"The run in {folder} was begun with another recipe, so --resume would mix two: they differ in "
-            f"{', '.join(differing)}. To go on with it, type: sbft train {path} --resume. To replace it, give "
+            f"{', '.join(differing)}. To resume it, type: sbft train {path} --resume. To replace it, give "
             "--overwrite in place of --resume."
         )
 

@@ -76,7 +76,7 @@ def test_a_signal_lets_the_step_end_and_leaves_a_checkpoint(
     out = tmp_path / "out"
     with pytest.raises(Interrupted) as told:
         run(recipe(out, "training.save_strategy='no'"), callbacks=[Tell(number, 3)])
-    command = f"To go on, type: sbft train {out}/recipe.yaml --resume"
+    command = f"To resume, type: sbft train {out}/recipe.yaml --resume"
     assert str(told.value) == (
         f"Stopped by {name} after step 3 of 7; a checkpoint lies in {out}/checkpoint-3. {command}"
     )
@@ -134,7 +134,7 @@ def test_out_of_memory_names_the_switch_and_the_checkpoint_before_it_is_usable(
         switch = "training.gradient_checkpointing=true"
         assert said.startswith("Out of memory. Largest were the activations")
     assert f"add --set {switch}" in said and said.endswith(
-        f"The last checkpoint, {out}/checkpoint-4, is whole. To go on from it with that, type: sbft train "
+        f"The last checkpoint, {out}/checkpoint-4, is whole. To resume from it with that, type: sbft train "
         f"{out}/recipe.yaml --resume --set {switch}"
     )
     assert RunRecord.load(out).status == "oom"
@@ -164,7 +164,7 @@ def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on_when_there_is_roo
     said = str(told.value)
     assert said.startswith(f"The checkpoint of step 4 could not be written to {out}: ") and " are free there" in said
     assert said.endswith(
-        f"The last checkpoint, {out}/checkpoint-2, is whole. To go on from it, type: sbft train {out}/recipe.yaml --resume"
+        f"The last checkpoint, {out}/checkpoint-2, is whole. To resume from it, type: sbft train {out}/recipe.yaml --resume"
     )
     assert RunRecord.load(out).error == said and sound_checkpoint(out) == (out / "checkpoint-2", {})
     run(recipe(out), resume=True)

@@ -163,7 +163,7 @@ def test_a_lost_rank_is_told_of_with_the_checkpoint_to_go_on_from(
             (checkpoint / "complete.json").write_text('{"trainer_state.json": 2}')
             reduce()
     assert time.monotonic() - begun < 30
-    way = f"The last checkpoint, {checkpoint}, is whole. To go on from it, type: sbft train"
+    way = f"The last checkpoint, {checkpoint}, is whole. To resume from it, type: sbft train"
     assert way in str(told.value) and str(told.value).endswith("--resume --num-processes 2")
     assert RunRecord.load(tmp_path / "out").error == str(told.value)
 

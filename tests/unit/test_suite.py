@@ -271,7 +271,7 @@ def test_an_interrupted_run_is_none(suite: Suite, tmp_path: Path) -> None:
     finished(suite, tmp_path, run, status="unfinished")
     assert read_run(tmp_path, run) is None
     # What a run leaves whose runner was killed before it could say so.
-    stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To go on, type: sbft train x"
+    stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To resume, type: sbft train x"
     other = validation_runs(suite)[1]
     finished(suite, tmp_path, other, status="interrupted", error=stopped)
     assert read_run(tmp_path, other) is None and plan(suite, tmp_path)[1].state == "to do"
