@@ -12,10 +12,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/installing.sh
 
-others=()
+promised=""
 case "${1:-}" in
     "") ;;
-    --all) others=($(sed -n 's/.*"Programming Language :: Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml)) ;;
+    --all) promised="$(sed -n 's/.*"Programming Language :: Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml)" ;;
     *) echo "check_install.sh: found '$1', expected nothing or --all." >&2; exit 2 ;;
 esac
 if [ "${SBFT_OFFLINE:-}" = 1 ]; then
@@ -38,7 +38,11 @@ isolated() {
 }
 
 base="${PYTHON:-python3}"
-isolated "$base" -m venv "$scratch/env"
+if ! isolated "$base" -m venv "$scratch/env"; then
+    echo "check_install.sh: '$base' cannot make a virtual environment. On Debian and Ubuntu type:" \
+        "apt-get install python3-venv" >&2
+    exit 1
+fi
 python="$scratch/env/bin/python"
 # One pip for everybody: this one reads what a wheel requires without downloading the wheel.
 if ! isolated "$python" -m pip install --quiet "pip==26.3" >"$scratch/log" 2>&1; then
@@ -93,6 +97,10 @@ resolve_for() { # the Pythons; side by side, since pip mostly waits for answers
     wait
 }
 
+others=()
+for version in $promised; do
+    [ "$version" = "$running" ] || others+=("$version")
+done
 mkdir "$scratch/built"
 resolve_for "$running"
 
@@ -106,10 +114,12 @@ for package in json.load(open(sys.argv[1]))["install"]:
     if not package["download_info"]["url"].endswith(".whl"):
         print("{name}=={version}".format(**package["metadata"]))
 EOF
-    isolated "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch/built" --requirement "$scratch/sources"
+    if [ -s "$scratch/sources" ]; then
+        isolated "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch/built" --requirement "$scratch/sources"
+    fi
     for wheel in "$scratch"/built/*.whl; do
         any="$scratch/built/$(basename "$wheel" | cut -d- -f1,2)-py3-none-any.whl"
-        [ "$wheel" = "$any" ] || mv "$wheel" "$any"
+        [ "$wheel" = "$any" ] || [ ! -e "$wheel" ] || mv "$wheel" "$any"
     done
     resolve_for "${others[@]}"
 fi

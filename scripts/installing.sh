@@ -57,18 +57,20 @@ pip_install() {
 
 # What pip does now: on a terminal one line, written anew every second; elsewhere a line every minute.
 show_progress() { # the process after whose end to stop
-    local start=$SECONDS now fetched
-    while sleep 1 && kill -0 "$1" 2>/dev/null; do
-        now="$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Preparing|Installing)' "$log" | tail -n 1 | sed 's/^ *//')"
+    local start=$SECONDS next=60 now fetched
+    while sleep 1 >/dev/null 2>&1 && kill -0 "$1" 2>/dev/null; do
+        now="$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Preparing|Installing)' "$log" | tail -n 1 |
+            sed -E 's/^ *//; s/-(cp|py)[0-9][^ ]*\.whl/ /; s/ \(from .*//')" || true
         case "$now" in
-            "Installing collected packages"*) now="Installing $(echo "$now" | tr -cd , | wc -c) packages" ;;
+            "Installing collected packages"*) now="Installing $(($(echo "$now" | tr -cd , | wc -c) + 1)) packages" ;;
         esac
-        fetched="$(du -sm "$scratch" 2>/dev/null | cut -f 1)"
-        now="setup.sh: $((SECONDS - start)) s, ${fetched:-0} MB fetched: $now"
+        fetched="$(du -sm "$scratch" | cut -f 1)" 2>/dev/null || true
+        now="setup.sh: $((SECONDS - start)) s, $fetched MB fetched: $now"
         if [ -t 1 ]; then
-            printf '\r\033[K%.*s' "$(($(tput cols 2>/dev/null || echo 80) - 1))" "$now"
-        elif [ $(((SECONDS - start) % 60)) = 59 ]; then
+            printf '\r\033[K%.79s' "$now"
+        elif [ $((SECONDS - start)) -ge $next ]; then
             echo "$now"
+            next=$((next + 60))
         fi
     done
 }
