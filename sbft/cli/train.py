@@ -98,16 +98,14 @@ def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
     import tempfile
     from pathlib import Path
 
-    from sbft.cli.launch import launch
-    from sbft.errors import RecipeError
+    from rich.console import Console
 
-    if recipe.optimizer.gradient_release and recipe.distributed is None:
-        raise RecipeError(
-            f"--num-processes is {processes}, but method {recipe.method} releases each gradient during the backward "
-            "pass, before it could be averaged over replicas of the model. Add --set "
-            f"distributed.fsdp_size={processes} to shard the model over the processes, --set "
-            "optimizer.gradient_release=false to replicate it, or leave --num-processes out."
-        )
+    from sbft.cli.launch import launch
+    from sbft.training.launched import over_processes
+
+    recipe, said = over_processes(recipe, processes)
+    if said is not None:
+        Console(highlight=False).print(said, markup=False)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "recipe.yaml"
         whole.write_text(recipe.to_yaml(), encoding="utf-8")

@@ -186,7 +186,7 @@ def test_two_processes_train_together(tiny_dir: Path, data: Path, tmp_path: Path
         ),
         *("--num-processes", "2", "--set", "training.logging_steps=3"),
     ]
-    refused = CliRunner().invoke(app, command)
+    refused = CliRunner().invoke(app, [*command, "--method", "muon"])
     assert refused.exit_code == 2 and "optimizer.gradient_release=false" in refused.stderr
     assert not (tmp_path / "out").exists()
     # Its processes print for themselves: to the real stdout, which a runner does not see.
