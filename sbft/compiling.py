@@ -40,7 +40,7 @@ def build(
     Raises:
         CompilerMissing: if no compiler is found or it fails.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     folder = cache_dir() / "kernels" if folder is None else folder
     target = folder / f"{source.stem}-{_fingerprint(source, compiler, [*flags, *libraries], facts)}.so"
     if target.exists():
@@ -59,7 +59,12 @@ def build(
     return target
 
 
-def _compiler() -> str:
+def find_compiler() -> str:
+    """The name or path of the compiler that `build` runs.
+
+    Raises:
+        CompilerMissing: if there is none.
+    """
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and shutil.which(name):
             return name

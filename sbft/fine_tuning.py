@@ -80,8 +80,7 @@ def run(
         SbftError: if the run cannot begin, or ended early: out of memory, interrupted, no finite loss.
     """
     begun = time.perf_counter()
-    given = resolve(recipe)
-    recipe = as_launched(given)
+    recipe, spread = as_launched(resolve(recipe))
     folder = Path(str(recipe.output_dir))
     check_output_folder(folder, resume=resume, overwrite=overwrite)
     if overwrite:
@@ -95,8 +94,8 @@ def run(
     output = RunFolder(folder, resume, main=arguments.process_index == 0)
     if checkpoint is not None and damaged:
         say(f"Warning: {describe_damage(damaged, checkpoint)}")
-    if recipe.distributed != given.distributed:
-        say(f"The model is sharded over {arguments.world_size} processes, as accelerate's launch config asks")
+    if spread is not None:
+        say(spread)
     say(f"Reading {recipe.data.train}")
     prepared = prepare(recipe, arguments, say)
     part = held_out_part(prepared)

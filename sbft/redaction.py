@@ -23,9 +23,14 @@ def holds_secret(text: str) -> bool:
     return _SECRET.search(text) is not None
 
 
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable of this name is likely to hold a password or a token."""
+    return _NAME_OF_ONE.search(variable) is not None
+
+
 def without_secrets(text: str) -> str:
     """The text with `***` in the place of passwords and tokens, those among them that the environment holds."""
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _NAME_OF_ONE.search(name) and not value.startswith("/"):
+        if len(value) >= _SHORTEST and names_secret(name) and not value.startswith("/"):
             text = text.replace(value, HIDDEN)
     return _SECRET.sub(HIDDEN, text)

@@ -6,7 +6,6 @@ import difflib
 import math
 import re
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sbft.recipe.draft import Draft
 from sbft.recipe.nearest import nearest
 from sbft.recipe.pretraining import is_pretraining
 from sbft.recipe.schema import DataConfig, EvaluationConfig
+from sbft.shipped import shipped_file, shipped_names
 
 Key = tuple[str, ...]
 
@@ -124,8 +124,7 @@ class Suite(_Section):
 
 def suite_names() -> list[str]:
     """Names of the suites that ship with sbft."""
-    folder = resources.files("sbft") / "suites"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return shipped_names("suites")
 
 
 def find_suite(source: str | Path) -> Path:
@@ -138,7 +137,7 @@ def find_suite(source: str | Path) -> Path:
     if path.is_file():
         return path
     if str(source) in suite_names():
-        return Path(str(resources.files("sbft") / "suites" / f"{source}.yaml"))
+        return shipped_file("suites", str(source))
     near = difflib.get_close_matches(str(source), suite_names(), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise RecipeError(

@@ -39,10 +39,10 @@ def batch_size(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Find the smallest batch at full throughput: times training with 1, 2, 4, ... of the longest examples.
+    """Find the smallest batch at full throughput.
 
-    Small batches train as well as large ones, so that more than this gains nothing; a few hundred tokens a device are
-    where to begin. The model stays as it is.
+    It times training with 1, 2, 4, ... of the longest examples, and leaves the model as it is. Small batches train as well
+    as large ones, so that more than this gains nothing; a few hundred tokens a device are where to begin.
     """
     with starting():
         from sbft.recipe import load_recipe, resolve

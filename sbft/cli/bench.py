@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sbft.cli import completion
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.starting import starting
 
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        str | None, typer.Argument(help="YAML file, or a suite that ships with sbft; none: list those.")
+        str | None,
+        typer.Argument(
+            help="YAML file, or a suite that ships with sbft; none: list those.",
+            autocompletion=completion.suites_and_files,
+        ),
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for the runs; runs/SUITE if not given.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their time; run nothing.")] = False,
@@ -45,7 +50,10 @@ def bench(
     ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare methods: sbft bench SUITE makes all of its runs, and goes on where it was stopped."""
+    """Compare methods: make all runs of a suite, and its report.
+
+    The same command goes on where it was stopped.
+    """
     with starting():
         from sbft.bench.plan import listing
         from sbft.bench.suite import find_suite, load_suite, uneven_grids

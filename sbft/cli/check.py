@@ -43,7 +43,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Say before training: is it valid, will it fit, how long will it take, what will go wrong.
+    """Say if a recipe is valid, if it fits, and how long it takes.
+
+    And what is likely to go wrong, with what to type against it. Nothing is trained.
 
     Exit code 0: nothing is wrong; 1: there are warnings; 2: there are errors.
     """

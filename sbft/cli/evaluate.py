@@ -54,7 +54,10 @@ def evaluate(
     allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Measure a model: loss, perplexity, and metrics of its generated answers; or public tasks."""
+    """Measure a model on your data, or on public tasks.
+
+    What is measured: loss, perplexity, and metrics of the answers that the model generates.
+    """
     with shown_as_a_paragraph(traceback):
         _refuse_contradictions(
             harness,

@@ -34,7 +34,10 @@ def export(
     trust_remote_code: TrustRemoteCodeOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Write a trained model as plain safetensors, an adapter merged into its base; or extract an adapter from it."""
+    """Write a trained model for other tools, or as an adapter.
+
+    A model becomes plain safetensors, an adapter merged into its base. With --as-lora an adapter is extracted from a model.
+    """
     with shown_as_a_paragraph(traceback):
         _refuse_contradictions(as_lora, no_eval, max_shard_size)
         with starting():

@@ -20,7 +20,10 @@ def generate(
     allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Print a model's answer to a prompt, put to it as in training; always the likeliest token."""
+    """Print a model's answer to a prompt.
+
+    The prompt is put to the model as in training, and each token of the answer is the likeliest.
+    """
     with shown_as_a_paragraph(traceback):
         with starting():
             from sbft.cli.quiet import quiet_libraries

@@ -6,15 +6,22 @@ from typing import Annotated
 
 import typer
 
+from sbft.cli import completion
 from sbft.methods import METHODS
 
 RecipeArgument = Annotated[
-    str | None, typer.Argument(help="YAML file, or a recipe that ships with sbft: sbft recipes ls.")
+    str | None,
+    typer.Argument(
+        help="YAML file, or a recipe that ships with sbft: sbft recipes ls.",
+        autocompletion=completion.recipes_and_files,
+    ),
 ]
 ModelOption = Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")]
 DataOption = Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")]
 EvalDataOption = Annotated[str | None, typer.Option(help="Data to measure the result on.")]
-MethodOption = Annotated[str | None, typer.Option(help=f"One of {', '.join(METHODS)}.")]
+MethodOption = Annotated[
+    str | None, typer.Option(help=f"One of {', '.join(METHODS)}.", autocompletion=completion.methods)
+]
 OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and its record.")]
 SetOption = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sbft.cli import completion
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.options import TrustRemoteCodeOption
 from sbft.cli.starting import starting
@@ -39,6 +40,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME,NAME",
+            autocompletion=completion.lists_of_methods,
             help=f"Some of {', '.join(METHODS)}; where it is not given, all whose packages are installed.",
         ),
     ] = None,
@@ -46,9 +48,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines: bytes.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Predict each method's peak memory and the longest sequence that fits: sbft plan --model M.
+    """Predict each method's peak memory, and what fits.
 
-    Only the model's config is read. All tokens are taken to have a label.
+    Type sbft plan --model M. Only the model's config is read. All tokens are taken to have a label.
     """
     with shown_as_a_paragraph(traceback):
         with starting():

@@ -23,7 +23,7 @@ def prepare_data(
     overrides: SetOption = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Make the tokens that a pretraining recipe trains on: sbft prepare-data RECIPE.
+    """Make the tokens that a pretraining recipe trains on.
 
     Text of the hub is streamed until there are as many as the recipe trains on. What was cut off goes on with the same
     command, and comes to the same bytes.

@@ -6,12 +6,18 @@ from typing import Annotated
 
 import typer
 
+from sbft.cli import completion
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.options import MethodOption, OutputOption, OverwriteOption, ProcessesOption, ResumeOption, SetOption
 from sbft.cli.starting import starting
 
 RecipeOfText = Annotated[
-    str | None, typer.Argument(metavar="RECIPE", help="YAML file, or a recipe that ships with sbft: pretrain-stdlib.")
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="YAML file, or a recipe that ships with sbft: pretrain-stdlib.",
+        autocompletion=completion.recipes_of_text,
+    ),
 ]
 FreshModelOption = Annotated[
     str | None, typer.Option(help="scratch:1m (or 0.4m, 3m, 30m, 124m, 1.3b), or a checkpoint.")
@@ -33,7 +39,9 @@ def pretrain(
     num_processes: ProcessesOption = 1,
     traceback: TracebackOption = False,
 ) -> None:
-    """Pretrain a model: sbft pretrain RECIPE, or sbft pretrain --model scratch:1m --data builtin:python-stdlib.
+    """Train a fresh model, or a checkpoint further, on plain text.
+
+    Type sbft pretrain RECIPE, or sbft pretrain --model scratch:1m --data builtin:python-stdlib.
 
     As sbft train, with the defaults of pretraining: 20 tokens a parameter, examples of 512, a cosine to zero after 5%
     of warm-up, a second moment with a half-life of 10 million tokens.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sbft.cli import completion
 from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.starting import starting
+
+if TYPE_CHECKING:
+    from sbft.recipe import Recipe
 
 app = typer.Typer(
     help="List, show and copy the recipes that ship with sbft.", no_args_is_help=True, rich_markup_mode=None
@@ -17,34 +23,76 @@ app = typer.Typer(
 @app.command("ls")
 def ls() -> None:
     """List the recipes, each with what it does."""
-    from sbft.recipe.draft import recipe_names, recipe_text
+    from sbft.shipped import shipped_names, summary_of_recipe
 
-    names = recipe_names()
-    width = max(map(len, names))
+    names = shipped_names("recipes")
+    column = max(map(len, names)) + 2
     for name in names:
-        print(f"{name:<{width}}  {recipe_text(name).splitlines()[1].lstrip('# ')}")
-    print("\nNext: sbft train quickstart, or sbft recipes cp quickstart my.yaml to change it first.")
+        print(_in_columns(name, summary_of_recipe(name), column))
+    print("\nNext: sbft train quickstart\n\nTo change a recipe first, type: sbft recipes cp quickstart my.yaml")
+
+
+def _in_columns(name: str, text: str, column: int) -> str:
+    """One line; on a terminal as many as its width takes, where words would else be cut in two."""
+    import shutil
+    import textwrap
+
+    if not sys.stdout.isatty():
+        return f"{name:<{column}}{text}"
+    width = max(shutil.get_terminal_size().columns, 2 * column)
+    return textwrap.fill(text, width, initial_indent=f"{name:<{column}}", subsequent_indent=" " * column)
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Name of a recipe.")], traceback: TracebackOption = False) -> None:
-    """Print a recipe."""
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE", help="Name of a recipe, or a YAML file.", autocompletion=completion.recipes_and_files
+        ),
+    ],
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="All settings, with those that the method fills in.")
+    ] = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Print a recipe, or with --resolved all of its settings."""
     with shown_as_a_paragraph(traceback):
-        from sbft.recipe.draft import recipe_text
+        if resolved:
+            with starting():
+                from sbft.recipe import load_recipe
+            print(_whole(load_recipe(name), name), end="")
+            return
+        from sbft.recipe.draft import source_text
 
-        print(recipe_text(name), end="")
+        print(source_text(name)[0], end="")
+
+
+def _whole(recipe: Recipe, source: str) -> str:
+    """Every setting as YAML, which runs as the recipe does; it begins, as recipes do, with the command."""
+    from sbft.recipe import for_pretraining, resolve
+    from sbft.recipe.pretraining import is_pretraining
+
+    pretrains = is_pretraining(recipe.model_dump(exclude_unset=True))
+    verb = "pretrain" if pretrains else "train"
+    whole = resolve(for_pretraining(recipe) if pretrains else recipe)
+    return f"# sbft {verb} {source}\n# All settings, with those that sbft {verb} fills in.\n\n{whole.to_yaml()}"
 
 
 @app.command("cp")
 def cp(
-    name: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    name: Annotated[str, typer.Argument(help="Name of a recipe.", autocompletion=completion.recipes)],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="File or folder to copy it to.")],
     traceback: TracebackOption = False,
 ) -> None:
-    """Copy a recipe to a file of your own; an existing file is never overwritten."""
+    """Copy a recipe to a file of your own.
+
+    An existing file is never overwritten.
+    """
     with shown_as_a_paragraph(traceback):
         from sbft.errors import RecipeError
         from sbft.recipe.draft import recipe_text
+        from sbft.shipped import verb_of_recipe
 
         text = recipe_text(name)
         target = destination / f"{name}.yaml" if destination.is_dir() else destination
@@ -53,5 +101,4 @@ def cp(
         if not target.parent.is_dir():
             raise RecipeError(f"There is no folder {target.parent}. Type: mkdir -p {target.parent}")
         target.write_text(text, encoding="utf-8")
-        verb = text.split()[2]  # a recipe begins with the command that runs it
-        print(f"Wrote {target}. Next: sbft {verb} {target}")
+        print(f"Wrote {target}. Next: sbft {verb_of_recipe(name)} {target}")

@@ -22,7 +22,10 @@ def report(
     ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare the runs in a folder: print their table, and write it and its pictures beside them."""
+    """Compare the runs in a folder by tables and pictures.
+
+    The table is printed; it and the pictures are written beside the runs.
+    """
     with shown_as_a_paragraph(traceback):
         from sbft.bench.report import export_peft_json, write_report
 

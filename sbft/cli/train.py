@@ -46,7 +46,10 @@ def train(
     allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Fine-tune a model: sbft train RECIPE, or sbft train --model M --data D."""
+    """Fine-tune a model on your data.
+
+    Type sbft train RECIPE, or sbft train --model M --data D.
+    """
     with starting():
         from sbft.recipe import load_recipe, resolve
     with shown_as_a_paragraph(traceback):
@@ -79,9 +82,15 @@ def train_recipe(chosen: Recipe, *, resume: bool, overwrite: bool, num_processes
 
         from sbft.cli.progress import TrainingProgress
         from sbft.fine_tuning import run
+        from sbft.recipe import in_brief
 
     console = Console(highlight=False, quiet=is_silent_rank())
-    console.print(chosen.to_yaml(), style="dim", markup=False)
+    console.print(in_brief(chosen), style="dim", markup=False, soft_wrap=True)
+    console.print(
+        f"All other settings are those of method {chosen.method}: {chosen.output_dir}/recipe.yaml will hold every one.",
+        markup=False,
+        soft_wrap=not console.is_terminal,
+    )
     progress = TrainingProgress(console)
     record = run(
         chosen,
@@ -98,16 +107,14 @@ def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
     import tempfile
     from pathlib import Path
 
-    from sbft.cli.launch import launch
-    from sbft.errors import RecipeError
+    from rich.console import Console
 
-    if recipe.optimizer.gradient_release and recipe.distributed is None:
-        raise RecipeError(
-            f"--num-processes is {processes}, but method {recipe.method} releases each gradient during the backward "
-            "pass, before it could be averaged over replicas of the model. Add --set "
-            f"distributed.fsdp_size={processes} to shard the model over the processes, --set "
-            "optimizer.gradient_release=false to replicate it, or leave --num-processes out."
-        )
+    from sbft.cli.launch import launch
+    from sbft.training.launched import over_processes
+
+    recipe, said = over_processes(recipe, processes)
+    if said is not None:
+        Console(highlight=False).print(said, markup=False)
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "recipe.yaml"
         whole.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -130,13 +137,15 @@ def _summarize(console: Console, record: RunRecord, folder: str) -> None:
     speed = "" if record.tokens_per_s is None else f", {record.tokens_per_s:.0f} per s"
     console.print(
         f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s or 0:.0f} s{speed}. "
-        f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.\n"
-        + (
-            f"The model lies in {folder}, its record in {folder}/run.json.\n"
-            f'Next: sbft generate {folder} "Your question"'
-            if record.recipe.get("save_model", True)
-            else f"The record lies in {folder}/run.json."
-        ),
+        f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.",
+        markup=False,
+        soft_wrap=not console.is_terminal,
+    )
+    console.print(
+        f"The model lies in {folder}, its record in {folder}/run.json.\n"
+        f'Next: sbft generate {folder} "Your question"'
+        if record.recipe.get("save_model", True)
+        else f"The record lies in {folder}/run.json.",
         markup=False,
         soft_wrap=True,
     )

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 
-def version() -> None:
-    """Show the versions of sbft and of the packages under it."""
+import typer
+
+from sbft.cli.starting import starting
+
+
+def version(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="All that a bug report needs: device, compiler, kernels, memory.")
+    ] = False,
+) -> None:
+    """Show versions; with --verbose all that a bug report needs."""
+    if verbose:
+        with starting():
+            from sbft.cli.installation import installation
+        told = installation()
+        width = max(map(len, told)) + 2
+        for name, text in told.items():
+            print(f"{name:<{width}}{text}")
+        return
     from sbft.training.record import git_commit, versions
 
     for name, number in versions().items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sbft.errors import RecipeError
+from sbft.recipe.brief import in_brief
 from sbft.recipe.defaults import complete
 from sbft.recipe.draft import Draft, recipe_names, recipe_text
 from sbft.recipe.pretraining import is_pretraining, with_defaults
@@ -23,6 +24,7 @@ __all__ = [
     "OptimizerConfig",
     "Recipe",
     "for_pretraining",
+    "in_brief",
     "load_recipe",
     "recipe_names",
     "recipe_text",

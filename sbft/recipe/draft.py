@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from sbft.errors import RecipeError
 from sbft.recipe.shown import shown
+from sbft.shipped import shipped_file, shipped_names
 
 Key = tuple[str, ...]
 
@@ -85,8 +85,7 @@ FLAGS: dict[str, Key] = {
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with sbft."""
-    folder = resources.files("sbft") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return shipped_names("recipes")
 
 
 def recipe_text(name: str) -> str:
@@ -102,7 +101,7 @@ def recipe_text(name: str) -> str:
             f"There is no recipe {name!r}: expected a YAML file or one of {', '.join(recipe_names())}.{hint} "
             "Type `sbft recipes ls` to see them all."
         )
-    return (resources.files("sbft") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    return shipped_file("recipes", name).read_text(encoding="utf-8")
 
 
 _IN_PLAIN_WORDS = (
@@ -148,6 +147,23 @@ def _file_text(path: Path) -> str:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def source_text(source: str | Path) -> tuple[str, str]:
+    """The YAML of a file, or of a recipe that ships with sbft, and what to call it in messages.
+
+    Raises:
+        RecipeError: if there is none, or it is not text.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _file_text(path), str(source)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        raise RecipeError(
+            f"There is no file {str(source)!r}. Type the path of a YAML file, or one of the recipes that ship with "
+            f"sbft: {', '.join(recipe_names())}."
+        )
+    return recipe_text(str(source)), f"recipe {source}"
+
+
 class Draft:
     """The content of a recipe as nested dicts, with the origin of each key."""
 
@@ -165,16 +181,7 @@ class Draft:
         Raises:
             RecipeError: if there is none, or it is not YAML, or not a mapping of keys to values.
         """
-        path = Path(source)
-        if path.is_file():
-            text, name = _file_text(path), str(source)
-        elif path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
-            raise RecipeError(
-                f"There is no file {str(source)!r}. Type the path of a YAML file, or one of the recipes that ship with "
-                f"sbft: {', '.join(recipe_names())}."
-            )
-        else:
-            text, name = recipe_text(str(source)), f"recipe {source}"
+        text, name = source_text(source)
         try:
             content = read_yaml(text)
             # Anew, because reading puts into a mapping what `<<` names, in the place where it was written first.

@@ -122,7 +122,8 @@ def _problems_of_fresh(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
     if content.get("distributed") is not None:
         yield (
             ("distributed",),
-            "shards a checkpoint, and a fresh model has none. Leave it out: --num-processes then replicates the model.",
+            "shards a checkpoint, and a fresh model has none. Leave it out: with optimizer.gradient_release: false, several "
+            "processes replicate the model.",
         )
 
 

@@ -246,4 +246,9 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """The recipe as the file that would load it again."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, width=100)
+        return as_yaml(self.model_dump(mode="json", exclude_none=True))
+
+
+def as_yaml(content: dict[str, Any]) -> str:
+    """The content of a recipe as its file has it."""
+    return yaml.safe_dump(content, sort_keys=False, width=100)

@@ -1,4 +1,4 @@
-"""What `accelerate launch` tells the processes that it starts, in its environment, and what a recipe makes of it."""
+"""What a recipe makes of the processes that were started for it, and of what `accelerate launch` tells them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,55 @@ _OTHER_SETTINGS = {
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def as_launched(recipe: Recipe) -> Recipe:
-    """A resolved recipe with the sharding that accelerate's launch config asks for.
+def over_processes(recipe: Recipe, processes: int) -> tuple[Recipe, str | None]:
+    """A resolved recipe as several processes can train it, and a sentence on what that changes, if anything.
 
-    accelerate would shard the model when training begins, on GPUs alone. The recipe's `distributed` shards it as it is
-    loaded, anywhere, so the one is taken for the other, and this process's environment no longer asks for the first.
+    One that releases gradients and says nothing of how the model is spread is sharded over them: replicas would need all
+    gradients at once, to average them.
+
+    Raises:
+        RecipeError: if that is not possible.
+    """
+    if processes == 1:
+        return recipe, None
+    if recipe.batch_schedule is not None:
+        raise RecipeError(
+            f"The recipe has a batch_schedule, which works in one process, and {processes} are asked for. Leave out one of "
+            "them."
+        )
+    if recipe.distributed is not None or not recipe.optimizer.gradient_release:
+        return recipe, None
+    released = "gradients are released in backward, before replicas could average them"
+    try:
+        sharded = _sharded(recipe, processes)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{processes} processes are asked for, but {released}, and {recipe.model} cannot be sharded with method "
+            f"{recipe.method}. Add --set optimizer.gradient_release=false to replicate it, or train in one process."
+        ) from error
+    return sharded, (
+        f"The model is sharded over {processes} processes (distributed.fsdp_size={processes}): {released}. To replicate it, "
+        "add --set optimizer.gradient_release=false"
+    )
+
+
+def _sharded(recipe: Recipe, processes: int) -> Recipe:
+    return resolve(recipe.model_copy(update={"distributed": DistributedConfig(fsdp_size=processes)}))
+
+
+def as_launched(recipe: Recipe) -> tuple[Recipe, str | None]:
+    """A resolved recipe for the processes that were started, and a sentence on what that changes, if anything.
+
+    What accelerate's launch config asks for comes first, then `over_processes`. accelerate would shard the model when
+    training begins, on GPUs alone. The recipe's `distributed` shards it as it is loaded, anywhere, so the one is taken for the
+    other, and this process's environment no longer asks for the first.
 
     Raises:
         RecipeError: if the launch config asks for what sbft does not do, or the recipe's method is not sharded.
     """
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        return recipe  # it sets this one always
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # it sets this one always
+        return over_processes(recipe, processes)
     for variable, engine in _OTHER_ENGINES.items():
         if _is_on(variable):
             raise RecipeError(
@@ -47,7 +85,7 @@ def as_launched(recipe: Recipe) -> Recipe:
             "Type: sbft train RECIPE --num-processes N, or: torchrun --nproc-per-node N -m sbft train RECIPE."
         )
     if not _is_on(_USES_FSDP):
-        return recipe
+        return over_processes(recipe, processes)
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise RecipeError(
             "accelerate's launch config asks for FSDP 1, and sbft works with FSDP2. Write fsdp_version: 2 into its "
@@ -59,11 +97,11 @@ def as_launched(recipe: Recipe) -> Recipe:
                 f"accelerate's launch config has {setting}: true, and sbft takes from it only that the model is sharded: "
                 f"{instead}, and set it to false."
             )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.distributed is None and processes > 1:
-        recipe = resolve(recipe.model_copy(update={"distributed": DistributedConfig(fsdp_size=processes)}))
     os.environ[_USES_FSDP] = os.environ[_LOADS_ON_ONE] = "false"
-    return recipe
+    if recipe.distributed is not None or processes == 1:
+        return recipe, None
+    said = f"The model is sharded over {processes} processes, as accelerate's launch config asks"
+    return _sharded(recipe, processes), said
 
 
 def _is_on(variable: str) -> bool:

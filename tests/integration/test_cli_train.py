@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
@@ -55,7 +56,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, data: Path
 
 def test_it_prints_the_recipe_the_progress_the_result_and_the_next_command(trained: tuple[Path, str]) -> None:
     out, printed = trained
-    assert "second_moment_half_life: 22" in printed  # the resolved whole, not only what was typed
+    # What differs from the method's defaults, and where the rest is.
+    brief, _, rest = printed.partition("All other settings are those of method sbft:")
+    assert yaml.safe_load(brief)["training"] == {"num_train_epochs": 2, "learning_rate": 0.01, "logging_steps": 9}
+    assert "optimizer" not in brief and rest.lstrip().startswith(f"{out}/recipe.yaml will hold every one.")
+    assert "second_moment_half_life: 22" in (out / "recipe.yaml").read_text()
     lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["9/36", "18/36", "27/36", "36/36"]
     for part in ("loss ", "tokens/s", "peak ", " GiB", " left"):
@@ -186,7 +191,7 @@ def test_two_processes_train_together(tiny_dir: Path, data: Path, tmp_path: Path
         ),
         *("--num-processes", "2", "--set", "training.logging_steps=3"),
     ]
-    refused = CliRunner().invoke(app, command)
+    refused = CliRunner().invoke(app, [*command, "--method", "muon"])
     assert refused.exit_code == 2 and "optimizer.gradient_release=false" in refused.stderr
     assert not (tmp_path / "out").exists()
     # Its processes print for themselves: to the real stdout, which a runner does not see.

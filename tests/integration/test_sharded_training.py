@@ -348,7 +348,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_num_processes(command: list[str]) -> list[list[str]]:
-    return [[sys.executable, "-m", *command, "--num-processes", "2", "--set", "distributed.fsdp_size=2"]]
+    return [[sys.executable, "-m", *command, "--num-processes", "2"]]
 
 
 def by_torchrun_on_two_nodes(command: list[str]) -> list[list[str]]:
@@ -358,6 +358,10 @@ def by_torchrun_on_two_nodes(command: list[str]) -> list[list[str]]:
         [*torchrun, *at, "--node-rank", str(node), "-m", *command, "--set", "distributed.fsdp_size=2"]
         for node in range(2)
     ]
+
+
+def by_torchrun(command: list[str]) -> list[list[str]]:
+    return [[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *command]]
 
 
 def by_accelerate_with_fsdp(command: list[str]) -> list[list[str]]:
@@ -373,6 +377,7 @@ def by_accelerate_with_fsdp(command: list[str]) -> list[list[str]]:
     "launch",
     [
         by_num_processes,
+        pytest.param(by_torchrun, marks=pytest.mark.long),
         pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.long),
         pytest.param(by_accelerate_with_fsdp, marks=pytest.mark.long),
     ],
@@ -409,6 +414,9 @@ def test_a_sharded_run_is_gone_on_with_in_one_process(
             process.terminate()
     record = json.loads((two / "run.json").read_text())
     assert (record["status"], record["world_size"], record["steps"]) == ("ok", 2, 4) and record["metrics"]["loss"] > 0
+    # Whether the recipe asks for it, the launch config, or only the number of processes.
+    assert record["recipe"]["distributed"] == {"fsdp_size": 2}
+    assert yaml.safe_load((two / "recipe.yaml").read_text())["distributed"] == {"fsdp_size": 2}
     trained = load_file(two / "model.safetensors")
     config = json.loads((two / "config.json").read_text())
     assert "distributed_config" not in config

@@ -23,7 +23,7 @@ from sbft.errors import DataError, LostRankError, RecipeError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.failures import failures_recorded
-from sbft.training.launched import as_launched
+from sbft.training.launched import as_launched, over_processes
 from sbft.training.output import RunFolder
 from sbft.training.ranks import check_agreed, join_on_cpu, loss_of_a_rank
 from sbft.training.record import RunRecord
@@ -208,15 +208,62 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def test_the_launch_configs_fsdp_becomes_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert as_launched(given()) == given()
+    assert as_launched(given()) == (given(), None)
     accelerate(monkeypatch)
-    assert as_launched(given()) == given()
+    replicated = given("optimizer.gradient_release=false")
+    assert as_launched(replicated) == (replicated, None)
     accelerate(monkeypatch, **FSDP2)
-    assert as_launched(given()) == given("distributed.fsdp_size=2")
+    for release in ("true", "false"):
+        recipe, said = as_launched(given(f"optimizer.gradient_release={release}"))
+        assert recipe == given(f"optimizer.gradient_release={release}", "distributed.fsdp_size=2")
+        assert said == "The model is sharded over 2 processes, as accelerate's launch config asks"
+        accelerate(monkeypatch, **FSDP2)
+    as_launched(given())
     assert os.environ["ACCELERATE_USE_FSDP"] == os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     accelerate(monkeypatch, **FSDP2)
     own = given("distributed.fsdp_size=1", "distributed.dp_replicate_size=2")
-    assert as_launched(own) == own and os.environ["ACCELERATE_USE_FSDP"] == "false"
+    assert as_launched(own) == (own, None) and os.environ["ACCELERATE_USE_FSDP"] == "false"
+
+
+@pytest.mark.parametrize("by_accelerate", [True, False])
+def test_a_model_whose_gradients_are_released_is_sharded_over_the_processes_that_were_started(
+    by_accelerate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
+    if by_accelerate:
+        accelerate(monkeypatch)
+    recipe, said = as_launched(given())
+    assert recipe == given("distributed.fsdp_size=2")
+    assert said is not None and "sharded over 2 processes (distributed.fsdp_size=2)" in said
+    assert said.endswith("add --set optimizer.gradient_release=false")
+
+
+def test_how_many_processes_a_recipe_is_spread_over_is_its_own_word() -> None:
+    assert over_processes(given(), 1) == (given(), None)
+    assert over_processes(given(), 4)[0] == given("distributed.fsdp_size=4")
+    # Replicas average their gradients; what is spread already is left, also where the number is another.
+    for overrides in (
+        ["optimizer.gradient_release=false"], ["method=lora"], ["method=adam"],
+        ["distributed.fsdp_size=2"], ["distributed.tp_size=4"],
+    ):  # fmt: skip
+        assert over_processes(given(*overrides), 4) == (given(*overrides), None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["method=muon"], "^2 processes .* m cannot be sharded with method muon. Add --set optimizer.gradient_release=f"),
+        (["model=scratch:1m", "data.train=my.txt", "tokenizer=bpe:300"], "^2 processes .* scratch:1m cannot be sharded"),
+        (["batch_schedule={doubling_examples: 4, largest: 8}"], "^The recipe has a batch_schedule, .* and 2 are asked"),
+        (
+            ["batch_schedule={doubling_examples: 4, largest: 8}", "optimizer.gradient_release=false"],
+            "^The recipe has a batch_schedule, .* and 2 are asked",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused_before_they_start(overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        over_processes(given(*overrides), 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,169 @@
+"""What a bug report needs to know of a machine and of what is installed on it; never a password or a token."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sbft import __version__
+from sbft.compiling import CompilerMissing, find_compiler
+from sbft.redaction import names_secret, without_secrets
+from sbft.training.record import PACKAGES, git_commit
+
+if TYPE_CHECKING:
+    import torch
+
+_FURTHER_PACKAGES = (
+    "trl", "tokenizers", "safetensors", "huggingface-hub", "triton", "numpy", "pydantic", "typer", "reasoning-gym", "lm-eval",
+    "ray",
+)  # fmt: skip
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+"""Flags of /proc/cpuinfo by which matrix products in float32 and bfloat16 are fast or slow."""
+_PREFIXES = (
+    "SBFT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "LD_PRELOAD", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_",
+    "PYTORCH_", "TORCH", "TRITON_", "ACCELERATE_", "FSDP_", "BNB_", "TRANSFORMERS_", "TOKENIZERS_",
+)  # fmt: skip
+_NAMES = {
+    "CC", "CXX", "LRU_CACHE_CAPACITY", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE",
+    "HF_DATASETS_OFFLINE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+}  # fmt: skip
+
+
+def installation() -> dict[str, str]:
+    """Each thing and what is to be said of it, in the order in which a reader asks."""
+    told = {"sbft": f"{__version__}, {_origin()}"}
+    told["python"] = f"{platform.python_version()} ({sys.executable})"
+    told["system"] = platform.platform()
+    told |= {package: _version(package) for package in (*PACKAGES[1:], *_FURTHER_PACKAGES)}
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        told["device"] = f"not known, because torch cannot be imported: {error}"
+    else:
+        told |= _of_torch(torch.device("cpu"))
+    told["C++ compiler"] = _compiler()
+    told["environment"] = _environment()
+    return told
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _origin() -> str:
+    commit = git_commit()
+    return f"commit {commit}" if commit else f"in {Path(__file__).parent.parent}"
+
+
+def _of_torch(cpu: torch.device) -> dict[str, str]:
+    import torch
+
+    from sbft.memory import device_name, type_of
+
+    told = {"device": device_name()}
+    if type_of() != "cpu":
+        told["CPU"] = device_name(cpu)
+    if type_of() == "cuda":
+        for number in range(torch.cuda.device_count()):
+            told[f"GPU {number}"] = _gpu(number)
+        told["GPU libraries"] = f"CUDA {torch.version.cuda}, HIP {torch.version.hip}, cuDNN {torch.backends.cudnn.version()}"
+    told["instructions"] = f"{torch.backends.cpu.get_cpu_capability()} is what torch uses; there are {_instructions()}"
+    told["threads"] = _threads()
+    told["memory"] = _memory()
+    told["memory pool"] = _pool()
+    told["kernels, CPU"] = _kernels(cpu)
+    if type_of() == "cuda":
+        told["kernels, GPU"] = _kernels(torch.device("cuda"))
+    return told
+
+
+def _gpu(number: int) -> str:
+    import torch
+
+    properties = torch.cuda.get_device_properties(number)
+    free, total = torch.cuda.mem_get_info(number)
+    return f"{properties.name}, {properties.major}.{properties.minor}, {_gib(free)} of {_gib(total)} free"
+
+
+def _instructions() -> str:
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return f"those of {platform.machine()}"
+    flags = {
+        flag
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if line.startswith(("flags", "Features"))
+        for flag in line.partition(":")[2].split()
+    }
+    return " ".join(name for name in _INSTRUCTIONS if name in flags) or "none of those that sbft looks for"
+
+
+def _threads() -> str:
+    import torch
+
+    usable = f", of which {len(os.sched_getaffinity(0))} may be used" if hasattr(os, "sched_getaffinity") else ""
+    return f"{torch.get_num_threads()} of torch; {os.cpu_count()} cores{usable}"
+
+
+def _memory() -> str:
+    from sbft.memory import available_bytes
+
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{_gib(total)}, of which a process can have {_gib(available_bytes('cpu'))} now"
+
+
+def _pool() -> str:
+    from sbft.memory_pool import SWITCH, pool_available
+
+    if os.environ.get(SWITCH) == "0":
+        return f"switched off by {SWITCH}=0"
+    return "in use where a CPU trains" if pool_available() else "none: it needs Linux and a C++ compiler"
+
+
+def _kernels(device: torch.device) -> str:
+    """By what a parameter on this device would be updated. What is not compiled yet is compiled for that."""
+    from sbft.optim.kernels import backend_for, cpu, reference
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            backend = backend_for(device)
+        except ValueError as error:
+            return str(error)
+        compiled = cpu.library() is not None if backend is cpu else backend is not reference
+    if compiled:
+        return "compiled C++" if backend is cpu else f"Triton {_version('triton')}"
+    why = "; ".join(str(warning.message) for warning in said) or f"SBFT_KERNELS={os.environ.get('SBFT_KERNELS')}"
+    return f"plain torch ({why})"
+
+
+def _compiler() -> str:
+    try:
+        name = find_compiler()
+    except CompilerMissing as error:
+        return f"none ({error})"
+    done = subprocess.run([name, "--version"], capture_output=True, text=True, check=False)
+    return f"{shutil.which(name)}: {(done.stdout or done.stderr).partition(chr(10))[0].strip()}"
+
+
+def _environment() -> str:
+    held = {
+        name: without_secrets(value)
+        for name, value in sorted(os.environ.items())
+        if (name in _NAMES or name.startswith(_PREFIXES)) and not names_secret(name)
+    }
+    return " ".join(f"{name}={value}" for name, value in held.items()) or "nothing set that matters to sbft"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
