@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import platform
 import struct
 import warnings
 from pathlib import Path
@@ -67,16 +66,7 @@ def library() -> ctypes.CDLL | None:
 
 def build(folder: Path | None = None) -> Path:
     """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.compiling.build`."""
-    return compiling.build(_SOURCE, _FLAGS, facts=[_processor()], folder=folder)
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return compiling.build(_SOURCE, _FLAGS, facts=[compiling.processor()], folder=folder)
 
 
 def _share_openmp_runtime() -> None:
