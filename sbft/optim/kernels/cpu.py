@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sbft import compiling
+from sbft.openmp import openmp_runtime
 from sbft.optim.kernels import reference
 from sbft.optim.kernels.reference import Key
 from sbft.optim.sharding import Shard
@@ -30,7 +31,6 @@ _FLAGS = [
     "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip
 _ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake than it saves
-_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
 # The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 34 fields one
@@ -71,15 +71,9 @@ def build(folder: Path | None = None) -> Path:
 
 def _share_openmp_runtime() -> None:
     """Let our code use the OpenMP runtime that torch has loaded; a second one's threads would fight over the cores."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return
-    for line in maps.splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(_RUNTIMES):
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return
+    path = openmp_runtime()
+    if path is not None:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
