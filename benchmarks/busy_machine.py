@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="the NAME of a random:NAME")
     parser.add_argument("--tokens", type=int, default=48, help="of every example")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=5, help="of each way before the next one's turn")
+    parser.add_argument("--steps", type=int, default=8, help="of each way before the next one's turn")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the record here")
@@ -107,7 +108,13 @@ class Child:
         return cls(process, process.stdin, process.stdout)
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Wall time, processor time and involuntary switches of each."""
+        """Wall time, processor time and involuntary switches of each, and how many cores all others used meanwhile."""
+        begin, at = cores_busy_s(), time.perf_counter()
+        done = self._steps(count)
+        others_s = cores_busy_s() - begin - sum(step["processor_s"] for step in done)
+        return [{**step, "others_cores": others_s / (time.perf_counter() - at)} for step in done]
+
+    def _steps(self, count: int) -> list[dict[str, float]]:
         self.told.write(f"{count}\n")
         self.told.flush()
         for line in self.said:
@@ -119,6 +126,16 @@ class Child:
         """Training ends with the step after the last."""
         self.told.close()
         self.process.wait()
+
+
+def cores_busy_s() -> float:
+    """Seconds that the cores of this machine have computed."""
+    from sbft.openmp import look
+
+    found = look()
+    if found is None:
+        raise SystemExit("This kernel does not tell who uses the cores.")
+    return found.busy_s
 
 
 # In a process that trains
@@ -171,7 +188,6 @@ def train(arguments: argparse.Namespace) -> None:
 def usage() -> dict[str, float]:
     """Of this process so far."""
     import resource
-    import time
 
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {
