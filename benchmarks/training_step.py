@@ -118,6 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             gradient_checkpointing=arguments.checkpointing,
             logits_free_loss=method != "lora-model-loss",
             cuda_graphs=method == "sbft-graphs",
+            cast_weights=method != "sbft-float32",
             **own,
         )
         generator = torch.Generator().manual_seed(0)

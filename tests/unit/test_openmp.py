@@ -71,8 +71,8 @@ def looks(*stretches: tuple[float, float, float], seconds: float = 0.5) -> list[
         (0.55, 0.01, 0.45, 3, False, False),  # it has a core of its own
         (0.55, 0.35, 0.01, 2, False, False),  # their own doing
         (0.55, 0.35, 0.01, 2, True, False),  # the other process has ended; they share a core by the scheduler's choice
-        (0.99, 0.01, 0.1, 2, False, False),  # a little: it stays as it is
-        (0.9, 0.1, 0.1, 2, True, True),
+        (0.8, 0.2, 0.2, 2, False, False),  # a little: it stays as it is
+        (0.8, 0.2, 0.2, 2, True, True),
         (0.01, 0.03, 0.9, 2, False, False),  # too little was done to tell
         (0.01, 0.0, 0.0, 2, True, True),
     ],
