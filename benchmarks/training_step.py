@@ -11,21 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 METHODS = {
     "sbft": "Adafactor, bf16 + stochastic rounding, released, all weights",
     "sbft-graphs": "sbft, its steps launched as CUDA graphs",
-    "sbft-frozen-embeddings": "the same, input and output embeddings frozen: the layers that LoRA trains",
+    "sbft-float32": "sbft with float32 weights",
+    "sbft-frozen-embeddings": "sbft, input and output embeddings frozen: the layers that LoRA trains",
     "lora": "PEFT LoRA r=16 on all linear layers, torch AdamW, the same loss without logits",
     "lora-model-loss": "the same with the model's own loss, which holds the logits of all tokens",
     "adam": "torch AdamW, float32 weights, the same loss without logits",
 }
+INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""By which a CPU may be made to do without some of its instructions, as an older one would."""
 MEBIBYTE = 1 << 20
 
 
@@ -85,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     (method,), (tokens,) = arguments.methods, arguments.tokens
     set_seed(0)
-    dtype = torch.float32 if method == "adam" else torch.bfloat16
+    dtype = torch.float32 if method in ("adam", "sbft-float32") else torch.bfloat16
     model = load(arguments.model, dtype)
     with PeakMemory() as loaded:
         pass
@@ -112,6 +118,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             gradient_checkpointing=arguments.checkpointing,
             logits_free_loss=method != "lora-model-loss",
             cuda_graphs=method == "sbft-graphs",
+            cast_weights=method != "sbft-float32",
             **own,
         )
         generator = torch.Generator().manual_seed(0)
@@ -149,8 +156,13 @@ def load(name: str, dtype: Any) -> Any:
 
 
 def summarise(arguments: argparse.Namespace, method: str, tokens: int, found: list[dict[str, Any]]) -> dict[str, Any]:
+    from sbft.training.record import git_commit
+
     row: dict[str, Any] = {"method": method, "model": arguments.model, "tokens": tokens, "steps": arguments.steps}
     row |= {"checkpointing": arguments.checkpointing, "failed": None}
+    row |= {"command": shlex.join(["python", *sys.argv]), "git_commit": git_commit()}
+    row |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    row |= {"instructions": {name: os.environ[name] for name in INSTRUCTIONS if name in os.environ}}
     failed = [one["failed"] for one in found if "failed" in one]
     if failed:
         return {**row, "failed": failed[0]}

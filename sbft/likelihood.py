@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sbft.data.collate import IGNORED_LABEL, Collator
 from sbft.data.format import encode_answers
 from sbft.errors import DataError
+from sbft.openmp import spinning_while_alone
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -109,7 +110,8 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     head = model.get_output_embeddings()
     hook = None if head is None else head.register_forward_pre_hook(_contiguous_input)
     try:
-        with torch.no_grad():  # inference tensors that a model keeps for itself could not be trained with later
+        # Not inference tensors: those that a model keeps for itself could not be trained with later.
+        with torch.no_grad(), spinning_while_alone(model.device):
             yield
     finally:
         if hook is not None:

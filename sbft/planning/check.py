@@ -14,6 +14,7 @@ from sbft.planning.checks.examples import EXAMPLES_CHECKS, truncated
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import Predict, Prediction, fit
 from sbft.planning.checks.length import Duration, RunLength, duration, row_sizes, run_length
+from sbft.planning.checks.processor import PROCESSOR_CHECKS
 from sbft.planning.checks.settings import SETTINGS_CHECKS
 from sbft.planning.predict import PlanError, predict_recipe
 from sbft.recipe import Recipe
@@ -23,7 +24,7 @@ from sbft.training.methods import training_arguments
 from sbft.training.output import check_output_folder
 from sbft.training.prepared import Prepared, prepare, read_splits
 
-CHECKS: tuple[Callable[[Prepared], Finding | None], ...] = (*SETTINGS_CHECKS, *EXAMPLES_CHECKS)
+CHECKS: tuple[Callable[[Prepared], Finding | None], ...] = (*SETTINGS_CHECKS, *PROCESSOR_CHECKS, *EXAMPLES_CHECKS)
 _NOT_SHARDED = (
     "Prediction knows a model in one process. Each of several holds its share of the weights, and one layer whole."
 )

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import has_length
 
 from sbft.errors import ModelError, TrainingError
+from sbft.openmp import spinning_while_alone
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
@@ -258,7 +259,8 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         self._count_anew()
         shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
         try:
-            return super().train(*args, **kwargs)
+            with spinning_while_alone(self.args.device):
+                return super().train(*args, **kwargs)
         finally:
             self._attached.close()
             self._tied = self._graphed = None

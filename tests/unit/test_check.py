@@ -21,6 +21,7 @@ from sbft.data.collate import Collator
 from sbft.errors import DataError, ModelError, RecipeError, SbftError
 from sbft.memory import device_name
 from sbft.planning.check import check, expected_memory, find, warnings_in_brief
+from sbft.planning.checks import processor
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import fit
 from sbft.planning.checks.length import duration, row_sizes, rows_per_step, run_length
@@ -69,9 +70,10 @@ Make = Callable[..., Recipe]
 
 
 @pytest.fixture(autouse=True)
-def no_note_of_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which the few tokens of these examples would be worth one."""
+def no_note_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an idle GPU, for which these examples have few tokens; of a CPU that is slow in bfloat16."""
     monkeypatch.setattr("sbft.planning.checks.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture
@@ -219,6 +221,22 @@ def test_graphs_that_cannot_be_are_told_of(make: Make) -> None:
     assert found.mend is not None and unused_graphs(on("cuda", recipe=make(*as_overrides(found.mend)))) is None
     assert unused_graphs(on("cuda", recipe=make())) is None
     assert ("graphs-not-used" in keys(make("optimizer.cuda_graphs=true"))) and "graphs-not-used" not in keys(make())
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_bfloat16_that_torch_multiplies_by_itself_is_warned_of(
+    make: Make, monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr(processor, "type_of", lambda: "cpu")
+    key = "slow-bfloat16"
+    assert (key in keys(make())) is (key in keys(make("method=lora"))) is not multiplies
+    assert key not in keys(make("method=adam"))  # in float32
+    if not multiplies:
+        mend = the(make(), key).mend
+        assert mend is not None and key not in keys(make(*as_overrides(mend)))
+        monkeypatch.setattr(processor, "type_of", lambda: "cuda")
+        assert key not in keys(make())
 
 
 def test_few_tokens_for_the_device_are_a_note(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

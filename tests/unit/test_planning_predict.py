@@ -13,7 +13,7 @@ import torch
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaModel, MixtralConfig, PreTrainedConfig
 
 import sbft.models
-from sbft.compiled_products import BYTES_EACH, MOST_KEPT, products_bytes
+from sbft.compiled_products import MOST_KEPT, bytes_each, products_bytes
 from sbft.errors import ModelError
 from sbft.memory import PeakMemory, available_bytes, model_bytes, resident_bytes
 from sbft.methods import METHODS
@@ -223,9 +223,9 @@ def test_a_cpu_keeps_compiled_products_of_some_lengths() -> None:
     step = predict._step(resolved(), llama(4), StepShape(1, 64, 63, False), "cpu", False, whole=True)
     # Queries and output, keys and values, gate and up, down: forward, and two in backward; the head has its own three.
     assert (step.products, step.head_products) == (12, 3)
-    assert above(3, 1) - above(1, 1) == 2 * 12 * BYTES_EACH
-    assert above(1, 3) - above(1, 1) == 2 * 3 * BYTES_EACH
-    assert above(100, 1) == above(1000, 1000) == above(1, 1) + (MOST_KEPT - 15) * BYTES_EACH
+    assert above(3, 1) - above(1, 1) == 2 * 12 * bytes_each()
+    assert above(1, 3) - above(1, 1) == 2 * 3 * bytes_each()
+    assert above(100, 1) == above(1000, 1000) == above(1, 1) + (MOST_KEPT - 15) * bytes_each()
 
 
 def test_a_longer_sequence_never_needs_less() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import platform
 import struct
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sbft import compiling
+from sbft.openmp import openmp_runtime
 from sbft.optim.kernels import reference
 from sbft.optim.kernels.reference import Key
 from sbft.optim.sharding import Shard
@@ -31,7 +31,6 @@ _FLAGS = [
     "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip
 _ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake than it saves
-_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 
 # The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 34 fields one
@@ -67,29 +66,14 @@ def library() -> ctypes.CDLL | None:
 
 def build(folder: Path | None = None) -> Path:
     """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.compiling.build`."""
-    return compiling.build(_SOURCE, _FLAGS, facts=[_processor()], folder=folder)
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return compiling.build(_SOURCE, _FLAGS, facts=[compiling.processor()], folder=folder)
 
 
 def _share_openmp_runtime() -> None:
     """Let our code use the OpenMP runtime that torch has loaded; a second one's threads would fight over the cores."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return
-    for line in maps.splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith(_RUNTIMES):
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return
+    path = openmp_runtime()
+    if path is not None:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:

@@ -1,0 +1,252 @@
+"""A training step on a CPU alone and beside one other busy process: how the threads of OpenMP wait for each other.
+
+    python benchmarks/busy_machine.py --json busy_machine.json
+
+A process for each way to wait has its model loaded and trains when it is told to, all others meanwhile asleep, so that the ways
+alternate on the same machine in the same minutes. The busy process computes in Python, on one thread, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+WAYS: dict[str, dict[str, str]] = {
+    "sbft": {},
+    "libgomp as it is": {"SBFT_ADAPTIVE_SPIN": "0"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+TODAY = "libgomp as it is"
+WEATHERS = ("alone", "beside one busy process")
+_SET = ("OMP_", "GOMP_", "KMP_", "SBFT_ADAPTIVE_SPIN")
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.child:
+        train(arguments)
+        return
+    children = {way: Child.start(arguments, WAYS[way]) for way in arguments.ways}
+    seconds: dict[str, dict[str, list[dict[str, float]]]] = {way: {weather: [] for weather in WEATHERS} for way in children}
+    try:
+        for child in children.values():
+            child.steps(arguments.warm_up)
+        for _ in range(arguments.rounds):
+            for weather in WEATHERS:
+                with busy(weather != WEATHERS[0]):
+                    for way, child in children.items():
+                        seconds[way][weather] += child.steps(arguments.steps)
+    finally:
+        for child in children.values():
+            child.end()
+    record = {**facts(arguments), "steps": seconds, "rows": [row(way, found, seconds) for way, found in seconds.items()]}
+    show(record)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="the NAME of a random:NAME")
+    parser.add_argument("--tokens", type=int, default=48, help="of every example")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--steps", type=int, default=8, help="of each way before the next one's turn")
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+@contextmanager
+def busy(wanted: bool) -> Iterator[None]:
+    """One process that computes without end, or none."""
+    if not wanted:
+        yield
+        return
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass
+class Child:
+    """A process that trains so many steps as it is told, and then waits."""
+
+    process: subprocess.Popen[str]
+    told: IO[str]
+    said: IO[str]
+
+    @classmethod
+    def start(cls, arguments: argparse.Namespace, environment: dict[str, str]) -> Child:
+        """With what the environment says of OpenMP replaced."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_SET)}
+        command = [sys.executable, __file__, "--child", "--model", arguments.model, "--tokens", str(arguments.tokens)]
+        process = subprocess.Popen(
+            command, env={**kept, **environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdin is not None and process.stdout is not None
+        return cls(process, process.stdin, process.stdout)
+
+    def steps(self, count: int) -> list[dict[str, float]]:
+        """Wall time, processor time and involuntary switches of each, and how many cores all others used meanwhile."""
+        begin, at = cores_busy_s(), time.perf_counter()
+        done = self._steps(count)
+        others_s = cores_busy_s() - begin - sum(step["processor_s"] for step in done)
+        return [{**step, "others_cores": others_s / (time.perf_counter() - at)} for step in done]
+
+    def _steps(self, count: int) -> list[dict[str, float]]:
+        self.told.write(f"{count}\n")
+        self.told.flush()
+        for line in self.said:
+            if line.startswith("["):
+                return list(json.loads(line))
+        raise SystemExit(f"A training process ended: {self.process.wait()}")
+
+    def end(self) -> None:
+        """Training ends with the step after the last."""
+        self.told.close()
+        self.process.wait()
+
+
+def cores_busy_s() -> float:
+    """Seconds that the cores of this machine have computed."""
+    from sbft.openmp import look
+
+    found = look()
+    if found is None:
+        raise SystemExit("This kernel does not tell who uses the cores.")
+    return found.busy_s
+
+
+# In a process that trains
+
+
+def train(arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import TrainerCallback, set_seed
+
+    from sbft.compiled_products import keep_few_products
+    from sbft.memory_pool import use_pool
+    from sbft.models import load_model
+    from sbft.training.arguments import SmallBatchTrainingArguments
+    from sbft.training.trainer import SmallBatchTrainer
+
+    class Told(TrainerCallback):
+        """Before each step waits until it is told to go on."""
+
+        def __init__(self) -> None:
+            self.left = 0
+            self.steps: list[dict[str, float]] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.left == 0:
+                self.left = int(sys.stdin.readline() or 0)
+                control.should_training_stop = self.left == 0
+            self.begin = usage()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps.append({name: value - self.begin[name] for name, value in usage().items()})
+            self.left = max(self.left - 1, 0)
+            if self.left == 0:
+                print(json.dumps(self.steps), flush=True)
+                self.steps = []
+
+    set_seed(0)
+    use_pool()
+    keep_few_products()
+    model = load_model(f"random:{arguments.model}", dtype=torch.bfloat16)
+    row = torch.randint(0, model.config.vocab_size, (arguments.tokens,))
+    examples = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}] * 1000
+    with tempfile.TemporaryDirectory() as folder:
+        args = SmallBatchTrainingArguments(
+            output_dir=folder, max_steps=len(examples), learning_rate=1e-6, logging_steps=len(examples) + 1,
+            save_strategy="no", report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        SmallBatchTrainer(model=model, args=args, train_dataset=examples, callbacks=[Told()]).train()
+
+
+def usage() -> dict[str, float]:
+    """Of this process so far."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "wall_s": time.perf_counter(),
+        "processor_s": used.ru_utime + used.ru_stime,
+        "involuntary_switches": float(used.ru_nivcsw),
+    }
+
+
+# What came of it
+
+
+def row(way: str, found: dict[str, list[dict[str, float]]], everything: dict[str, Any]) -> dict[str, Any]:
+    alone, beside = (statistics.median(step["wall_s"] for step in found[weather]) for weather in WEATHERS)
+    today = everything.get(TODAY)
+    return {
+        "way": way,
+        "alone_s": alone,
+        "beside_s": beside,
+        "beside_processor_s": statistics.median(step["processor_s"] for step in found[WEATHERS[1]]),
+        "beside_over_alone": beside / alone,
+        "alone_over_today": alone / statistics.median(step["wall_s"] for step in today[WEATHERS[0]]) if today else None,
+    }
+
+
+def facts(arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from sbft.compiling import processor
+    from sbft.training.record import git_commit
+
+    names = [line.partition(":")[2].strip() for line in processor().splitlines() if line.startswith("model name")]
+    return {
+        "command": shlex.join(["python", "benchmarks/busy_machine.py", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "processor": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "python": platform.python_version(),
+        "model": arguments.model,
+        "tokens": arguments.tokens,
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the table of benchmarks/README.md."""
+    print("| how threads wait | alone, s | beside a busy process, s | its processor time, s | beside / alone | alone / today |")
+    print("|---|---|---|---|---|---|")
+    for found in record["rows"]:
+        today = "" if found["alone_over_today"] is None else f"{found['alone_over_today']:.2f}"
+        print(
+            f"| {found['way']} | {found['alone_s']:.2f} | {found['beside_s']:.2f} | {found['beside_processor_s']:.2f} "
+            f"| {found['beside_over_alone']:.2f} | {today} |"
+        )
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
