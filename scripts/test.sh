@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run every check: lint, types, tests. Makes .venv and installs what the tests need if they are not there.
+# Run every check: lint, types, the pages of docs/, tests. Makes .venv and installs what the tests need if they are not there.
 #
 #   bash scripts/test.sh                     all but the longest
 #   bash scripts/test.sh tests/unit -k moment   the checks, then these tests; arguments go to pytest
@@ -12,6 +12,7 @@ bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
 
 "$bin/ruff" check .
 "$bin/mypy"
+NO_MKDOCS_2_WARNING=1 "$bin/mkdocs" build --strict --quiet
 # Two workers on one thread each: the tests are many and small, and threads of several processes fight for the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 # No test compiles with torch, but importing bitsandbytes would load the compiler into each of some eighty processes.
