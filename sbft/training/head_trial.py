@@ -162,8 +162,8 @@ def _check_values(own: Tensor, expected: Tensor, logits: Tensor, head: Head) -> 
 def _is_near(own: Tensor, expected: Tensor, logits: Tensor, head: Head) -> bool:
     """Of the same logits, of which the model may have rounded its loss; those of a head that is spread over ranks are summed in
     another order, and each may be rounded otherwise."""
-    tolerance = 1e-4 if own.dtype == torch.float32 else 4 * torch.finfo(own.dtype).eps
-    tolerance = tolerance * expected.detach().abs() + 1e-6
+    relative = 1e-4 if own.dtype == torch.float32 else 4 * torch.finfo(own.dtype).eps
+    tolerance = relative * expected.detach().abs() + 1e-6
     if is_sharded(head.linear.weight):
         tolerance = tolerance + torch.finfo(head.linear.weight.dtype).eps * logits.detach().abs().max()
     own, expected = own.detach().float().reshape(()).to(expected.device), expected.detach()
@@ -206,7 +206,8 @@ def _are_alike(found: Tensor, expected: Tensor) -> bool:
 
 def trial_batch(model: PreTrainedModel, head: Head) -> dict[str, Tensor]:
     """Two rows of random tokens, (2, positions), with labels that are others."""
-    vocabulary, rows = head.linear.weight.shape[0], model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary, rows = head.linear.weight.shape[0], embedding.weight.shape[0]
     settings = {**vars(model.config), **vars(model.config.get_text_config())}
     # Multimodal models keep the tokens that stand for images and sounds above those of text, or name them.
     named = {value for name, value in settings.items() if ("token_id" in name or "token_index" in name) and type(value) is int}
