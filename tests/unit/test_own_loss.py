@@ -16,6 +16,8 @@ from transformers import (
     BartForCausalLM,
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5Config,
@@ -417,6 +419,28 @@ def test_a_label_outside_the_vocabulary_is_an_error(label: int, piece_elements: 
         linear_cross_entropy(
             torch.ones(4, 8), torch.ones(64, 8), torch.tensor([1, 2, label, 3]), piece_elements=piece_elements
         )
+
+
+def test_a_model_of_images_and_text_has_its_own_loss_without_logits(tmp_path: Path) -> None:
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 16,
+            "patch_size": 8,
+        },
+        image_token_index=120, mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config).float().train()
+    ids = torch.randint(3, 100, (1, 12))
+    ids[0, 1:5] = 120
+    labels = ids.masked_fill(ids == 120, -100)
+    image = {"pixel_values": torch.randn(1, 3, 16, 16), "token_type_ids": (ids == 120).long()}
+    trainer, inputs = make(tmp_path, model), {"input_ids": ids, "labels": labels, **image}
+    assert float(trainer.compute_loss(model, dict(inputs))) == pytest.approx(float(model(**inputs).loss), rel=1e-5)
+    assert trainer._head is not None and not trainer._batches_tried
 
 
 # Autocast
