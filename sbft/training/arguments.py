@@ -152,9 +152,9 @@ class SmallBatchArguments:
     logits_free_loss: bool = field(
         default=True,
         metadata={
-            "help": "Take the loss from hidden states at labels, without logits of all tokens. False: the loss of the "
-            "trainer underneath, with its metrics (TRL: entropy and token accuracy). With use_liger_kernel=True the loss "
-            "is Liger's fused one."
+            "help": "Take the loss from hidden states at labels, without logits of all tokens, wherever that is the model's "
+            "and the trainer's own loss, which is tried on a few tokens; elsewhere one warning says why it is not. False: "
+            "always the loss of the trainer underneath. With use_liger_kernel=True the loss is Liger's fused one."
         },
     )
 

@@ -18,7 +18,9 @@ from sbft.optim.base import TokenOptimizer
 from sbft.training.arguments import ArgumentError
 from sbft.training.cuda_graph import GraphedSteps
 from sbft.training.head import Head, unwrap
-from sbft.training.host import Counts, counts_of
+from sbft.training.host import CountedBatch, Counts, counts_of
+from sbft.training.sft_metrics import SftMetrics
+from sbft.training.token_statistics import TokenStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class GraphedTraining(_Base):
     _most_positions: int | None = None
     _warned_of_plain_step = False
     _whole_length: int | None = None
+    _statistics_row: Tensor | None = None
 
     def _start_graphs(self, optimizer: TokenOptimizer, head: Head | None) -> None:
         """
@@ -51,11 +54,25 @@ class GraphedTraining(_Base):
         if head is None or reason is not None:
             raise ArgumentError(f"cuda_graphs=True does not go with this training: {reason}. Set cuda_graphs=False.")
 
+        # Where each graph leaves what TRL logs of its step.
+        self._statistics_row = row = None if self._metrics_of_sft() is None else torch.zeros(3, device=self.args.device)
+
         def loss_of(batch: dict[str, Any]) -> Tensor:
             inputs = dict(batch)
             num_items, labelled = inputs.pop("num_items"), inputs.pop("all_labelled")
+            statistics = None if row is None else TokenStatistics()
             with one_example_a_row():
-                return head.loss(self.model_wrapped, inputs, num_items, every_position=True, all_labelled=labelled)
+                loss = head.loss(
+                    self.model_wrapped,
+                    inputs,
+                    num_items,
+                    every_position=True,
+                    all_labelled=labelled,
+                    statistics=statistics,
+                )
+            if row is not None and statistics is not None:
+                row.copy_(statistics.row())
+            return loss
 
         try:
             self._graphed = GraphedSteps(optimizer, loss_of)
@@ -69,10 +86,10 @@ class GraphedTraining(_Base):
     def _why_not_graphed(self, head: Head | None) -> str | None:
         """What of this training a captured step cannot hold, or would leave out; None if nothing."""
         reasons = {
-            "its loss is made from logits (of a model whose head is not understood, by Liger, or by TRL)": head is None,
             "its loss is another one (label_smoothing_factor, compute_loss_func, or a compute_loss of your own)": (
                 self._has_own_loss() or self._is_overridden("compute_loss")
             ),
+            "its loss is made from logits (of a model whose head is not understood, by Liger, or by TRL)": head is None,
             "it runs in several processes": self.accelerator.num_processes > 1,
             "it computes under autocast (mixed_precision of accelerate's launch config)": (
                 self.accelerator.mixed_precision != "no"
@@ -84,6 +101,9 @@ class GraphedTraining(_Base):
         return next((reason for reason, is_so in reasons.items() if is_so), None)
 
     def _has_own_loss(self) -> bool:
+        raise NotImplementedError  # abstract
+
+    def _metrics_of_sft(self) -> SftMetrics | None:
         raise NotImplementedError  # abstract
 
     def _is_overridden(self, name: str) -> bool:
@@ -105,7 +125,11 @@ class GraphedTraining(_Base):
             return None
         if not model.training:
             model.train()
-        return self._graphed.forward({**graphable, "num_items": num_items_in_batch})
+        loss = self._graphed.forward({**graphable, "num_items": num_items_in_batch})
+        metrics = self._metrics_of_sft()
+        if metrics is not None and self._statistics_row is not None:
+            metrics.add(self._statistics_row.clone(), batch if isinstance(batch, CountedBatch) else inputs)
+        return loss
 
     def _graphable(self, batch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any] | str:
         """A batch as graphs take it, made of `inputs` that may have been counted; or why none does."""

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from sbft.huge_pages import in_huge_pages
 from sbft.stand_in import device_type
+from sbft.training.token_statistics import StatisticsOfSlices, TokenStatistics
 
 # 64 MiB of float32, 341 rows of a 49152-token vocabulary. One piece needs three products of the head's size and slices
 # four: 52 against 73 ms for 40 rows on two cores.
@@ -36,7 +37,7 @@ class VocabularyPart:
     start: int
     """Token id of the first."""
     gather: Callable[[Tensor], Tensor]
-    """Of a tensor of shape (2, rows) on each rank makes one of shape (2, ranks, rows), the same on all."""
+    """Of a tensor of shape (numbers, rows) on each rank makes one of shape (numbers, ranks, rows), the same on all."""
     all_reduce: Callable[[Tensor], object]
     """Replaces a tensor by its sum over the ranks."""
 
@@ -53,6 +54,7 @@ def linear_cross_entropy(
     counted: Tensor | None = None,
     piece_elements: int = PIECE_ELEMENTS,
     part: VocabularyPart | None = None,
+    statistics: TokenStatistics | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of `softcap(scale * (hidden @ weight.T + bias))` against `labels`, over `num_items`.
 
@@ -70,9 +72,13 @@ def linear_cross_entropy(
             how many there are. Their labels may be any.
         piece_elements: most float32 logits to exist at once.
         part: what of the vocabulary `weight` and `bias` are, where ranks share it; all give the same `hidden` and `labels`.
+        statistics: is filled in; it costs a few passes over the logits.
 
     Returns:
         float32 of shape (); differentiable once with respect to `hidden`, `weight` and `bias`.
+
+    Raises:
+        RuntimeError: a label is not in the vocabulary.
     """
     if num_items is None:
         num_items = float(hidden.shape[0]) if counted is None else counted.sum()
@@ -100,6 +106,7 @@ def linear_cross_entropy(
         piece_elements,
         part,
         torch.is_grad_enabled(),
+        None if statistics is None else StatisticsOfSlices(statistics, counted),
     )
 
 
@@ -117,13 +124,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         piece_elements: int,
         part: VocabularyPart | None,
         needs_grad: bool,
+        gathered: StatisticsOfSlices | None,
     ) -> Tensor:
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         ctx.has_bias = bias is not None
         ctx.settings = (weight_of_row, scale, softcap)
         ctx.part = part
         if part is None and rows * vocabulary <= piece_elements:
-            loss, grad_logits = _one_piece(hidden, weight, bias, labels, weight_of_row, scale, softcap, needs_grad)
+            loss, grad_logits = _one_piece(
+                hidden, weight, bias, labels, weight_of_row, scale, softcap, needs_grad, gathered
+            )
             if needs_grad:
                 ctx.slice_size = None
                 ctx.save_for_backward(hidden, weight, grad_logits)
@@ -132,16 +142,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             labels = labels - part.start
         slice_size = max(_SMALLEST_SLICE, piece_elements // max(rows, 1))
         log_sum = torch.full((rows,), -torch.inf, device=hidden.device)
-        of_label = torch.zeros(rows, device=hidden.device)
+        of_label, is_there = torch.zeros(2, rows, device=hidden.device)
         for start in _starts(weight, slice_size):
             logits, _ = _logits(hidden, weight, bias, start, slice_size, scale, softcap)
             logits = logits.float()
             index, inside = _labels_in_slice(labels, start, logits.shape[1])
             of_label += logits.gather(1, index).squeeze(1) * inside
-            log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+            is_there += inside
+            of_slice = logits.logsumexp(1)
+            if gathered is not None:
+                gathered.add_slice(logits, of_slice, labels - start)
+            log_sum = torch.logaddexp(log_sum, of_slice)
         if part is not None:
-            log_sums, of_labels = part.gather(torch.stack((log_sum, of_label)))
-            log_sum, of_label = log_sums.logsumexp(0), of_labels.sum(0)
+            message = [log_sum, of_label, is_there, *(() if gathered is None else gathered.of_this_rank())]
+            log_sums, of_labels, are_there, *rest = part.gather(torch.stack(message))
+            log_sum, of_label, is_there = log_sums.logsumexp(0), of_labels.sum(0), are_there.sum(0)
+            if gathered is not None:
+                gathered.join(log_sums, *rest)
+        if hidden.device.type != "meta":
+            torch._assert_async((is_there == 1).all(), "a label is not in the vocabulary")  # nobody waits for the device
+        if gathered is not None:
+            gathered.finish(log_sum)
         if needs_grad:
             ctx.slice_size = slice_size
             ctx.save_for_backward(hidden, weight, labels, log_sum, *(() if bias is None else (bias,)))
@@ -161,7 +182,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         else:
             grads = _sliced_gradients(ctx, grad_loss, needs_hidden, needs_weight, needs_bias)
-        return (*grads, *([None] * 7))
+        return (*grads, *([None] * 8))
 
 
 def _one_piece(
@@ -173,11 +194,14 @@ def _one_piece(
     scale: float,
     softcap: float | None,
     needs_grad: bool,
+    gathered: StatisticsOfSlices | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and the gradient of the head's own output in its dtype (rows, vocabulary)."""
     logits, tanh = _logits(hidden, weight, bias, 0, weight.shape[0], scale, softcap)
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
     index = labels.unsqueeze(1)
+    if gathered is not None:
+        gathered.of_all(logits, log_probabilities, labels)
     loss = _total(log_probabilities.gather(1, index).neg_(), weight_of_row)
     if not needs_grad:
         return loss, logits

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sbft.optim.base import TokenOptimizer
-from sbft.training.head import UnknownHead, unwrap
+from sbft.training.head import unwrap
 
 # How movement is sampled: every so many steps, the larger half of so many weights of each of a few parameters.
 SAMPLE_EVERY, SAMPLES = 4, 8
@@ -100,10 +100,7 @@ def _bits(values: Tensor) -> Tensor:
 
 def transformers_model(model: nn.Module) -> PreTrainedModel | None:
     """The transformers model that `model` is or, with an adapter of PEFT, holds; None for any other."""
-    try:
-        inner = unwrap(model)
-    except UnknownHead:
-        return None
+    inner = unwrap(model)
     return inner if isinstance(inner, PreTrainedModel) else None
 
 

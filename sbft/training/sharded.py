@@ -24,7 +24,7 @@ from sbft.errors import ModelError
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import in_order_of, is_sharded, local, without_strides, zeros_beside
 from sbft.tensor_files import PARTS, TensorFiles, write_shards
-from sbft.training.head import shard_again
+from sbft.training.head_trial import shard_again
 from sbft.training.saving import saved_whole
 
 if torch.distributed.is_available():

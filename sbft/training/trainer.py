@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,10 @@ from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBat
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
-from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
+from sbft.training.head import learns_keys, unwrap
+from sbft.training.head_trial import shard_again
 from sbft.training.host import CountingCollator, FiniteLoss, tokens_of
+from sbft.training.logits_free import LogitsFreeLoss
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -64,12 +67,15 @@ else:
     _Base = object
 
 
-class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base):
+class SmallBatchMixin(
+    LogitsFreeLoss, GraphedTraining, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base
+):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
     Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
-    It trains with an optimizer that measures time in tokens, released gradients and a loss without logits. With TRL,
-    `logits_free_loss=False` brings back TRL's loss with its entropy and token accuracy.
+    It trains with an optimizer that measures time in tokens, released gradients and a loss without logits. That loss stands
+    for the next-token loss of `Trainer` and of TRL's `SFTTrainer`, whose metrics it supplies, and only where a model's own loss
+    is the same. A trainer with another `compute_loss` underneath keeps its own.
 
     Attributes:
         step_seconds: wall time of every finished step, data loading included.
@@ -96,16 +102,16 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         self._step_tokens = 0
         self._step_began = 0.0
         self._optimizer_time = 0.0
-        self._head: Head | None = None
-        self._head_sought = False
-        self._tied: TiedEmbedding | None = None
+        self._said: set[str] = set()
+        self._checked_model: weakref.ref[nn.Module] | None = None
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
         with _optimizer_checkpoints_allowed((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         self._check_arguments()
-        self._check_weights()
+        self._check_weights(self.model)
+        self._optimizer_was_given = self.optimizer is not None
         if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
             self.accelerator.dataloader_config.non_blocking = True  # the host does not wait until a batch is copied
         self.add_callback(_StepEvents(self))
@@ -145,6 +151,11 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
                 f"from its own gradient. {way_out}"
             )
 
+        if self.args.checkpoints_activations and learns_keys(self.model):
+            raise ArgumentError(
+                "gradient_checkpointing=True with prefix tuning, whose keys and values are a cache, of which a model that "
+                "checkpoints has none. Set gradient_checkpointing=False, or learn a prompt (PromptTuningConfig)."
+            )
         if self.args.batch_schedule is not None:
             self._check_batch_schedule()
         if self._trains_shards and self.args.gradient_accumulation_steps > 1:
@@ -165,15 +176,24 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
                 "that is streamed. Leave it out, or take a training set that has."
             )
 
-    def _check_weights(self) -> None:
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in `Trainer`, for each training and each trial; its weights are those that a model passed in would have."""
+        self._head = self._head_made_from = None  # it holds on to weights of the model before
+        model: nn.Module = super().call_model_init(*args, **kwargs)
+        if self._checked_model is not None:  # the first is checked with the arguments
+            self._check_weights(model)
+        return model
+
+    def _check_weights(self, model: Any) -> None:
         """Refuse float16, and take a float32 model to bfloat16 where its updates will be rounded stochastically."""
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._checked_model = weakref.ref(model)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter.dtype == torch.float16 for parameter in trainable):
             raise ModelError(
                 "The model's weights are float16, whose narrow range loses small gradients without a loss scaler. "
                 "Load it with dtype=torch.bfloat16 (or torch.float32)."
             )
-        for weight in self._tied_and_sharded():
+        for weight in self._tied_and_sharded(model):
             parts = parts_of_rows(weight)
             # Tensor parallelism alone cuts it unevenly without harm.
             if weight.shape[0] % parts and cut_by(weight) != {"tp"}:
@@ -183,24 +203,24 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
                     "trained. Take a number of processes by which they divide."
                 )
         rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
-        if not rounds or not isinstance(self.model, PreTrainedModel):
+        if not rounds or not isinstance(model, PreTrainedModel):
             return
         wide = [parameter for parameter in trainable if parameter.dtype == torch.float32]
         if len(wide) == len(trainable) and wide:
-            if self._is_sharded:
+            if any(map(is_sharded, wide)):
                 raise ModelError(
                     "The model's weights are float32 and sharded already, too late to cast them to bfloat16. Load it with "
                     "dtype=torch.bfloat16, or set cast_weights=False to train in float32."
                 )
-            logger.warning(
+            self._warn_once(
                 "The model's float32 weights are cast to bfloat16, which halves them; updates are rounded "
                 "stochastically. To train in float32, set cast_weights=False."
             )
             # Parameters alone: buffers, such as rotary frequencies, lose precision that nothing gives back.
-            for parameter in self.model.parameters():
+            for parameter in model.parameters():
                 if parameter.dtype == torch.float32:
                     parameter.data = parameter.data.to(torch.bfloat16)
-            self.model.config.dtype = torch.bfloat16
+            model.config.dtype = torch.bfloat16
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The token optimizer that the arguments name, unless one was passed in or they name none."""
@@ -257,7 +277,9 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; what is attached to the model for training is taken off however it ends."""
         self._count_anew()
-        shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
+        self._take_up_another_model()
+        if self.model is not None:  # None between trials of hyperparameter_search
+            shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
         try:
             with spinning_while_alone(self.args.device):
                 return super().train(*args, **kwargs)
@@ -267,6 +289,25 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
             optimizer = self._token_optimizer
             if optimizer is not None:
                 optimizer.discard_step()  # what an error or an interrupt left half done
+
+    def _take_up_another_model(self) -> None:
+        """`model` may have been replaced: what was made for the former one would be trained in its place."""
+        former = None if self._checked_model is None else self._checked_model()
+        if self.model is None or self.model is former:
+            return
+        self._check_weights(self.model)
+        self._parameters_for_flos = None
+        if self.accelerator.unwrap_model(self.model_wrapped) is not self.model:
+            self.model_wrapped = self.model
+        trained = {id(parameter) for parameter in self.model.parameters()}
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        if any(id(parameter) not in trained for group in groups for parameter in group["params"]):
+            if self._optimizer_was_given:
+                raise TrainingError(
+                    "The trainer's model was replaced, and the optimizer that was passed in updates weights of the former one. "
+                    "Make a new trainer for the new model, or set trainer.optimizer to an optimizer of its weights."
+                )
+            self.optimizer = None
 
     def _count_anew(self) -> None:
         self.step_seconds.clear()
@@ -296,17 +337,17 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
             )
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
-            held = [*self._tied_and_sharded(), *self._replicated()]
+            held = [*self._tied_and_sharded(self.model), *self._replicated()]
             self._attached.enter_context(optimizer.release_gradients(held))
             self._hook_parameters(optimizer, self._update_ends)
             if self.args.cuda_graphs and self.args.device.type == "cuda":
                 self._start_graphs(optimizer, head)
 
-    def _tied_and_sharded(self) -> list[Tensor]:
+    def _tied_and_sharded(self, model: nn.Module) -> list[Tensor]:
         """The embedding that is also the output head, where FSDP2 reduces the gradients of its two uses one after the other."""
-        base: Any = unwrap(self.model)
+        base: Any = unwrap(model)
         head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-        if not self._is_sharded or head is None or head.weight is not base.get_input_embeddings().weight:
+        if head is None or not any(map(is_sharded, head.parameters())) or head.weight is not base.get_input_embeddings().weight:
             return []
         return [head.weight]
 
@@ -372,7 +413,7 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         return not self._is_overridden("training_step") and not self._is_overridden("compute_loss")
 
     def _is_overridden(self, name: str) -> bool:
-        return getattr(type(self), name) is not getattr(SmallBatchMixin, name)
+        return name in vars(self) or getattr(type(self), name) is not getattr(SmallBatchMixin, name)
 
     def _before_update(self) -> None:
         if self._skip_this_step:
@@ -425,19 +466,9 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss without logits, where the model's head is understood and nobody asks for the model's outputs."""
-        result: Any
-        loss: Tensor
-        if return_outputs or not self._takes_logits_free_loss(inputs):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            loss = result[0] if return_outputs else result
-        else:
-            head = self._find_head()
-            assert head is not None
-            weight = self._tied.head_weight() if self._tied is not None and self._in_training_step else None
-            result = loss = head.loss(model, inputs, num_items_in_batch, weight=weight)
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                result = loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        """As `LogitsFreeLoss` has it; in training, only if it is finite."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
         if self._in_training_step and not self._all_finite(loss):
             raise _NonFiniteLoss(loss)
         return result
@@ -448,31 +479,6 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
             finite = self.accelerator.gather(finite.reshape(1)).all()
         self._found_finite = bool(finite)
         return self._found_finite
-
-    def _takes_logits_free_loss(self, inputs: dict[str, Any]) -> bool:
-        has_labels = inputs.get("labels") is not None or inputs.get("shift_labels") is not None
-        return has_labels and not self._has_own_loss() and self._find_head() is not None
-
-    def _has_own_loss(self) -> bool:
-        return self.label_smoother is not None or self.compute_loss_func is not None or self.args.n_gpu > 1
-
-    def _find_head(self) -> Head | None:
-        """The model's head, sought once; None, with one warning, where the model's own loss has to do."""
-        if not self._head_sought:
-            self._head_sought = True
-            # A loss that only TRL has, such as dft.
-            other_loss = vars(self.args).get("loss_type", "nll") != "nll"
-            # use_liger_kernel has put Liger's own fused loss into the model's forward.
-            model_loss = other_loss or self.args.torch_compile or self.args.use_liger_kernel
-            if self.args.logits_free_loss and not model_loss:
-                try:
-                    self._head = find_head(self.model)
-                except UnknownHead as reason:
-                    logger.warning(
-                        f"The loss of {type(self.model).__name__} is taken from the logits of all tokens, which costs "
-                        f"memory: {reason}."
-                    )
-        return self._head
 
     def prediction_step(
         self,

@@ -37,15 +37,14 @@ def _make(tmp_path: Path, **arguments: Any) -> SmallBatchSFTTrainer:
         output_dir=str(tmp_path),
         use_cpu=True,
         max_steps=8,
-        logging_steps=1,
         report_to=[],
-        save_strategy="no",
-        learning_rate=2e-3,
         gradient_checkpointing=False,
         disable_tqdm=True,
-        **arguments,
+        **{"logging_steps": 1, "save_strategy": "no", "learning_rate": 2e-3, **arguments},
     )
-    return SmallBatchSFTTrainer(model=tiny_model(), args=args, train_dataset=_rows(), processing_class=tiny_tokenizer())
+    return SmallBatchSFTTrainer(
+        model=tiny_model(), args=args, train_dataset=_rows(), eval_dataset=_rows(), processing_class=tiny_tokenizer()
+    )
 
 
 def test_arguments_are_ours_where_we_have_an_opinion_and_trls_elsewhere(tmp_path: Path) -> None:
@@ -71,13 +70,57 @@ def test_it_trains_to_the_weights_of_the_plain_trainer(tmp_path: Path) -> None:
         assert torch.equal(parameter, dict(theirs.model.named_parameters())[name]), name
 
 
-def test_without_the_logits_free_loss_trl_reports_its_metrics(tmp_path: Path) -> None:
-    fused, plain = _make(tmp_path), _make(tmp_path, logits_free_loss=False)
-    fused.train()
-    plain.train()
-    assert "mean_token_accuracy" not in fused.state.log_history[0]
-    assert {"mean_token_accuracy", "entropy", "grad_norm"} <= plain.state.log_history[0].keys()
-    assert plain.state.log_history[0]["loss"] == pytest.approx(fused.state.log_history[0]["loss"], rel=2e-2)
+def test_trl_logs_what_it_logs_of_its_own_loss(tmp_path: Path) -> None:
+    settings = {"per_device_train_batch_size": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    settings["learning_rate"] = 2e-2
+    ours, theirs = _make(tmp_path, **settings), _make(tmp_path, logits_free_loss=False, **settings)
+    for trainer in (ours, theirs):
+        trainer.train()
+    assert ours._head is not None and theirs._head is None
+    history = [[log for log in one.state.log_history if "train_runtime" not in log] for one in (ours, theirs)]
+    assert len(history[0]) == len(history[1]) == 6
+    for found, expected in zip(*history, strict=True):
+        assert found.keys() == expected.keys()
+        prefix = "eval_" if "eval_loss" in found else ""
+        assert {prefix + name for name in ("mean_token_accuracy", "entropy", "num_tokens", "loss")} <= found.keys()
+        for name in ("num_tokens", "mean_token_accuracy", "entropy", "loss"):
+            assert found[prefix + name] == pytest.approx(expected[prefix + name], rel=2e-2, abs=1e-6), name
+    assert any(log["eval_mean_token_accuracy"] > 0 for log in history[0] if "eval_loss" in log)
+
+
+def test_the_best_checkpoint_may_be_that_of_the_best_token_accuracy(tmp_path: Path) -> None:
+    trainer = _make(
+        tmp_path, learning_rate=2e-2, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="eval_mean_token_accuracy", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    accuracies = [log["eval_mean_token_accuracy"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert trainer._head is not None and trainer.state.best_metric == max(accuracies)
+
+
+def test_a_trainer_of_trl_with_another_loss_keeps_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    @dataclass
+    class Config(SmallBatchArguments, GKDConfig):
+        """As a user writes it."""
+
+    class SmallBatchGKD(SmallBatchMixin, GKDTrainer):
+        """Likewise."""
+
+    args = Config(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, lmbda=0.0, cast_weights=False, save_strategy="no"
+    )
+    chats = [{"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}] * 4
+    trainer = SmallBatchGKD(
+        model=tiny_model(dtype=torch.float32), teacher_model=tiny_model(dtype=torch.float32), args=args,
+        train_dataset=Dataset.from_list(chats), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    trainer.teacher_model.load_state_dict(trainer.model.state_dict())
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert abs(trainer.compute_loss(trainer.model, batch).item()) < 1e-4
+    trainer.train()
+    assert caplog.text.count("The loss is that of GKDTrainer.compute_loss") == 1
 
 
 def test_another_loss_of_trl_is_kept(tmp_path: Path) -> None:

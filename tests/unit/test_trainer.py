@@ -380,7 +380,8 @@ def test_evaluation_makes_no_logits_and_finds_the_same_loss(tmp_path: Path) -> N
     handle = model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     loss = found.evaluate(rows())["eval_loss"]
     handle.remove()
-    assert shapes and all(shape.numel() <= 2 * 512 for shape in shapes)  # two rows: the one check of the head
+    # Some tokens: the one trial of the head.
+    assert sum(shape.numel() for shape in shapes) <= 18 * 512 and shapes[-1].numel() == 0
     plain = make(tmp_path, model, logits_free_loss=False).evaluate(rows())["eval_loss"]
     assert loss == pytest.approx(plain, rel=1e-2)
 
