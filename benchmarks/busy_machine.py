@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m", help="the NAME of a random:NAME")
     parser.add_argument("--tokens", type=int, default=48, help="of every example")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=8, help="of each way before the next one's turn")
+    parser.add_argument("--steps", type=int, default=10, help="of each way before the next one's turn")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the record here")
@@ -227,7 +227,6 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "git_commit": git_commit(),
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "python": platform.python_version(),
         "model": arguments.model,

@@ -5,8 +5,8 @@ them: every further length of examples takes some fifteen products more, of a mi
 what was compiled, torch's for descriptions and oneDNN's for code, and each holds 1,024 before it forgets any: 0.8 GiB on a
 processor with AMX, more than all that a model of 135 million weights takes in training at batch size 1.
 
-What one takes depends on the instructions that it is compiled for: 0.8 MiB with AMX, 0.55 with AVX-512's bfloat16, 0.1 where
-AVX-512 has none, nothing with AVX2 (there torch multiplies by itself). So it is measured, once on each machine, by
+What one takes depends on the instructions that it is compiled for: 0.8 MiB with AMX, 0.55 to 0.6 with AVX-512's bfloat16,
+0.1 where AVX-512 has none, nothing with AVX2 (there torch multiplies by itself). So it is measured, once on each machine, by
 `python -m sbft.compiled_products`.
 """
 

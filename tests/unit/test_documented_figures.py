@@ -16,7 +16,7 @@ from sbft.bench.runs import stored_suite
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-CPU, GPU = RESULTS / "xeon-2-cores", RESULTS / "h100"
+CPU, GPU, EPYC = RESULTS / "xeon-2-cores", RESULTS / "h100", RESULTS / "epyc-2-cores"
 MIB, GIB = 1 << 20, 1 << 30
 
 
@@ -212,3 +212,14 @@ def test_the_losses_of_pretraining_are_those_of_the_lab():
     assert (f"{loss['adam', 64]:.2f}", f"{loss['adam', 256]:.2f}") == ("3.68", "4.31")
     assert f"SGD, without any state, is {loss['sgd', 64] - loss['adam', 64]:.1f} nats behind Adam at batch 64" in text
     assert f"and {loss['sgd', 1] - loss['adam', 1]:.2f} behind at batch 1" in text
+
+
+def test_what_older_and_busy_machines_cost_is_what_was_measured():
+    text = " ".join(page("docs/methods.md").split())
+    busy = {one["way"]: one["beside_over_alone"] for one in read(EPYC / "busy_machine.json")["rows"]}
+    assert f"a step on two cores takes {busy['sbft']:.1f} times as long as alone" in text
+    assert f"watch over OpenMP's threads it takes {busy['libgomp as it is']:.1f} times as long" in text
+    steps = read(EPYC / "training_step_instructions.json")
+    step = {one["method"]: one["step_ms"] for one in steps if one["instructions"].get("ONEDNN_MAX_CPU_ISA") == "AVX2"}
+    ratio = step["sbft"] / step["sbft-float32"]
+    assert f"bfloat16 is {ratio:.0f} times as slow as float32" in text
