@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests with other versions of what sbft requires, and print a row for the table in README.md.
+# Run the tests with other versions of what sbft requires, and print a row for the table in docs/versions.md.
 #
 #   bash scripts/test_versions.sh oldest         the lower bounds of pyproject.toml (constraints-oldest.txt)
 #   bash scripts/test_versions.sh pinned         what scripts/setup.sh installs (constraints.txt)
