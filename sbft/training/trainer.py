@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +24,11 @@ from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
+from sbft.training.batches import CountedBatches, beside_statistics, cast_inputs
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
-from sbft.training.host import CountingCollator, FiniteLoss, tokens_of
+from sbft.training.host import CountingCollator, FiniteLoss
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -63,7 +64,15 @@ else:
     _Base = object
 
 
-class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base):
+class SmallBatchMixin(
+    GraphedTraining,
+    WholeCheckpoints,
+    ShardedCheckpoints,
+    TensorParallel,
+    ReplicatedAdapters,
+    CountedBatches,
+    _Base,
+):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
     Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
@@ -74,7 +83,8 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         step_seconds: wall time of every finished step, data loading included.
         optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them, and where a graph
             launches them with all else, of closing the step alone.
-        tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint.
+        tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint; of batches
+            that hold no tokens, examples.
         skipped_steps: steps left out because their loss was not finite, also those before a resumed checkpoint.
         tokens_of_this_session: those of `tokens_seen` that came after the resumed checkpoint.
     """
@@ -196,10 +206,12 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
                 "stochastically. To train in float32, set cast_weights=False."
             )
             # Parameters alone: buffers, such as rotary frequencies, lose precision that nothing gives back.
+            kept = beside_statistics(self.model)
             for parameter in self.model.parameters():
-                if parameter.dtype == torch.float32:
+                if parameter.dtype == torch.float32 and parameter not in kept:
                     parameter.data = parameter.data.to(torch.bfloat16)
             self.model.config.dtype = torch.bfloat16
+            cast_inputs(self.model, torch.bfloat16, self.label_names)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The token optimizer that the arguments name, unless one was passed in or they name none."""
@@ -327,21 +339,15 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         self._skip_this_step = False
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            tokens = sum(tokens_of(batch) for batch in batches)
-            if self.accelerator.num_processes > 1:
-                tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
-                tokens //= self.get_tp_size()  # these ranks have the same examples
-            self._step_tokens = max(tokens, 1)
-            optimizer = self._token_optimizer
-            if optimizer is not None:
-                optimizer.tokens_per_step = self._step_tokens
+            self._count_step(batches)
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
         self._in_training_step, self._found_finite = True, False
         try:
-            graphed = None if self._graphed is None else self._graphed_step(model, inputs, *args, **kwargs)
+            graphable = self._graphed is not None and isinstance(inputs, Mapping)
+            graphed = self._graphed_step(model, inputs, *args, **kwargs) if graphable else None
             with _fast_attention(inputs):
                 loss: Tensor = super().training_step(model, inputs, *args, **kwargs) if graphed is None else graphed
         except _NonFiniteLoss as error:
@@ -582,7 +588,7 @@ def _kept_states(state: TrainerState) -> dict[str, Any]:
 @contextlib.contextmanager
 def _fast_attention(inputs: dict[str, Any]) -> Iterator[None]:
     """Torch's plain attention for short examples on a CPU; around backward too, which may recompute the forward."""
-    ids = inputs.get("input_ids")
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.shape[-1] <= PLAIN_ATTENTION_TOKENS:
         with sdpa_kernel(SDPBackend.MATH):
             yield
