@@ -136,7 +136,7 @@ class _Counting:
     def __reduce__(self) -> Any:
         return _no_hook, ()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         optimizer: TokenOptimizer | None = self._optimizer()
         if optimizer is None or not (model.training and torch.is_grad_enabled()):

@@ -23,12 +23,14 @@ from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
+from sbft.training.asked import AskedFor
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.batches import CountedBatches, beside_statistics, cast_inputs
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
 from sbft.training.host import CountingCollator, FiniteLoss
+from sbft.training.promotion import with_small_batch_arguments
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -66,6 +68,7 @@ else:
 
 class SmallBatchMixin(
     GraphedTraining,
+    AskedFor,
     WholeCheckpoints,
     ShardedCheckpoints,
     TensorParallel,
@@ -75,7 +78,8 @@ class SmallBatchMixin(
 ):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
-    Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
+    Its arguments are a `SmallBatchTrainingArguments`, or made by `sbft.small_batch(trl.SFTConfig)`; plain ones are taken as
+    such, which is said.
     It trains with an optimizer that measures time in tokens, released gradients and a loss without logits. With TRL,
     `logits_free_loss=False` brings back TRL's loss with its entropy and token accuracy.
 
@@ -111,6 +115,7 @@ class SmallBatchMixin(
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
+        args, kwargs = with_small_batch_arguments(type(self), args, kwargs)
         with _optimizer_checkpoints_allowed((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         self._check_arguments()
@@ -123,11 +128,7 @@ class SmallBatchMixin(
     # Set-up
 
     def _check_arguments(self) -> None:
-        if not isinstance(self.args, SmallBatchArguments):
-            raise ArgumentError(
-                f"args is a {type(self.args).__name__}; expected a SmallBatchTrainingArguments, or a dataclass that "
-                f"inherits from SmallBatchArguments and {type(self.args).__name__}, in this order."
-            )
+        self._refuse_what_is_asked()
         gpus: int = vars(self.args).get("_n_gpu", 1)
         if gpus > 1:
             raise ArgumentError(
@@ -192,7 +193,7 @@ class SmallBatchMixin(
                     "trained. Take a number of processes by which they divide."
                 )
         rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
-        if not rounds or not isinstance(self.model, PreTrainedModel):
+        if not rounds or self._may_be_others_optimizer() or not isinstance(self.model, PreTrainedModel):
             return
         wide = [parameter for parameter in trainable if parameter.dtype == torch.float32]
         if len(wide) == len(trainable) and wide:
@@ -215,7 +216,8 @@ class SmallBatchMixin(
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The token optimizer that the arguments name, unless one was passed in or they name none."""
-        if self.optimizer is not None or self.args.token_optimizer is None:
+        passed = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if passed or self.args.token_optimizer is None:
             return super().create_optimizer(*args, **kwargs)
         model = self.model if not args or args[0] is None else args[0]
         optimizer_class, decay = TOKEN_OPTIMIZERS[self.args.token_optimizer], self.args.weight_decay
@@ -268,7 +270,8 @@ class SmallBatchMixin(
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`; what is attached to the model for training is taken off however it ends."""
         self._count_anew()
-        shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
+        if self.model is not None:  # as it is between the trials of a search
+            shard_again(self.model)  # the optimizer is made of the parameters that the modules bear now
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -296,6 +299,7 @@ class SmallBatchMixin(
             self.tokens_seen, self.skipped_steps = counted
         elif optimizer is not None:
             self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
+        self._look_at_optimizer()
         if optimizer is None:
             return
         optimizer.discard_step()
