@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sbft.recipe import Recipe as Recipe
     from sbft.recipe import load_recipe as load_recipe
     from sbft.training.arguments import SmallBatchTrainingArguments as SmallBatchTrainingArguments
+    from sbft.training.promotion import small_batch as small_batch
+    from sbft.training.token_count import TokenCountCallback as TokenCountCallback
     from sbft.training.trainer import SmallBatchMixin as SmallBatchMixin
     from sbft.training.trainer import SmallBatchTrainer as SmallBatchTrainer
 
@@ -32,7 +34,9 @@ _HOME = {
     "SmallBatchMixin": "sbft.training.trainer",
     "SmallBatchTrainer": "sbft.training.trainer",
     "SmallBatchTrainingArguments": "sbft.training.arguments",
+    "TokenCountCallback": "sbft.training.token_count",
     "run": "sbft.fine_tuning",
+    "small_batch": "sbft.training.promotion",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sbft.optim.counting import TokenCount
 from sbft.optim.release import GradientRelease
-from sbft.optim.sharding import Shard, cut_like, in_order_of, local, shard_of, whole
+from sbft.optim.sharding import Shard, in_order_of, local, shard_of
+from sbft.optim.state import CLOCK, SavedState, TokenClock
 from sbft.rounding import noise_key
 from sbft.tokens import FINE_TUNING_HALF_LIFE, debias
 
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
     from sbft.optim.capture import DeviceNumbers
 
 _SUPPORTED_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass
-class TokenClock:
-    """How far an optimizer has come: finished steps, the tokens in them, and the steps that were skipped."""
-
-    steps: int = 0
-    tokens_seen: int = 0
-    skipped_steps: int = 0
 
 
 class Average(NamedTuple):
@@ -41,11 +33,12 @@ class Average(NamedTuple):
     default_beta: float | None = None
 
 
-class TokenOptimizer(torch.optim.Optimizer):
+class TokenOptimizer(SavedState):
     """A `torch.optim.Optimizer` whose moving averages decay per token seen, not per step.
 
-    Set `tokens_per_step` to the number of tokens of the coming step (all ranks together) before backward runs; `step()`
-    consumes it. Every average takes a half-life in tokens or a fixed decay factor per step, never both.
+    Set `tokens_per_step` to the number of tokens of the coming step (all ranks together) before backward runs, or let
+    `count_tokens(model)` set it; `step()` consumes it. Every average takes a half-life in tokens or a fixed decay factor per
+    step, never both; where none has a half-life (`needs_tokens` is false), no count is needed.
 
     A subclass names its `averages` and implements `_init_state` and `_update`; all else is here, the release
     of gradients included.
@@ -58,16 +51,15 @@ class TokenOptimizer(torch.optim.Optimizer):
 
     averages: ClassVar[tuple[Average, ...]] = ()
 
-    _tokens_per_step: int | None
-    _positions: dict[Tensor, tuple[int, int]]  # a parameter's group, and its place among all parameters
     _updated: set[Tensor]  # in the open step
     _square_sums: list[float | Tensor]  # of the open step's gradients
     _grad_norm: Tensor | None
     _nonfinite: int | Tensor
     _release: GradientRelease | None
+    _counts: list[TokenCount]
+    _needs_tokens: bool | None  # in the open step; None until asked for
     _numbers: DeviceNumbers | None  # what updates read in the place of the host's numbers while they are captured
     _captured: bool  # whether a CUDA graph may hold updates, and so addresses of what is carried from step to step
-    _changes: int  # how often the state's tensors, or the parameters, were replaced
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         self.seed = int(seed)
@@ -108,6 +100,8 @@ class TokenOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         self._changes += 1
+        self._needs_tokens = None
+        group[CLOCK] = self._noted_clock()
         count = len(self._positions)
         for i, param in enumerate(group["params"]):
             self._positions[param] = (len(self.param_groups) - 1, count + i)
@@ -129,6 +123,54 @@ class TokenOptimizer(torch.optim.Optimizer):
         if tokens != int(tokens) or tokens < 1:
             raise ValueError(f"tokens_per_step must be a positive whole number, got {tokens!r}")
         self._tokens_per_step = int(tokens)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether an average has a half-life, so that `tokens_per_step` has to be set or counted in every step."""
+        if self._needs_tokens is None:
+            self._needs_tokens = any(
+                group[average.half_life] is not None and self._is_used(group, average)
+                for group in self.param_groups
+                for average in self.averages
+            )
+        return self._needs_tokens
+
+    def _is_used(self, group: dict[str, Any], average: Average) -> bool:
+        """Whether updates of a group's parameters read a moving average."""
+        return True
+
+    def _require_tokens(self) -> None:
+        if self._tokens_per_step is None and self.needs_tokens:
+            raise RuntimeError(_TOKENS_NOT_SET)
+
+    def count_tokens(
+        self, model: nn.Module, count: Callable[..., int] | None = None, *, process_group: Any = None
+    ) -> TokenCount:
+        """Have `tokens_per_step` set by what the model is given in each forward pass of training, until `step()`.
+
+        Tokens are counted by `attention_mask` or `input_ids`; where there are none, examples. Several passes before a step add
+        up, as in accumulation; those in eval mode or without gradients are left out. A mask on a GPU is waited for.
+
+        Args:
+            model: whose forward is called in the loop; the compiled or wrapped one, if it is.
+            count: counts in place of that; gets forward's arguments.
+            process_group: processes whose counts are summed, those with different examples; all, if None.
+
+        Returns:
+            A handle; `handle.remove()`, or leaving it as a context manager, ends the counting.
+
+        Raises:
+            RuntimeError: if this model is counted already.
+        """
+        if any(one.model is model for one in self._counts):
+            raise RuntimeError("this model's tokens are counted already: call remove() on the earlier handle first")
+        self._counts.append(TokenCount(self, model, count, process_group))
+        return self._counts[-1]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether `count_tokens` sets the tokens of a step."""
+        return bool(self._counts)
 
     @property
     def steps(self) -> int:
@@ -198,7 +240,8 @@ class TokenOptimizer(torch.optim.Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: if `tokens_per_step` was not set, or a parameter would be updated twice in one step.
+            RuntimeError: if an average has a half-life and `tokens_per_step` was not set, or a parameter would be updated
+                twice in one step.
         """
         if hasattr(self, "grad_scale"):  # set by GradScaler.step on optimizers that claim to support it
             del self.grad_scale
@@ -213,8 +256,10 @@ class TokenOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._tokens_per_step is None:
-            raise RuntimeError(_TOKENS_NOT_SET)
+        if self._asks_for_state_alone():
+            self._make_state()
+            return loss
+        self._require_tokens()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -222,11 +267,26 @@ class TokenOptimizer(torch.optim.Optimizer):
         self._close_step()
         return loss
 
+    def _asks_for_state_alone(self) -> bool:
+        """Whether this is no step of a training: `torch.distributed.checkpoint` has an optimizer make its state by a step with
+        a rate of zero and gradients of zero."""
+        if self.state or self._tokens_per_step is not None or any(float(one["lr"]) for one in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(grads) and not any(bool(local(grad).any()) for grad in grads)
+
+    def _make_state(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._init_state(param, group, self.state[param])
+
     _step_supports_amp_scaling = True  # makes GradScaler hand itself over, so that step() can refuse it in words
 
     def skip_step(self) -> None:
         """Close the coming step without an update: averages, tokens and noise stay, only `skipped_steps` advances."""
         self.clock.skipped_steps += 1
+        self._note_clock()
         self._begin_step()
 
     def discard_step(self) -> None:
@@ -257,8 +317,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         return self._release is not None
 
     def _update_one(self, param: Tensor) -> None:
-        if self._tokens_per_step is None:
-            raise RuntimeError(_TOKENS_NOT_SET)
+        self._require_tokens()
         if param in self._updated:
             raise RuntimeError(
                 "a second backward ran before step(): with released gradients every backward is an update. Call step() after "
@@ -293,8 +352,7 @@ class TokenOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: if the tokens of the coming step were not set.
         """
-        if self._tokens_per_step is None:
-            raise RuntimeError(_TOKENS_NOT_SET)
+        self._require_tokens()
         self._init_state(param, self.param_groups[self._positions[param][0]], self.state[param])
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -317,94 +375,17 @@ class TokenOptimizer(torch.optim.Optimizer):
         raise NotImplementedError  # abstract
 
     def _close_step(self) -> None:
-        assert self._tokens_per_step is not None
         self._grad_norm, nonfinite = _norm(self._square_sums)
         self._nonfinite = self._nonfinite + nonfinite
         self.clock.steps += 1
-        self.clock.tokens_seen += self._tokens_per_step
+        self.clock.tokens_seen += self._tokens_per_step or 0
+        self._note_clock()
         self._begin_step()
 
     def _begin_step(self) -> None:
-        self._tokens_per_step = None
+        self._tokens_per_step = self._needs_tokens = None
         self._updated.clear()
         self._square_sums.clear()
-
-    # State
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch, with the clock and the seed under "clock", and the class's name under "optimizer"; of a sharded
-        parameter what lies here, as DTensors."""
-        clock = {**asdict(self.clock), "seed": self.seed}
-        return {**super().state_dict(), "clock": clock, "optimizer": type(self).__name__}
-
-    @torch.no_grad()
-    def whole_state_dict(self, *, keep: bool = True) -> dict[str, Any]:
-        """`state_dict()` with every tensor whole and on the CPU, for any number of ranks to load.
-
-        All ranks have to ask; those that do not `keep` it get no tensors.
-        """
-        found = self.state_dict()
-        state: dict[int, dict[str, Tensor]] = {}
-        for i, one in found["state"].items():
-            for name, value in one.items():
-                gathered = whole(value)
-                if keep:
-                    state.setdefault(i, {})[name] = gathered.cpu()
-        return {**found, "state": state}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but the state is float32 (torch casts it to the dtype of bfloat16 weights).
-
-        A state of whole tensors is cut as the parameters are.
-
-        Raises:
-            ValueError: if the state comes from another kind of optimizer, or its groups do not fit.
-        """
-        if "clock" not in state_dict:
-            raise ValueError("this state holds no token clock, so it was not saved by an sbft optimizer")
-        mine = type(self).__name__
-        saved_by = state_dict.get("optimizer", mine)  # states of before it was noted have none
-        if saved_by != mine:
-            raise ValueError(f"this state was saved by {saved_by}, whose settings and averages are not those of {mine}")
-        super().load_state_dict({**state_dict, "state": {}})
-        clock = dict(state_dict["clock"])
-        self.seed = clock.pop("seed")
-        self.clock = TokenClock(**clock)
-        params = [p for group in self.param_groups for p in group["params"]]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        self.state.clear()
-        self._changes += 1
-        for i, param in zip(ids, params, strict=True):
-            saved = state_dict["state"].get(i)
-            if saved is not None:
-                here = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
-                self.state[param] = self._cut(here, param) if shard_of(param) is not None else here
-        self._begin_step()
-
-    def new_state(self, param: Tensor) -> dict[str, Tensor]:
-        """What a parameter's first update would make of its state, for example to read a saved one into."""
-        tokens, self._tokens_per_step = self._tokens_per_step, 1
-        made: dict[str, Tensor] = {}
-        self._init_state(param, self.param_groups[self._positions[param][0]], made)
-        self._tokens_per_step = tokens
-        return made
-
-    def _cut(self, state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-        """The state of a sharded parameter, cut as it would have been made."""
-        made = self.new_state(param)
-        return {name: cut_like(value, made[name]) if name in made else value for name, value in state.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "seed": self.seed, "clock": self.clock}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "_positions" in self.__dict__:  # called by load_state_dict, not to unpickle
-            return
-        self._start_transient()
-        params = [(g, p) for g, group in enumerate(self.param_groups) for p in group["params"]]
-        self._positions = {p: (g, i) for i, (g, p) in enumerate(params)}
 
     def _start_transient(self) -> None:
         """Everything that is neither saved nor pickled."""
@@ -415,6 +396,8 @@ class TokenOptimizer(torch.optim.Optimizer):
         self._grad_norm = None
         self._nonfinite = 0
         self._release = None
+        self._counts = []
+        self._needs_tokens = None
         self._numbers = None
         self._captured = False
         self._changes = 0
@@ -422,7 +405,9 @@ class TokenOptimizer(torch.optim.Optimizer):
 
 _TOKENS_NOT_SET = (
     "tokens_per_step is not set: averages are measured in tokens, so say how many the coming step holds before backward, "
-    "for example `optimizer.tokens_per_step = batch['input_ids'].numel()`"
+    "for example `optimizer.tokens_per_step = batch['input_ids'].numel()`, or once, before training, "
+    "`optimizer.count_tokens(model)`, which counts as the model is called in training mode; in a transformers Trainer add the "
+    "callback sbft.TokenCountCallback(). Averages with a decay factor per step, such as beta2=0.95, need no count"
 )
 
 

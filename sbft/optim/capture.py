@@ -133,7 +133,7 @@ class CapturedUpdates:
         """What has to be the same for a replay to do what the coming step asks for: settings, tensors and weights."""
         optimizer = self._optimizer
         settings = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            {name: value for name, value in group.items() if name not in ("params", "lr", "clock")}
             for group in optimizer.param_groups
         ]
         weights = [(param.data_ptr(), param._version, param.requires_grad) for param in self._parameters]

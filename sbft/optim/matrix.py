@@ -19,6 +19,7 @@ from sbft.optim.sharding import Shard, is_sharded
 REST_OPTIMIZERS = ("adamw", "adafactor")
 _REST_EPS = {"adamw": 1e-8, "adafactor": 1e-30}
 _REST_CLIP_THRESHOLD = 1.0
+_MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)  # of the rest
 _NOT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
@@ -58,7 +59,7 @@ class MatrixOptimizer(TokenOptimizer):
     A subclass implements `_direction` and `_rate_ratio`.
     """
 
-    averages: ClassVar[tuple[Average, ...]] = (FIRST_MOMENT, SECOND_MOMENT)
+    averages: ClassVar[tuple[Average, ...]] = _MOMENTS
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         if defaults["rest_optimizer"] == "adafactor":
@@ -84,6 +85,9 @@ class MatrixOptimizer(TokenOptimizer):
                     f"{name} works on whole matrices, and one of shape {tuple(param.shape)} is sharded over several "
                     "processes: train in one process, or take Adafactor, AdamW or SGD"
                 )
+
+    def _is_used(self, group: dict[str, Any], average: Average) -> bool:
+        return average not in _MOMENTS or not all(_is_matrix(param, group) for param in group["params"])
 
     # The rule of matrices
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from sbft.errors import RecipeError
 from sbft.recipe.pretraining import PRETRAINING
@@ -48,6 +49,16 @@ _PAIRS = (
     ("momentum_half_life", "momentum"),
 )
 
+# Fields that only transformers' own optimizers read, and what sbft has in their place.
+_OF_THEIR_OPTIMIZERS = {
+    "optim": "token_optimizer",
+    "optim_args": "the optimizer's settings, such as second_moment_half_life or optimizer_eps,",
+    "optim_target_modules": "an adapter, or frozen weights,",
+    "adam_beta1": "beta1 or first_moment_half_life (of adamw, muon and sinkgd)",
+    "adam_beta2": "beta2 or second_moment_half_life",
+    "adam_epsilon": "optimizer_eps",
+}
+
 
 class ArgumentError(RecipeError, ValueError):
     """Training arguments are out of their domain, or contradict one another."""
@@ -57,7 +68,7 @@ class ArgumentError(RecipeError, ValueError):
 class SmallBatchArguments:
     """The fields and defaults of small-batch training; to be put before a subclass of `TrainingArguments`.
 
-    With TRL: `@dataclass class MyConfig(SmallBatchArguments, trl.SFTConfig): pass`.
+    With TRL: `sbft.small_batch(trl.SFTConfig)`.
 
     Raises:
         ArgumentError: if the fields contradict one another.
@@ -194,6 +205,17 @@ class SmallBatchArguments:
             self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
         super().__post_init__()  # type: ignore[misc]
         self._check_checkpointing()
+        self._refuse_their_settings()
+
+    def check(self) -> None:
+        """Refuse what contradicts itself; for arguments that were changed since they were made.
+
+        Raises:
+            ArgumentError: if something does.
+        """
+        self._check_small_batch()
+        self._check_checkpointing()
+        self._refuse_their_settings()
 
     @classmethod
     def for_pretraining(cls, **settings: Any) -> Self:
@@ -210,6 +232,11 @@ class SmallBatchArguments:
     def releases_gradients(self) -> bool:
         """Whether gradients are released in backward: asked for, and a token optimizer that can."""
         return self.gradient_release and self.token_optimizer is not None
+
+    def given_optimizer_settings(self) -> dict[str, Any]:
+        """Settings of the token optimizer that are not left to it, by the names of these arguments."""
+        found = {name: getattr(self, name) for name in _SETTINGS}
+        return {name: value for name, value in found.items() if value is not None}
 
     def token_optimizer_settings(self) -> dict[str, Any]:
         """Keyword arguments of the token optimizer, the parameters aside."""
@@ -292,6 +319,16 @@ class SmallBatchArguments:
                 f"largest_batch_size is {largest}, less than the first batch, per_device_train_batch_size "
                 f"{self.per_device_train_batch_size}. Raise the one, or lower the other."
             )
+        if self.train_sampling_strategy != "random":  # type: ignore[attr-defined]
+            raise ArgumentError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect with "  # type: ignore[attr-defined]
+                "batch_doubling_examples, which draws examples at random. Leave one of them out."
+            )
+        if self.auto_find_batch_size:  # type: ignore[attr-defined]
+            raise ArgumentError(
+                "auto_find_batch_size=True has no effect with batch_doubling_examples, which sets the batch. Lower "
+                "largest_batch_size where memory ends."
+            )
         if self.gradient_accumulation_steps != 1:
             raise ArgumentError(
                 f"batch_doubling_examples makes the batch larger itself, and gradient_accumulation_steps is "
@@ -304,6 +341,20 @@ class SmallBatchArguments:
                 raise ArgumentError(
                     f"{name}={getattr(self, name)!r} has no effect, because {why}. Remove it, or set token_optimizer "
                     f"to {' or '.join(optimizers)}."
+                )
+
+    def _refuse_their_settings(self) -> None:
+        if self.token_optimizer is None:
+            return
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, ours in _OF_THEIR_OPTIMIZERS.items():
+            value = getattr(self, name)
+            if value != defaults[name]:
+                optim = OptimizerNames(self.optim).value  # type: ignore[attr-defined]
+                raise ArgumentError(
+                    f"{name}={optim if name == 'optim' else repr(value)} is for transformers' own optimizers, and "
+                    f"token_optimizer={self.token_optimizer!r} trains with one of sbft's. Set {ours} in its place; or "
+                    f"token_optimizer=None to train with optim={optim}, as in a plain Trainer."
                 )
 
     def _check_release(self) -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor
 
 from sbft.data.collate import IGNORED_LABEL
+from sbft.optim.counting import Count, count_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Counts:
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
         """Counted now: of a batch that lies on a device, after a wait for it."""
-        tokens, mask, labels = _count_tokens(batch), batch.get("attention_mask"), batch.get("labels")
+        tokens, mask, labels = count_of(batch).number, batch.get("attention_mask"), batch.get("labels")
         has_label = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
         labelled = has_label is not None and bool(has_label.all())
         if mask is None or mask.dim() != 2:
@@ -116,15 +117,10 @@ def counts_of(batch: dict[str, Any], of: dict[str, Any] | None = None) -> Counts
     return Counts.of(batch)
 
 
-def tokens_of(batch: dict[str, Any]) -> int:
-    """Padding aside; of a batch without counts no more is counted."""
+def count_in(batch: Any) -> Count:
+    """Tokens, padding aside, or examples of a batch without them; of a batch without counts no more is counted."""
     known = batch.counts if isinstance(batch, CountedBatch) else None
-    return _count_tokens(batch) if known is None else known.tokens
-
-
-def _count_tokens(batch: dict[str, Any]) -> int:
-    mask = batch.get("attention_mask")
-    return int(batch["input_ids"].numel() if mask is None or mask.dim() != 2 else mask.sum())
+    return count_of(batch) if known is None else Count(known.tokens, True)
 
 
 def _are_same(batch: dict[str, Any], other: Any) -> bool:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +25,16 @@ from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
+from sbft.training.asked import AskedFor
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
+from sbft.training.batches import CountedBatches, beside_statistics, cast_inputs
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import learns_keys, unwrap
 from sbft.training.head_trial import shard_again
-from sbft.training.host import CountingCollator, FiniteLoss, tokens_of
+from sbft.training.host import CountingCollator, FiniteLoss
 from sbft.training.logits_free import LogitsFreeLoss
+from sbft.training.promotion import with_small_batch_arguments
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -68,11 +71,20 @@ else:
 
 
 class SmallBatchMixin(
-    LogitsFreeLoss, GraphedTraining, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base
+    LogitsFreeLoss,
+    GraphedTraining,
+    AskedFor,
+    WholeCheckpoints,
+    ShardedCheckpoints,
+    TensorParallel,
+    ReplicatedAdapters,
+    CountedBatches,
+    _Base,
 ):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
-    Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
+    Its arguments are a `SmallBatchTrainingArguments`, or made by `sbft.small_batch(trl.SFTConfig)`; plain ones are taken as
+    such, which is said.
     It trains with an optimizer that measures time in tokens, released gradients and a loss without logits. That loss stands
     for the next-token loss of `Trainer` and of TRL's `SFTTrainer`, whose metrics it supplies, and only where a model's own loss
     is the same. A trainer with another `compute_loss` underneath keeps its own.
@@ -81,7 +93,8 @@ class SmallBatchMixin(
         step_seconds: wall time of every finished step, data loading included.
         optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them, and where a graph
             launches them with all else, of closing the step alone.
-        tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint.
+        tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint; of batches
+            that hold no tokens, examples.
         skipped_steps: steps left out because their loss was not finite, also those before a resumed checkpoint.
         tokens_of_this_session: those of `tokens_seen` that came after the resumed checkpoint.
     """
@@ -107,6 +120,7 @@ class SmallBatchMixin(
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
+        args, kwargs = with_small_batch_arguments(type(self), args, kwargs)
         with _optimizer_checkpoints_allowed((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         self._check_arguments()
@@ -120,11 +134,7 @@ class SmallBatchMixin(
     # Set-up
 
     def _check_arguments(self) -> None:
-        if not isinstance(self.args, SmallBatchArguments):
-            raise ArgumentError(
-                f"args is a {type(self.args).__name__}; expected a SmallBatchTrainingArguments, or a dataclass that "
-                f"inherits from SmallBatchArguments and {type(self.args).__name__}, in this order."
-            )
+        self._refuse_what_is_asked()
         gpus: int = vars(self.args).get("_n_gpu", 1)
         if gpus > 1:
             raise ArgumentError(
@@ -203,7 +213,7 @@ class SmallBatchMixin(
                     "trained. Take a number of processes by which they divide."
                 )
         rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
-        if not rounds or not isinstance(model, PreTrainedModel):
+        if not rounds or self._may_be_others_optimizer() or not isinstance(model, PreTrainedModel):
             return
         wide = [parameter for parameter in trainable if parameter.dtype == torch.float32]
         if len(wide) == len(trainable) and wide:
@@ -217,14 +227,17 @@ class SmallBatchMixin(
                 "stochastically. To train in float32, set cast_weights=False."
             )
             # Parameters alone: buffers, such as rotary frequencies, lose precision that nothing gives back.
+            kept = beside_statistics(model)
             for parameter in model.parameters():
-                if parameter.dtype == torch.float32:
+                if parameter.dtype == torch.float32 and parameter not in kept:
                     parameter.data = parameter.data.to(torch.bfloat16)
             model.config.dtype = torch.bfloat16
+            cast_inputs(model, torch.bfloat16, self.label_names)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The token optimizer that the arguments name, unless one was passed in or they name none."""
-        if self.optimizer is not None or self.args.token_optimizer is None:
+        passed = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if passed or self.args.token_optimizer is None:
             return super().create_optimizer(*args, **kwargs)
         model = self.model if not args or args[0] is None else args[0]
         optimizer_class, decay = TOKEN_OPTIMIZERS[self.args.token_optimizer], self.args.weight_decay
@@ -327,6 +340,7 @@ class SmallBatchMixin(
             self.tokens_seen, self.skipped_steps = counted
         elif optimizer is not None:
             self.tokens_seen, self.skipped_steps = optimizer.tokens_seen, optimizer.skipped_steps
+        self._look_at_optimizer()
         if optimizer is None:
             return
         optimizer.discard_step()
@@ -370,21 +384,15 @@ class SmallBatchMixin(
         self._skip_this_step = False
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            tokens = sum(tokens_of(batch) for batch in batches)
-            if self.accelerator.num_processes > 1:
-                tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
-                tokens //= self.get_tp_size()  # these ranks have the same examples
-            self._step_tokens = max(tokens, 1)
-            optimizer = self._token_optimizer
-            if optimizer is not None:
-                optimizer.tokens_per_step = self._step_tokens
+            self._count_step(batches)
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
         self._in_training_step, self._found_finite = True, False
         try:
-            graphed = None if self._graphed is None else self._graphed_step(model, inputs, *args, **kwargs)
+            graphable = self._graphed is not None and isinstance(inputs, Mapping)
+            graphed = self._graphed_step(model, inputs, *args, **kwargs) if graphable else None
             with _fast_attention(inputs):
                 loss: Tensor = super().training_step(model, inputs, *args, **kwargs) if graphed is None else graphed
         except _NonFiniteLoss as error:
@@ -590,7 +598,7 @@ def _kept_states(state: TrainerState) -> dict[str, Any]:
 @contextlib.contextmanager
 def _fast_attention(inputs: dict[str, Any]) -> Iterator[None]:
     """Torch's plain attention for short examples on a CPU; around backward too, which may recompute the forward."""
-    ids = inputs.get("input_ids")
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if isinstance(ids, Tensor) and ids.device.type == "cpu" and ids.shape[-1] <= PLAIN_ATTENTION_TOKENS:
         with sdpa_kernel(SDPBackend.MATH):
             yield

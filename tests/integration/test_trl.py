@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainingArguments
 
-from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
+import sbft
+from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchMixin, SmallBatchTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 
 
-@dataclass
-class SmallBatchSFTConfig(SmallBatchArguments, trl.SFTConfig):
-    """TRL's arguments with small-batch training in front."""
+SmallBatchSFTConfig: Any = sbft.small_batch(trl.SFTConfig)
 
 
 class SmallBatchSFTTrainer(SmallBatchMixin, trl.SFTTrainer):
@@ -131,7 +130,61 @@ def test_another_loss_of_trl_is_kept(tmp_path: Path) -> None:
     assert dft.state.log_history[0]["loss"] < 0.1 * nll.state.log_history[0]["loss"]
 
 
-def test_arguments_of_the_wrong_kind_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    with pytest.raises(ArgumentError, match="inherits from SmallBatchArguments and SFTConfig"):
-        SmallBatchSFTTrainer(model=tiny_model(), args=args, train_dataset=_rows(), processing_class=tiny_tokenizer())
+def test_trls_own_arguments_are_taken_with_a_line_that_says_what_that_set(tmp_path: Path, caplog: Any) -> None:
+    args = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_length=77, learning_rate=3e-4)
+    made = SmallBatchSFTTrainer(model=tiny_model(), args=args, train_dataset=_rows(), processing_class=tiny_tokenizer()).args
+    assert isinstance(made, sbft.small_batch(trl.SFTConfig))
+    kept = {"max_length": 77, "learning_rate": 3e-4, "loss_type": args.loss_type, "logging_steps": 10}
+    ours = {"per_device_train_batch_size": 1, "bf16": False, "mixed_precision": "no", "max_grad_norm": 0.0}
+    assert {name: getattr(made, name) for name in kept | ours} == kept | ours
+    (line,) = [record.message for record in caplog.records if "small_batch(SFTConfig)" in record.message]
+    assert "per_device_train_batch_size=1 (was 8)" in line and "bf16=False (was True)" in line and "learning_rate" not in line
+
+
+def test_arguments_of_transformers_become_those_that_trl_expects(tmp_path: Path, caplog: Any) -> None:
+    basic = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    for args in (
+        TrainingArguments(**basic, learning_rate=3e-4, gradient_accumulation_steps=2),
+        SmallBatchTrainingArguments(**basic, learning_rate=3e-4, gradient_accumulation_steps=2, gradient_release=False),
+    ):
+        trainer = SmallBatchSFTTrainer(
+            model=tiny_model(), args=args, train_dataset=_rows(), processing_class=tiny_tokenizer()
+        )
+        made = trainer.args
+        assert isinstance(made, sbft.small_batch(trl.SFTConfig))
+        assert (made.learning_rate, made.gradient_accumulation_steps, made.gradient_release) == (3e-4, 2, False)
+        assert made.per_device_train_batch_size == 1
+    with pytest.raises(ArgumentError, match="args is a dict; expected a SFTConfig"):
+        SmallBatchSFTTrainer(model=tiny_model(), args={}, train_dataset=_rows(), processing_class=tiny_tokenizer())
+
+
+ONLINE = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_trainers_with_prompts_for_batches_count_the_tokens_of_prompts_and_completions(
+    kind: str, tmp_path: Path, caplog: Any
+) -> None:
+    theirs, config = ONLINE[kind]
+
+    class Mine(SmallBatchMixin, theirs):  # type: ignore[misc, valid-type]
+        seen: list[int] = []
+
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            made = super()._prepare_inputs(inputs)
+            self.seen.append(int(made["prompt_mask"].sum() + made["completion_mask"].sum()))
+            return made
+
+    basic = {"use_cpu": True, "max_steps": 2, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+    args = config(
+        output_dir=str(tmp_path / "out"), max_completion_length=6, num_generations=4, gradient_checkpointing=False, **basic
+    )
+    trainer = Mine(
+        model=str(save_tiny(tmp_path / "model")),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=args,
+        train_dataset=_rows().remove_columns("completion"),
+    )
+    trainer.train()
+    assert trainer.args.per_device_train_batch_size == 8 and trainer.tokens_seen == sum(Mine.seen) > 2 * 8
+    assert not any("in examples" in record.message for record in caplog.records)

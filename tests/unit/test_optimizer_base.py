@@ -99,13 +99,28 @@ def test_a_state_of_another_kind_is_refused():
             assert optimizer.state_dict() == before
 
 
-def test_a_state_of_before_its_optimizer_was_noted_is_loaded():
+@pytest.mark.parametrize("named", [True, False], ids=["named", "before-names"])
+def test_states_of_before_the_clock_was_in_the_groups_are_loaded(named):
+    whole = network()
+    train(whole, AdamW(whole.parameters(), lr=1e-2), 5)
+
     model = network()
-    saved = AdamW(model.parameters(), lr=0.5).state_dict()
-    del saved["optimizer"]
-    optimizer = AdamW(model.parameters())
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer = AdamW(model.parameters(), lr=1e-2, seed=0)
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        del group["clock"]
+    saved["clock"] = {"steps": 3, "tokens_seen": 33, "skipped_steps": 0, "seed": 0}
+    if named:
+        saved["optimizer"] = "AdamW"
+        with pytest.raises(ValueError, match="saved by AdamW"):
+            SGD(model.parameters()).load_state_dict(saved)
+    resumed = AdamW(model.parameters(), lr=0.5, seed=7)
+    resumed.load_state_dict(saved)
+    assert (resumed.steps, resumed.tokens_seen, resumed.seed) == (3, 33, 0)
+    train(model, resumed, 2, first=3)
+    assert_same_weights(whole, model)
+    assert resumed.state_dict()["param_groups"][0]["clock"]["steps"] == 5
 
 
 @pytest.mark.parametrize(("optimizer_class", "settings"), OPTIMIZERS)
@@ -122,7 +137,7 @@ def test_optimizers_can_be_pickled(optimizer_class, settings):
 
 def test_tokens_must_be_said_before_every_step():
     model = network()
-    optimizer = SGD(model.parameters())
+    optimizer = SGD(model.parameters(), momentum_half_life=100.0)
     model(torch.ones(1, 40, dtype=torch.bfloat16)).sum().backward()
     with pytest.raises(RuntimeError, match="tokens_per_step is not set"):
         optimizer.step()

@@ -280,12 +280,6 @@ def test_what_an_optimizer_cannot_be_set_to_is_an_argument_error(tmp_path: Path)
         trainer.create_optimizer()
 
 
-def test_plain_arguments_are_refused_with_what_to_use(tmp_path: Path) -> None:
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.raises(ArgumentError, match="SmallBatchTrainingArguments"):
-        SmallBatchTrainer(model=tiny_model(), args=args, train_dataset=rows())
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

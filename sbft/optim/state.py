@@ -1,0 +1,165 @@
+"""What of an optimizer is saved, loaded and pickled: its averages, its settings, its seed, and how far it has come."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbft.optim.sharding import cut_like, shard_of, whole
+
+CLOCK = "clock"  # of a parameter group, and of states that were saved before groups had it
+
+
+@dataclass
+class TokenClock:
+    """How far an optimizer has come: finished steps, the tokens in them, and the steps that were skipped."""
+
+    steps: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+
+
+class SavedState(torch.optim.Optimizer):
+    """The state of an optimizer whose averages are float32 whatever the weights are, and whose clock is saved with them."""
+
+    seed: int
+    clock: TokenClock
+    _tokens_per_step: int | None
+    _positions: dict[Tensor, tuple[int, int]]  # a parameter's group, and its place among all parameters
+    _changes: int  # how often the state's tensors, or the parameters, were replaced
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; of a sharded parameter what lies here, as DTensors. Every group has, under "clock", the clock, the seed
+        and the class's name: in groups alone `torch.distributed.checkpoint` keeps what is not of one parameter."""
+        self._note_clock()
+        return super().state_dict()
+
+    def _note_clock(self) -> None:
+        noted = self._noted_clock()
+        for group in self.param_groups:
+            group[CLOCK] = noted
+
+    def _noted_clock(self) -> dict[str, Any]:
+        """Never changed once it is made: states that were saved before hold it too."""
+        clock = self.clock
+        return {
+            "steps": clock.steps,
+            "tokens_seen": clock.tokens_seen,
+            "skipped_steps": clock.skipped_steps,
+            "seed": self.seed,
+            "optimizer": type(self).__name__,
+        }
+
+    @torch.no_grad()
+    def whole_state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """`state_dict()` with every tensor whole and on the CPU, for any number of ranks to load.
+
+        All ranks have to ask; those that do not `keep` it get no tensors.
+        """
+        found = self.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        for i, one in found["state"].items():
+            for name, value in one.items():
+                gathered = whole(value)
+                if keep:
+                    state.setdefault(i, {})[name] = gathered.cpu()
+        return {**found, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state is float32 (torch casts it to the dtype of bfloat16 weights).
+
+        A state of whole tensors is cut as the parameters are.
+
+        Raises:
+            ValueError: if the state comes from another kind of optimizer, or its groups do not fit.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        clock = saved_clock(state_dict)
+        mine = type(self).__name__
+        if clock is None:
+            raise ValueError(
+                "this state holds no token clock, so it was not saved by an sbft optimizer, and its averages go by steps: to "
+                f"train on with {mine}, leave it out, and averages begin anew"
+            )
+        saved_by = clock.pop("optimizer", mine)  # states of before it was noted have none
+        if saved_by != mine:
+            raise ValueError(f"this state was saved by {saved_by}, whose settings and averages are not those of {mine}")
+        with self._hooks_aside():  # they are given the state too, which torch would cast to the weights' dtype
+            super().load_state_dict({**state_dict, "state": {}})
+        self.seed = clock.pop("seed")
+        self.clock = TokenClock(**clock)
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        self.state.clear()
+        self._changes += 1
+        for i, param in zip(ids, params, strict=True):
+            saved = state_dict["state"].get(i)
+            if saved is not None:
+                here = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
+                self.state[param] = self._cut(here, param) if shard_of(param) is not None else here
+        self._note_clock()
+        self._begin_step()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    @contextmanager
+    def _hooks_aside(self) -> Iterator[None]:
+        """Without the hooks of `load_state_dict`."""
+        hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        try:
+            yield
+        finally:
+            self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = hooks
+
+    def new_state(self, param: Tensor) -> dict[str, Tensor]:
+        """What a parameter's first update would make of its state, for example to read a saved one into."""
+        tokens, self._tokens_per_step = self._tokens_per_step, 1
+        made: dict[str, Tensor] = {}
+        self._init_state(param, self.param_groups[self._positions[param][0]], made)
+        self._tokens_per_step = tokens
+        return made
+
+    def _cut(self, state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
+        """The state of a sharded parameter, cut as it would have been made."""
+        made = self.new_state(param)
+        return {name: cut_like(value, made[name]) if name in made else value for name, value in state.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "seed": self.seed, "clock": self.clock}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_positions" in self.__dict__:  # called by load_state_dict, not to unpickle
+            return
+        self._start_transient()
+        params = [(g, p) for g, group in enumerate(self.param_groups) for p in group["params"]]
+        self._positions = {p: (g, i) for i, (g, p) in enumerate(params)}
+
+    def _start_transient(self) -> None:
+        raise NotImplementedError  # abstract
+
+    def _begin_step(self) -> None:
+        raise NotImplementedError  # abstract
+
+    def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
+        raise NotImplementedError  # abstract
+
+
+def saved_clock(state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A copy of what a saved state notes of the clock, the seed and the optimizer's name; None if it is none of sbft's."""
+    if CLOCK in state_dict:  # of before it was noted in the groups
+        named = {"optimizer": state_dict["optimizer"]} if "optimizer" in state_dict else {}
+        return {**state_dict[CLOCK], **named}
+    return next((dict(group[CLOCK]) for group in state_dict["param_groups"] if CLOCK in group), None)

@@ -1,0 +1,73 @@
+"""The token count that sbft's optimizers need, in a `transformers.Trainer` that knows nothing of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.counting import TokenCount
+from sbft.training.arguments import ArgumentError, SmallBatchArguments
+
+
+class TokenCountCallback(TrainerCallback):
+    """Counts tokens for one of sbft's optimizers in a plain `Trainer`, by `TokenOptimizer.count_tokens`.
+
+    `SmallBatchTrainer` counts by itself; there the callback does nothing.
+
+    Example:
+        >>> optimizer = sbft.Adafactor(model.parameters())
+        >>> Trainer(model, args, optimizers=(optimizer, None), callbacks=[sbft.TokenCountCallback()], ...).train()
+    """
+
+    def __init__(self) -> None:
+        self._count: TokenCount | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count from now on.
+
+        Raises:
+            ArgumentError: if the optimizer is none of sbft's, or releases gradients that the arguments need.
+        """
+        self._stop()
+        if isinstance(args, SmallBatchArguments):
+            return
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
+        if not isinstance(inner, TokenOptimizer):
+            raise ArgumentError(
+                f"TokenCountCallback counts for sbft's optimizers, and this Trainer's is {type(inner).__name__}. Pass one: "
+                "optimizers=(sbft.Adafactor(model.parameters()), None); or leave the callback out."
+            )
+        needs = {
+            "gradient_accumulation_steps": args.gradient_accumulation_steps > 1,
+            "max_grad_norm": args.max_grad_norm > 0,
+        }
+        needing = [f"{name}={getattr(args, name)}" for name, is_so in needs.items() if is_so]
+        if inner.releases_gradients and needing:
+            raise ArgumentError(
+                f"{' and '.join(needing)} would have no effect: the optimizer releases its gradients within backward. Call "
+                "remove() on the handle of release_gradients(), or set max_grad_norm=0 and gradient_accumulation_steps=1."
+            )
+        assert model is not None
+        self._count = inner.count_tokens(model)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count no longer."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._count is not None:
+            self._count.remove()
+        self._count = None
