@@ -18,16 +18,20 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import has_length
 
 from sbft.errors import ModelError, TrainingError
+from sbft.model_limits import fitting_batches
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
+from sbft.training.documents import PackedBatches, warn_of_dropped_positions
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
-from sbft.training.host import CountingCollator, FiniteLoss, tokens_of
+from sbft.training.host import CountingCollator, FiniteLoss, labels_of, tokens_of
+from sbft.training.label_watch import LabelWatch
+from sbft.training.rehearsed import RehearsedSaving
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -63,7 +67,9 @@ else:
     _Base = object
 
 
-class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base):
+class SmallBatchMixin(
+    GraphedTraining, RehearsedSaving, WholeCheckpoints, ShardedCheckpoints, TensorParallel, ReplicatedAdapters, _Base
+):
     """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
     Its arguments are a `SmallBatchTrainingArguments`, or a dataclass of `SmallBatchArguments` and that trainer's own.
@@ -76,6 +82,7 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
             launches them with all else, of closing the step alone.
         tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint.
         skipped_steps: steps left out because their loss was not finite, also those before a resumed checkpoint.
+        unlabelled_steps: steps since `train` began without any label to learn from.
         tokens_of_this_session: those of `tokens_seen` that came after the resumed checkpoint.
     """
 
@@ -101,6 +108,8 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
+        self._labels = LabelWatch()
+        self._packed = PackedBatches()
         with _optimizer_checkpoints_allowed((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         self._check_arguments()
@@ -109,6 +118,12 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
             self.accelerator.dataloader_config.non_blocking = True  # the host does not wait until a batch is copied
         self.add_callback(_StepEvents(self))
         self.add_callback(self._watch)
+        self.add_callback(self._labels)
+
+    @property
+    def unlabelled_steps(self) -> int:
+        """Steps since `train` began without any label to learn from."""
+        return self._labels.unlabelled_steps
 
     # Set-up
 
@@ -222,7 +237,8 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         loader: Any = super().get_train_dataloader()
         plain = getattr(loader, "base_dataloader", loader)  # inside accelerate's
         if isinstance(plain, DataLoader):
-            plain.collate_fn = CountingCollator(plain.collate_fn)
+            plain.collate_fn = CountingCollator(fitting_batches(plain.collate_fn, self.model))
+            warn_of_dropped_positions(self.model, self.train_dataset)
         schedule = self.args.batch_schedule
         if schedule is None:
             return loader
@@ -327,10 +343,12 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         self._skip_this_step = False
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
-            tokens = sum(tokens_of(batch) for batch in batches)
+            tokens, labels = sum(tokens_of(batch) for batch in batches), labels_of(batches)
             if self.accelerator.num_processes > 1:
-                tokens = int(self.accelerator.gather(torch.tensor(tokens, device=self.args.device)).sum())
+                counted = torch.tensor([[tokens, 1 if labels is None else labels]], device=self.args.device)
+                tokens, labels = self.accelerator.gather(counted).sum(0).tolist()
                 tokens //= self.get_tp_size()  # these ranks have the same examples
+            self._labels.add_step(labels)
             self._step_tokens = max(tokens, 1)
             optimizer = self._token_optimizer
             if optimizer is not None:
@@ -340,6 +358,7 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
         self._in_training_step, self._found_finite = True, False
+        self._packed.look(self.model, inputs)
         try:
             graphed = None if self._graphed is None else self._graphed_step(model, inputs, *args, **kwargs)
             with _fast_attention(inputs):
@@ -397,8 +416,8 @@ class SmallBatchMixin(GraphedTraining, WholeCheckpoints, ShardedCheckpoints, Ten
         if self._skipped_in_a_row >= self.args.max_skipped_steps:
             raise TrainingError(
                 f"The loss was not finite in {self._skipped_in_a_row} steps in a row, the last of them step "
-                f"{self.state.global_step + 1}; none of them changed the weights. Lower learning_rate, look at the "
-                "examples of these steps, or allow more such steps with max_skipped_steps."
+                f"{self.state.global_step + 1}; none of them changed the weights. {self._labels.hint()}Lower learning_rate, "
+                "look at the examples of these steps, or allow more such steps with max_skipped_steps."
             )
 
     def _after_step(self) -> None:
