@@ -134,7 +134,7 @@ def run(
         )
         trainer.remove_callback(PrinterCallback)
         if recipe.data.packing:
-            refuse_leaking_rows(model)
+            refuse_leaking_rows(model, arguments.per_device_train_batch_size)
         settle_generation(model, tokenizer, answer_ends(prepared))
         if recipe.save_model or arguments.save_strategy != SaveStrategy.NO:
             trainer.rehearse_saving()
@@ -167,7 +167,8 @@ def run(
             model.save_pretrained(folder, is_main_process=False)  # it has a part of every weight
         elif output.main and recipe.save_model:
             stage.trained = True
-            _save(model, tokenizer, recipe, folder)
+            with trainer.own_cache_setting():
+                _save(model, tokenizer, recipe, folder)
             record.saved_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         stage.trained, stage.kept = True, recipe.save_model
         output.save(record)

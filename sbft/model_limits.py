@@ -66,6 +66,15 @@ def refuse_what_does_not_fit(
         _refuse(model.config, max(one[0] for one in extremes), max(one[1] for one in extremes) + more, what)
 
 
+def table_of_positions(model: PreTrainedModel, tokens: int) -> int | None:
+    """Where a model's table of positions ends, if it has one that so many tokens go beyond."""
+    stated = stated_positions(model.config)
+    if stated is None or tokens <= stated:
+        return None
+    limit = position_limit(model.config)
+    return limit.tokens if limit is not None and limit.hard else None
+
+
 class FittingBatches:
     """A collator whose batches are refused where they do not fit the model.
 

@@ -33,7 +33,7 @@ class CannotTell(Exception):
     """A model cannot be asked what it does with packed rows; the message says why."""
 
 
-def packing_leaks(model: Any) -> bool:
+def packing_leaks(model: Any, rows: int = 1) -> bool:
     """Whether documents in a packed row of sbft's see one another in a loaded model, or in its class where it is sharded.
 
     Raises:
@@ -41,7 +41,7 @@ def packing_leaks(model: Any) -> bool:
     """
     if not any(map(is_sharded, model.parameters())):
         try:
-            return sees_former_document(model)
+            return sees_former_document(model, rows=rows)
         except CannotTell as error:
             logger.debug(f"{error}; its class is asked in miniature")
     return packing_leaks_in(unwrap(model).config)  # type: ignore[arg-type]
@@ -55,7 +55,7 @@ def packing_leaks_in(config: PreTrainedConfig, *, trust_remote_code: bool = Fals
     """
     reason = "it cannot be run"
     try:
-        for model in miniatures(config, trust_remote_code=trust_remote_code):
+        for model in miniatures(config, trust_remote_code=trust_remote_code, use_cache=False):
             try:
                 return sees_former_document(model)
             except CannotTell as error:
@@ -65,15 +65,19 @@ def packing_leaks_in(config: PreTrainedConfig, *, trust_remote_code: bool = Fals
     raise CannotTell(reason)
 
 
-def refuse_leaking_rows(model: Any) -> None:
+def refuse_leaking_rows(model: Any, rows: int = 1) -> None:
     """Refuse to pack for a model in which documents of a row see one another.
+
+    Args:
+        model: as its trainer has it.
+        rows: of a batch.
 
     Raises:
         ModelError: if they do, or nobody can tell.
     """
     name = type(unwrap(model)).__name__
     try:
-        leaks = packing_leaks(model)
+        leaks = packing_leaks(model, rows)
     except CannotTell as error:
         raise ModelError(unknown_in_words(name, error)) from error
     if leaks:
@@ -101,7 +105,7 @@ def way_out() -> str:
     return f"Add {NO_PACKING}; rows of one example each train as well."
 
 
-def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",)) -> bool:
+def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *, rows: int = 1) -> bool:
     """Whether what a model says of a document depends on the one before it in a packed row; runs it once on 16 tokens.
 
     It is asked for the gradient of the second document's logits by the first one's embeddings, which is exactly zero where no
@@ -110,12 +114,13 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",)) ->
     Args:
         model: a causal language model, or an adapter on one; its weights, gradients and mode stay as they are.
         keys: what a batch holds beside its tokens; of these, `position_ids` come to the model only if its forward names them.
+        rows: of a batch; some attention takes no notice of documents where there are several.
 
     Raises:
         CannotTell: if it cannot be run so.
     """
     base: Any = unwrap(model)
-    inputs = _two_documents(base, keys)
+    inputs = _two_documents(base, keys, min(rows, 2))
     embedding = base.get_input_embeddings()
     caught: list[Tensor] = []
 
@@ -128,7 +133,7 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",)) ->
     base.eval()
     try:
         with torch.enable_grad():
-            logits = base(**inputs, use_cache=False).logits[0, _TOKENS:].float()
+            logits = base(**inputs).logits[0, _TOKENS:].float()
             # The plain sum would have no gradient where what is summed is normalized.
             weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), caught[0])
@@ -143,7 +148,7 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",)) ->
     return bool((gradient[0, :_TOKENS] != 0).any())
 
 
-def _two_documents(model: Any, keys: Iterable[str]) -> dict[str, Any]:
+def _two_documents(model: Any, keys: Iterable[str], rows: int) -> dict[str, Any]:
     """A packed row as batches with these keys have it."""
     weight = model.get_input_embeddings().weight
     ids = (torch.arange(2 * _TOKENS, device=weight.device) % weight.shape[0]).unsqueeze(0)
@@ -158,7 +163,11 @@ def _two_documents(model: Any, keys: Iterable[str]) -> dict[str, Any]:
     inputs = {name: value for name, value in known.items() if name in keys}
     if not takes_positions(model):
         inputs.pop("position_ids", None)
-    return {"input_ids": ids, **inputs}
+    in_rows = {"input_ids": ids, **inputs}
+    return {
+        name: value.repeat(rows, 1) if isinstance(value, Tensor) and value.dim() == 2 else value
+        for name, value in in_rows.items()
+    }
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -183,7 +192,7 @@ class PackedBatches:
         self._left = 0
         name = type(unwrap(model)).__name__
         try:
-            leaks = sees_former_document(model, batch.keys())
+            leaks = sees_former_document(model, batch.keys(), rows=len(positions))
         except CannotTell as error:
             logger.warning(
                 f"The positions of a batch start again within its rows, as packed documents' do, and whether {name} keeps "

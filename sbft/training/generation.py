@@ -54,6 +54,7 @@ def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:
     wanted = list(dict.fromkeys([*listed, *ends]))
     if wanted != listed:
         config.eos_token_id = wanted if len(wanted) > 1 else wanted[0]
+        config._from_model_config = False  # older transformers take one that is for the model config's, whose end is another
 
 
 def repaired(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:

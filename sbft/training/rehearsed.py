@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from sbft.training.disk import writing
@@ -46,7 +48,10 @@ class RehearsedSaving(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._unsaved: dict[str, Exception] = {}
+        # `Trainer` turns the cache off for training, in the outermost config alone, and would save it so.
+        self._caches = _cache_settings((*args, *kwargs.values()))
         super().__init__(*args, **kwargs)
+        self._set_caches(off=True)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, once all that belongs to a checkpoint has been saved for a trial.
@@ -100,7 +105,8 @@ class RehearsedSaving(_Base):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As in `Trainer`; where it fails, whatever can be saved is, and the error waits until all is written."""
         try:
-            super()._save(output_dir, state_dict)
+            with self.own_cache_setting():
+                super()._save(output_dir, state_dict)
             if self.args.should_save:
                 save_generation_of_adapter(self.model, self._folder(output_dir))
         except Exception as error:
@@ -130,6 +136,19 @@ class RehearsedSaving(_Base):
 
         self._together(act)  # on all processes, or the others would wait for one that has raised
 
+    @contextmanager
+    def own_cache_setting(self) -> Iterator[None]:
+        """Around a save: whether the model keeps keys and values is what it was before training."""
+        self._set_caches(off=False)
+        try:
+            yield
+        finally:
+            self._set_caches(off=True)
+
+    def _set_caches(self, *, off: bool) -> None:
+        for config, own in self._caches:
+            config.use_cache = self.args.use_cache if off else own
+
     def _folder(self, output_dir: str | None) -> Path:
         return Path(str(self.args.output_dir if output_dir is None else output_dir))
 
@@ -138,6 +157,17 @@ class RehearsedSaving(_Base):
         error = describe_unsaved(unsaved, folder)
         error.__cause__ = next(iter(unsaved.values()))
         return error
+
+
+def _cache_settings(given: Iterable[Any]) -> list[tuple[PreTrainedConfig, bool]]:
+    """`use_cache` of a model's configs: that of its text too, where it has one of its own."""
+    model = next((one for one in given if isinstance(one, nn.Module)), None)
+    config = getattr(model, "config", None)  # any module can be trained; an adapter hands on that of its model
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    text = config.get_text_config()
+    configs = [config] if text is config else [config, text]
+    return [(one, one.use_cache) for one in configs if "use_cache" in vars(one)]
 
 
 def _is(one: Any, other: Any) -> bool:

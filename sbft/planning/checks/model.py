@@ -188,12 +188,13 @@ def longer_than_positions(known: Known) -> Finding | None:
     room = limit.tokens - known.asked.longest_prompt
     if not known.answer or room >= known.answer:
         return None
+    severity: Severity = "warning" if room > 0 else "error"
     return Finding(
         "answers-longer-than-positions",
-        "error",
-        f"A question of the evaluation has {known.asked.longest_prompt:,} tokens and its answer gets {known.answer:,}, and the "
-        f"model has positions for {limit.tokens:,}",
-        "Its table of positions ends there, and measuring it fails.",
+        severity,
+        f"A question of the evaluation has {known.asked.longest_prompt:,} tokens, its answer may have {known.answer:,}, and "
+        f"the model has positions for {limit.tokens:,}",
+        f"Its table of positions ends there: {'answers are cut' if room > 0 else 'the question cannot be asked'}.",
         f"--set evaluation.max_new_tokens={room}"
         if room > 0
         else "Take questions that are so long out of the evaluation, or --set evaluation.metrics=[]",
