@@ -59,7 +59,8 @@ def generate_answers(
     end = table_of_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
     if end is not None:
         logger.warning(
-            f"Behind some prompts an answer of {max_new_tokens:,} tokens would not fit the model's {end:,} positions: it is cut."
+            f"Behind some prompts an answer of {max_new_tokens:,} tokens would not fit the model's {end:,} positions: it is "
+            "cut."
         )
     # Set outright, as generate() takes what is left open from the checkpoint, where it suits sampling.
     settings = GenerationConfig(

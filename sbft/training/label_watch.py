@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +32,7 @@ class LabelWatch(TrainerCallback):
 
     def __init__(self) -> None:
         self.unlabelled_steps = self._steps = 0
-        self._warned = False
+        self._warned = self._said_of_evaluation = False
 
     def add_step(self, labels: int | None) -> None:
         """Count a step with so many labels, all ranks together; None where nobody knows."""
@@ -37,6 +43,12 @@ class LabelWatch(TrainerCallback):
     def none_so_far(self) -> bool:
         """Whether no step had a label."""
         return 0 < self.unlabelled_steps == self._steps
+
+    def leave_out_of_evaluation(self) -> None:
+        """Say once that a batch of the evaluation without labels is left out of its mean."""
+        if not self._said_of_evaluation:
+            self._said_of_evaluation = True
+            logger.warning("Some batches of the evaluation have no label; they are left out of its mean loss.")
 
     def hint(self) -> str:
         """What to look at first where the loss is no number."""
@@ -61,3 +73,16 @@ class LabelWatch(TrainerCallback):
         if not self.unlabelled_steps or not state.is_world_process_zero or (self._warned and self.none_so_far):
             return
         logger.warning(f"{self.unlabelled_steps} of {self._steps} steps had no label to learn from: {_WHY}")
+
+
+def warn_of_masked_end(collator: Any) -> None:
+    """Warn of transformers' collator where padding is the end token, too: it takes the label of both away."""
+    if not isinstance(collator, DataCollatorForLanguageModeling) or collator.mlm:
+        return
+    tokenizer = collator.tokenizer
+    if tokenizer.eos_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        logger.warning(
+            f"{tokenizer.eos_token} is both the pad and the end token, and DataCollatorForLanguageModeling takes the label of "
+            "all padding away: the model is not taught to stop. Set tokenizer.pad_token to another token, or give labels with "
+            "the examples and a collator that keeps them."
+        )

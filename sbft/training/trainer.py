@@ -29,8 +29,8 @@ from sbft.training.documents import PackedBatches, warn_of_dropped_positions
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import Head, UnknownHead, find_head, shard_again, unwrap
-from sbft.training.host import CountingCollator, FiniteLoss, labels_of, tokens_of
-from sbft.training.label_watch import LabelWatch
+from sbft.training.host import CountingCollator, FiniteLoss, labels_of, targets_of, tokens_of
+from sbft.training.label_watch import LabelWatch, warn_of_masked_end
 from sbft.training.rehearsed import RehearsedSaving
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
@@ -119,6 +119,7 @@ class SmallBatchMixin(
         self.add_callback(_StepEvents(self))
         self.add_callback(self._watch)
         self.add_callback(self._labels)
+        warn_of_masked_end(self.data_collator)
 
     @property
     def unlabelled_steps(self) -> int:
@@ -499,6 +500,9 @@ class SmallBatchMixin(
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`; where only the loss is wanted, no logits are made."""
+        if prediction_loss_only and self.accelerator.num_processes == 1 and targets_of(inputs) == 0:
+            self._labels.leave_out_of_evaluation()
+            return None, None, None  # a loss of zero would go into the mean, and NaN would be all of it
         if not prediction_loss_only or not self._takes_logits_free_loss(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)

@@ -17,7 +17,7 @@ from tests.tiny import CHATML_WITHOUT_MARKERS, tiny_model, tiny_tokenizer
     ("settings", "kept", "left_out"),
     [
         ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "temperature": 0.9, "top_p": 0.6}, []),
-        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": False, "temperature": None}, ["temperature", "top_p"]),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": False, "top_p": None}, ["temperature", "top_p"]),
         ({"do_sample": False, "top_k": 20, "typical_p": 0.2, "min_p": 0.1}, {"top_k": None}, ["top_k", "typical_p", "min_p"]),
         ({"early_stopping": True, "length_penalty": 2.0}, {"early_stopping": None}, ["early_stopping", "length_penalty"]),
         ({"num_beams": 4, "early_stopping": True}, {"num_beams": 4, "early_stopping": True}, []),

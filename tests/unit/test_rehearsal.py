@@ -1,4 +1,4 @@
-"""A training is never lost to what is saved beside its weights: it is found before, and where it is not, the weights are kept."""
+"""A training is never lost to what is saved beside its weights: what fails is found before, or the weights are kept."""
 
 from __future__ import annotations
 
