@@ -326,6 +326,7 @@ def _train(
             record.memory["optimizer_state"] = optimizer_state_bytes(trainer.optimizer)
         record.tokens = trainer.tokens_seen
         record.skipped_steps = trainer.skipped_steps
+        record.unlabelled_steps = trainer.unlabelled_steps
         record.step_s = quantiles(trainer.step_seconds)
         record.optimizer_s = quantiles(trainer.optimizer_seconds)
         record.tokens_per_s = trainer.tokens_of_this_session / elapsed
