@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -13,10 +14,13 @@ from sbft.data.collate import Collator, left_pad
 from sbft.data.format import Rendering, encode_prompts, format_dataset, stop_tokens
 from sbft.errors import DataError
 from sbft.likelihood import evaluate_loss, evaluating, label_likelihoods, pad_token
+from sbft.model_limits import refuse_what_does_not_fit, table_of_positions
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 LABEL_ACCURACY = "label_accuracy"
 _MOST_LABELS = 50
@@ -45,11 +49,19 @@ def generate_answers(
 
     Raises:
         DataError: a prompt without any token.
+        ModelError: a prompt with a token that the model has no row for, or too long for its table of positions.
     """
     from transformers import GenerationConfig
 
     if not all(prompts):
         raise DataError(f"Prompt {prompts.index([]) + 1} is empty, so that there is nothing to answer.")
+    refuse_what_does_not_fit(model, prompts, "a prompt", more=1)
+    end = table_of_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
+    if end is not None:
+        logger.warning(
+            f"Behind some prompts an answer of {max_new_tokens:,} tokens would not fit the model's {end:,} positions: it is "
+            "cut."
+        )
     # Set outright, as generate() takes what is left open from the checkpoint, where it suits sampling.
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -69,6 +81,8 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = left_pad([prompts[index] for index in chosen], pad_token(tokenizer))
+            if end is not None:
+                settings.max_new_tokens = min(max_new_tokens, end - len(prompts[chosen[0]]))  # the longest of them
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
             generator: Any = model
             written = generator.generate(**on_device, generation_config=settings)[:, batch["input_ids"].shape[1] :]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sbft.errors import ExportError, MissingPackageError, ModelError
 from sbft.install import how_to_install
@@ -25,17 +25,19 @@ from sbft.recipe.nearest import nearest
 from sbft.tensor_files import TensorFiles, cast, write_shards
 from sbft.training.checkpoints import newest_first
 from sbft.training.disk import writing
+from sbft.training.generation import settle_generation
 
 DTYPES = ("bfloat16", "float32", "float16")
 # A file is in memory as a whole while it is written, and hubs like them no larger.
 MAX_SHARD_BYTES = 5 * 10**9
 _CONFIG, _ADAPTER_CONFIG, _RECORD = "config.json", "adapter_config.json", "run.json"
+GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template*", "additional_chat_templates"),
 )
 # Of a run's folder only what belongs to the model: its recipe, record and predictions may name what is private.
-_OF_THE_MODEL = (_CONFIG, "generation_config.json", *TOKENIZER_FILES, "*.py", "README.md", "LICENSE*", "NOTICE*")
+_OF_THE_MODEL = (_CONFIG, GENERATION_FILE, *TOKENIZER_FILES, "*.py", "README.md", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -280,10 +282,15 @@ def _merge(
         for parameter_name, parameter in merged.named_parameters():
             parameter.data = cast(parameter_name, parameter.data, torch.float16)
         merged.config.dtype = torch.float16
+    own_tokenizer = (source / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(source) if own_tokenizer else base, trust_remote_code=trust_remote_code)
+    if (source / GENERATION_FILE).is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(source)
+    settle_generation(merged, tokenizer)
     with new_folder(destination) as folder:
         merged.save_pretrained(folder, max_shard_size=max_shard_bytes)
         if not copy_files(source, folder, TOKENIZER_FILES):
-            load_tokenizer(base, trust_remote_code=trust_remote_code).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return _written(destination, merged_into=base, dequantized=quantization is not None)
 
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
 
 from sbft.data.collate import Collator
 from sbft.data.format import FormatReport
@@ -25,12 +26,16 @@ from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_by
 from sbft.memory_pool import pool_bytes
 from sbft.methods import METHODS
 from sbft.planning.check import expected_memory, warnings_in_brief
+from sbft.planning.checks.examples import answer_ends
+from sbft.planning.checks.model import BEFORE_LOADING, find_in_model, refuse_errors
 from sbft.quantization import scales_bytes, write_note
 from sbft.recipe import Recipe, resolve
 from sbft.scratch_models import is_scratch
 from sbft.training.card import write_card
 from sbft.training.checkpoints import describe_damage, find_checkpoint, go_back_to
+from sbft.training.documents import refuse_leaking_rows
 from sbft.training.failures import Stage, failures_recorded, resume_command
+from sbft.training.generation import settle_generation
 from sbft.training.interrupt import StopBetweenSteps
 from sbft.training.launched import as_launched
 from sbft.training.methods import prepare_model, training_arguments
@@ -44,6 +49,7 @@ from sbft.training.output import (
 from sbft.training.prepared import Prepared, evaluation_rows, prepare, rendering
 from sbft.training.ranks import check_agreed
 from sbft.training.record import RunRecord, git_commit, quantiles, versions
+from sbft.training.rehearsal import describe_unsaved, save_all_that_can_be
 from sbft.training.saving import saved_whole
 from sbft.training.selection import LogWhereEvaluated, held_out_examples, held_out_part
 from sbft.training.trainer import SmallBatchTrainer
@@ -102,8 +108,9 @@ def run(
     arguments.per_device_eval_batch_size = recipe.evaluation.batch_size
     tokenizer, splits, report = prepared.tokenizer, prepared.splits, prepared.report
     say(_describe_tokens(prepared) if prepared.pretrains else _describe(report, splits))
+    of_model = refuse_errors(find_in_model(prepared, BEFORE_LOADING))
     prediction, of_memory = expected_memory(prepared)
-    for line in warnings_in_brief(prepared, of_memory):
+    for line in warnings_in_brief(prepared, of_memory, *of_model):
         say(line)
     if part == "eval" and arguments.load_best_model_at_end:
         say(f"Warning: {_CHOSEN_ON_EVALUATION}")
@@ -125,6 +132,11 @@ def run(
             callbacks=[*callbacks, stop, LogWhereEvaluated()],
         )
         trainer.remove_callback(PrinterCallback)
+        if recipe.data.packing:
+            refuse_leaking_rows(model, arguments.per_device_train_batch_size)
+        settle_generation(model, tokenizer, answer_ends(prepared))
+        if recipe.save_model or arguments.save_strategy != SaveStrategy.NO:
+            trainer.rehearse_saving()
         _describe_in_record(record, recipe, model, arguments.world_size, report, splits)
         former = _former_record(folder) if resume else None
         if former is not None:
@@ -153,7 +165,9 @@ def run(
         if recipe.save_model and not output.main and recipe.distributed is not None:
             model.save_pretrained(folder, is_main_process=False)  # it has a part of every weight
         elif output.main and recipe.save_model:
-            _save(model, tokenizer, recipe, folder)
+            stage.trained = True
+            with trainer.own_cache_setting():
+                _save(model, tokenizer, recipe, folder)
             record.saved_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         stage.trained, stage.kept = True, recipe.save_model
         output.save(record)
@@ -165,9 +179,9 @@ def run(
             predictions = folder / PREDICTIONS_FILE if output.main else None
             record.metrics = _evaluate(recipe, model, tokenizer, splits, record, predictions)
             stage.evaluating = False
-        record.status, record.error = "ok", None
         if output.main and recipe.save_model:
             write_card(record, folder)
+        record.status, record.error = "ok", None
     output.save(record)
     return record
 
@@ -196,10 +210,11 @@ def _unsupported_is_a_result(recipe: Recipe, record: RunRecord, output: RunFolde
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
     quantization = METHODS[recipe.method].quantization
     with saved_whole(folder) as part:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        unsaved = save_all_that_can_be(model, tokenizer, part)
         if quantization is not None:
             write_note(part, quantization)
+    if unsaved:
+        raise describe_unsaved(unsaved, folder) from next(iter(unsaved.values()))
 
 
 def _begin(recipe: Recipe) -> RunRecord:
@@ -309,6 +324,7 @@ def _train(
             record.memory["optimizer_state"] = optimizer_state_bytes(trainer.optimizer)
         record.tokens = trainer.tokens_seen
         record.skipped_steps = trainer.skipped_steps
+        record.unlabelled_steps = trainer.unlabelled_steps
         record.step_s = quantiles(trainer.step_seconds)
         record.optimizer_s = quantiles(trainer.optimizer_seconds)
         record.tokens_per_s = trainer.tokens_of_this_session / elapsed

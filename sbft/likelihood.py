@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sbft.data.collate import IGNORED_LABEL, Collator
 from sbft.data.format import encode_answers
 from sbft.errors import DataError
+from sbft.model_limits import refuse_what_does_not_fit
 from sbft.openmp import spinning_while_alone
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def _summed_losses(
     """The cross entropy of each row, summed over its labels."""
     losses = [0.0] * len(rows)
     limit = max(1, _LOGITS_BYTES // (4 * _vocabulary(model)))
+    if "position_ids" not in (rows[0] if rows else {}):  # of packed rows, which are longer than their documents
+        refuse_what_does_not_fit(model, (row["input_ids"] for row in rows), "an example")
     with evaluating(model):
         for chosen in _batches(rows, batch_size, limit):
             batch = [rows[index] for index in chosen]

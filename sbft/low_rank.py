@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sbft.errors import ExportError, MissingPackageError
 from sbft.export import (
+    GENERATION_FILE,
     TOKENIZER_FILES,
     check_destination,
     check_dtype,
@@ -133,7 +134,7 @@ def extract_lora(
     _check_there_is_something(kinds, factors, source, base)
     with new_folder(destination) as folder:
         save_lora(folder, model, factors, base)
-        copy_files(source, folder, TOKENIZER_FILES)
+        copy_files(source, folder, (*TOKENIZER_FILES, GENERATION_FILE))
     return Extraction(
         folder=destination,
         base=base,

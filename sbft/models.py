@@ -45,6 +45,11 @@ BUILTIN = {
 }
 
 
+def is_builtin(model: str) -> bool:
+    """Says whether a model is written `builtin:NAME`."""
+    return model.startswith(_PREFIX)
+
+
 def resolve(model: str) -> str:
     """Turns `builtin:NAME` into the folder of its converted checkpoint (made on first use); leaves the rest alone.
 

@@ -32,8 +32,8 @@ LOOK_S = 0.5
 # one busy process 0.2 and more. Threads that spin little may be put on one core and wait there although another is free.
 _WAITED = 0.1
 # Cores that other processes use beyond those that our threads leave them, where threads begin and cease to be crowded.
-# Measured on 2 cores: while others use a third of one, steps take equally long in the mean either way; while they use one, half as long
-# with the short spin.
+# Measured on 2 cores: while others use a third of one, steps take equally long in the mean either way. While they use one,
+# steps take half as long with the short spin.
 _CROWDED, _FREE = 0.5, 0.35
 # With less work than this share of a core there is nothing to tell by.
 _LEAST_WORK = 0.1

@@ -14,6 +14,7 @@ from sbft.planning.checks.examples import EXAMPLES_CHECKS, truncated
 from sbft.planning.checks.finding import Finding
 from sbft.planning.checks.fit import Predict, Prediction, fit
 from sbft.planning.checks.length import Duration, RunLength, duration, row_sizes, run_length
+from sbft.planning.checks.model import MODEL_CHECKS, find_in_model
 from sbft.planning.checks.processor import PROCESSOR_CHECKS
 from sbft.planning.checks.settings import SETTINGS_CHECKS
 from sbft.planning.predict import PlanError, predict_recipe
@@ -62,7 +63,7 @@ def check(recipe: Recipe, predict: Predict = predict_recipe) -> Check:
         SbftError: with every problem at once, if the run could not begin.
     """
     prepared = _prepare(recipe)
-    findings = find(prepared)
+    findings = [*find(prepared), *find_in_model(prepared, MODEL_CHECKS)]
     length = run_length(prepared)
     available = available_bytes()
     prediction, of_memory = expected_memory(prepared, predict, available=available)
@@ -100,17 +101,17 @@ def expected_memory(
     return prediction, fit(prepared, prediction, available_bytes() if available is None else available)
 
 
-def warnings_in_brief(prepared: Prepared, of_memory: Finding | None) -> list[str]:
+def warnings_in_brief(prepared: Prepared, *others: Finding | None) -> list[str]:
     """A line for each warning and error, for a run that goes on nevertheless; not what it says of its data anyway.
 
     Args:
         prepared: what the run reads.
-        of_memory: as `expected_memory` gives it.
+        others: as `expected_memory` and `find_in_model` give them.
     """
     findings = find(prepared, (one for one in CHECKS if one is not truncated))
     # That the model cannot be made, the run says itself when it gets there.
     told = [
-        one for one in [*findings, of_memory] if one is not None and one.severity != "note" and one.key != _NOT_MADE
+        one for one in [*findings, *others] if one is not None and one.severity != "note" and one.key != _NOT_MADE
     ]
     return [f"Warning: {one.title}. {one.why if one.mend is None else f'To mend it: {one.mend}'}" for one in told]
 

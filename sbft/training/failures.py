@@ -18,6 +18,7 @@ from sbft.training.disk import FULL_OR_READ_ONLY, refusal
 from sbft.training.output import RECIPE_FILE, RunFolder, is_fixed
 from sbft.training.ranks import DEFAULT_TIMEOUT_S, loss_of_a_rank
 from sbft.training.record import RunRecord
+from sbft.training.rehearsal import SavingError
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ def _told(error: BaseException, recipe: Recipe, record: RunRecord, output: RunFo
         return Interrupted(signal_of(error), _interrupted(record, output, stage))
     if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
         error = DiskError(f"{error.filename or output.folder} could not be written: {refusal(error)}.")
-    if isinstance(error, DiskError):
-        return DiskError(f"{error}{_where_to_go_on(record, output, stage)}")
+    if isinstance(error, (DiskError, SavingError)):
+        return type(error)(f"{error}{_where_to_go_on(record, output, stage)}")
     lost = loss_of_a_rank(error, recipe.training.get("ddp_timeout", DEFAULT_TIMEOUT_S))
     if lost is not None:
         return LostRankError(lost + _where_to_go_on(record, output, stage))

@@ -6,8 +6,8 @@ where nothing between one backward and the next forward waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ class Counts:
         tokens: padding aside.
         labelled: whether every position has a label.
         padded_right: whether padding lies behind all tokens of its row, and has no labels.
+        targets: labels that are predicted; None of a batch whose labels are not classes.
     """
 
     tokens: int
     labelled: bool
     padded_right: bool
+    targets: int | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
@@ -38,13 +40,14 @@ class Counts:
         tokens, mask, labels = count_of(batch).number, batch.get("attention_mask"), batch.get("labels")
         has_label = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
         labelled = has_label is not None and bool(has_label.all())
+        targets = _count_targets(batch)
         if mask is None or mask.dim() != 2:
-            return cls(tokens, labelled, mask is None)
+            return cls(tokens, labelled, mask is None, targets)
         is_token = mask != 0
         padded_right = bool((is_token[:, 1:] <= is_token[:, :-1]).all())
         if has_label is not None and has_label.shape == is_token.shape:
             padded_right &= bool((has_label <= is_token).all())
-        return cls(tokens, labelled, padded_right)
+        return cls(tokens, labelled, padded_right, targets)
 
 
 class CountedBatch(dict[str, Any]):
@@ -121,6 +124,29 @@ def count_in(batch: Any) -> Count:
     """Tokens, padding aside, or examples of a batch without them; of a batch without counts no more is counted."""
     known = batch.counts if isinstance(batch, CountedBatch) else None
     return count_of(batch) if known is None else Count(known.tokens, True)
+
+
+def targets_of(batch: Any) -> int | None:
+    """Labels that are predicted; None where there are none, or they are not classes."""
+    known = batch.counts if isinstance(batch, CountedBatch) else None
+    if known is not None:
+        return known.targets
+    return _count_targets(batch) if isinstance(batch, Mapping) else None
+
+
+def labels_of(batches: Sequence[Any]) -> int | None:
+    """Those of several batches."""
+    counted = [targets_of(batch) for batch in batches]
+    return None if None in counted else sum(count for count in counted if count is not None)
+
+
+def _count_targets(batch: Mapping[str, Any]) -> int | None:
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if isinstance(ids, Tensor) and labels.dim() == 2 and labels.shape == ids.shape and "decoder_input_ids" not in batch:
+        labels = labels[:, 1:]  # nothing predicts the first token
+    return int((labels != IGNORED_LABEL).sum())
 
 
 def _are_same(batch: dict[str, Any], other: Any) -> bool:

@@ -45,6 +45,8 @@ class RunRecord:
     world_size: int = 1
     steps: int = 0
     skipped_steps: int = 0
+    unlabelled_steps: int = 0
+    """Steps of the last session that had no label to learn from."""
     tokens: int = 0
     """Tokens of the batches that were trained on, padding left out, all ranks together."""
     second_moment_half_life: float | None = None

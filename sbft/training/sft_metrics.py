@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.training.host import tokens_of
+from sbft.training.host import count_in
 
 
 class SftMetrics:
@@ -29,7 +29,7 @@ class SftMetrics:
             statistics: of a batch, as `TokenStatistics.row` gives them.
             inputs: the batch.
         """
-        self._batches[self._mode()].append((statistics, tokens_of(inputs)))
+        self._batches[self._mode()].append((statistics, count_in(inputs).number))
 
     def hand_over(self) -> None:
         """All that was gathered in the mode that the model is in; every rank has to ask."""

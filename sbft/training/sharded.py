@@ -97,10 +97,11 @@ def save_weights(model: PreTrainedModel, folder: Path, *, main: bool) -> None:
     shard_again(model)
     if main:
         folder.mkdir(parents=True, exist_ok=True)
+    write_parts(model.state_dict(), folder)
+    if main:  # what may fail comes last: the others wait for this process until the weights are written
         model.config.save_pretrained(folder)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-    write_parts(model.state_dict(), folder)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

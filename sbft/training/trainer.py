@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import has_length
 
 from sbft.errors import ModelError, TrainingError
+from sbft.model_limits import fitting_batches
 from sbft.openmp import spinning_while_alone
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
@@ -28,13 +29,16 @@ from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBat
 from sbft.training.asked import AskedFor
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.batches import CountedBatches, beside_statistics, cast_inputs
+from sbft.training.documents import PackedBatches, warn_of_dropped_positions
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import learns_keys, unwrap
 from sbft.training.head_trial import shard_again
-from sbft.training.host import CountingCollator, FiniteLoss
+from sbft.training.host import CountingCollator, FiniteLoss, labels_of, targets_of
+from sbft.training.label_watch import LabelWatch, warn_of_masked_end
 from sbft.training.logits_free import LogitsFreeLoss
 from sbft.training.promotion import with_small_batch_arguments
+from sbft.training.rehearsed import RehearsedSaving
 from sbft.training.saving import WholeCheckpoints
 from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
@@ -74,6 +78,7 @@ class SmallBatchMixin(
     LogitsFreeLoss,
     GraphedTraining,
     AskedFor,
+    RehearsedSaving,
     WholeCheckpoints,
     ShardedCheckpoints,
     TensorParallel,
@@ -96,6 +101,7 @@ class SmallBatchMixin(
         tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint; of batches
             that hold no tokens, examples.
         skipped_steps: steps left out because their loss was not finite, also those before a resumed checkpoint.
+        unlabelled_steps: steps since `train` began without any label to learn from.
         tokens_of_this_session: those of `tokens_seen` that came after the resumed checkpoint.
     """
 
@@ -120,6 +126,8 @@ class SmallBatchMixin(
         self._attached = contextlib.ExitStack()
         self._parameters_for_flos: int | None = None
         self._watch = TrainingWatch()
+        self._labels = LabelWatch()
+        self._packed = PackedBatches()
         args, kwargs = with_small_batch_arguments(type(self), args, kwargs)
         with _optimizer_checkpoints_allowed((*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
@@ -130,6 +138,13 @@ class SmallBatchMixin(
             self.accelerator.dataloader_config.non_blocking = True  # the host does not wait until a batch is copied
         self.add_callback(_StepEvents(self))
         self.add_callback(self._watch)
+        self.add_callback(self._labels)
+        warn_of_masked_end(self.data_collator)
+
+    @property
+    def unlabelled_steps(self) -> int:
+        """Steps since `train` began without any label to learn from."""
+        return self._labels.unlabelled_steps
 
     # Set-up
 
@@ -256,7 +271,8 @@ class SmallBatchMixin(
         loader: Any = super().get_train_dataloader()
         plain = getattr(loader, "base_dataloader", loader)  # inside accelerate's
         if isinstance(plain, DataLoader):
-            plain.collate_fn = CountingCollator(plain.collate_fn)
+            plain.collate_fn = CountingCollator(fitting_batches(plain.collate_fn, self.model))
+            warn_of_dropped_positions(self.model, self.train_dataset)
         schedule = self.args.batch_schedule
         if schedule is None:
             return loader
@@ -385,11 +401,21 @@ class SmallBatchMixin(
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if batches:
             self._count_step(batches)
+            self._count_labels(batches)
         return batches, num_items
+
+    def _count_labels(self, batches: list[Any]) -> None:
+        """Note how many labels the coming step has to learn from, all ranks together."""
+        labels = labels_of(batches)
+        if self.accelerator.num_processes > 1:
+            counted = torch.tensor(1 if labels is None else labels, device=self.args.device)
+            labels = int(self.accelerator.gather(counted).sum())
+        self._labels.add_step(labels)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in `Trainer`, but a loss that is not finite never reaches backward, and its whole step is left out."""
         self._in_training_step, self._found_finite = True, False
+        self._packed.look(self.model, inputs)
         try:
             graphable = self._graphed is not None and isinstance(inputs, Mapping)
             graphed = self._graphed_step(model, inputs, *args, **kwargs) if graphable else None
@@ -448,8 +474,8 @@ class SmallBatchMixin(
         if self._skipped_in_a_row >= self.args.max_skipped_steps:
             raise TrainingError(
                 f"The loss was not finite in {self._skipped_in_a_row} steps in a row, the last of them step "
-                f"{self.state.global_step + 1}; none of them changed the weights. Lower learning_rate, look at the "
-                "examples of these steps, or allow more such steps with max_skipped_steps."
+                f"{self.state.global_step + 1}; none of them changed the weights. {self._labels.hint()}Lower learning_rate, "
+                "look at the examples of these steps, or allow more such steps with max_skipped_steps."
             )
 
     def _after_step(self) -> None:
@@ -496,6 +522,9 @@ class SmallBatchMixin(
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`; where only the loss is wanted, no logits are made."""
+        if prediction_loss_only and self.accelerator.num_processes == 1 and targets_of(inputs) == 0:
+            self._labels.leave_out_of_evaluation()
+            return None, None, None  # a loss of zero would go into the mean, and NaN would be all of it
         if not prediction_loss_only or not self._takes_logits_free_loss(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)

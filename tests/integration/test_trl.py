@@ -101,14 +101,10 @@ def test_the_best_checkpoint_may_be_that_of_the_best_token_accuracy(tmp_path: Pa
 def test_a_trainer_of_trl_with_another_loss_keeps_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    @dataclass
-    class Config(SmallBatchArguments, GKDConfig):
+    class SmallBatchGKD(SmallBatchMixin, GKDTrainer):
         """As a user writes it."""
 
-    class SmallBatchGKD(SmallBatchMixin, GKDTrainer):
-        """Likewise."""
-
-    args = Config(
+    args = sbft.small_batch(GKDConfig)(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, lmbda=0.0, cast_weights=False, save_strategy="no"
     )
     chats = [{"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}] * 4

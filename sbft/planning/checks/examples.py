@@ -162,13 +162,30 @@ def missing_begin(prepared: Prepared) -> Finding | None:
 def ends(prepared: Prepared) -> Ends:
     """How the answers of all training examples end."""
     tokenizer = prepared.tokenizer
-    added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
-    special = np.array(sorted({*added, *tokenizer.all_special_ids}), dtype=np.int64)
+    special = _special(tokenizer)
     # Where padding and end are one token, one ends the answer, and the data may have brought another.
     pads = 3 if tokenizer.pad_token_id == tokenizer.eos_token_id else 2
     limit = prepared.recipe.data.max_length
     each = (_ends(chunk, special, tokenizer.pad_token_id, pads, limit) for chunk in _chunks(prepared))
     return reduce(add, each, Ends(0, 0, 0, 0))
+
+
+def answer_ends(prepared: Prepared) -> list[int]:
+    """The special tokens that trained answers end with, those that were cut off aside; none for windows of tokens."""
+    if prepared.pretrains:
+        return []
+    tokenizer, limit = prepared.tokenizer, prepared.recipe.data.max_length
+    special = _special(tokenizer)
+    found: set[int] = set()
+    for chunk in _chunks(prepared):
+        last, uncut = _last_trained(chunk), _lengths(chunk) < limit
+        found |= set(chunk.ids[last[uncut]].tolist())
+    return sorted(found & set(special.tolist()))
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
+    return np.array(sorted({*added, *tokenizer.all_special_ids}), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -193,13 +210,21 @@ def _chunks(prepared: Prepared) -> Iterator[_Chunk]:
         yield _Chunk(ids.flatten().to_numpy(), table["labels"].combine_chunks().flatten().to_numpy(), starts)
 
 
+def _last_trained(chunk: _Chunk) -> np.ndarray:
+    """Where the last label of each example is."""
+    return np.maximum.reduceat(np.where(chunk.labels != IGNORED, np.arange(len(chunk.ids)), -1), chunk.starts)
+
+
+def _lengths(chunk: _Chunk) -> np.ndarray:
+    return np.diff(np.append(chunk.starts, len(chunk.ids)))
+
+
 def _ends(chunk: _Chunk, special: np.ndarray, pad: int, pads: int, limit: int) -> Ends:
-    places = np.arange(len(chunk.ids))
     trained = chunk.labels != IGNORED
-    last = np.maximum.reduceat(np.where(trained, places, -1), chunk.starts)
+    last = _last_trained(chunk)
     stops = np.append(chunk.starts[1:], len(chunk.ids))
     is_special = np.isin(chunk.ids, special)
-    uncut = stops - chunk.starts < limit
+    uncut = _lengths(chunk) < limit
     open_end = uncut & ~is_special[last]
     behind = np.minimum(last + 1, len(chunk.ids) - 1)
     masked = open_end & (last + 1 < stops) & is_special[behind]
