@@ -48,6 +48,36 @@ def truncated(prepared: Prepared) -> Finding | None:
     )
 
 
+def not_read(prepared: Prepared) -> Finding | None:
+    """Columns, and keys of messages, that have no effect on the examples."""
+    names = prepared.report.unread
+    if not names:
+        return None
+    kind = "Column" if not any("[]." in name for name in names) else "Part of the data"
+    return Finding(
+        "data-not-read",
+        "warning",
+        f"{kind}{'s' * (len(names) > 1 and kind == 'Column')} not read: {', '.join(names)}",
+        "Nothing of it is trained on or shown to the model.",
+        "Name the columns to be read with data.prompt, data.completion, data.messages, data.tools or data.text, or take "
+        "these out.",
+    )
+
+
+def divided(prepared: Prepared) -> Finding | None:
+    """Conversations that are several examples, which makes an epoch longer."""
+    count = prepared.report.divided
+    if not count:
+        return None
+    return Finding(
+        "conversations-divided",
+        "note",
+        f"{_count(count, 'conversation')} became several examples, {prepared.report.examples:,} in all",
+        "The model's chat template changes earlier answers once later ones follow, such as by leaving out their "
+        "reasoning. Each such answer is learned at the end of a text of its own, as it is asked for.",
+    )
+
+
 def overlap(prepared: Prepared) -> Finding | None:
     """Questions of validation or evaluation that are trained on, which is only possible where the recipe allows it."""
     data, splits = prepared.recipe.data, prepared.splits
@@ -236,4 +266,4 @@ def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-EXAMPLES_CHECKS = (truncated, overlap, unlearned_end, trained_padding, missing_begin)
+EXAMPLES_CHECKS = (truncated, not_read, divided, overlap, unlearned_end, trained_padding, missing_begin)
