@@ -83,6 +83,7 @@ class ChatFormat:
                 wrote does not stand whole in what would be learned.
         """
         self._require_template()
+        self._refuse_unwanted_thoughts(chat)
         examples = self._examples(replace(chat, messages=self._form(chat)(chat.messages)), markers)
         learned = _text(examples).learned
         for place in chat.learned:
@@ -109,10 +110,20 @@ class ChatFormat:
                 "or columns prompt and completion."
             )
 
+    def _refuse_unwanted_thoughts(self, chat: Chat) -> None:
+        without = self.variables.get(THINKING) is False and THINKING in str(self.tokenizer.chat_template)
+        if without and any(holds_reasoning(chat.messages[place]) for place in chat.learned):
+            raise DataError(
+                "The data's answers hold reasoning, and data.chat_template_kwargs.enable_thinking is false, so that the "
+                "model would be asked for answers without. Set it to true, leave it out, or take the reasoning out of "
+                "the data."
+            )
+
     def _form(self, chat: Chat) -> Form:
         """How this template takes messages of this shape: the first form of which nothing is lost."""
-        # Of turns without weight nothing may be lost either: they are part of the prompt of what follows.
-        whole = replace(chat, learned=chat.answers())
+        # Of turns without weight nothing may be lost either: they are part of the prompt of what follows. The first turn
+        # of all is asked by nobody; many templates cannot even open it.
+        whole = replace(chat, learned=tuple(place for place in chat.answers() if place or place in chat.learned))
         shape = shape_of(whole)
         if shape not in self._forms:
             self._forms[shape] = self._fitting_form(with_words(whole))
@@ -174,8 +185,8 @@ class ChatFormat:
 
     def _answer(self, chat: Chat, place: int) -> Answer:
         """A turn's prompt, and what the assistant writes after it, up to the end of its turn."""
-        prompt, whole = self._render(chat.until(place), ask=True), self._render(chat.until(place + 1))
-        whole = whole.removesuffix(self._tail)
+        whole = self._render(chat.until(place + 1)).removesuffix(self._tail)
+        prompt = self._render(chat.until(place), ask=True) if place else self._first_prompt(whole)
         if whole.startswith(prompt):
             start = len(prompt)
         elif (thought := self._after_open_thought(prompt, whole, chat.messages[place])) is not None:
@@ -183,6 +194,18 @@ class ChatFormat:
         else:
             start = self._start_after_another_past(chat, place, prompt, whole)
         return Answer(prompt, whole[start : self._without_space_after(whole, start)])
+
+    def _first_prompt(self, whole: str) -> str:
+        """What stands before an answer that nobody asked for: all up to the opening of an answer, and that."""
+        question = Chat([{"role": "user", "content": "a"}])
+        opening = self._render(question, ask=True).removeprefix(self._render(question).removesuffix(self._tail))
+        before, found, _ = whole.partition(opening) if opening else ("", "", "")
+        if not found:
+            raise DataError(
+                "A conversation begins with the assistant's turn, which the tokenizer's chat template does not open as it "
+                f"opens others ({opening!r}). Put a turn of the user before it, or give it a weight of 0."
+            )
+        return before + found
 
     def _start_after_another_past(self, chat: Chat, place: int, prompt: str, whole: str) -> int:
         """Where an answer begins whose presence changes what comes before it (gpt-oss then leaves out earlier thoughts).
@@ -195,7 +218,7 @@ class ChatFormat:
         shared = len(commonprefix([whole, self._render(other)]))
         start = whole.rfind(opening, 0, shared)
         if opening in ("", prompt) or start < 0:
-            raise DataError(self._asked_otherwise(prompt, whole, chat.messages[place]))
+            raise DataError(self._asked_otherwise(prompt, whole))
         return start + len(opening)
 
     def _after_open_thought(self, prompt: str, whole: str, message: Message) -> str | None:
@@ -213,13 +236,7 @@ class ChatFormat:
         answer = answer.lstrip("\n")
         return f"{thought.strip()}\n{THOUGHT_ENDS}\n\n{answer[: self._without_space_after(answer, 0)]}"
 
-    def _asked_otherwise(self, prompt: str, whole: str, message: Message) -> str:
-        if holds_reasoning(message) and self.variables.get(THINKING) is False:
-            return (
-                "The data's answers hold reasoning, and data.chat_template_kwargs.enable_thinking is false, so that the "
-                "model would be asked for answers without. Set it to true, leave it out, or take the reasoning out of "
-                "the data."
-            )
+    def _asked_otherwise(self, prompt: str, whole: str) -> str:
         same = len(commonprefix([prompt, whole]))
         return (
             "The tokenizer's chat template asks for an answer otherwise than it renders one, so that the model would be "
@@ -316,7 +333,7 @@ class ChatFormat:
             )
         # A template's own expressions raise these where they take a list of parts for text, or the other way round.
         except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
-            roles = ", ".join(str(message["role"]) for message in chat.messages) or "of nobody"
+            roles = ", ".join(str(message["role"]) for message in chat.messages)
             raise DataError(
                 f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. Correct the data "
                 "(many models want user and assistant in turn, and some know no system turn)."

@@ -14,6 +14,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Outcome:
     refused: str | None = None
 
 
+@cache
 def template_of(name: str) -> str | None:
     """A family's chat template; None where there is no copy at hand."""
     folders = [Path(given) for given in [os.environ.get("SBFT_CHAT_TEMPLATES")] if given]
@@ -136,8 +138,12 @@ def _smollm2() -> str | None:
     return str(load_tokenizer("builtin:smollm2-135m").chat_template)
 
 
-def tokenizer_with(template: str, name: str) -> PreTrainedTokenizerFast:
-    """A tiny tokenizer to which the marks of a template are special tokens, as to the model's own."""
+@cache
+def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
+    """A tiny tokenizer to which the marks of a family's template are special tokens, as to the model's own."""
+    name = FAMILIES[family]
+    template = template_of(name)
+    assert template is not None
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(_SPECIAL.findall(template)))})
     tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("<tool_call>", "<think>", "</think>")])
@@ -152,9 +158,10 @@ def row_of(conversation: str) -> dict[str, Any]:
     return {**row, "tools": json.dumps(_TOOLS)} if "call" in conversation else row
 
 
-def outcome(tokenizer: PreTrainedTokenizerFast, conversation: str) -> Outcome:
-    """Formats one conversation; it is asked for as in training, or this fails."""
-    row = row_of(conversation)
+@cache
+def outcome(family: str, conversation: str) -> Outcome:
+    """Formats one conversation for a family; it is asked for as in training, or this fails."""
+    row, tokenizer = row_of(conversation), tokenizer_of(family)
     try:
         examples, _ = format_dataset(Dataset.from_list([row]), tokenizer, max_length=1 << 20)
     except DataError as error:
@@ -186,8 +193,7 @@ def table_row(family: str) -> str:
     template = template_of(FAMILIES[family])
     if template is None:
         return f"| {family} | no copy at hand | {' | '.join(['not tested'] * len(CONVERSATIONS))} |"
-    tokenizer = tokenizer_with(template, FAMILIES[family])
-    cells = [_cell(outcome(tokenizer, name)) for name in CONVERSATIONS]
+    cells = [_cell(outcome(family, name)) for name in CONVERSATIONS]
     return f"| {family} | `{version_of(template)}` | {' | '.join(cells)} |"
 
 
@@ -199,13 +205,11 @@ def _cell(found: Outcome) -> str:
 
 def words(family: str) -> str:
     """What is learned of each conversation of a family, word for word."""
-    template = template_of(FAMILIES[family])
-    if template is None:
+    if template_of(FAMILIES[family]) is None:
         return ""
-    tokenizer = tokenizer_with(template, FAMILIES[family])
     lines = [f"### {family}", "", "```text"]
     for name in CONVERSATIONS:
-        found = outcome(tokenizer, name)
+        found = outcome(family, name)
         if found.refused is not None:
             lines.append(f"{name}: refused: {found.refused.split('. ')[0]}.")
         for texts in found.texts:

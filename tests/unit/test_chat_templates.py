@@ -15,7 +15,7 @@ from tests.unit.chat_cases import (
     outcome,
     table_row,
     template_of,
-    tokenizer_with,
+    tokenizer_of,
     version_of,
     words,
 )
@@ -43,12 +43,11 @@ def test_the_table_says_what_is_learned(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_that_the_assistant_wrote_is_learned_and_nothing_else(family: str) -> None:
-    template = template_of(FAMILIES[family])
-    if template is None:
+    if template_of(FAMILIES[family]) is None:
         pytest.skip(f"no copy of the chat template of {family} at hand")
-    tokenizer = tokenizer_with(template, FAMILIES[family])
+    tokenizer = tokenizer_of(family)
     for name in CONVERSATIONS:
-        found = outcome(tokenizer, name)  # which fails where it is asked for otherwise than it was trained
+        found = outcome(family, name)  # which fails where it is asked for otherwise than it was trained
         stretches = [stretch for text in found.texts for stretch in text]
         learned = "\n".join(stretches)
         if found.refused is not None:
