@@ -83,7 +83,7 @@ class ChatFormat:
                 wrote does not stand whole in what would be learned.
         """
         self._require_template()
-        self._refuse_unwanted_thoughts(chat)
+        self._refuse_thoughts(chat)
         examples = self._examples(replace(chat, messages=self._form(chat)(chat.messages)), markers)
         learned = _text(examples).learned
         for place in chat.learned:
@@ -110,7 +110,14 @@ class ChatFormat:
                 "or columns prompt and completion."
             )
 
-    def _refuse_unwanted_thoughts(self, chat: Chat) -> None:
+    def _refuse_thoughts(self, chat: Chat) -> None:
+        """Refuses thoughts that never end, which were cut off, and those that are not to be asked for."""
+        contents = [str(chat.messages[place]["content"]) for place in chat.learned]
+        if unended := [text for text in contents if text.lstrip().startswith("<think>") and THOUGHT_ENDS not in text]:
+            raise DataError(
+                f"An answer of the data begins a thought that it does not end: {unended[0][:80]!r}. It was cut off; take "
+                f"the row out, or put {THOUGHT_ENDS} and the answer behind it."
+            )
         without = self.variables.get(THINKING) is False and THINKING in str(self.tokenizer.chat_template)
         if without and any(holds_reasoning(chat.messages[place]) for place in chat.learned):
             raise DataError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sbft.data.turns import REASONING, THOUGHT_ENDS, Chat, Message
 
 Shape = tuple[Any, ...]
-_REASONING = "reasoning"
+_TEXT, _REASONING = "text", "reasoning"
 _REASONING_WITHIN = (
     "Take it out of the data, or write it into the content, such as <think>...</think>, if the model shall write it there."
 )
@@ -79,6 +79,8 @@ def not_covered(chat: Chat, text: Text) -> Loss | None:
             if learned and word not in text.learned:
                 advice = [_REASONING_WITHIN] if name == _REASONING else []
                 return Loss(1, f"leaves out the {name} of the assistant's turn", *advice)
+            if learned and name in (_TEXT, _REASONING) and text.learned.count(word) > 1:
+                return Loss(0, f"writes the {name} of one turn of the assistant into another of its turns")
             if not learned and word in text.learned:
                 return Loss(0, f"has the {name} of a turn of the role {role!r} within the assistant's")
             if role != "assistant" and shown and word not in text.context:
@@ -102,7 +104,7 @@ def _parts(message: Message) -> Iterator[Part]:
     before, ends, behind = message["content"].rpartition(THOUGHT_ENDS)
     if ends:
         yield Part(_REASONING, before.rpartition("<think>")[2].strip())
-    yield Part("text", behind.strip())
+    yield Part(_TEXT, behind.strip())
     if REASONING[0] in message:
         yield Part(_REASONING, message[REASONING[0]])
     for call in message.get("tool_calls", ()):

@@ -226,6 +226,25 @@ def test_a_turn_that_the_template_drops_is_refused() -> None:
     assert "be brief" in text_of(row, tiny_tokenizer())
 
 
+def test_a_template_that_writes_a_turn_into_another_is_refused() -> None:
+    """Gemma 4 does, where two turns of the assistant follow each other."""
+    merging = (
+        "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
+        "{% if loop.last or m.role != messages[loop.index0 + 1].role %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    answers = [{"role": "assistant", "content": text} for text in ("It is 4.", "Or so.")]
+    with pytest.raises(DataError, match="writes the text of one turn of the assistant into another of its turns"):
+        learned([{"messages": [USER, *answers]}], tiny_tokenizer(merging))
+    assert learned([{"messages": [USER, *answers]}], tiny_tokenizer()) == [f"It is 4.{EOS}Or so.{EOS}"]
+
+
+def test_a_thought_that_was_cut_off_is_refused() -> None:
+    with pytest.raises(DataError, match="begins a thought that it does not end: '<think>.nhm'"):
+        learned([{"prompt": "2+2?", "completion": "<think>\nhm"}], tiny_tokenizer(RICH))
+
+
 def test_a_value_that_the_template_changes_is_refused() -> None:
     cutting = CHATML_WITHOUT_MARKERS.replace("message['content'] +", "message['content'].split('#')[0] +")
     assert learned([{"messages": [USER, {"role": "assistant", "content": "4"}]}], tiny_tokenizer(cutting)) == [f"4{EOS}"]
