@@ -6,12 +6,15 @@ import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sbft import metrics as metric_modules
 from sbft.data.collate import Collator, left_pad
-from sbft.data.format import Rendering, encode_prompts, format_dataset, stop_tokens
+from sbft.data.format import encode_prompts, format_dataset, stop_tokens
+from sbft.data.rendering import Rendering
+from sbft.data.turns import THOUGHT_ENDS
 from sbft.errors import DataError
 from sbft.likelihood import evaluate_loss, evaluating, label_likelihoods, pad_token
 from sbft.model_limits import refuse_what_does_not_fit, table_of_positions
@@ -103,6 +106,8 @@ def evaluate(
     text: str = "text",
     chat_template: bool = True,
     system: str | None = None,
+    tools: str = "tools",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int = 1024,
     max_new_tokens: int = 16,
     batch_size: int = 16,
@@ -117,9 +122,10 @@ def evaluate(
         model: a causal language model.
         tokenizer: its tokenizer.
         rows: rows as `sbft.data.sources` loads them.
-        metrics: names of metrics that ship in `sbft.metrics`; they score generated answers. label_accuracy may stand
-            among them where there are labels.
-        prompt, completion, messages, text, chat_template, system, max_length: as for `format_dataset`.
+        metrics: names of metrics that ship in `sbft.metrics`; they score generated answers, without their thoughts.
+            label_accuracy may stand among them where there are labels.
+        prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs, max_length: as for
+            `format_dataset`.
         max_new_tokens: tokens of the longest answer.
         batch_size: rows at once.
         limit: only the first so many rows.
@@ -137,7 +143,7 @@ def evaluate(
         DataError: as `format_dataset` and `label_likelihoods`; an unknown metric; labels that do not hold a right
             answer; or metrics or labels for plain text, which has no right answer.
     """
-    rendering = Rendering(prompt, completion, messages, text, chat_template, system)
+    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
     kind = rendering.kind(rows.column_names)
     scores = _checked(metrics, labels, kind)
     references = _references(rows, rendering, kind) if scores or labels else []
@@ -148,14 +154,17 @@ def evaluate(
     if words:
         _check_references(references, words)
     _check_answered(references)
+    rendering = rendering.thinking([rows], tokenizer)
     columns: dict[str, Any] = {**rendering.__dict__}
     formatted, _ = format_dataset(rows, tokenizer, max_length=max_length, **columns)
     result = evaluate_loss(model, formatted, Collator(pad_token(tokenizer)), batch_size=batch_size)
     if not scores and not words:
         return result
 
-    asked = [rendering.question_and_answer(row, kind) for row in rows]
-    predictions: list[dict[str, Any]] = [{"prompt": question, "reference": reference} for question, reference in asked]
+    asked = [rendering.question_and_answer(row, kind)[0] for row in rows]
+    predictions: list[dict[str, Any]] = [
+        {"prompt": question, "reference": reference} for question, reference in zip(asked, references, strict=True)
+    ]
     options = metric_options or {}
     if scores:
         # It imports evaluate, and that scipy and more: over a second, which a run without answers is spared.
@@ -165,7 +174,8 @@ def evaluate(
         answers = generate_answers(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
         matching = options.get("exact_match", {})
         for row, answer in zip(predictions, answers, strict=True):
-            row |= {"prediction": answer, "exact_match": is_match(answer, row["reference"], **matching)}
+            row |= {"prediction": answer, "exact_match": is_match(_after_thoughts(answer), row["reference"], **matching)}
+        answers = [_after_thoughts(answer) for answer in answers]
     if words:
         likelihoods = label_likelihoods(
             model, tokenizer, rows, words, max_length=max_length, batch_size=batch_size, **columns
@@ -202,8 +212,14 @@ def _checked(metrics: list[str], labels: list[str] | str | None, kind: str) -> l
 def _references(rows: Dataset, rendering: Rendering, kind: str) -> list[str]:
     """The right answer of each row; empty where a row has none."""
     if kind == "completion":
-        return ["" if answer is None else str(answer) for answer in rows[rendering.completion]]
-    return [rendering.question_and_answer(row, kind)[1] for row in rows]
+        return ["" if answer is None else _after_thoughts(str(answer)) for answer in rows[rendering.completion]]
+    return [_after_thoughts(rendering.question_and_answer(row, kind)[1]) for row in rows]
+
+
+def _after_thoughts(answer: str) -> str:
+    """What an answer says once it has thought, which is what metrics compare; all of one without thoughts."""
+    _, thoughts_end, said = answer.rpartition(THOUGHT_ENDS)
+    return said.strip() if thoughts_end else answer
 
 
 def _check_answered(references: list[str]) -> None:

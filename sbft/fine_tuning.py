@@ -282,7 +282,9 @@ def _describe(report: FormatReport, splits: Splits | TokenSplits) -> str:
     if report.empty:
         told.append(f"{report.empty} left out, because they are empty")
     if report.unanswered:
-        told.append(f"{report.unanswered} left out, because no turn in them is the assistant's")
+        told.append(f"{report.unanswered} left out, because no turn in them is the assistant's to learn")
+    if report.divided:
+        told.append(f"{report.divided} conversations are several, as the chat template changes earlier answers in later ones")
     if splits.dropped_overlap:
         told.append(f"{splits.dropped_overlap} left out, because the evaluation asks the same")
     return "; ".join(told)

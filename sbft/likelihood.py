@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from sbft.data.collate import IGNORED_LABEL, Collator
 from sbft.data.format import encode_answers
+from sbft.data.rendering import Rendering
 from sbft.errors import DataError
 from sbft.model_limits import refuse_what_does_not_fit
 from sbft.openmp import spinning_while_alone
@@ -81,7 +82,7 @@ def label_likelihoods(
         max_length: tokens of the longest prompt with a label. Nothing is cut: a label without its end could not be
             compared.
         batch_size: prompts with a label at once, fewer where their logits would be large.
-        **columns: names of the columns, chat_template and system, as for `encode_prompts`.
+        **columns: names of the columns, chat_template and so on, as for `encode_prompts`.
 
     Returns:
         Scores of shape (rows, labels), float64 on the CPU, in nats.
@@ -91,11 +92,12 @@ def label_likelihoods(
             or a prompt that with one of the labels is longer than `max_length`.
     """
     listed = list(rows)
+    rendering = Rendering(**columns).thinking([listed], tokenizer)  # one way for all rows
     collator = Collator(pad_token(tokenizer))
     at_once = max(1, _CANDIDATES_AT_ONCE // len(labels))
     scores: list[float] = []
     for start in range(0, len(listed), at_once):
-        candidates = encode_answers(listed[start : start + at_once], tokenizer, labels, **columns)
+        candidates = encode_answers(listed[start : start + at_once], tokenizer, labels, **rendering.__dict__)
         _check_candidates(candidates, labels, max_length, start)
         scores += [-loss for loss in _summed_losses(model, candidates, collator, batch_size)]
     return torch.tensor(scores, dtype=torch.float64).view(len(listed), len(labels))

@@ -16,6 +16,9 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
     prompt: Annotated[str, typer.Argument(help="The question.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    tools: Annotated[
+        Path | None, typer.Option(help="JSON file with a list of the functions that the model may call.")
+    ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
     traceback: TracebackOption = False,
@@ -30,6 +33,7 @@ def generate(
 
             quiet_libraries()
             from sbft.cli.load import load_for_use
+            from sbft.data.files import read_json
             from sbft.data.format import encode_prompts
             from sbft.evaluation import generate_answers
             from sbft.recipe import load_recipe
@@ -39,6 +43,10 @@ def generate(
         loaded, tokenizer = load_for_use(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         style = recipe.data
         encoded = encode_prompts(
-            [{"prompt": prompt}], tokenizer, chat_template=style.chat_template, system=style.system
+            [{"prompt": prompt, "tools": None if tools is None else read_json(tools)}],
+            tokenizer,
+            chat_template=style.chat_template,
+            system=style.system,
+            chat_template_kwargs=style.chat_template_kwargs,
         )
         print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 
+from sbft.data.coverage import Shape, Text, missing_words, not_covered, shape_of, with_words
+from sbft.data.forms import FORMS
+from sbft.data.turns import REASONING, THOUGHT_ENDS, Chat, Message, holds_reasoning
 from sbft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+THINKING = "enable_thinking"
+"""The variable by which templates are told whether the model shall think before it answers."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OPEN_THOUGHT = re.compile(r"<think>\s*$")
+_OWN_THOUGHT = re.compile(r"\A<think>.*?</think>\s*", re.DOTALL)
 
 Span = tuple[int, int]
+Form = Callable[[list[Message]], list[Message]]
 
 
 class Piece(NamedTuple):
@@ -29,160 +41,343 @@ class Piece(NamedTuple):
     """Whether it ends with a token that ends the turn."""
 
 
-def render_messages(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False, markers: bool = True
-) -> list[Piece]:
-    """Renders a conversation and cuts it where the assistant's turns begin and end.
+class Answer(NamedTuple):
+    """A turn of the assistant."""
 
-    The assistant's turns are where the template's own generation markers say, if it has them. Else turn i is what the
-    conversation up to i has more than the conversation before i with the opening of an answer. Where a template
-    renders early turns differently once later ones follow (Qwen3 leaves out old thinking), the turn's content is
-    looked for instead, and reaches to the end of its turn.
+    prompt: str
+    """What the model is given to answer."""
+    written: str
+    """What it writes then, up to the end of its turn."""
+
+
+class ChatFormat:
+    """Renders conversations by a tokenizer's chat template, and cuts out what the assistant wrote.
+
+    What the assistant writes is what the conversation up to its turn has more than the prompt: the conversation before,
+    with the opening of an answer. It ends where the turn ends. Several answers share one text where each is written there
+    as it would be asked for. Those that the longer text changes (Qwen3 leaves out earlier thoughts, gpt-oss ends earlier
+    answers otherwise) get a text of their own that ends with them. So each answer is learned once, and whole.
 
     Args:
-        messages: the conversation, roles and contents.
-        tokenizer: a tokenizer with a chat template.
-        ask: end with the opening of an answer, for the model to go on.
-        markers: use the template's generation markers.
-
-    Raises:
-        DataError: the tokenizer has no chat template, the template refuses the conversation, or an answer cannot be
-            found in what it renders.
+        tokenizer: of the model.
+        variables: of the template, such as enable_thinking.
     """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "The data has messages, but the tokenizer has no chat template to render them with. Use a chat model, or "
-            "columns prompt and completion."
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.variables = dict(variables or {})
+        self._ends = _special_tokens(tokenizer)
+        self._forms: dict[Shape, Form] = {}
+
+    def examples(self, chat: Chat, *, markers: bool = True) -> list[list[Piece]]:
+        """The texts from which a conversation is learned, each cut where the assistant's turns begin and end.
+
+        The first one holds the last answer.
+
+        Args:
+            chat: the conversation; without a turn to learn, its text comes whole.
+            markers: let an answer end where the template's generation markers end, if they hold all of it.
+
+        Raises:
+            DataError: the tokenizer has no chat template, the template refuses the conversation, or what the assistant
+                wrote does not stand whole in what would be learned.
+        """
+        self._require_template()
+        self._refuse_thoughts(chat)
+        examples = self._examples(replace(chat, messages=self._form(chat)(chat.messages)), markers)
+        learned = _text(examples).learned
+        for place in chat.learned:
+            if part := missing_words(chat.messages[place], learned):
+                raise DataError(
+                    f"The tokenizer's chat template does not render the {part.name} of this answer as it stands: "
+                    f"{part.value[:80]!r}. Correct the data, use another template, or columns prompt and completion with "
+                    "data.chat_template: false."
+                )
+        return examples
+
+    def prompt(self, chat: Chat) -> list[Piece]:
+        """What the model is given to answer: the conversation, and the opening of an answer; cut as in training."""
+        self._require_template()
+        chat = replace(chat, messages=self._form(chat)(chat.messages))
+        text = self._render(chat, ask=True)
+        spans, _ = self._spans(chat, text, self._answers(chat), markers=True)
+        return self._cut(text, spans, whole=True)
+
+    def _require_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise DataError(
+                "The data has messages, but the tokenizer has no chat template to render them with. Use a chat model, "
+                "or columns prompt and completion."
+            )
+
+    def _refuse_thoughts(self, chat: Chat) -> None:
+        """Refuses thoughts that never end, which were cut off, and those that are not to be asked for."""
+        contents = [str(chat.messages[place]["content"]) for place in chat.learned]
+        if unended := [text for text in contents if text.lstrip().startswith("<think>") and THOUGHT_ENDS not in text]:
+            raise DataError(
+                f"An answer of the data begins a thought that it does not end: {unended[0][:80]!r}. It was cut off; take "
+                f"the row out, or put {THOUGHT_ENDS} and the answer behind it."
+            )
+        without = self.variables.get(THINKING) is False and THINKING in str(self.tokenizer.chat_template)
+        if without and any(holds_reasoning(chat.messages[place]) for place in chat.learned):
+            raise DataError(
+                "The data's answers hold reasoning, and data.chat_template_kwargs.enable_thinking is false, so that the "
+                "model would be asked for answers without. Set it to true, leave it out, or take the reasoning out of "
+                "the data."
+            )
+
+    def _form(self, chat: Chat) -> Form:
+        """How this template takes messages of this shape: the first form of which nothing is lost."""
+        # Of turns without weight nothing may be lost either: they are part of the prompt of what follows. The first turn
+        # of all is asked by nobody; many templates cannot even open it.
+        whole = replace(chat, learned=tuple(place for place in chat.answers() if place or place in chat.learned))
+        shape = shape_of(whole)
+        if shape not in self._forms:
+            self._forms[shape] = self._fitting_form(with_words(whole))
+        return self._forms[shape]
+
+    def _fitting_form(self, worded: Chat) -> Form:
+        errors: dict[int, DataError] = {}
+        tried: list[list[Message]] = []
+        for form in FORMS:
+            messages = form(worded.messages)
+            if messages in tried:
+                continue
+            tried.append(messages)
+            try:
+                examples = self._examples(replace(worded, messages=messages), markers=True)
+            except DataError as error:
+                errors.setdefault(-1, error)
+                continue
+            lost = not_covered(worded, _text(examples))
+            if lost is None:
+                return form
+            errors.setdefault(lost.rank, DataError(f"The tokenizer's chat template {lost.what}. {lost.advice}"))
+        raise errors[max(errors)]
+
+    def _examples(self, chat: Chat, markers: bool) -> list[list[Piece]]:
+        text = self._render(chat)
+        if not chat.learned:
+            return [[Piece(text, False, rendered=True)]]
+        left = self._answers(chat)
+        examples = []
+        while left:
+            prompt, written = left[max(left)]
+            if not text.startswith(prompt + written):
+                text = prompt + written
+            spans, left = self._spans(chat, text, left, markers)
+            examples.append(self._cut(text, spans))
+            if left:
+                text = self._render(chat.until(max(left) + 1))
+        return examples
+
+    def _answers(self, chat: Chat) -> dict[int, Answer]:
+        return {place: self._answer(chat, place) for place in chat.learned}
+
+    def _spans(
+        self, chat: Chat, text: str, answers: dict[int, Answer], markers: bool
+    ) -> tuple[list[Span], dict[int, Answer]]:
+        """Where answers stand in a text, and those that do not stand in it word for word."""
+        marked = self._marked_ends(chat, text) if markers else []
+        spans: list[Span] = []
+        missing: dict[int, Answer] = {}
+        for place, answer in answers.items():
+            start = self._start(chat, place, answer, text)
+            if start is None:
+                missing[place] = answer
+                continue
+            end = start + len(answer.written)
+            spans.append((start, self._end(text, start, end, marked, chat.messages[place])))
+        return spans, missing
+
+    def _answer(self, chat: Chat, place: int) -> Answer:
+        """A turn's prompt, and what the assistant writes after it, up to the end of its turn."""
+        whole = self._render(chat.until(place + 1)).removesuffix(self._tail)
+        prompt = self._render(chat.until(place), ask=True) if place else self._first_prompt(whole)
+        if whole.startswith(prompt):
+            start = len(prompt)
+        elif (thought := self._after_open_thought(prompt, whole, chat.messages[place])) is not None:
+            return Answer(prompt, thought)
+        else:
+            start = self._start_after_another_past(chat, place, prompt, whole)
+        return Answer(prompt, whole[start : self._without_space_after(whole, start)])
+
+    def _first_prompt(self, whole: str) -> str:
+        """What stands before an answer that nobody asked for: all up to the opening of an answer, and that."""
+        question = Chat([{"role": "user", "content": "a"}])
+        opening = self._render(question, ask=True).removeprefix(self._render(question).removesuffix(self._tail))
+        before, found, _ = whole.partition(opening) if opening else ("", "", "")
+        if not found:
+            raise DataError(
+                "A conversation begins with the assistant's turn, which the tokenizer's chat template does not open as it "
+                f"opens others ({opening!r}). Put a turn of the user before it, or give it a weight of 0."
+            )
+        return before + found
+
+    def _start_after_another_past(self, chat: Chat, place: int, prompt: str, whole: str) -> int:
+        """Where an answer begins whose presence changes what comes before it (gpt-oss then leaves out earlier thoughts).
+
+        It begins after the last opening of an answer that it has in common with any other answer there.
+        """
+        before = self._render(chat.until(place)).removesuffix(self._tail)
+        opening = prompt.removeprefix(before)
+        other = replace(chat, messages=[*chat.messages[:place], {"role": "assistant", "content": _OTHER}], learned=())
+        shared = len(commonprefix([whole, self._render(other)]))
+        start = whole.rfind(opening, 0, shared)
+        if opening in ("", prompt) or start < 0:
+            raise DataError(self._asked_otherwise(prompt, whole))
+        return start + len(opening)
+
+    def _after_open_thought(self, prompt: str, whole: str, message: Message) -> str | None:
+        """An answer whose prompt opens a thought that the template does not render (DeepSeek-R1 and its distills).
+
+        None where the prompt opens none.
+        """
+        opened = _OPEN_THOUGHT.search(prompt)
+        before = prompt[: opened.start()] if opened else prompt
+        if not opened or not whole.startswith(before):
+            return None
+        inner, ends, _ = message.get("content", "").rpartition(THOUGHT_ENDS)
+        thought = message.get(REASONING[0]) or (inner.rpartition("<think>")[2] if ends else "")
+        answer = _OWN_THOUGHT.sub("", whole[len(before) :], count=1)
+        answer = answer.lstrip("\n")
+        return f"{thought.strip()}\n{THOUGHT_ENDS}\n\n{answer[: self._without_space_after(answer, 0)]}"
+
+    def _asked_otherwise(self, prompt: str, whole: str) -> str:
+        same = len(commonprefix([prompt, whole]))
+        return (
+            "The tokenizer's chat template asks for an answer otherwise than it renders one, so that the model would be "
+            f"asked what it never saw in training: after {prompt[max(same - 30, 0) : same]!r} it asks with "
+            f"{prompt[same : same + 40]!r} and renders {whole[same : same + 40]!r}. Use a template that does both alike, "
+            "or data.chat_template: false."
         )
-    text = _render(messages, tokenizer, ask=ask)
-    ends = _special_tokens(tokenizer)
-    if markers and _MARKER.search(str(tokenizer.chat_template)):
-        spans = _marked_spans(messages, tokenizer, ask, text, ends)
-    else:
-        by_prefixes = _spans_by_prefixes(messages, tokenizer, text, ends)
-        spans = _spans_by_content(messages, text, ends) if by_prefixes is None else by_prefixes
-    return _cut(text, spans, ends)
+
+    def _start(self, chat: Chat, place: int, answer: Answer, text: str) -> int | None:
+        """Where an answer begins in the text; None where it does not stand there word for word.
+
+        Earlier answers may have a shorter opening there than they would be asked with (without an empty thought).
+        """
+        prompt, written = answer
+        if text.startswith(prompt + written):
+            return len(prompt)
+        if place == 0:
+            return None
+        before = self._render(chat.until(place)).removesuffix(self._tail)
+        if not (text.startswith(before) and prompt.startswith(before)):
+            return None
+        starts = range(len(commonprefix([prompt, text])), len(before) - 1, -1)
+        return next((start for start in starts if text.startswith(written, start)), None)
+
+    def _end(self, text: str, start: int, end: int, marked: list[int], message: Message) -> int:
+        for mark in marked:
+            if start < mark < end and not missing_words(message, text[start:mark]):
+                return mark
+        closed = [match.end() for match in self._ends.finditer(text, start, end)][-1:] == [end]
+        # Where turns have no end of their own, the token that opens the next one is what ends them (GLM).
+        following = None if closed else re.compile(rf"\s*(?:{self._ends.pattern})").match(text, end)
+        return following.end() if following else end
+
+    @cached_property
+    def _tail(self) -> str:
+        """What the template puts after every conversation that is not to be answered (Phi-3)."""
+        question = Chat([{"role": "user", "content": "a"}])
+        try:
+            closed, asked = self._render(question), self._render(question, ask=True)
+        except DataError:
+            return ""
+        same = len(commonprefix([closed, asked]))
+        inside = [match.start() for match in self._ends.finditer(closed) if match.start() < same < match.end()]
+        return closed[inside[0] if inside else same :]
+
+    def _marked_ends(self, chat: Chat, text: str) -> list[int]:
+        """Where the assistant's turns end by the template's generation markers."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(tools=chat.tools)
+        if not _MARKER.search(template):
+            return []
+        variables: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.variables}
+        rendered: Any = render_jinja_template(
+            conversations=[chat.messages],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **variables,
+        )
+        (whole,), (spans,) = rendered
+        shared = len(commonprefix([whole, text]))
+        ends = (self._without_space_after(whole, start, end) for start, end in spans)
+        return [end for end in ends if end <= shared]
+
+    def _without_space_after(self, text: str, start: int, end: int | None = None) -> int:
+        """Where a text ends that closes with a special token and white space, without the white space."""
+        end = len(text) if end is None else end
+        last = [match.end() for match in self._ends.finditer(text, start, end)][-1:]
+        return last[0] if last and not text[last[0] : end].strip() else end
+
+    def _cut(self, text: str, spans: list[Span], *, whole: bool = False) -> list[Piece]:
+        pieces = []
+        place = 0
+        for start, end in spans:
+            if start > place:
+                pieces.append(Piece(text[place:start], False, rendered=True))
+            last = [match.end() for match in self._ends.finditer(text, start, end)][-1:]
+            pieces.append(Piece(text[start:end], True, rendered=True, ended=last == [end]))
+            place = end
+        # The line end that templates put after the last turn is nobody's to learn.
+        if text[place:].strip() or not pieces or (whole and text[place:]):
+            pieces.append(Piece(text[place:], False, rendered=True))
+        return pieces
+
+    def _render(self, chat: Chat, *, ask: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat.messages,
+                tools=chat.tools,
+                tokenize=False,
+                add_generation_prompt=ask,
+                **self.variables,
+            )
+        # A template's own expressions raise these where they take a list of parts for text, or the other way round.
+        except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+            roles = ", ".join(str(message["role"]) for message in chat.messages)
+            raise DataError(
+                f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. Correct the data "
+                "(many models want user and assistant in turn, and some know no system turn)."
+            ) from error
+        return str(text)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the chat template puts after an answer, or None where it puts none."""
-    question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    pieces = render_messages([question, answer], tokenizer, markers=False)
-    last = [piece for piece in pieces if piece.trained][-1]
-    if not last.ended:
-        return None
-    ids: list[int] = tokenizer(last.text, add_special_tokens=False)["input_ids"]
-    return ids[-1]
+_ANSWER: Message = {"role": "assistant", "content": "b"}
+_OTHER = "\ufdd0"  # no character, so that no answer begins with it
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False) -> str:
-    try:
-        # Models that can think before they answer are trained and asked without: data has answers, not thoughts.
-        # Templates that know no such switch take no notice.
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, enable_thinking=False)
-    # A template's own expressions raise these where they take a list of parts for text, or the other way round.
-    except (TemplateError, TypeError, KeyError, IndexError) as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise DataError(
-            f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. Correct the data "
-            "(many models want user and assistant in turn, and some know no system turn)."
-        ) from error
-    return str(text)
+def ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which the chat template ends the assistant's turns: plain ones, and those that call a tool."""
+    question: Message = {"role": "user", "content": "a"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+    calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result: Message = {"role": "tool", "content": "c"}
+    template = ChatFormat(tokenizer)
+    ends: list[int] = []
+    for messages in ([question, _ANSWER], [question, _ANSWER, question], [question, calling, result, _ANSWER]):
+        learned = tuple(place for place, message in enumerate(messages) if message["role"] == "assistant")
+        try:
+            examples = template.examples(Chat(messages, learned), markers=False)
+        except DataError:
+            continue  # many templates know no tools, and such rows are refused
+        closed = [piece.text for example in examples for piece in example if piece.trained and piece.ended]
+        ends += [tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in closed]
+    return list(dict.fromkeys(ends))
+
+
+def _text(examples: list[list[Piece]]) -> Text:
+    """The examples' texts, what is learned apart from the rest."""
+    learned = "\n".join(piece.text for example in examples for piece in example if piece.trained)
+    return Text(learned, "\n".join(piece.text for example in examples for piece in example if not piece.trained))
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     longest_first = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _marked_spans(
-    messages: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    ask: bool,
-    text: str,
-    special: re.Pattern[str],
-) -> list[Span]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    variables: dict[str, Any] = {**tokenizer.special_tokens_map, "enable_thinking": False}
-    rendered: Any = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=ask,
-        **variables,
-    )
-    (spans,) = rendered[1]
-    return [(start, _without_space_after(text, start, end, special)) for start, end in spans]
-
-
-def _without_space_after(text: str, start: int, end: int, special: re.Pattern[str]) -> int:
-    """Where a span ends that closes with a special token and white space, without the white space."""
-    last = [match.end() for match in special.finditer(text, start, end)][-1:]
-    return last[0] if last and not text[last[0] : end].strip() else end
-
-
-def _spans_by_prefixes(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, text: str, special: re.Pattern[str]
-) -> list[Span] | None:
-    """Spans by what each answer adds; None where the template does not render a conversation's start as its start.
-
-    An answer ends with the first special token after its own words (Phi-3 adds a second one, gpt-oss has some before).
-    """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:index], tokenizer, ask=True)
-        upto = text if index == len(messages) - 1 else _render(messages[: index + 1], tokenizer)
-        if not (upto.startswith(before) and text.startswith(upto)):
-            return None
-        start, end = len(before), len(upto)
-        content = _content(message)
-        found = text.find(content, start, end)
-        after_words = special.search(text, found + len(content), end) if found >= 0 else None
-        spans.append((start, after_words.end() if after_words else _without_space_after(text, start, end, special)))
-    return spans
-
-
-def _spans_by_content(messages: list[dict[str, Any]], text: str, special: re.Pattern[str]) -> list[Span]:
-    """Spans of the answers' own words, each with the special token that follows them."""
-    closing = re.compile(rf"\s*(?:{special.pattern})")
-    spans = []
-    place = 0
-    for message in messages:
-        content = _content(message)
-        start = text.find(content, place)
-        if start < 0 and message["role"] != "assistant":
-            continue
-        if start < 0:
-            raise DataError(
-                f"The tokenizer's chat template does not render this answer as it stands: {content[:80]!r}. Use a "
-                "template with generation markers, or columns prompt and completion."
-            )
-        place = start + len(content)
-        if message["role"] == "assistant" and content:
-            closed = closing.match(text, place)
-            place = closed.end() if closed else place
-            spans.append((start, place))
-    return spans
-
-
-def _content(message: dict[str, Any]) -> str:
-    return message["content"].strip() if isinstance(message["content"], str) else ""
-
-
-def _cut(text: str, spans: list[Span], special: re.Pattern[str]) -> list[Piece]:
-    pieces = []
-    place = 0
-    for start, end in spans:
-        if start > place:
-            pieces.append(Piece(text[place:start], False, rendered=True))
-        last = [match.end() for match in special.finditer(text, start, end)][-1:]
-        pieces.append(Piece(text[start:end], True, rendered=True, ended=last == [end]))
-        place = end
-    # The line end that templates put after the last turn is nobody's to learn.
-    if text[place:].strip() or not pieces:
-        pieces.append(Piece(text[place:], False, rendered=True))
-    return pieces

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +23,7 @@ _LARGEST, _SMALLEST = 2**63 - 1, -(2**63)  # of a whole number in a table
 _ROWS, _CHARACTERS = 10_000, 16 << 20
 _PARQUET_BYTES = 16 << 20
 _CSV_FIELD = 2**31 - 1
+_OBJECTS = ("arguments", "parameters")
 # Half of a character beyond U+FFFF, as JSON writes it; alone it is none.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -32,8 +33,9 @@ Row = dict[str, Any]
 def read_file(path: Path) -> Dataset:
     """Reads one local file; what is large is mapped into memory, not held in it (a `.json` file is, while it is read).
 
-    `.jsonl` has one object a line; `.json` one list of objects; `.csv` a header line, all values text; `.parquet` any
-    columns; `.txt` gives a column `text` with one row for each document, documents being set apart by blank lines.
+    `.jsonl` has one object a line; `.json` one list of objects; `.csv` a header line, all values text, between commas,
+    semicolons or tabs; `.parquet` any columns; `.txt` gives a column `text` with one row for each document, documents
+    being set apart by blank lines.
 
     Raises:
         DataError: no such file, an unknown ending, an empty file, or contents that are not what the ending says.
@@ -88,7 +90,22 @@ def _json_lines(path: Path) -> Iterator[tuple[Row, int]]:
                     f"Line {number} of {path} holds a {type(value).__name__}; expected one JSON object a line, "
                     'like {"prompt": "...", "completion": "..."}.'
                 )
-            yield value, len(line)
+            yield _with_objects_as_text(value), len(line)
+
+
+def _with_objects_as_text(value: Any, depth: int = 0) -> Any:
+    """A row whose tool calls' arguments and tools' parameters are JSON text.
+
+    These have other keys in each row, and a table would give all of them to every row, with values of null.
+    """
+    if isinstance(value, dict):
+        return {
+            key: json.dumps(held, ensure_ascii=False)
+            if depth and key in _OBJECTS and isinstance(held, dict)
+            else _with_objects_as_text(held, depth + 1)
+            for key, held in value.items()
+        }
+    return [_with_objects_as_text(held, depth + 1) for held in value] if isinstance(value, list) else value
 
 
 def _json(text: str, where: str, expected: str = "") -> Any:
@@ -123,6 +140,18 @@ def _json(text: str, where: str, expected: str = "") -> Any:
     return value
 
 
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        DataError: the file cannot be read, or is not valid JSON.
+    """
+    try:
+        return _json(path.read_text(encoding="utf-8-sig"), f"The file {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The file {path} cannot be read: {error}.") from error
+
+
 def _read_json(path: Path) -> pa.Table | None:
     text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
@@ -130,7 +159,7 @@ def _read_json(path: Path) -> pa.Table | None:
     value = _json(text, f"The file {path}")
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise DataError(f"The file {path} holds no list of objects; expected [{{...}}, {{...}}], or name it .jsonl.")
-    return _table(path, lambda: _in_chunks((one, 0) for one in value))
+    return _table(path, lambda: _in_chunks((_with_objects_as_text(one), 0) for one in value))
 
 
 def _read_csv(path: Path) -> pa.Table | None:
@@ -150,7 +179,7 @@ def _long_fields() -> Iterator[None]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[Row, int]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+        reader = csv.DictReader(lines, delimiter=_delimiter(lines), strict=True)
         begins = 1
         try:
             header = reader.fieldnames or []
@@ -171,6 +200,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[Row, int]]:
                 f"Line {begins} of {path} begins a row that is not valid CSV: {error}. See that each quotation mark "
                 'in it is closed, and those inside a value are doubled ("").'
             ) from error
+
+
+def _delimiter(lines: TextIO) -> str:
+    """What stands between the names in a header; semicolons and tabs only where no comma does, as Excel writes them."""
+    header = lines.readline()
+    lines.seek(0)
+    outside_quotes = re.sub(r'"[^"]*"', "", header)
+    return next((mark for mark in ",;\t" if mark in outside_quotes), ",")
 
 
 def _read_parquet(path: Path) -> pa.Table | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from sbft.data import generated
 from sbft.data.files import looks_like_file, read_file
 from sbft.data.labels import label_words
-from sbft.data.tables import GrowingTable, dataset_of, pieces
+from sbft.data.rendering import CONVERSATIONS, rows_of
+from sbft.data.tables import GrowingTable, dataset_of
+from sbft.data.turns import question_of
 from sbft.errors import DataError
 from sbft.hub import hub_reachable, hub_state, offline_if_unreachable
 
@@ -307,24 +308,19 @@ def _shared_questions(first: Dataset, second: Dataset, columns: tuple[str, ...])
 
 
 def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> Iterator[str]:
-    """What each row asks, spaces and case made alike: its prompt, its turns before the first answer, or its text."""
-    name = next((column for column in columns if column in dataset.column_names), None)
+    """What each row asks, spaces and case made alike: its prompt, its turns before the first answer, or its text.
+
+    To the prompt of Alpaca's rows (`instruction`) belongs their `input`.
+    """
+    names = (*columns, CONVERSATIONS)
+    name = next((column for column in names if column in dataset.column_names), None)
     if name is None:
         return
-    for piece in pieces(dataset, [name]):
-        yield from (_normal(_question(value)) for value in piece[name])
-
-
-def _question(value: Any) -> str:
-    if not isinstance(value, list):
-        return "" if value is None else str(value)
-    turns = []
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") == "assistant":
-            break  # what is no message is refused, with its value, where it is rendered
-        if message.get("role") != "system":
-            turns.append(message.get("content"))
-    return "\n".join(turn if isinstance(turn, str) else json.dumps(turn) for turn in turns)
+    joined = [column for column in ("input",) if name == "instruction" and column in dataset.column_names]
+    for row in rows_of(dataset, [name, *joined]):
+        value = row[name]
+        text = question_of(value) if isinstance(value, list) else "" if value is None else str(value)
+        yield _normal(" ".join([text, *(str(row[column] or "") for column in joined)]))
 
 
 def _normal(text: str) -> str:

@@ -81,6 +81,10 @@ class DataConfig(_Section):
     """Render prompt and completion as chat turns where the tokenizer has a template."""
     system: str | None = None
     """System message put before every chat."""
+    tools: str = "tools"
+    """Column, beside a chat or a question, that holds the functions the assistant may call."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template: {enable_thinking: true}; that one follows from the data where it is not given."""
     label_names: Annotated[dict[str, _Word], BeforeValidator(_text_keys), Field(min_length=1)] | None = None
     """Words that the model shall write for the values of the completion column: {0: negative, 1: positive}."""
     allow_overlap: bool = False

@@ -25,6 +25,8 @@ _FIXED = (
     "model", "tokenizer", "method", "dtype", "data", "lora", "freeze", "optimizer", "training.seed", "training.learning_rate",
 )  # fmt: skip
 _FREE = ("optimizer.gradient_release",)
+# Where a recipe leaves it open, the run has written down what followed from its data.
+_DECIDED = "data.chat_template_kwargs.enable_thinking"
 
 
 def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -132,7 +134,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     differing = [
         f"{key} (there {former.get(key)}, here {wanted.get(key)})"
         for key in sorted(former.keys() | wanted.keys())
-        if former.get(key) != wanted.get(key) and is_fixed(key)
+        if former.get(key) != wanted.get(key) and is_fixed(key) and (key in wanted or key != _DECIDED)
     ]
     if differing:
         raise TrainingError(

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from sbft.data.format import FormatReport, format_dataset
+from sbft.data.rendering import Rendering
 from sbft.data.sources import Splits, load_splits
 from sbft.data.windows import TokenSplits, TokenWindows
 from sbft.models import load_tokenizer
@@ -60,8 +61,18 @@ def prepare(
         return _prepare_tokens(recipe, arguments, say)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
     splits = read_splits(recipe)
+    _decide_thinking(recipe, splits, tokenizer)
     examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
     return Prepared(recipe, arguments, tokenizer, splits, examples, report)
+
+
+def _decide_thinking(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes into the recipe whether the model thinks, so that whoever asks it later asks as in training."""
+    names = rendering(recipe)
+    del names["max_length"]
+    parts = [part for part in (splits.train, splits.validation, splits.eval) if part is not None]
+    decided = Rendering(**names).thinking(parts, tokenizer).chat_template_kwargs
+    recipe.data.chat_template_kwargs = dict(decided or {})
 
 
 def _prepare_tokens(recipe: Recipe, arguments: SmallBatchTrainingArguments, say: Callable[[str], None]) -> Prepared:
@@ -103,7 +114,9 @@ def read_splits(recipe: Recipe) -> Splits:
 def rendering(recipe: Recipe) -> dict[str, Any]:
     """How a recipe's rows become token ids: keyword arguments of `format_dataset` and `evaluate`."""
     data = recipe.data
-    names = ("prompt", "completion", "messages", "text", "max_length", "chat_template", "system")
+    names = (
+        "prompt", "completion", "messages", "text", "max_length", "chat_template", "system", "tools", "chat_template_kwargs"
+    )  # fmt: skip
     return {name: getattr(data, name) for name in names}
 
 

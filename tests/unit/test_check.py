@@ -32,6 +32,7 @@ from sbft.training.prepared import Prepared, prepare
 from sbft.training.record import RunRecord
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import BOS, CHATML, EOS, PAD, save_tiny, tiny_model, tiny_tokenizer
+from tests.unit.test_chats import RICH
 
 GIB = 2**30
 ROWS: list[dict[str, Any]] = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(24)]
@@ -263,6 +264,28 @@ def test_truncated_examples_and_the_length_that_they_need(make: Make) -> None:
         make(f"data.max_length={longest - 2}", rows=[*ROWS, {"prompt": "?" * 90, "completion": "!"}]), found.key
     )
     assert "1 example left out" in found.title and found.title.endswith("of 25")
+
+
+def test_what_is_not_read_is_named(make: Make) -> None:
+    assert "data-not-read" not in keys(make())
+    found = the(make(rows=[{**row, "id": 1, "system": "be brief"} for row in ROWS]), "data-not-read")
+    assert found.severity == "warning" and found.title == "Columns not read: id, system"
+    chats = [{"messages": [{**message, "train": False} for message in row["messages"]]} for row in CHATS]
+    assert the(make(rows=chats), "data-not-read").title == "Part of the data not read: messages[].train"
+
+
+def test_conversations_that_became_several_examples(make: Make, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, tiny_tokenizer(RICH))
+    turns = [CHATS[0]["messages"][0], {**CHATS[0]["messages"][1], "reasoning_content": "hm"}]
+    found = the(make(model=folder, rows=[{"messages": turns * 2}] * 3), "conversations-divided")
+    assert found.title == "3 conversations became several examples, 6 in all" and found.severity == "note"
+    assert "conversations-divided" not in keys(make(model=folder, rows=[{"messages": turns}] * 3))
+
+
+def test_a_chat_template_that_writes_the_date(make: Make, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML))
+    assert "another day" in the(make(model=folder), "date-in-template").why
+    assert "date-in-template" not in keys(make("data.chat_template=false", model=folder))
 
 
 def test_examples_longer_than_the_model_reads_are_to_be_divided(make: Make, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_text_is_trained_on_but_for_its_first_token() -> None:
         (CHATML_WITHOUT_MARKERS, "The answer is 42.<|im_end|> It jumps.\nIt sleeps.<|im_end|>"),
         (FORGETFUL, "The answer is 42.<|im_end|>It jumps.\nIt sleeps.<|im_end|>"),
         (PLAIN, f"The answer is 42.\n It jumps.\nIt sleeps.\n{EOS}"),
-        (WORDY, "The answer is 42.<|im_end|>It jumps.\nIt sleeps.<|im_end|>"),
+        (WORDY, "<|im_start|>final\nThe answer is 42.<|im_end|><|im_start|>final\n It jumps.\nIt sleeps.<|im_end|>"),
     ],
     ids=["markers", "prefixes", "forgetful", "plain", "wordy"],
 )
@@ -155,12 +155,14 @@ def test_only_the_last_answer_of_a_conversation_is_replaced() -> None:
     assert trained_text(other, tokenizer) == "no<|im_end|>"
 
 
-@pytest.mark.parametrize("template", [CHATML, CHATML_WITHOUT_MARKERS, PLAIN])
+@pytest.mark.parametrize("template", [CHATML, CHATML_WITHOUT_MARKERS, FORGETFUL, PLAIN, WORDY])
 def test_conversations_are_put_token_for_token_as_in_training(template: str) -> None:
     tokenizer = tiny_tokenizer(template)
     row = one({"messages": CHAT}, tokenizer)
     (asked,) = encode_prompts([{"messages": CHAT}], tokenizer)
-    last_answer_begins = max(i for i, label in enumerate(row["labels"]) if label == -100) + 1
+    trailing = next(i for i, label in enumerate(row["labels"][::-1]) if label != -100)  # what Phi-3 puts at the end
+    trained_to = len(row["labels"]) - trailing
+    last_answer_begins = max(i for i, label in enumerate(row["labels"][:trained_to]) if label == -100) + 1
     assert asked == row["input_ids"][:last_answer_begins]
     assert asked == encode_prompts([{"messages": CHAT[:-1]}], tokenizer)[0]
 
@@ -246,7 +248,7 @@ def test_messages_that_are_text_are_refused_with_what_is_expected() -> None:
         ({"text": b"\xff"}, "value of 'text' is a bytes"),
         ({"messages": [{"role": None, "content": "a"}]}, "holds .*; expected a list of messages"),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "has the content .*; expected text"),
-        ({"messages": [{"role": "user", "content": [{"a": 1}]}]}, "chat template refuses"),
+        ({"messages": [{"role": "user", "content": [{"a": 1}]}]}, r"has the content \[{'a': 1}\]; expected text"),
     ],
 )
 def test_what_is_no_text_is_refused(row: dict[str, Any], expected: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sbft import builtin, hub, models
-from sbft.data.chat import end_of_turn
+from sbft.data.chat import ends_of_turns
 from sbft.errors import MissingPackageError, ModelError
 from sbft.models import load_model, load_tokenizer, resolve
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -71,7 +71,7 @@ def test_the_built_in_model_writes_english() -> None:
     tokenizer, model = load_tokenizer(BUILTIN), load_model(BUILTIN, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and sum(p.numel() for p in model.parameters()) == 134_515_008
     assert tokenizer.tokenize("a  12 b") == ["a", "ĠĠ", "1", "2", "Ġb"]  # digits apart, even after spaces
-    assert tokenizer.decode([end_of_turn(tokenizer) or 0]) == "<|im_end|>"
+    assert tokenizer.decode(ends_of_turns(tokenizer)) == "<|im_end|>"
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():

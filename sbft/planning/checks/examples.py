@@ -48,6 +48,53 @@ def truncated(prepared: Prepared) -> Finding | None:
     )
 
 
+def not_read(prepared: Prepared) -> Finding | None:
+    """Columns, and keys of messages, that have no effect on the examples."""
+    names = prepared.report.unread
+    if not names:
+        return None
+    kind = "Column" if not any("[]." in name for name in names) else "Part of the data"
+    return Finding(
+        "data-not-read",
+        "warning",
+        f"{kind}{'s' * (len(names) > 1 and kind == 'Column')} not read: {', '.join(names)}",
+        "Nothing of it is trained on or shown to the model.",
+        "Name the columns to be read with data.prompt, data.completion, data.messages, data.tools or data.text, or take "
+        "these out.",
+    )
+
+
+def divided(prepared: Prepared) -> Finding | None:
+    """Conversations that are several examples, which makes an epoch longer."""
+    count = prepared.report.divided
+    if not count:
+        return None
+    return Finding(
+        "conversations-divided",
+        "note",
+        f"{_count(count, 'conversation')} became several examples, {prepared.report.examples:,} in all",
+        "The model's chat template changes earlier answers once later ones follow, such as by leaving out their "
+        "reasoning. Each such answer is learned at the end of a text of its own, as it is asked for.",
+    )
+
+
+def dated_template(prepared: Prepared) -> Finding | None:
+    """A chat template that writes the date of the day, so that tomorrow's question differs from the trained one."""
+    template = str(prepared.tokenizer.chat_template)
+    if "strftime_now" not in template or not _renders(prepared):
+        return None
+    mend = "Give every chat its own system turn with data.system, if that takes the place of the template's."
+    if "date_string" in template:
+        mend = "--set data.chat_template_kwargs.date_string='26 Jul 2024'"
+    return Finding(
+        "date-in-template",
+        "note",
+        "The chat template writes the date of the day into each example",
+        "On another day the model is asked with another date than it was trained with.",
+        mend,
+    )
+
+
 def overlap(prepared: Prepared) -> Finding | None:
     """Questions of validation or evaluation that are trained on, which is only possible where the recipe allows it."""
     data, splits = prepared.recipe.data, prepared.splits
@@ -134,7 +181,7 @@ def trained_padding(prepared: Prepared) -> Finding | None:
 
 def missing_begin(prepared: Prepared) -> Finding | None:
     """Examples without the begin token that the model was trained with."""
-    tokenizer, data = prepared.tokenizer, prepared.recipe.data
+    tokenizer = prepared.tokenizer
     begin = tokenizer.bos_token_id
     if begin is None or not (_adds_begin(tokenizer) or _asks_for_begin(tokenizer)):
         return None
@@ -142,7 +189,7 @@ def missing_begin(prepared: Prepared) -> Finding | None:
     if not without:
         return None
     kind = _kind(prepared)
-    if tokenizer.chat_template and (kind == "messages" or (kind == "completion" and data.chat_template)):
+    if _renders(prepared):
         why = "The tokenizer is set to put it before every text, and the chat template does not write it"
         mend = f"Put {tokenizer.bos_token} at the head of the tokenizer's chat template."
         if kind == "completion" and _adds_begin(tokenizer):
@@ -251,14 +298,23 @@ def _asks_for_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _kind(prepared: Prepared) -> str:
+    assert isinstance(prepared.splits.train, Dataset)
+    return _rendering(prepared).kind(prepared.splits.train.column_names)
+
+
+def _renders(prepared: Prepared) -> bool:
+    """Whether the examples are rendered by the chat template."""
+    return _rendering(prepared).uses_template(_kind(prepared), prepared.tokenizer)
+
+
+def _rendering(prepared: Prepared) -> Rendering:
     names = rendering(prepared.recipe)
     del names["max_length"]
-    assert isinstance(prepared.splits.train, Dataset)
-    return Rendering(**names).kind(prepared.splits.train.column_names)
+    return Rendering(**names)
 
 
 def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-EXAMPLES_CHECKS = (truncated, overlap, unlearned_end, trained_padding, missing_begin)
+EXAMPLES_CHECKS = (truncated, not_read, divided, dated_template, overlap, unlearned_end, trained_padding, missing_begin)
