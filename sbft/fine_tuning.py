@@ -256,8 +256,9 @@ def _describe_in_record(
     quantized = METHODS[recipe.method].quantization is not None
     record.memory["weights"] = model_bytes(model) + (scales_bytes(model) if quantized else 0)
     rows = evaluation_rows(splits)
+    counts = {name: count for name, count in asdict(report).items() if name != "unread"}  # names, which were said
     record.data = {
-        **asdict(report),
+        **counts,
         "dropped_overlap": splits.dropped_overlap,
         "evaluation_examples": None if rows is None else min(len(rows), recipe.evaluation.limit or len(rows)),
     }

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from sbft.data.chat import ends_of_turns
 from sbft.data.format import stop_tokens
-from sbft.errors import DataError
 from sbft.training.head import UnknownHead, unwrap
 
 logger = logging.getLogger(__name__)
@@ -91,14 +91,12 @@ def _can_be_saved(config: GenerationConfig) -> bool:
 
 
 def _ends_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    try:
-        return stop_tokens(tokenizer)
-    except DataError as error:
+    if tokenizer.chat_template and not ends_of_turns(tokenizer):
         logger.warning(
-            f"At which token a turn of the chat template ends could not be found out, so that the saved generation config "
-            f"may lack it: {error}"
+            "No token was found with which the chat template ends an assistant's turn: generation will end at the tokenizer's "
+            "own end token alone."
         )
-        return []
+    return stop_tokens(tokenizer)
 
 
 def generator_of(model: Any) -> PreTrainedModel | None:

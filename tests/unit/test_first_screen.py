@@ -99,7 +99,8 @@ def test_the_shell_completes_names_and_files(words: list[str], offered: list[str
     assert completed(*words) == offered
 
 
-def test_some_shells_show_what_an_offer_is() -> None:
+def test_some_shells_show_what_an_offer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no files to offer
     assert completed("check", "quickstart-l", shell="fish") == [
         "quickstart-lora\tThe task of quickstart with PEFT LoRA of rank 16 on every linear …"
     ]

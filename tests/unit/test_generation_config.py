@@ -71,4 +71,4 @@ def test_a_model_ends_at_its_tokenizers_end_and_at_that_of_a_turn(adapter: bool)
 def test_a_template_that_refuses_is_said_and_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer("{{ raise_exception('only tools') }}")
     settle_generation(model, tokenizer)
-    assert model.generation_config.eos_token_id == 1 and "may lack it" in caplog.text
+    assert model.generation_config.eos_token_id == 1 and "end token alone" in caplog.text

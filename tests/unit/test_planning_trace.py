@@ -551,7 +551,7 @@ def test_a_state_can_be_made_before_the_first_update(kind: Any) -> None:
     states = []
     for early in (True, False):
         parameters = [nn.Parameter(torch.ones(shape)) for shape in ((128, 256), (64,))]
-        optimizer = kind(parameters, **({"momentum": 0.9} if kind is SGD else {}))
+        optimizer = kind(parameters, **({"momentum_half_life": 100} if kind is SGD else {}))
         with pytest.raises(RuntimeError, match="tokens_per_step"):
             optimizer.initialize_state(parameters[0])
         optimizer.tokens_per_step = 10
