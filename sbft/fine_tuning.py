@@ -339,7 +339,7 @@ def _train(
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             stop.signal,
-            f" after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint lies in "
+            f" after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint is in "
             f"{find_checkpoint(output.folder)}. To resume, type: {resume_command(record, output)}",
         )
 

@@ -32,7 +32,7 @@ def checkpoint_folder(model: str) -> Path:
         ModelError: if there is no such model, or it cannot be fetched.
     """
     if is_random(model):
-        raise ModelError(f"The model {model} has random weights, which lie in no file.")
+        raise ModelError(f"The model {model} has random weights, which are in no file.")
     folder = Path(resolve(model))
     if folder.is_dir():
         return folder

@@ -76,6 +76,6 @@ def archive_runs(runs: Path, to: Path) -> int:
         name = path.parent.relative_to(runs).as_posix()
         lines.append(json.dumps({"run": name, "process": facts, "record": record}, separators=(",", ":")) + "\n")
     if not lines:
-        raise DataError(f"No finished run lies below {runs}: expected {runs}/NAME/{FILE_NAME}.")
+        raise DataError(f"There is no finished run below {runs}: expected {runs}/NAME/{FILE_NAME}.")
     atomic.write_text(to, "".join(lines))
     return len(lines)

@@ -220,7 +220,7 @@ def _schema_problem(key: Key, detail: Any) -> str:
         }
         # methods.NAME.KEY, and tasks.NAME.data.KEY.
         fields = sections[key[0] if len(key) == 3 else key[2]].model_fields
-        return f"is no key here{nearest(key[-1], fields)}; expected one of {', '.join(fields)}."
+        return f"is not a key here{nearest(key[-1], fields)}; expected one of {', '.join(fields)}."
     if detail["type"] == "missing":
         return "is missing."
     expected = detail["msg"].removeprefix("Input should be ").partition(", unable to ")[0]
@@ -264,7 +264,7 @@ def _model_problems(models: list[str]) -> Iterator[tuple[Key, str]]:
         elif name in folders:
             yield (
                 ("models",),
-                f"holds {folders[name]!r} and {model!r}, whose runs would lie in one folder, {name}. Keep one, or give "
+                f"holds {folders[name]!r} and {model!r}, whose runs would be in one folder, {name}. Keep one, or give "
                 "them paths that differ in more than signs.",
             )
         folders.setdefault(name, model)

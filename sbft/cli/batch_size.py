@@ -23,26 +23,26 @@ def batch_size(
     method: MethodOption = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: data.max_length=512. May be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: data.max_length=512. Repeatable."),
     ] = None,
     share: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Of the best tokens/s, what counts as full throughput.")
+        float, typer.Option(min=0.01, max=1.0, help="Share of the best tokens/s that counts as full throughput.")
     ] = 0.95,
-    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Run no larger batch size.")] = None,
+    max_batch_size: Annotated[int | None, typer.Option(min=1, help="Try no larger batch.")] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Peak memory to stay within: 20GiB; by default what is free.")
+        str | None, typer.Option(metavar="SIZE", help="Peak memory to stay within: 20GiB. Default: what is free.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="Time each size for at least so long.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time each size for at least this long.")] = 2.0,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the plot and the figures; runs/batch-size-RECIPE if not given.")
+        Path | None, typer.Option(help="Folder for the plot and figures; default: runs/batch-size-RECIPE.")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Find the smallest batch at full throughput.
 
-    It times training with 1, 2, 4, ... of the longest examples, and leaves the model as it is. Small batches train as well
-    as large ones, so that more than this gains nothing; a few hundred tokens a device are where to begin.
+    It times training steps with 1, 2, 4, ... of the longest examples; the model is not changed. Small batches train as well
+    as large ones, so a larger batch than this gains nothing. Full throughput often begins at a few hundred tokens per device.
     """
     with starting():
         from sbft.recipe import load_recipe, resolve

@@ -20,39 +20,39 @@ def bench(
     suite: Annotated[
         str | None,
         typer.Argument(
-            help="YAML file, or a suite that ships with sbft; none: list those.",
+            help="YAML file, or a suite that ships with sbft. Without it, the shipped suites are listed.",
             autocompletion=completion.suites_and_files,
         ),
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for the runs; runs/SUITE if not given.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and their time; run nothing.")] = False,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for the runs; default: runs/SUITE.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they will take; run nothing.")] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only these: a task, method, or 'task/sbft*/*'. May be repeated."),
+        typer.Option(metavar="PATTERN", help="Run only a task, a method, or a pattern such as 'task/sbft*/*'. Repeatable."),
     ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Runs at once; if not given one for each GPU, or one on CPU; with --ray on each machine."
+            min=1, help="Parallel runs, with --ray on each machine; default: one per GPU, or one on a CPU."
         ),
     ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS|local",
-            help="Give the runs to a Ray cluster: HOST:PORT, auto, ray://HOST:PORT; local: one of this machine alone.",
+            help="Run on a Ray cluster: HOST:PORT, ray://HOST:PORT, or auto; local starts one on this machine.",
         ),
     ] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="Make the runs that failed again.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat the runs that failed.")] = False,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the suite: seeds=[0]. May be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the suite: seeds=[0]. Repeatable."),
     ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare methods: make all runs of a suite, and its report.
+    """Compare methods: run a suite and write its report.
 
-    The same command goes on where it was stopped.
+    Finished runs are kept: after a stop, the same command continues with the rest.
     """
     with starting():
         from sbft.bench.plan import listing
@@ -156,4 +156,4 @@ def _report(folder: Path) -> None:
     print(f"\n{report.text}\n\nWritten: {', '.join(map(str, report.files))}")
     if report.warning is not None:
         print(f"Warning: {report.warning}")
-    print(f"The runs lie in {folder}/runs. To write the report again, type: sbft report {folder}")
+    print(f"The runs are in {folder}/runs. To write the report again, type: sbft report {folder}")

@@ -40,14 +40,14 @@ def check(
     overrides: SetOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Say if a recipe is valid, if it fits, and how long it takes.
+    """Check that a recipe is valid and fits, and how long it takes.
 
-    And what is likely to go wrong, with what to type against it. Nothing is trained.
+    It also names what is likely to go wrong, and what to type to fix it. Nothing is trained.
 
-    Exit code 0: nothing is wrong; 1: there are warnings; 2: there are errors.
+    Exit code: 0 if nothing is wrong, 1 for warnings, 2 for errors.
     """
     with starting():
         from sbft.recipe import load_recipe, resolve
@@ -113,7 +113,7 @@ def _summary(found: Check) -> dict[str, str]:
         "method": f"{chosen.method}: {METHODS[chosen.method].summary}",
         "data": f"{report.examples:,} examples, {report.tokens:,} tokens, the longest {report.longest:,}{packed}",
         "run": f"{length.steps:,} steps on {length.rows:,} {rows}, {tokens} tokens, {epochs}",
-        "memory": f"{peak}; {gib(found.available_bytes)} are there",
+        "memory": f"{peak}; {gib(found.available_bytes)} available",
         "time": _time(found),
         "device": device_name(),
     }
@@ -125,7 +125,7 @@ def _time(found: Check) -> str:
     if found.duration is None:
         folder = found.prepared.recipe.output_dir
         return (
-            f"not known, as no run of this model, method, batch and device lies in {folder} or beside it. sbft "
+            f"unknown: no run of this model, method, batch and device is in {folder} or beside it. sbft "
             "batch-size measures it, or sbft train with --set training.max_steps=20 --output-dir DIR"
         )
     data = "" if found.duration.same_data else ", on other data"

@@ -24,31 +24,31 @@ if TYPE_CHECKING:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
     data: Annotated[
-        str | None, typer.Option(help="Hub id, local file, or generated:NAME; by default what the run was measured on.")
+        str | None, typer.Option(help="Hub id, local file, or generated:NAME; default: the data the run was evaluated on.")
     ] = None,
-    metric: Annotated[list[str] | None, typer.Option(help="Metric such as exact_match. May be repeated.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Metric such as exact_match. Repeatable.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure on the first so many examples (of each task) only.")
+        int | None, typer.Option(min=1, help="Use only this many examples (of each task).")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per batch.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="JSONL file to write the answers to.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key: data.prompt=question. May be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: data.prompt=question. Repeatable."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     harness: Annotated[
         str | None,
-        typer.Option(metavar="TASKS", help="Public tasks of lm-evaluation-harness instead: gsm8k,arc_easy."),
+        typer.Option(metavar="TASKS", help="Run tasks of lm-evaluation-harness instead: gsm8k,arc_easy."),
     ] = None,
     harness_tasks: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with YAML files of further tasks for --harness.")
+        Path | None, typer.Option(metavar="DIR", help="Folder with YAML files of your own tasks for --harness.")
     ] = None,
     chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Put the questions of --harness as turns of a chat.")
+        bool, typer.Option("--chat-template", help="With --harness, ask in the model's chat template.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the results of --harness; by default in the model's folder.")
+        Path | None, typer.Option(help="JSON file for the results of --harness; default: in the model's folder.")
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,

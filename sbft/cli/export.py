@@ -17,26 +17,27 @@ def export(
     to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")],
     as_lora: Annotated[
         int | None,
-        typer.Option(min=1, metavar="RANK", help="Write an adapter: the difference to the base model at this rank."),
+        typer.Option(min=1, metavar="RANK", help="Write an adapter of this rank: what training changed."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The model it was trained from, where no recipe.yaml in OUT says it."),
+        typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in OUT names it."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float32 or float16; what the run has where it is not given.")
+        str | None, typer.Option(help="bfloat16, float32 or float16; default: as the run has it.")
     ] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Largest size of a file, 5GB where it is not given.")
+        str | None, typer.Option(metavar="SIZE", help="Largest size of a file; default: 5GB.")
     ] = None,
-    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not measure the adapter.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that lies in DIR.")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate the adapter.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in DIR.")] = False,
     trust_remote_code: TrustRemoteCodeOption = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Write a trained model for other tools, or as an adapter.
 
-    A model becomes plain safetensors, an adapter merged into its base. With --as-lora an adapter is extracted from a model.
+    The result is plain safetensors; an adapter is merged into its base. With --as-lora, a LoRA adapter is extracted from a
+    full fine-tuning.
     """
     with shown_as_a_paragraph(traceback):
         _refuse_contradictions(as_lora, no_eval, max_shard_size)

@@ -14,10 +14,10 @@ from sbft.cli.starting import starting
 
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
-    prompt: Annotated[str, typer.Argument(help="The question.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask the model.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     tools: Annotated[
-        Path | None, typer.Option(help="JSON file with a list of the functions that the model may call.")
+        Path | None, typer.Option(help="JSON file with a list of functions that the model may call.")
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
@@ -25,7 +25,7 @@ def generate(
 ) -> None:
     """Print a model's answer to a prompt.
 
-    The prompt is put to the model as in training, and each token of the answer is the likeliest.
+    The prompt is formatted as in training. Decoding is greedy.
     """
     with shown_as_a_paragraph(traceback):
         with starting():

@@ -128,7 +128,7 @@ def _tell(first: int, codes: list[int | None], errors: list[str | None]) -> None
     if code < 0:
         memory = ", as the kernel does where memory runs out" if -code == signal.SIGKILL else ""
         # Rank 0 says from which checkpoint, if it has outlived the other.
-        way = " If it has left a checkpoint, the same command with --resume goes on from it."
+        way = " If there is a checkpoint, the same command with --resume continues from it."
         name = signal.Signals(-code).name
         said = f"{which} was ended by signal {-code} ({name}){memory}.{'' if first != 0 and codes[0] else way}"
     elif first == 0 or (code, reason) == (codes[0], errors[0] if errors else None):

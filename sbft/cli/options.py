@@ -18,22 +18,22 @@ RecipeArgument = Annotated[
 ]
 ModelOption = Annotated[str | None, typer.Option(help="Hub id, local folder, or builtin:NAME.")]
 DataOption = Annotated[str | None, typer.Option(help="Training data: hub id, local file, or generated:NAME.")]
-EvalDataOption = Annotated[str | None, typer.Option(help="Data to measure the result on.")]
+EvalDataOption = Annotated[str | None, typer.Option(help="Data to evaluate on, before and after training.")]
 MethodOption = Annotated[
     str | None, typer.Option(help=f"One of {', '.join(METHODS)}.", autocompletion=completion.methods)
 ]
-OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and its record.")]
+OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and run.json.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key: training.max_steps=100. May be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: training.max_steps=100. Repeatable."),
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")]
-ProcessesOption = Annotated[int, typer.Option(min=1, help="Processes on this machine.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the output folder.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+ProcessesOption = Annotated[int, typer.Option(min=1, help="Processes to start on this machine: one per GPU.")]
 TrustRemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model: read it first.")
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model; read it first.")
 ]
 AllowPickleOption = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Read weights that are stored as a pickle where there are no safetensors."),
+    typer.Option("--allow-pickle", help="Load pickled weights if the model has no safetensors."),
 ]

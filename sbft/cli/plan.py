@@ -30,27 +30,27 @@ def plan(
     model: Annotated[str, typer.Option(help="Hub id, local folder, builtin:NAME, or random:NAME for a known shape.")],
     gpu_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Of the GPU, such as 24GiB. What this machine has where it is not given."),
+        typer.Option(metavar="SIZE", help="Memory of the GPU: 24GiB. Default: that of this machine."),
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of the longest example.")] = 1024,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Examples in a forward pass; each method's own where it is not given.")
+        int | None, typer.Option(min=1, help="Examples per forward pass; default: each method's own.")
     ] = None,
     methods: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,NAME",
             autocompletion=completion.lists_of_methods,
-            help=f"Some of {', '.join(METHODS)}; where it is not given, all whose packages are installed.",
+            help=f"Any of {', '.join(METHODS)}. Default: all whose packages are installed.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines: bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
     traceback: TracebackOption = False,
 ) -> None:
     """Predict each method's peak memory, and what fits.
 
-    Type sbft plan --model M. Only the model's config is read. All tokens are taken to have a label.
+    Only the model's config is read: no weights are needed. The prediction assumes that every token is learned.
     """
     with shown_as_a_paragraph(traceback):
         with starting():

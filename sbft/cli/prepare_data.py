@@ -18,15 +18,15 @@ def prepare_data(
     model: FreshModelOption = None,
     data: TextOption = None,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="DIR", help="Folder for them; in sbft's cache where it is not given.")
+        Path | None, typer.Option("--to", metavar="DIR", help="Folder for the tokens; default: sbft's cache.")
     ] = None,
     overrides: SetOption = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Make the tokens that a pretraining recipe trains on.
+    """Tokenize the text that a pretraining recipe trains on.
 
-    Text of the hub is streamed until there are as many as the recipe trains on. What was cut off goes on with the same
-    command, and comes to the same bytes.
+    Text from the hub is streamed until there are as many tokens as the recipe trains on. If it is interrupted, the same
+    command continues, and the result is the same to the byte.
     """
     with starting():
         from sbft.recipe import for_pretraining, load_recipe, resolve
@@ -42,7 +42,7 @@ def prepare_data(
         chosen = resolve(for_pretraining(load_recipe(recipe, overrides, model=model, data=data)))
         files = prepare(chosen, to, say=lambda line: console.print(line, markup=False, soft_wrap=True))
         console.print(
-            f"{files.tokens['train']:,} tokens to train on and {files.tokens['validation']:,} for validation lie in "
+            f"{files.tokens['train']:,} tokens to train on and {files.tokens['validation']:,} for validation are in "
             f"{files.folder}, with their tokenizer of {files.vocabulary:,} tokens.",
             markup=False,
             soft_wrap=True,

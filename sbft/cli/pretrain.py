@@ -43,8 +43,8 @@ def pretrain(
 
     Type sbft pretrain RECIPE, or sbft pretrain --model scratch:1m --data builtin:python-stdlib.
 
-    As sbft train, with the defaults of pretraining: 20 tokens a parameter, examples of 512, a cosine to zero after 5%
-    of warm-up, a second moment with a half-life of 10 million tokens.
+    Works as sbft train does, with the defaults of pretraining: 20 tokens per parameter, examples of 512 tokens, 5% of
+    warm-up, then a cosine to zero, and a second moment with a half-life of 10 million tokens.
     """
     with starting():
         from sbft.recipe import for_pretraining, load_recipe, resolve

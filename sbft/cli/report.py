@@ -12,19 +12,19 @@ from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a suite, or one that holds one folder a run, each with its run.json.")
+        Path, typer.Argument(help="Folder of a suite, or a folder of runs, each with its run.json.")
     ],
     peft_json: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Also write the suite's results there, in the schema of PEFT's method comparison."
+            metavar="DIR", help="Also write the suite's results to DIR, in the schema of PEFT's method comparison."
         ),
     ] = None,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare the runs in a folder by tables and pictures.
+    """Compare the runs in a folder, in tables and pictures.
 
-    The table is printed; it and the pictures are written beside the runs.
+    The table is printed. Table and pictures are saved in the folder.
     """
     with shown_as_a_paragraph(traceback):
         from sbft.bench.report import export_peft_json, write_report

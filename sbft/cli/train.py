@@ -142,10 +142,10 @@ def _summarize(console: Console, record: RunRecord, folder: str) -> None:
         soft_wrap=not console.is_terminal,
     )
     console.print(
-        f"The model lies in {folder}, its record in {folder}/run.json.\n"
+        f"The model is in {folder}, its record in {folder}/run.json.\n"
         f'Next: sbft generate {folder} "Your question"'
         if record.recipe.get("save_model", True)
-        else f"The record lies in {folder}/run.json.",
+        else f"The record is in {folder}/run.json.",
         markup=False,
         soft_wrap=True,
     )

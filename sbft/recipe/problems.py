@@ -211,11 +211,11 @@ def _unknown_key(key: Key) -> str:
     if name in Recipe.model_fields:
         return "is no key of this section; it stands at the top of the recipe."
     if homes:
-        return f"is no key here; write {homes[0]}.{name}."
+        return f"is not a key here; write {homes[0]}.{name}."
     if near := nearest(name, fields):
         return f"is no key of a recipe{near}."
     if name in training_types():
-        return f"is no key here; write training.{name}."
+        return f"is not a key here; write training.{name}."
     return f"is no key of a recipe; expected one of {', '.join(fields)}."
 
 

@@ -122,8 +122,8 @@ def training_problem(name: str, value: Any, homes: dict[str, str]) -> str | None
     known = training_types()
     if name not in known:
         if name in homes:
-            return f"is no name of TrainingArguments; write {homes[name]}."
-        return f"is no name of TrainingArguments{nearest(name, set(known) - set(ELSEWHERE))}."
+            return f"is not a setting of TrainingArguments; write {homes[name]}."
+        return f"is not a setting of TrainingArguments{nearest(name, set(known) - set(ELSEWHERE))}."
     if name == "report_to":
         return _reporter_problem(value)
     expected = _mismatch(known[name], value)

@@ -115,7 +115,7 @@ def resume_command(record: RunRecord, output: RunFolder) -> str:
 
 
 def _what_is_kept(output: RunFolder) -> str:
-    return f" The trained model lies in {output.folder}. To measure it, type: sbft eval {output.folder}"
+    return f" The trained model is in {output.folder}. To measure it, type: sbft eval {output.folder}"
 
 
 def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
@@ -124,7 +124,7 @@ def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
         return " after training, before all was measured."
     checkpoint = find_checkpoint(output.folder) if output.open else None
     if checkpoint is not None:
-        return f"; the last checkpoint lies in {checkpoint}. To resume, type: {resume_command(record, output)}"
+        return f"; the last checkpoint is in {checkpoint}. To resume, type: {resume_command(record, output)}"
     return ", with no checkpoint to go on from. Type the command again to start over."
 
 

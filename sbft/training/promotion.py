@@ -39,7 +39,7 @@ def small_batch(arguments_class: type[TrainingArguments]) -> type[Any]:
     Raises:
         ArgumentError: if it is none.
 
-    Example:
+    Examples:
         >>> args = sbft.small_batch(trl.DPOConfig)(output_dir="out", beta=0.2, second_moment_half_life=50_000)
     """
     if not (isinstance(arguments_class, type) and issubclass(arguments_class, TrainingArguments)):

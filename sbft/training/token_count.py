@@ -17,7 +17,7 @@ class TokenCountCallback(TrainerCallback):
 
     `SmallBatchTrainer` counts by itself; there the callback does nothing.
 
-    Example:
+    Examples:
         >>> optimizer = sbft.Adafactor(model.parameters())
         >>> Trainer(model, args, optimizers=(optimizer, None), callbacks=[sbft.TokenCountCallback()], ...).train()
     """

@@ -148,7 +148,7 @@ def _cached(recipe: Recipe, say: Say, *, stream: bool = False) -> TokenFiles:
     if is_from_hub(recipe) and not stream:
         raise DataError(
             f"The tokens of {recipe.data.train} are not prepared on this machine (there is no {folder}). Type sbft "
-            "prepare-data with this recipe first; it streams the text from the hub, and goes on where it was cut off."
+            "prepare-data with this recipe first; it streams the text from the hub, and continues if it was interrupted."
         )
     return _write(recipe, folder, say, wait=True)
 

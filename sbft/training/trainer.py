@@ -562,7 +562,7 @@ class SmallBatchMixin(
 class SmallBatchTrainer(SmallBatchMixin, Trainer):
     """A `transformers.Trainer` that fine-tunes all weights at batch size 1 in little memory.
 
-    Example:
+    Examples:
         >>> args = SmallBatchTrainingArguments(output_dir="out", max_steps=300)
         >>> SmallBatchTrainer(model=model, args=args, train_dataset=dataset, data_collator=collator).train()
     """

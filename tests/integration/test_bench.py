@@ -295,7 +295,7 @@ def test_a_process_that_leaves_no_record_gets_one_that_says_why(
 
 def left_by_sigint(suite: Suite, folder: Path) -> ActiveProcess:
     """A run that was told to stop while it trained, and has said so in its record."""
-    stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To resume, type: sbft train x"
+    stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint is in x/checkpoint-3. To resume, type: sbft train x"
     active = ended(suite, folder, f"print('Error: {stopped}'); raise SystemExit(130)")
     record = write_unsupported(suite, folder, active.run, stopped)
     record.status = "interrupted"

@@ -66,7 +66,7 @@ def test_it_prints_the_recipe_the_progress_the_result_and_the_next_command(train
     for part in ("loss ", "tokens/s", "peak ", " GiB", " left"):
         assert part in lines[0]
     assert "18 examples" in printed and "exact_match" in printed
-    assert f"The model lies in {out}" in printed
+    assert f"The model is in {out}" in printed
     assert printed.rstrip().endswith(f'Next: sbft generate {out} "Your question"')
 
 

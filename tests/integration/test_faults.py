@@ -78,7 +78,7 @@ def test_a_signal_lets_the_step_end_and_leaves_a_checkpoint(
         run(recipe(out, "training.save_strategy='no'"), callbacks=[Tell(number, 3)])
     command = f"To resume, type: sbft train {out}/recipe.yaml --resume"
     assert str(told.value) == (
-        f"Stopped by {name} after step 3 of 7; a checkpoint lies in {out}/checkpoint-3. {command}"
+        f"Stopped by {name} after step 3 of 7; a checkpoint is in {out}/checkpoint-3. {command}"
     )
     assert told.value.exit_code == code and RunRecord.load(out).error == str(told.value)
     run(recipe(out, "training.save_strategy='no'"), resume=True)
@@ -89,7 +89,7 @@ def test_a_signal_in_the_last_step_leaves_the_model_and_nothing_is_measured(
     recipe: Any, data: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     measured = (f"data.eval={data / 'validation.jsonl'}", "evaluation.before=false")
-    with pytest.raises(Interrupted, match="SIGTERM after training, before all was measured. The trained model lies in"):
+    with pytest.raises(Interrupted, match="SIGTERM after training, before all was measured. The trained model is in"):
         run(recipe(tmp_path / "out", *measured), callbacks=[Tell(signal.SIGTERM, STEPS)])
     assert_same_bits(tmp_path / "out", undisturbed)
 

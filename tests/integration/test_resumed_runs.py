@@ -139,7 +139,7 @@ def test_what_goes_wrong_after_training_does_not_cost_the_model(
     record = RunRecord.load(out)
     statuses = {MemoryError: "oom", KeyboardInterrupt: "interrupted", ValueError: "error"}
     assert record.status == statuses[type(error)] and record.error is not None
-    assert f"The trained model lies in {out}. To measure it, type: sbft eval {out}" in record.error
+    assert f"The trained model is in {out}. To measure it, type: sbft eval {out}" in record.error
     assert ("evaluation.batch_size=8" in record.error) == isinstance(error, MemoryError)
     assert "evaluation.before" not in record.error and "gradient_checkpointing" not in record.error
     assert (record.steps, record.metrics) == (7, {}) and not (out / "README.md").exists()
@@ -192,7 +192,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     assert running.returncode == code and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
     step = RunRecord.load(out).steps
-    assert last.startswith(f"Error: Stopped by {told} after step {step} of 2000; a checkpoint lies in")
+    assert last.startswith(f"Error: Stopped by {told} after step {step} of 2000; a checkpoint is in")
     assert last.endswith("--resume --num-processes 2")
     states = {path.name for path in (out / f"checkpoint-{step}").iterdir()}
     assert {"complete.json", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= states

@@ -88,5 +88,5 @@ def test_what_is_no_archive_is_named(tmp_path):
     with pytest.raises(DataError, match=r"Line 1 of .*runs\.jsonl is not that of a run"):
         archived_runs(tmp_path)
     (tmp_path / RUNS_FOLDER).mkdir()
-    with pytest.raises(DataError, match="No finished run lies below"):
+    with pytest.raises(DataError, match="There is no finished run below"):
         archive_runs(tmp_path / RUNS_FOLDER, tmp_path / "empty.jsonl")

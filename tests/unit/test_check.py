@@ -542,7 +542,7 @@ def test_the_switch_is_that_of_the_largest_part(
 ) -> None:
     found = fit(prepare(make(*settings)), Predicted(8 * GIB, {name: n * GIB for name, n in parts.items()}), 4 * GIB)
     assert found is not None and found.mend == f"--set {switch}"
-    assert "8.00 GiB are needed" in found.why and "backward" in found.why and "4.00 GiB are there" in found.why
+    assert "8.00 GiB are needed" in found.why and "backward" in found.why and "4.00 GiB are available" in found.why
 
 
 def available(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:

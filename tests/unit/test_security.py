@@ -277,7 +277,7 @@ def test_models_after_which_no_folder_can_be_named_are_refused(tmp_path: Path, m
 
 
 def test_models_whose_runs_would_lie_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="would lie in one folder, org-name"):
+    with pytest.raises(RecipeError, match="would be in one folder, org-name"):
         load_suite(suite_file(tmp_path, models=["org/name", "org-name"]))
 
 

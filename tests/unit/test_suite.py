@@ -124,8 +124,8 @@ def test_all_mistakes_are_in_one_error_with_their_lines(tmp_path: Path) -> None:
     assert told.startswith("4 problems in the suite:\n")
     line = path.read_text().splitlines().index("seed: 3") + 1
     assert f"{path} line {line}: seed is no key of a suite; the nearest is seeds" in told
-    assert "tasks.needle.data.trian is no key here; the nearest is train" in told
-    assert "methods.sbft.learning_rate is no key here; the nearest is learning_rates" in told
+    assert "tasks.needle.data.trian is not a key here; the nearest is train" in told
+    assert "methods.sbft.learning_rate is not a key here; the nearest is learning_rates" in told
     assert "-1" in told and "greater than 0" in told
 
 

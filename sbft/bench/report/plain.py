@@ -30,7 +30,7 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
     found = sorted(folder.glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime_ns)
     if not found:
         raise DataError(
-            f"No run lies in {folder}: expected {folder}/NAME/{FILE_NAME}. Make one with: sbft train RECIPE"
+            f"There is no run in {folder}: expected {folder}/NAME/{FILE_NAME}. Make one with: sbft train RECIPE"
         )
     return {path.parent.name: RunRecord.load(path.parent) for path in found}
 

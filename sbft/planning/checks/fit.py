@@ -44,7 +44,7 @@ def fit(prepared: Prepared, prediction: Prediction, available_bytes: int) -> Fin
     if verdict == "yes":
         return None
     over = verdict == "no"
-    sizes = f"{gib(peak)} are needed at the peak ({prediction.phase}), and {gib(available_bytes)} are there"
+    sizes = f"{gib(peak)} are needed at the peak ({prediction.phase}), and {gib(available_bytes)} are available"
     known: dict[str, int | None] = {
         name: prediction.parts.get(name) for name in ("weights", "gradients", "optimizer_state")
     }
