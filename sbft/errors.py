@@ -11,7 +11,7 @@ import signal
 
 
 class SbftError(Exception):
-    """Base of every error that a user of sbft can mend."""
+    """Base of every error that a user of sbft can fix."""
 
 
 class RecipeError(SbftError):

@@ -94,7 +94,7 @@ def _for_people(found: Check) -> str:
             lines += ["", f"{title}: {len(those)}"]
         for finding in those:
             lines += ["", *_described(finding)]
-    verdict = ("Nothing is wrong.", "sbft train would warn of this, and go on.", "Mend the errors before you train.")
+    verdict = ("Nothing is wrong.", "sbft train would print this and continue.", "Fix the errors before you train.")
     return "\n".join([*lines, "", verdict[found.exit_code]])
 
 
@@ -136,7 +136,7 @@ def _time(found: Check) -> str:
 
 
 def _described(finding: Finding) -> list[str]:
-    mend = [] if finding.mend is None else [_to_type(finding.mend, "  mend: ")]
+    mend = [] if finding.mend is None else [_to_type(finding.mend, "  fix: ")]
     return [_wrapped(finding.title, "", "  "), _wrapped(finding.why, "  ", "  "), *mend]
 
 

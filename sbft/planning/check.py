@@ -113,7 +113,7 @@ def warnings_in_brief(prepared: Prepared, *others: Finding | None) -> list[str]:
     told = [
         one for one in [*findings, *others] if one is not None and one.severity != "note" and one.key != _NOT_MADE
     ]
-    return [f"Warning: {one.title}. {one.why if one.mend is None else f'To mend it: {one.mend}'}" for one in told]
+    return [f"Warning: {one.title}. {one.why if one.mend is None else f'To fix it: {one.mend}'}" for one in told]
 
 
 def _prepare(recipe: Recipe) -> Prepared:

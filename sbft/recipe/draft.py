@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from sbft.errors import RecipeError
+from sbft.recipe.defaults import EXCLUSIVE
 from sbft.recipe.shown import shown
 from sbft.shipped import shipped_file, shipped_names
 
@@ -241,6 +242,16 @@ class Draft:
                 )
                 continue
             self._set(key, value, f"--set {path.strip()}")
+            if value not in (None, -1):
+                self._drop_rival(key)
+
+    def _drop_rival(self, key: Key) -> None:
+        """Take out what the file says in another way: an override of max_steps replaces the file's epochs."""
+        for section, one, other in (*EXCLUSIVE, ("data", "train_tokens", "tokens_per_parameter")):
+            for own, rival in ((one, other), (other, one)):
+                origin = self._origins.get((section, rival), "")
+                if key == (section, own) and not origin.startswith("--set"):
+                    self.content[section].pop(rival, None)
 
     def _set(self, key: Key, value: Any, origin: str) -> None:
         section = self.content

@@ -42,9 +42,9 @@ class DataConfig(_Section):
     """Training data: a hub id, a local .jsonl, .json, .csv, .parquet or .txt file, or generated:NAME. In pretraining also
     builtin:python-stdlib, or a folder that sbft prepare-data made."""
     validation: _Word | None = None
-    """Data on which settings are chosen; never trained on, never reported as the result."""
+    """Data for choosing settings and the best checkpoint. It is never trained on and never reported as the result."""
     eval: _Word | None = None
-    """Data that the reported figures are measured on."""
+    """Data for the reported figures."""
     train_split: str = "train"
     """Split of a hub data set to train on."""
     validation_split: str = "validation"
@@ -56,7 +56,7 @@ class DataConfig(_Section):
     train_size: PositiveInt | None = None
     """Keep this many training examples; a generated task makes this many."""
     validation_size: PositiveInt | None = None
-    """Keep this many validation examples; without a validation source they are split off from training."""
+    """Keep this many validation examples; without a validation source they are split off from the training data."""
     eval_size: PositiveInt | None = None
     """Keep this many evaluation examples; a generated task makes this many."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -72,54 +72,54 @@ class DataConfig(_Section):
     max_length: PositiveInt = 1024
     """Longest example in tokens; the rest is cut off and counted. In pretraining the tokens of every example."""
     train_tokens: PositiveInt | None = None
-    """Pretraining: train on so many tokens, which decides training.max_steps where that is not given."""
+    """Pretraining: tokens to train on, which sets training.max_steps unless that is given."""
     tokens_per_parameter: FiniteFloat | None = Field(None, gt=0)
-    """Pretraining: the same, for each parameter of the model, one embedding counted."""
+    """Pretraining: the same, per parameter of the model; only one of the two embeddings counts."""
     packing: bool = False
-    """Put several short examples into one row; they do not see one another."""
+    """Put several short examples into one row; they do not attend to one another."""
     chat_template: bool = True
-    """Render prompt and completion as chat turns where the tokenizer has a template."""
+    """Render prompt and completion as chat turns if the tokenizer has a chat template."""
     system: str | None = None
     """System message put before every chat."""
     tools: str = "tools"
-    """Column, beside a chat or a question, that holds the functions the assistant may call."""
+    """Column that holds the functions the assistant may call, next to a chat or a question."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Variables of the chat template: {enable_thinking: true}; that one follows from the data where it is not given."""
+    """Variables of the chat template, such as {enable_thinking: true}; the default of that one follows from the data."""
     label_names: Annotated[dict[str, _Word], BeforeValidator(_text_keys), Field(min_length=1)] | None = None
-    """Words that the model shall write for the values of the completion column: {0: negative, 1: positive}."""
+    """Words that the model learns to write for the values of the completion column: {0: negative, 1: positive}."""
     allow_overlap: bool = False
-    """Train although questions of the evaluation are also in the training data."""
+    """Train even if evaluation questions are also in the training data."""
     seed: NonNegativeInt = 0
     """Seed of shuffling, splitting and generated tasks."""
 
 
 class OptimizerConfig(_Section):
-    """The optimizer's own settings; a key that is left out takes the method's value."""
+    """The optimizer's settings. A key that is left out takes the method's value."""
 
     second_moment_half_life: FiniteFloat | None = Field(None, gt=0)
     """Half-life of the second moment, in tokens."""
     beta2: FiniteFloat | None = Field(None, ge=0, lt=1)
     """Fixed decay of the second moment per step, instead of a half-life; with schedule power, its exponent."""
     first_moment_half_life: FiniteFloat | None = Field(None, gt=0)
-    """Half-life of AdamW's first moment, in tokens; with Muon and SinkGD that of their AdamW."""
+    """Half-life of AdamW's first moment, in tokens; with Muon and SinkGD, that of their AdamW."""
     beta1: FiniteFloat | None = Field(None, ge=0, lt=1)
     """Fixed decay of AdamW's first moment per step, instead of a half-life."""
     momentum_half_life: FiniteFloat | None = Field(None, gt=0)
     """Half-life of SGD's and Muon's momentum, in tokens."""
     momentum: FiniteFloat | None = Field(None, ge=0, lt=1)
-    """Fixed decay of SGD's and Muon's momentum per step, instead of a half-life; 0: none (Muon: spectral descent)."""
+    """Fixed decay of SGD's and Muon's momentum per step, instead of a half-life; 0 means none (Muon: spectral descent)."""
     nesterov: bool | None = None
-    """Mix Muon's momentum with the gradient as far as it will be in the next step."""
+    """Use Nesterov momentum in Muon."""
     adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
-    """How Muon's rate for a matrix follows from its shape, as in torch.optim.Muon."""
+    """How Muon adapts the learning rate to a matrix's shape, as in torch.optim.Muon."""
     newton_schulz_dtype: Literal["bfloat16", "float32"] | None = None
-    """What Muon orthogonalizes a matrix in."""
+    """dtype in which Muon orthogonalizes a matrix."""
     sinkhorn_iterations: PositiveInt | None = None
-    """How often SinkGD scales the rows and the columns of a gradient."""
+    """How many times SinkGD scales the rows and columns of a gradient."""
     rest_optimizer: Literal["adamw", "adafactor"] | None = None
-    """Optimizer of what Muon and SinkGD leave: embeddings, output head and vectors."""
+    """Optimizer for what Muon and SinkGD do not handle: embeddings, output head and vectors."""
     rest_lr_ratio: FiniteFloat | None = Field(None, gt=0)
-    """Learning rate of these, as a multiple of the matrices'."""
+    """Learning rate of rest_optimizer, as a multiple of the rate for matrices."""
     schedule: Literal["half_life", "power"] | None = None
     """How Adafactor's second moment decays: per token, or classically by 1 - step ** -0.8."""
     relative_step: bool | None = None
@@ -127,81 +127,81 @@ class OptimizerConfig(_Section):
     clip_threshold: FiniteFloat | None = Field(None, gt=0)
     """Largest RMS of one Adafactor update before the learning rate."""
     min_dim_size_to_factor: PositiveInt | None = None
-    """Adafactor keeps the second moment of a matrix with a shorter side whole; 128 where it is not given."""
+    """Adafactor factors the second moment of matrices whose shorter side is at least this; default: 128."""
     eps: FiniteFloat | None = Field(None, gt=0)
     """Keeps divisions by small second moments finite."""
     weight_decay: FiniteFloat | None = Field(None, ge=0)
     """Decoupled weight decay."""
     stochastic_rounding: bool | None = None
-    """Round new bfloat16 weights stochastically; otherwise to the nearest, which loses small updates."""
+    """Round new bfloat16 weights stochastically. If false, they are rounded to nearest, which loses small updates."""
     gradient_release: bool | None = None
     """Update each parameter inside the backward pass and free its gradient."""
     cuda_graphs: bool | None = None
-    """On a GPU, launch whole steps at once where examples have one length and every token is learned; for small models."""
+    """On a GPU, launch whole training steps at once (CUDA graphs); for small models."""
     max_skipped_steps: PositiveInt | None = None
     """Stop after this many steps in a row whose loss is not finite."""
     logits_free_loss: bool | None = None
-    """Compute the loss without holding the logits of all tokens."""
+    """Compute the loss without holding the logits of all tokens in memory."""
     seed: NonNegativeInt | None = None
-    """Seed of stochastic rounding; training.seed where it is not given."""
+    """Seed of stochastic rounding; default: training.seed."""
 
 
 class LoraConfig(_Section):
-    """The adapter of methods lora and qlora; a key that is left out takes the method's value."""
+    """The adapter of methods lora and qlora. A key that is left out takes the method's value."""
 
     rank: PositiveInt | None = None
-    """Rank of the two factors."""
+    """Rank of the adapter."""
     alpha: PositiveInt | None = None
-    """The adapter's output is scaled by alpha / rank, with rslora by alpha / sqrt(rank)."""
+    """The adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with rslora."""
     dropout: FiniteFloat | None = Field(None, ge=0, lt=1)
     """Dropout before the adapter."""
     rslora: bool | None = None
     """Scale by the root of the rank, so that a higher rank does not learn more slowly (arXiv 2312.03732)."""
     dora: bool | None = None
-    """Train the magnitude of each column of a weight apart from its direction (arXiv 2402.09353); slower."""
+    """Train magnitude and direction of each weight column separately (arXiv 2402.09353); slower."""
     target_modules: str | list[str] | None = None
-    """Names of the layers that get an adapter, or all-linear, or a regular expression of their whole paths."""
+    """Names of the layers that get an adapter, or all-linear, or a regular expression for their full paths."""
 
 
 class DistributedConfig(_Section):
-    """How a model is spread over several processes, as transformers' DistributedConfig has it."""
+    """How a model is spread over several processes, as in transformers' DistributedConfig."""
 
     fsdp_size: PositiveInt | None = None
-    """Processes over which the weights are sharded (FSDP2), each of which has data of its own."""
+    """Processes over which the weights are sharded (FSDP2); each has its own examples."""
     dp_replicate_size: PositiveInt | None = None
-    """Replicas of these."""
+    """Replicas of such a group of processes."""
     tp_size: PositiveInt | None = None
-    """Processes that share every matrix and work on the same examples (tensor parallelism); the number of processes is the
-    product of all."""
+    """Processes that split every matrix and work on the same examples (tensor parallelism). The number of processes is the
+    product of the three."""
 
 
 class BatchScheduleConfig(_Section):
-    """A batch that doubles during the run, from training.per_device_train_batch_size on; the learning rate follows the
-    examples seen, and the half-lives in tokens need no change."""
+    """A batch that doubles during the run, starting at training.per_device_train_batch_size. The learning rate follows the
+    examples seen; half-lives in tokens need no change."""
 
     doubling_examples: PositiveInt
-    """The batch doubles whenever so many more examples were seen; in pretraining each is data.max_length tokens."""
+    """The batch doubles each time this many more examples were seen; in pretraining an example has data.max_length tokens."""
     largest: PositiveInt
-    """Examples in a step at most."""
+    """Largest batch, in examples per step."""
 
 
 class EvaluationConfig(_Section):
     """What is measured before and after training."""
 
     metrics: list[str] = Field(default_factory=list)
-    """Metrics of generated answers that ship with sbft, such as exact_match; loss and perplexity always come."""
+    """Metrics of generated answers: exact_match, accuracy. Loss and perplexity are always measured."""
     metric_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of a metric, by its name."""
     labels: Annotated[list[_Word], AfterValidator(_at_least_two)] | Literal["auto"] | None = None
-    """Score these answers by their likelihood too, as metric label_accuracy; auto: all that the data holds."""
+    """Also score these answers by likelihood, as metric label_accuracy; auto takes all answers in the data."""
     max_new_tokens: PositiveInt = 16
     """Longest answer in tokens."""
     limit: PositiveInt | None = None
-    """Evaluate on the first so many examples only; in pretraining on so many windows, 200 where it is not given."""
+    """Evaluate only on this many examples, the first ones; in pretraining, on this many windows (default: 200)."""
     batch_size: PositiveInt = 16
-    """Answers generated at once; it changes speed and memory of the evaluation, not of training."""
+    """Answers generated at once. It affects the speed and memory of evaluation, not of training."""
     before: bool = True
-    """Evaluate before training too."""
+    """Also evaluate before training."""
 
 
 class Recipe(_Section):
@@ -211,30 +211,30 @@ class Recipe(_Section):
     """Hub id, local folder, builtin:NAME, scratch:SIZE for a fresh model to pretrain, or random:NAME for random weights in a
     known shape."""
     tokenizer: _Word | None = None
-    """Tokenizer of a fresh model: a name or folder, or bpe:2048 for one that is trained on the spot."""
+    """Tokenizer of a fresh model: a name, a folder, or bpe:2048 to train one on the data."""
     method: str = "sbft"
-    """One of the methods of sbft.methods; what it sets can be overridden below."""
+    """sbft, lora, adam, ...: sets the defaults of all other keys, each of which can be overridden."""
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: dict[str, Any] = Field(default_factory=dict)
     """Names and values of transformers' TrainingArguments."""
     batch_schedule: BatchScheduleConfig | None = None
     freeze: list[_Word] = Field(default_factory=list)
-    """Weights that are not trained: patterns of parameter names such as model.layers.0.*, or the word embeddings for the
-    input embedding and the output head."""
+    """Weights that are not trained: patterns of parameter names such as model.layers.0.*, or the word embeddings, which
+    stands for the input embedding and the output head."""
     lora: LoraConfig | None = None
     distributed: DistributedConfig | None = None
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     output_dir: str | None = None
-    """Folder for the model, the record and the predictions; runs/DATA-METHOD where it is not given."""
+    """Folder for the model, the record and the predictions; default: runs/DATA-METHOD."""
     save_model: bool = True
-    """Leave the trained model or adapter in output_dir; otherwise only the record and the predictions."""
+    """Save the trained model or adapter in output_dir. If false, only the record and the predictions are saved."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """What the weights are held in."""
+    """dtype of the weights; default: that of the method."""
     trust_remote_code: bool = False
-    """Run model code that comes with a hub id."""
+    """Run the Python code that comes with a model."""
     allow_pickle: bool = False
-    """Read weights that are stored as a pickle (pytorch_model.bin, adapter_model.bin) where there are no safetensors."""
+    """Load pickled weights (pytorch_model.bin, adapter_model.bin) if the model has no safetensors."""
 
     @property
     def largest_batch(self) -> int:

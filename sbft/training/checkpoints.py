@@ -202,7 +202,7 @@ def go_back_to(checkpoint: Path, damaged: dict[Path, str]) -> None:
 def describe_damage(damaged: dict[Path, str], instead: Path) -> str:
     """A sentence on what is wrong with the newer checkpoints, and which one is used."""
     reasons = ", ".join(f"{one.name}: {reason}" for one, reason in damaged.items())
-    return f"Not sound, and passed over: {reasons}. Going on from {instead} instead, which makes them again"
+    return f"Damaged checkpoints are skipped: {reasons}. Resuming from {instead} instead"
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -162,11 +162,11 @@ def evaluation_advice(recipe: Recipe, which: Literal["untrained", "half-trained"
     switch = (
         f"evaluation.batch_size={size // 2}" if size > 1 else f"data.max_length={max(recipe.data.max_length // 2, 1)}"
     )
-    others = ["--set evaluation.limit=N to measure on fewer examples"]
+    others = ["--set evaluation.limit=N to evaluate on fewer examples"]
     if which == "untrained":
-        others.append("--set evaluation.before=false to leave this measurement out")
+        others.append("--set evaluation.before=false to skip this evaluation")
     text = (
-        f"Out of memory while the {which} model was measured, {size} examples at once. What lowers it most: add "
+        f"Out of memory while the {which} model was evaluated, {size} examples at once. To lower the peak most, add "
         f"--set {switch}. Or add {', or '.join(others)}."
     )
     return Advice("the activations", switch, f"--set {switch}", text)
@@ -224,7 +224,7 @@ def training_advice(
     if largest == "the weights" and not switches[largest]:
         remedy += " or take a smaller model"
     text = (
-        f"Out of memory. Largest were {largest} (as far as seen before it ran out: {figures}). "
-        f"What lowers it most: add {remedy}."
+        f"Out of memory. The largest part: {largest} (seen before it ran out: {figures}). "
+        f"To lower the peak most, add {remedy}."
     )
     return Advice(largest, switch, remedy, text)

@@ -211,7 +211,7 @@ def test_out_of_memory_says_what_was_largest_and_which_switch_lowers_it(tmp_path
     )
     assert done.returncode == 2, done.stdout + done.stderr
     said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith("Error: Out of memory. Largest were the activations")
+    assert said.startswith("Error: Out of memory. The largest part: the activations")
     assert "--set training.gradient_checkpointing=true" in said
     record = RunRecord.load(tmp_path / "out")
     assert record.status == "oom" and record.error is not None and record.error in said

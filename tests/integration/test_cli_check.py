@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
+from sbft.cli.check import _to_type
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(12)]
 
@@ -47,7 +48,7 @@ def test_a_clean_recipe_is_summed_up_with_exit_code_0(recipe: Path, tmp_path: Pa
     assert code == 0, out
     told = {line.split(maxsplit=1)[0]: line for line in out.splitlines() if line and not line.startswith(" ")}
     assert "12 examples" in told["data"] and "12 steps on 12 examples" in told["run"] and "1 epoch" in told["run"]
-    assert " GiB, predicted" in told["memory"] and "not known" in told["time"] and "bfloat16" in told["model"]
+    assert " GiB, predicted" in told["memory"] and "unknown" in told["time"] and "bfloat16" in told["model"]
     assert "Notes: 1" in out and "Harmless" in out and "Warnings" not in out and out.endswith("Nothing is wrong.\n")
     assert entries(tmp_path) == before
 
@@ -59,11 +60,13 @@ def test_warnings_are_told_with_what_mends_them_and_exit_code_1(recipe: Path) ->
     )
     assert code == 1 and "Warnings: 4\n" in out
     lines = out.splitlines()
-    assert "  mend: --set optimizer.stochastic_rounding=true" in lines
+    assert "  fix: --set optimizer.stochastic_rounding=true" in lines
+    flags = "--set optimizer.beta2=null --set optimizer.second_moment_half_life=221000"
+    assert f"  fix: {flags}" in lines
     # Too long for a line, as a shell takes it.
-    place = lines.index("  mend: --set optimizer.beta2=null \\")
-    assert lines[place + 1] == "        --set optimizer.second_moment_half_life=221000"
-    assert "goes on" not in out and "sbft train would warn of this, and go on." in out
+    first, second, third = _to_type(f"--method adam {flags}", "  fix: ").splitlines()
+    assert first == "  fix: --method adam \\" and second == "       --set optimizer.beta2=null \\" and third[:12] == "       --set"
+    assert "sbft train would print this and continue." in out
 
 
 def test_what_it_prints_fits_80_columns(recipe: Path) -> None:
@@ -77,7 +80,7 @@ def test_what_it_prints_fits_80_columns(recipe: Path) -> None:
 def test_a_run_that_does_not_fit_is_exit_code_2(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbft.planning.check.available_bytes", lambda: 1)
     code, out, _ = sbft_check(recipe)
-    assert code == 2 and "Errors: 1" in out and "It will not fit into memory" in out and "  mend: " in out
+    assert code == 2 and "Errors: 1" in out and "It will not fit into memory" in out and "  fix: " in out
 
 
 def test_all_problems_of_a_recipe_are_told_with_exit_code_2(recipe: Path) -> None:

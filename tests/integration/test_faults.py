@@ -129,10 +129,10 @@ def test_out_of_memory_names_the_switch_and_the_checkpoint_before_it_is_usable(
     said = str(told.value)
     if where == "evaluation":
         switch = "evaluation.batch_size=8"
-        assert said.startswith("Out of memory while the half-trained model was measured, 16 examples at once.")
+        assert said.startswith("Out of memory while the half-trained model was evaluated, 16 examples at once.")
     else:
         switch = "training.gradient_checkpointing=true"
-        assert said.startswith("Out of memory. Largest were the activations")
+        assert said.startswith("Out of memory. The largest part: the activations")
     assert f"add --set {switch}" in said and said.endswith(
         f"The last checkpoint, {out}/checkpoint-4, is whole. To resume from it with that, type: sbft train "
         f"{out}/recipe.yaml --resume --set {switch}"

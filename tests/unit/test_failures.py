@@ -64,7 +64,7 @@ def test_the_advice_names_the_largest_part_and_a_switch_for_it(
     recipe = given(*overrides)
     sizes = {name: None if size is None else size * GIB for name, size in memory.items()}
     told = training_advice(recipe, sizes, 16 * GIB, recipe.training["per_device_train_batch_size"])
-    assert told.part == f"the {largest}" and f"Largest were the {largest}" in told.text
+    assert told.part == f"the {largest}" and f"The largest part: the {largest}" in told.text
     assert switch in told.remedy and told.remedy in told.text and f"--set {told.switch}" in told.remedy
 
 

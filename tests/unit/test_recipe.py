@@ -66,6 +66,28 @@ def test_the_file_wins_over_the_method_flags_over_the_file_and_set_over_flags(tm
 
 
 @pytest.mark.parametrize(
+    ("in_file", "override", "gone"),
+    [
+        ("training: {num_train_epochs: 3}", "training.max_steps=5", ("training", "num_train_epochs")),
+        ("training: {max_steps: 5}", "training.num_train_epochs=3", ("training", "max_steps")),
+        ("optimizer: {second_moment_half_life: 9.0}", "optimizer.beta2=0.99", ("optimizer", "second_moment_half_life")),
+        ("{}", "data.train_tokens=90", ("data", "tokens_per_parameter")),
+    ],
+)
+def test_an_override_replaces_what_the_file_says_in_another_way(
+    in_file: str, override: str, gone: tuple[str, str], tmp_path: Path
+) -> None:
+    data = "{train: t.txt, tokens_per_parameter: 20}" if gone[0] == "data" else "{train: t.jsonl}"
+    path = write(tmp_path, f"model: a\ndata: {data}\n" + ("" if in_file == "{}" else in_file))
+    content = load_recipe(path, [override]).model_dump(exclude_none=True)
+    key, value = override.split("=")
+    assert content[gone[0]][key.split(".")[1]] == yaml.safe_load(value)
+    assert gone[1] not in content[gone[0]]
+    twice = [f"{gone[0]}.{gone[1]}=2", override]
+    assert "Keep one" in problems(path, twice)
+
+
+@pytest.mark.parametrize(
     ("override", "section", "gone"),
     [
         ("optimizer.beta2=0.997", "optimizer", "second_moment_half_life"),

@@ -42,7 +42,7 @@ def truncated(prepared: Prepared) -> Finding | None:
         "examples-truncated",
         "warning",
         f"{' and '.join(told)}, of {report.examples + report.dropped:,}",
-        f"What lies behind the cut is not learned: the ends of answers, and with them where to stop. The longest example "
+        f"What is cut is not learned: the ends of answers, and with them where to stop. The longest example "
         f"has {whole.longest:,} tokens; memory grows with it.",
         mend,
     )
@@ -58,9 +58,9 @@ def not_read(prepared: Prepared) -> Finding | None:
         "data-not-read",
         "warning",
         f"{kind}{'s' * (len(names) > 1 and kind == 'Column')} not read: {', '.join(names)}",
-        "Nothing of it is trained on or shown to the model.",
-        "Name the columns to be read with data.prompt, data.completion, data.messages, data.tools or data.text, or take "
-        "these out.",
+        "The model is neither trained on it nor shown it.",
+        "Name the columns to be read with data.prompt, data.completion, data.messages, data.tools or data.text, or "
+        "remove these.",
     )
 
 
@@ -89,8 +89,8 @@ def dated_template(prepared: Prepared) -> Finding | None:
     return Finding(
         "date-in-template",
         "note",
-        "The chat template writes the date of the day into each example",
-        "On another day the model is asked with another date than it was trained with.",
+        "The chat template writes today's date into each example",
+        "On another day the model is asked with a date that it was not trained with.",
         mend,
     )
 
@@ -115,8 +115,8 @@ def overlap(prepared: Prepared) -> Finding | None:
         "evaluation-in-training",
         "warning",
         f"{' and '.join(told)} are in the training data",
-        "What the model answers there it may have learned by heart, so that the figures prove nothing. Take these rows "
-        "out of one of the two; without data.allow_overlap sbft refuses what is left of them.",
+        "The model may have memorized these answers, so the figures prove nothing. Remove these rows "
+        "from one of the two; without data.allow_overlap sbft refuses any that are left.",
         "--set data.allow_overlap=false",
     )
 

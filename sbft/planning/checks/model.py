@@ -125,7 +125,7 @@ def refuse_errors(findings: list[Finding]) -> list[Finding]:
     """
     for finding in findings:
         if finding.severity == "error":
-            raise ModelError(f"{finding.title}. {finding.why} To mend it: {finding.mend}")
+            raise ModelError(f"{finding.title}. {finding.why} To fix it: {finding.mend}")
     return findings
 
 
