@@ -72,15 +72,15 @@ def run(
 ) -> RunRecord:
     """Train as a recipe says, and leave the model, its record, its predictions and its card in `output_dir`.
 
-    What is wrong with the recipe, the data or the model is found before anything is written. From then on the record
-    is there, whatever happens.
+    Mistakes in the recipe, the data or the model are found before anything is written. After that, a record is written
+    whatever happens.
 
     Args:
         recipe: as loaded; the method's defaults are filled in here.
-        resume: go on from the last checkpoint in the output folder.
-        overwrite: replace a former run in the output folder.
-        callbacks: further callbacks of the trainer, such as a progress bar.
-        say: told in a sentence what begins now.
+        resume: resume from the last checkpoint in the output folder.
+        overwrite: replace an earlier run in the output folder.
+        callbacks: more callbacks for the trainer, such as a progress bar.
+        say: called with a sentence when a new phase begins.
 
     Raises:
         SbftError: if the run cannot begin, or ended early: out of memory, interrupted, no finite loss.

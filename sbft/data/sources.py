@@ -67,7 +67,7 @@ def load_source(
     _check_size("size", size)
     if generated.is_generated(source):
         if size is None:
-            raise DataError(f"The data {source} is generated without end: set data.train_size to how many rows to make.")
+            raise DataError(f"The data {source} is generated without end: set data.train_size to the number of rows.")
         part = split if split in ("train", "validation", "eval") else "train"
         made = _dataset(islice(generated.rows(source, part=part, seed=seed, options=options), size))
         return label_words(made, completion, label_names, source)
@@ -135,7 +135,9 @@ def load_splits(
     if generated.is_generated(train) and {validation, eval} <= {None, train}:
         for name, source, size in (("validation", validation, validation_size), ("eval", eval, eval_size)):
             if source is not None and size is None:
-                raise DataError(f"The {name} data {source} is generated without end: set data.{name}_size to how many rows to make.")
+                raise DataError(
+                    f"The {name} data {source} is generated without end: set data.{name}_size to the number of rows."
+                )
         return _generated_splits(
             train,
             train_size,
@@ -211,7 +213,7 @@ def _generated_splits(
     allow_overlap: bool,
 ) -> Splits:
     if not train_size:
-        raise DataError(f"The data {source} is generated without end: set data.train_size to how many rows to make.")
+        raise DataError(f"The data {source} is generated without end: set data.train_size to the number of rows.")
     seen: set[str] = set()
     dropped = 0
     parts: dict[str, Dataset | None] = {}

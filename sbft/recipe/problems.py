@@ -199,7 +199,8 @@ def _schema_problem(key: Key, detail: Any) -> str:
         if key == ("data",) and isinstance(detail["input"], str):
             example = f"train: {detail['input']}" if len(detail["input"]) < 100 else example
         return f"is {found}, expected keys with values; write `{key[-1]}: {{{example}}}`."
-    expected = detail["msg"].removeprefix("Input should be ").partition(", unable to ")[0].replace("a valid ", "a ")
+    expected = detail["msg"].removeprefix("Input should be ").partition(", unable to ")[0]
+    expected = expected.replace("a valid integer", "an integer").replace("a valid ", "a ")
     number = "a number " if expected.startswith(("greater", "less")) else ""
     return f"is {found}, expected {number}{expected}."
 

@@ -28,19 +28,20 @@ _GROUPED = ("num_generations", "desirable_weight")
 
 
 def small_batch(arguments_class: type[TrainingArguments]) -> type[Any]:
-    """The arguments of small-batch training for a trainer that has a class of its own for them.
+    """A class of training arguments for small-batch training, made from a trainer's own.
 
-    Its defaults are those of `SmallBatchArguments`, and the class's own elsewhere. Called twice, the same class is returned;
-    its instances can be pickled, as a checkpoint's training_args.bin is.
+    Fields that `SmallBatchArguments` also has take its defaults; all others keep their own. A second call returns the same
+    class. Instances can be pickled, as a checkpoint's training_args.bin requires.
 
     Args:
         arguments_class: `TrainingArguments` or a subclass, such as `trl.DPOConfig`.
 
     Raises:
-        ArgumentError: if it is none.
+        ArgumentError: if it is neither.
 
     Examples:
-        >>> args = sbft.small_batch(trl.DPOConfig)(output_dir="out", beta=0.2, second_moment_half_life=50_000)
+        >>> DPOArguments = sbft.small_batch(trl.DPOConfig)
+        >>> args = DPOArguments(output_dir="out", beta=0.2, second_moment_half_life=50_000)
     """
     if not (isinstance(arguments_class, type) and issubclass(arguments_class, TrainingArguments)):
         raise ArgumentError(f"small_batch takes TrainingArguments or a subclass of it, and got {arguments_class!r}.")

@@ -15,11 +15,12 @@ from sbft.training.arguments import ArgumentError, SmallBatchArguments
 class TokenCountCallback(TrainerCallback):
     """Counts tokens for one of sbft's optimizers in a plain `Trainer`, by `TokenOptimizer.count_tokens`.
 
-    `SmallBatchTrainer` counts by itself; there the callback does nothing.
+    `SmallBatchTrainer` counts tokens itself; the callback then does nothing.
 
     Examples:
         >>> optimizer = sbft.Adafactor(model.parameters())
-        >>> Trainer(model, args, optimizers=(optimizer, None), callbacks=[sbft.TokenCountCallback()], ...).train()
+        >>> count = sbft.TokenCountCallback()
+        >>> Trainer(model, args, collator, dataset, optimizers=(optimizer, None), callbacks=[count]).train()
     """
 
     def __init__(self) -> None:

@@ -86,16 +86,17 @@ class SmallBatchMixin(
     CountedBatches,
     _Base,
 ):
-    """Put before a `Trainer`, or a trainer built on it: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
+    """Put it before a `Trainer`, or a trainer built on one: `class Mine(SmallBatchMixin, trl.SFTTrainer): pass`.
 
-    Its arguments are a `SmallBatchTrainingArguments`, or made by `sbft.small_batch(trl.SFTConfig)`; plain ones are taken as
-    such, which is said.
-    It trains with an optimizer that measures time in tokens, released gradients and a loss without logits. That loss stands
-    for the next-token loss of `Trainer` and of TRL's `SFTTrainer`, whose metrics it supplies, and only where a model's own loss
-    is the same. A trainer with another `compute_loss` underneath keeps its own.
+    Its arguments are a `SmallBatchTrainingArguments`, or of the class that `sbft.small_batch(trl.SFTConfig)` makes. Plain
+    arguments are converted, and one line says what that changed.
+
+    It trains with an optimizer whose averages are in tokens, releases gradients, and computes the loss without logits. That
+    loss replaces the next-token loss of `Trainer` and of TRL's `SFTTrainer`, including its metrics, if the model's own loss is
+    the same. A trainer with another `compute_loss` keeps its own.
 
     Attributes:
-        step_seconds: wall time of every finished step, data loading included.
+        step_seconds: wall time of each finished step, including data loading.
         optimizer_seconds: wall time of the updates within each of these steps; on CUDA, of launching them, and where a graph
             launches them with all else, of closing the step alone.
         tokens_seen: tokens (padding aside, all ranks) of all finished steps, also those before a resumed checkpoint; of batches
@@ -564,7 +565,8 @@ class SmallBatchTrainer(SmallBatchMixin, Trainer):
 
     Examples:
         >>> args = SmallBatchTrainingArguments(output_dir="out", max_steps=300)
-        >>> SmallBatchTrainer(model=model, args=args, train_dataset=dataset, data_collator=collator).train()
+        >>> trainer = SmallBatchTrainer(model, args, collator, train_dataset=dataset)
+        >>> trainer.train()
     """
 
     args: SmallBatchTrainingArguments

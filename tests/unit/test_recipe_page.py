@@ -1,6 +1,6 @@
 """docs/recipes.md: its tables are the schema's keys, and its examples are recipes.
 
-python -m tests.unit.test_recipe_page
+    python -m tests.unit.test_recipe_page
 
 writes the tables anew.
 """
@@ -29,8 +29,9 @@ def table(section: type[BaseModel]) -> str:
     for name, field in section.model_fields.items():
         if section is Recipe and (name in SECTIONS or name == "training"):
             continue
-        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-        shown = "" if default in (None, [], {}) else default if default == "required" else f"`{yaml.safe_dump(default).split()[0]}`"
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        shown = "" if default in (None, [], {}) else f"`{yaml.safe_dump(default).split()[0]}`"
+        shown = "required" if field.is_required() else shown
         lines.append(f"| `{name}` | {shown} | {' '.join((field.description or '').split()).rstrip('.')} |")
     return "\n".join(lines)
 
