@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from sbft.bench.archive import ARCHIVE_FILE, archive_runs
 from sbft.bench.runs import RUNS_FOLDER
+from sbft.errors import SbftError
 
 _BESIDE = ("suite.yaml", "suites", "report.md", "report.html", "*.csv", "*.png")
 
@@ -25,7 +27,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, output = arguments.folder, arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    count = archive_runs(folder / RUNS_FOLDER, output / ARCHIVE_FILE)
+    try:
+        count = archive_runs(folder / RUNS_FOLDER, output / ARCHIVE_FILE)
+    except SbftError as error:
+        sys.exit(f"Error: {error}")
     if output.resolve() != folder.resolve():
         for path in sorted(path for pattern in _BESIDE for path in folder.glob(pattern)):
             if path.is_dir():

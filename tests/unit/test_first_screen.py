@@ -102,7 +102,7 @@ def test_the_shell_completes_names_and_files(words: list[str], offered: list[str
 def test_some_shells_show_what_an_offer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where there are no files to offer
     assert completed("check", "quickstart-l", shell="fish") == [
-        "quickstart-lora\tFor comparison: the task of quickstart with PEFT LoRA of rank 16 on …"
+        "quickstart-lora\tThe task of quickstart with PEFT LoRA of rank 16 on every linear …"
     ]
     # A second line would be a word to fish.
     assert len(completed("check", "", shell="fish")) == len(shipped_names("recipes"))
