@@ -93,5 +93,5 @@ def test_naming_the_same_task_for_evaluation_changes_nothing() -> None:
     implied = load_splits(train=SUM, train_size=100, eval_size=20, options=FEW)
     named = load_splits(train=SUM, eval=SUM, train_size=100, eval_size=20, options=FEW)
     assert named.train.to_list() == implied.train.to_list() and named.dropped_overlap == implied.dropped_overlap
-    with pytest.raises(DataError, match="eval data generated:chain_sum has no end.*data.eval_size"):
+    with pytest.raises(DataError, match="eval data generated:chain_sum is generated without end.*data.eval_size"):
         load_splits(train=SUM, eval=SUM, train_size=100)
