@@ -346,19 +346,27 @@ def _causal_config(model: str, folder: str, trust_remote_code: bool, local_only:
     own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise _not_causal(model, config)
+    written = set(config.architectures or [])
     if kind in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
-        masked = MODEL_FOR_MASKED_LM_MAPPING[kind]
-        names = {one.__name__ for one in (masked if isinstance(masked, tuple) else (masked,)) if one}
-        if names & set(config.architectures or []):
+        # As a causal model it would read both ways; a decoder of this kind that was saved as one says so.
+        if not written & (_names(MODEL_FOR_CAUSAL_LM_MAPPING, kind) - _names(MODEL_FOR_MASKED_LM_MAPPING, kind)):
             raise _not_causal(model, config)
+    elif settings.get("is_encoder_decoder") and not own_code and not written & _names(MODEL_FOR_CAUSAL_LM_MAPPING, kind):
+        raise _not_causal(model, config)  # its decoder alone would be made
     return config
+
+
+def _names(mapping: Any, kind: type) -> set[str]:
+    classes = mapping.get(kind, ())
+    return {one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,)) if one}
 
 
 def _not_causal(model: str, config: Any) -> ModelError:
     architecture = ", ".join(config.architectures or []) or f"of type {config.model_type}"
     return ModelError(
         f"The model {model} is no causal language model (it is {architecture}), and sbft trains models that write "
-        "text from left to right. Give one whose architecture ends in ForCausalLM."
+        "text from left to right. Give one whose architecture ends in ForCausalLM, or train this one in Python with "
+        "sbft.SmallBatchTrainer."
     )
 
 

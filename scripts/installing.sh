@@ -69,7 +69,7 @@ show_progress() { # the process after whose end to stop
         case "$now" in
             "Installing collected packages"*) now="Installing $(($(echo "$now" | tr -cd , | wc -c) + 1)) packages" ;;
         esac
-        fetched="$(du -sm "$scratch" | cut -f 1)" 2>/dev/null || true
+        fetched="$(du -sm "$scratch" 2>/dev/null | cut -f 1)" || true
         now="setup.sh: $((SECONDS - start)) s, $fetched MB fetched: $now"
         if [ -t 1 ]; then
             printf '\r\033[K%.79s' "$now"

@@ -137,6 +137,8 @@ def _print_for_people(plan: Plan) -> None:
     console.print(table)
     for problem in dict.fromkeys(row.problem for row in plan.rows if row.problem is not None):
         console.print(f"\nNot predicted: {problem}", markup=False, soft_wrap=True)
+    if plan.note is not None:
+        console.print(f"\n{plan.note}", markup=False, soft_wrap=True)
     console.print(
         "\n+c: with gradient checkpointing, which computes activations again in backward. run: what the process takes beside "
         "tensors. longest: tokens of the longest sequence that fits.",
@@ -165,6 +167,7 @@ def _for_machines(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "memory_bytes": plan.memory_bytes,
         "sequence_length": plan.sequence_length,
+        "note": plan.note,
         "rows": [
             {
                 "method": row.method,

@@ -69,6 +69,8 @@ class Plan:
     memory_bytes: int
     sequence_length: int
     rows: list[Row]
+    note: str | None
+    """What the figures leave out."""
 
 
 def make_plan(
@@ -115,7 +117,18 @@ def make_plan(
                 [f"sbft {verb} --model {model} --data {data} --method {method}", *(f"--set {one}" for one in settings)]
             )
             rows.append(_row(recipe, config, sequence_length, memory_bytes, device, checkpointing, command))
-    return Plan(model, device, memory_bytes, sequence_length, rows)
+    return Plan(model, device, memory_bytes, sequence_length, rows, _left_out(config))
+
+
+def _left_out(config: PreTrainedConfig) -> str | None:
+    text = config.get_text_config()
+    beside = [name for name in type(config).sub_configs if getattr(config, name, None) not in (None, text)]
+    if not beside:
+        return None
+    return (
+        f"This model reads more than text ({', '.join(sorted(beside))}). The figures are those of training it on text alone, "
+        "as sbft train does; what images or sound add is not predicted."
+    )
 
 
 def _row(

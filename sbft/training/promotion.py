@@ -8,7 +8,7 @@ import logging
 import os
 import types
 import typing
-from dataclasses import MISSING, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass
 from enum import Enum
 from typing import Any
 
@@ -25,13 +25,15 @@ SHARED = tuple(
 )
 # Fields of trainers that compare the completions of a batch (GRPO, RLOO, KTO): they refuse one of a single example.
 _GROUPED = ("num_generations", "desirable_weight")
+_BATCH = "per_device_train_batch_size"
 
 
 def small_batch(arguments_class: type[TrainingArguments]) -> type[Any]:
     """A class of training arguments for small-batch training, made from a trainer's own.
 
-    Fields that `SmallBatchArguments` also has take its defaults; all others keep their own. A second call returns the same
-    class. Instances can be pickled, as a checkpoint's training_args.bin requires.
+    Fields that `SmallBatchArguments` also has take its defaults; all others keep their own. So does the batch size of trainers
+    that compare the examples of a batch (GRPO, RLOO, KTO): they refuse a batch of one. A second call returns the same class.
+    Instances can be pickled, as a checkpoint's training_args.bin requires.
 
     Args:
         arguments_class: `TrainingArguments` or a subclass, such as `trl.DPOConfig`.
@@ -61,9 +63,11 @@ def _made_of(arguments_class: Any) -> type[Any]:
             return _empty, (arguments_class,), vars(self)
         return object.__reduce_ex__(self, protocol)
 
+    theirs = {one.name: one for one in fields(arguments_class)}
+    kept = [(_BATCH, int, field(default=theirs[_BATCH].default))] if theirs.keys() & set(_GROUPED) else []
     made = make_dataclass(
         f"SmallBatch{arguments_class.__name__}",
-        [],
+        kept,
         bases=(SmallBatchArguments, arguments_class),
         namespace={"__reduce_ex__": reduce, "__doc__": f"`{arguments_class.__name__}` for small-batch training."},
         repr=False,
@@ -91,7 +95,7 @@ def promoted(arguments: TrainingArguments) -> Any:
     changes = {
         name: (value, small)
         for name, value, small in _shared_defaults(arguments)
-        if value != small and not (name == "per_device_train_batch_size" and any(one in vars(arguments) for one in _GROUPED))
+        if value != small and not (name == _BATCH and any(one in vars(arguments) for one in _GROUPED))
     }
     for name, (_, small) in changes.items():
         setattr(made, name, small)

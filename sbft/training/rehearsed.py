@@ -59,15 +59,18 @@ class RehearsedSaving(_Base):
         Raises:
             SavingError: if some of it cannot be saved, and checkpoints are wanted; else that is a warning.
         """
+        if self.model is not None:  # as it is not between the trials of a search, of which each makes its own
+            self._rehearse_for_training()
+        return super().train(*args, **kwargs)
+
+    def _rehearse_for_training(self) -> None:
         saves = self.args.save_strategy != SaveStrategy.NO
         try:
-            if self.model is not None:  # model_init makes it anew for each training, and the first was looked at
-                self.rehearse_saving(Path(str(self.args.output_dir)) if saves else None)
+            self.rehearse_saving(Path(str(self.args.output_dir)) if saves else None)
         except SavingError as error:
             if saves:
                 raise
             logger.warning(f"save_model() will fail: {error}")
-        return super().train(*args, **kwargs)
 
     def rehearse_saving(self, folder: Path | None = None) -> None:
         """Save all but the weights for a trial, after the generation config was repaired; once for a model.

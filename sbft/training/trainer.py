@@ -346,6 +346,7 @@ class SmallBatchMixin(
 
     def _attach(self) -> None:
         """Hooks for the duration of training, run in this order; the optimizer's state is loaded by now."""
+        self._rehearse_for_training()  # of a model that was made only now
         self._attached.close()
         self._count_anew()  # auto_find_batch_size begins anew after an error within backward
         optimizer = self._token_optimizer

@@ -137,6 +137,12 @@ def test_trls_own_arguments_are_taken_with_a_line_that_says_what_that_set(tmp_pa
     assert "per_device_train_batch_size=1 (was 8)" in line and "bf16=False (was True)" in line and "learning_rate" not in line
 
 
+@pytest.mark.parametrize(("name", "size"), [("KTO", 8), ("GRPO", 8), ("RLOO", 8), ("DPO", 1), ("Reward", 1)])
+def test_trainers_that_compare_examples_of_a_batch_keep_their_batch_size(name: str, size: int, tmp_path: Path) -> None:
+    made = sbft.small_batch(getattr(trl, f"{name}Config"))(output_dir=str(tmp_path), use_cpu=True)
+    assert made.per_device_train_batch_size == size and made.token_optimizer == "adafactor"
+
+
 def test_arguments_of_transformers_become_those_that_trl_expects(tmp_path: Path, caplog: Any) -> None:
     basic = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
     for args in (

@@ -3,7 +3,7 @@
     python -m tests.unit.chat_cases
 
 writes the table anew. The templates are those that come with the installed TRL, and NAME.jinja in the folder that
-SBFT_CHAT_TEMPLATES names.
+SBFT_CHAT_TEMPLATES names. A family of whose template there is no copy keeps its row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAMILIES = {
     "Llama 3.2": "llama3_2",
     "Gemma 3": "gemma3",
     "Gemma 4": "gemma4_v5",
-    "Mistral Small 3.1": "mistral_small_3_1",
+    "Mistral Small 3.2": "mistral_small_3_2",
     "gpt-oss": "gptoss",
     "DeepSeek-R1 distills": "deepseek_r1_distill",
     "GLM 4.5": "glm4moe",
@@ -50,7 +50,7 @@ FAMILIES = {
     "Nemotron 3 Nano": "nemotron_3_nano",
     "Nemotron 3 Super": "nemotron_3_super",
 }
-_EOS = {"glm4moe": "<|endoftext|>", "mistral_small_3_1": "</s>", "deepseek_r1_distill": "<｜end▁of▁sentence｜>"}
+_EOS = {"glm4moe": "<|endoftext|>", "mistral_small_3_2": "</s>", "deepseek_r1_distill": "<｜end▁of▁sentence｜>"}
 _SPECIAL = re.compile(
     r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|<(?:start|end)_of_turn>|<sop>|</s>|\[/?[A-Z]{3,}(?:_[A-Z]+)*\]"
 )
@@ -192,7 +192,7 @@ def table_row(family: str) -> str:
     """A family's line of the table."""
     template = template_of(FAMILIES[family])
     if template is None:
-        return f"| {family} | no copy at hand | {' | '.join(['not tested'] * len(CONVERSATIONS))} |"
+        return next(line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {family} |"))
     cells = [_cell(outcome(family, name)) for name in CONVERSATIONS]
     return f"| {family} | `{version_of(template)}` | {' | '.join(cells)} |"
 
@@ -205,9 +205,10 @@ def _cell(found: Outcome) -> str:
 
 def words(family: str) -> str:
     """What is learned of each conversation of a family, word for word."""
-    if template_of(FAMILIES[family]) is None:
-        return ""
     lines = [f"### {family}", "", "```text"]
+    if template_of(FAMILIES[family]) is None:
+        section = DOCUMENT.read_text(encoding="utf-8").partition("\n".join(lines))[2].partition("```")[0]
+        return "\n".join(lines) + f"{section}```\n"
     for name in CONVERSATIONS:
         found = outcome(family, name)
         if found.refused is not None:
@@ -221,7 +222,7 @@ def table() -> str:
     """All of the table, and below it what is learned word for word."""
     head = f"| family | template | {' | '.join(CONVERSATIONS)} |\n|---|---|{'---|' * len(CONVERSATIONS)}"
     rows = "\n".join(table_row(family) for family in FAMILIES)
-    texts = "\n".join(text for family in FAMILIES if (text := words(family)))
+    texts = "\n".join(words(family) for family in FAMILIES)
     return f"{BEGIN}\n\n{head}\n{rows}\n\n{texts}\n{END}"
 
 

@@ -13,7 +13,7 @@ import torch
 from sbft import builtin, hub, models
 from sbft.data.chat import ends_of_turns
 from sbft.errors import MissingPackageError, ModelError
-from sbft.models import load_model, load_tokenizer, resolve
+from sbft.models import load_config, load_model, load_tokenizer, resolve
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 BUILTIN = "builtin:smollm2-135m"
@@ -195,14 +195,31 @@ def test_a_hub_whose_name_does_not_resolve_is_unreachable(monkeypatch: pytest.Mo
 
 
 def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForMaskedLM, T5Config
+    from transformers import BertConfig, BertForMaskedLM, T5Config, WhisperConfig
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertForMaskedLM(BertConfig(vocab_size=64, **small)).save_pretrained(tmp_path / "bert")
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path / "t5")
-    for name, architecture in (("bert", "BertForMaskedLM"), ("t5", "T5ForConditionalGeneration")):
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "encoder")
+    WhisperConfig(architectures=["WhisperForConditionalGeneration"]).save_pretrained(tmp_path / "whisper")
+    refused = {
+        "bert": "BertForMaskedLM",
+        "t5": "T5ForConditionalGeneration",
+        "encoder": "BertModel",
+        "whisper": "WhisperForConditionalGeneration",
+    }
+    for name, architecture in refused.items():
         with pytest.raises(ModelError, match=f"no causal language model .it is {architecture}"):
             load_model(str(tmp_path / name), dtype=torch.bfloat16)
+
+
+def test_the_decoder_of_an_encoder_decoder_is_a_causal_model(tmp_path: Path) -> None:
+    from transformers import BartConfig, BertConfig
+
+    BartConfig(architectures=["BartForCausalLM"], is_decoder=True).save_pretrained(tmp_path / "bart")
+    BertConfig(architectures=["BertLMHeadModel"], is_decoder=True).save_pretrained(tmp_path / "bert")
+    assert load_config(str(tmp_path / "bart")).model_type == "bart"
+    assert load_config(str(tmp_path / "bert")).model_type == "bert"
 
 
 def test_checkpoints_without_all_weights_are_refused(tmp_path: Path) -> None:
