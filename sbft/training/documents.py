@@ -48,8 +48,16 @@ def packing_leaks(model: Any, rows: int = 1) -> bool:
     return packing_leaks_in(unwrap(model).config)  # type: ignore[arg-type]
 
 
-def packing_leaks_in(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> bool:
+def packing_leaks_in(
+    config: PreTrainedConfig, keys: Iterable[str] = ("position_ids",), *, rows: int = 1, trust_remote_code: bool = False
+) -> bool:
     """The same of the class of models that a config is of, with random weights in miniature.
+
+    Args:
+        config: of the model.
+        keys: as in `sees_former_document`.
+        rows: likewise.
+        trust_remote_code: run the Python code that comes with the checkpoint.
 
     Raises:
         CannotTell: if it cannot be found out.
@@ -58,7 +66,7 @@ def packing_leaks_in(config: PreTrainedConfig, *, trust_remote_code: bool = Fals
     try:
         for model in miniatures(config, trust_remote_code=trust_remote_code, use_cache=False):
             try:
-                return sees_former_document(model)
+                return sees_former_document(model, keys, rows=rows)
             except CannotTell as error:
                 reason = str(error)
     except NoMiniature as error:
@@ -193,7 +201,7 @@ class PackedBatches:
         self._left = 0
         name = type(unwrap(model)).__name__
         try:
-            leaks = sees_former_document(model, batch.keys(), rows=len(positions))
+            leaks = _sees_former(model, batch.keys(), len(positions))
         except CannotTell as error:
             logger.warning(
                 f"The positions of a batch start again within its rows, as packed documents' do, and whether {name} keeps "
@@ -207,6 +215,13 @@ class PackedBatches:
                 f"documents see one another{beside}. Give it one document a row (packing=False, padding_free=False)"
                 f"{', or batches without the mask' if beside else ''}."
             )
+
+
+def _sees_former(model: nn.Module, keys: Iterable[str], rows: int) -> bool:
+    """As `sees_former_document`; of a sharded model its class is asked, since the other processes may not be asking now."""
+    if any(map(is_sharded, model.parameters())):
+        return packing_leaks_in(unwrap(model).config, keys, rows=rows)  # type: ignore[arg-type]
+    return sees_former_document(model, keys, rows=rows)
 
 
 def warn_of_dropped_positions(model: nn.Module, examples: Any) -> None:
@@ -227,6 +242,6 @@ def _is_to_blame(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Whether a model keeps documents apart if it is given no mask of padding."""
     without = batch.keys() - {"attention_mask"}
     try:
-        return without != batch.keys() and not sees_former_document(model, without)
+        return without != batch.keys() and not _sees_former(model, without, 1)
     except CannotTell:
         return False
