@@ -19,7 +19,7 @@ from sbft.errors import ModelError
 from sbft.miniature import NoMiniature, miniatures
 from sbft.optim.sharding import is_sharded
 from sbft.training.head import unwrap
-from sbft.training.head_trial import shard_again
+from sbft.training.head_trial import left_as_it_was
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +138,8 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *,
         return caught[0].clone()  # which a model may write to
 
     handle = embedding.register_forward_hook(watch)
-    was_training = base.training
-    base.eval()
     try:
-        with torch.enable_grad():
+        with left_as_it_was(base, training=False), torch.enable_grad():
             logits = base(**inputs).logits[0, _TOKENS:].float()
             # The plain sum would have no gradient where what is summed is normalized.
             weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
@@ -150,8 +148,6 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *,
         raise CannotTell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     finally:
         handle.remove()
-        base.train(was_training)
-        shard_again(base)
     if not gradient[0, _TOKENS:].any():
         raise CannotTell("no gradient reaches its embedding")
     return bool((gradient[0, :_TOKENS] != 0).any())
