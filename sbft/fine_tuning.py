@@ -134,7 +134,7 @@ def run(
         trainer.remove_callback(PrinterCallback)
         if recipe.data.packing:
             refuse_leaking_rows(model, arguments.per_device_train_batch_size)
-        settle_generation(model, tokenizer, answer_ends(prepared))
+        settle_generation(model, tokenizer, answer_ends(prepared), say=trainer.warn_once)
         if recipe.save_model or arguments.save_strategy != SaveStrategy.NO:
             trainer.rehearse_saving()
         _describe_in_record(record, recipe, model, arguments.world_size, report, splits)

@@ -96,6 +96,7 @@ class FittingBatches:
         longest = int(positions.max()) + 1 if isinstance(positions, Tensor) else ids.shape[-1]
         if self._positions is not None and longest > self._positions:
             _refuse(self._config, 0, longest, "a training example")
+            self._positions = None  # what a longer one was not refused for is asked of the class once, not for each batch
         if self._rows is not None:
             _refuse(self._config, int(ids.max()), 0, "a training example")
         return batch

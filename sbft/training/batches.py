@@ -108,16 +108,19 @@ class _CastInputs:
         self._labels = labels
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        cast = {name: one if self._is_target(name) else self._cast(one) for name, one in kwargs.items()}
+        cast = {name: one if self._is_target(name) else self._cast(one, "mask" in name) for name, one in kwargs.items()}
         return tuple(self._cast(one) for one in args), cast
 
     def _is_target(self, name: str) -> bool:
         return name in self._labels or any(word in name for word in _TARGETS)
 
-    def _cast(self, value: Any) -> Any:
+    def _cast(self, value: Any, is_mask: bool = False) -> Any:
         if isinstance(value, Tensor):
-            wide = value.dtype in (torch.float32, torch.float64) and value.dim() > 1
-            return value.to(self._dtype) if wide else value
+            if value.dtype not in (torch.float32, torch.float64) or value.dim() < 2:
+                return value
+            if is_mask:  # whose lowest number would become -inf, and a row of nothing else NaN after softmax
+                value = value.clamp(torch.finfo(self._dtype).min, torch.finfo(self._dtype).max)
+            return value.to(self._dtype)
         if type(value) in (list, tuple):
-            return type(value)(self._cast(one) for one in value)
+            return type(value)(self._cast(one, is_mask) for one in value)
         return value

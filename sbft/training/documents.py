@@ -19,7 +19,7 @@ from sbft.errors import ModelError
 from sbft.miniature import NoMiniature, miniatures
 from sbft.optim.sharding import is_sharded
 from sbft.training.head import unwrap
-from sbft.training.head_trial import shard_again
+from sbft.training.head_trial import left_as_it_was
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,16 @@ def packing_leaks(model: Any, rows: int = 1) -> bool:
     return packing_leaks_in(unwrap(model).config)  # type: ignore[arg-type]
 
 
-def packing_leaks_in(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> bool:
+def packing_leaks_in(
+    config: PreTrainedConfig, keys: Iterable[str] = ("position_ids",), *, rows: int = 1, trust_remote_code: bool = False
+) -> bool:
     """The same of the class of models that a config is of, with random weights in miniature.
+
+    Args:
+        config: of the model.
+        keys: as in `sees_former_document`.
+        rows: likewise.
+        trust_remote_code: run the Python code that comes with the checkpoint.
 
     Raises:
         CannotTell: if it cannot be found out.
@@ -58,7 +66,7 @@ def packing_leaks_in(config: PreTrainedConfig, *, trust_remote_code: bool = Fals
     try:
         for model in miniatures(config, trust_remote_code=trust_remote_code, use_cache=False):
             try:
-                return sees_former_document(model)
+                return sees_former_document(model, keys, rows=rows)
             except CannotTell as error:
                 reason = str(error)
     except NoMiniature as error:
@@ -130,10 +138,8 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *,
         return caught[0].clone()  # which a model may write to
 
     handle = embedding.register_forward_hook(watch)
-    was_training = base.training
-    base.eval()
     try:
-        with torch.enable_grad():
+        with left_as_it_was(base, training=False), torch.enable_grad():
             logits = base(**inputs).logits[0, _TOKENS:].float()
             # The plain sum would have no gradient where what is summed is normalized.
             weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
@@ -142,8 +148,6 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *,
         raise CannotTell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     finally:
         handle.remove()
-        base.train(was_training)
-        shard_again(base)
     if not gradient[0, _TOKENS:].any():
         raise CannotTell("no gradient reaches its embedding")
     return bool((gradient[0, :_TOKENS] != 0).any())
@@ -193,7 +197,7 @@ class PackedBatches:
         self._left = 0
         name = type(unwrap(model)).__name__
         try:
-            leaks = sees_former_document(model, batch.keys(), rows=len(positions))
+            leaks = _sees_former(model, batch.keys(), len(positions))
         except CannotTell as error:
             logger.warning(
                 f"The positions of a batch start again within its rows, as packed documents' do, and whether {name} keeps "
@@ -207,6 +211,13 @@ class PackedBatches:
                 f"documents see one another{beside}. Give it one document a row (packing=False, padding_free=False)"
                 f"{', or batches without the mask' if beside else ''}."
             )
+
+
+def _sees_former(model: nn.Module, keys: Iterable[str], rows: int) -> bool:
+    """As `sees_former_document`; of a sharded model its class is asked, since the other processes may not be asking now."""
+    if any(map(is_sharded, model.parameters())):
+        return packing_leaks_in(unwrap(model).config, keys, rows=rows)  # type: ignore[arg-type]
+    return sees_former_document(model, keys, rows=rows)
 
 
 def warn_of_dropped_positions(model: nn.Module, examples: Any) -> None:
@@ -227,6 +238,6 @@ def _is_to_blame(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Whether a model keeps documents apart if it is given no mask of padding."""
     without = batch.keys() - {"attention_mask"}
     try:
-        return without != batch.keys() and not sees_former_document(model, without)
+        return without != batch.keys() and not _sees_former(model, without, 1)
     except CannotTell:
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 _FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
 
 
-def settle_generation(model: Any, processor: Any, ends: Iterable[int] = ()) -> None:
+def settle_generation(
+    model: Any, processor: Any, ends: Iterable[int] = (), *, say: Callable[[str], None] = logger.warning
+) -> None:
     """Make a model's generation config one that can be saved, and that ends where training taught the model to end.
 
     Ids that are there stay. One warning says what had to be repaired; what the model is saved with says the rest.
@@ -28,20 +30,21 @@ def settle_generation(model: Any, processor: Any, ends: Iterable[int] = ()) -> N
         model: a transformers model or an adapter on one; others are left alone.
         processor: the tokenizer, or what holds one; its end token, its chat template's and its padding are taken over.
         ends: further tokens at which answers end in the training data.
+        say: told the warning.
     """
     generator = generator_of(model)
     if generator is None:
         return
     config, repairs = repaired(generator.generation_config)
     if repairs:
-        logger.warning(
+        say(
             f"The generation config of {generator.config.name_or_path or type(generator).__name__} cannot be saved as it is. "
             f"For what is saved, {' and '.join(repairs)}."
         )
         generator.generation_config = config
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        ends = [*ends, *_ends_of(tokenizer)]
+        ends = [*ends, *_ends_of(tokenizer, say)]
         if config.pad_token_id is None and tokenizer.pad_token_id is not None:
             config.pad_token_id = tokenizer.pad_token_id
     add_ends(config, ends)
@@ -90,9 +93,9 @@ def _can_be_saved(config: GenerationConfig) -> bool:
     return True
 
 
-def _ends_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _ends_of(tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> list[int]:
     if tokenizer.chat_template and not ends_of_turns(tokenizer):
-        logger.warning(
+        say(
             "No token was found with which the chat template ends an assistant's turn: generation will end at the tokenizer's "
             "own end token alone."
         )

@@ -60,7 +60,7 @@ def head_that_makes_the_logits(model: nn.Module, heads: list[Head], ids: Tensor)
         autocast_dtypes.append(heads[0].autocast_dtype())
         return (probe.unsqueeze(0),)
 
-    with _left_as_it_was(model, training=False), torch.no_grad():
+    with left_as_it_was(model, training=False), torch.no_grad():
         with _taken(), pre_hook(linear, inject):
             found = model(input_ids=ids, use_cache=False).logits
         if not autocast_dtypes:
@@ -94,10 +94,10 @@ def check_loss(model: nn.Module, head: Head, batch: dict[str, Any], *, with_num_
         Otherwise: if they differ, or if the model does not take the batch.
     """
     try:
-        with _left_as_it_was(model, training=True), _taken():
+        with left_as_it_was(model, training=True), _taken():
             _compare(model, head, batch, with_num_items)
     except NotTaken:
-        with _left_as_it_was(model, training=False), _taken():
+        with left_as_it_was(model, training=False), _taken():
             _compare(model, head, batch, with_num_items)
 
 
@@ -261,7 +261,7 @@ def pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, training: bool) -> Iterator[None]:
+def left_as_it_was(model: nn.Module, training: bool) -> Iterator[None]:
     """Forwards in one mode that leave no trace: in the modules' modes, in random numbers, in what they count, in FSDP2."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(one, one.clone()) for one in model.buffers() if one.numel() <= _SMALL_BUFFER and not is_sharded(one)]

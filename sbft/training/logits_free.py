@@ -126,7 +126,7 @@ class LogitsFreeLoss(_Base):
         if not self.args.logits_free_loss or model_loss:
             return None
         if self._has_its_own_compute_loss():
-            self._warn_once(
+            self.warn_once(
                 f"The loss is that of {self._loss_below().__qualname__}, which the loss without logits does not stand for. "
                 "If it makes the logits of all tokens, they cost memory."
             )
@@ -140,7 +140,7 @@ class LogitsFreeLoss(_Base):
         except UnknownHead as unknown:
             reason = str(unknown)
         if not self._all_agree(head is not None):
-            self._warn_once(
+            self.warn_once(
                 f"The loss of {type(self.model).__name__} is taken from the logits of all tokens, which costs memory: "
                 f"{reason or 'another process found it to be another one'}."
             )
@@ -161,7 +161,7 @@ class LogitsFreeLoss(_Base):
                 reason = str(unknown)
             self._batches_tried[unusual] = self._all_agree(reason is None)
             if not self._batches_tried[unusual]:
-                self._warn_once(
+                self.warn_once(
                     f"The loss of batches that hold {', '.join(sorted(unusual))} is taken from the logits of all tokens, which "
                     f"costs memory: {reason or 'another process found it to be another one'}."
                 )
@@ -173,7 +173,8 @@ class LogitsFreeLoss(_Base):
             return is_so
         return bool(self.accelerator.gather(torch.tensor([is_so], device=self.args.device)).all())
 
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
+        """Say something that holds for all of a trainer's life, however often it is found."""
         if message not in self._said:
             self._said.add(message)
             logger.warning(message)

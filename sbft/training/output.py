@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from sbft.errors import TrainingError
 from sbft.recipe import Recipe
@@ -129,7 +130,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE_FILE
     if not path.is_file():
         return
-    former = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    former = _flat(_with_later_settings(yaml.safe_load(path.read_text(encoding="utf-8"))))
     wanted = _flat(yaml.safe_load(recipe.to_yaml()))
     differing = [
         f"{key} (there {former.get(key)}, here {wanted.get(key)})"
@@ -142,6 +143,14 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             f"{', '.join(differing)}. To resume it, type: sbft train {path} --resume. To replace it, give "
             "--overwrite in place of --resume."
         )
+
+
+def _with_later_settings(written: Any) -> Any:
+    """A recipe that an earlier version has written, with the defaults of settings that it did not have."""
+    try:
+        return yaml.safe_load(Recipe.model_validate(written).to_yaml())
+    except ValidationError:
+        return written  # its settings differ from any recipe of now, and are named
 
 
 def is_fixed(key: str) -> bool:

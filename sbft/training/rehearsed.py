@@ -43,6 +43,7 @@ class RehearsedSaving(_Base):
     _trains_shards: bool
     _writing: bool
     _together: Callable[..., list[Any]]
+    warn_once: Callable[[str], None]
     _rehearsed: tuple[Any, Any] | None = None
     _within_checkpoint = False
 
@@ -72,6 +73,13 @@ class RehearsedSaving(_Base):
                 raise
             logger.warning(f"save_model() will fail: {error}")
 
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in `Trainer`; the model of each training is one that can be saved, as the first is made by `train`."""
+        model: nn.Module = super().call_model_init(*args, **kwargs)
+        if self._rehearsed is not None:
+            settle_generation(model, self.processing_class, say=self.warn_once)
+        return model
+
     def rehearse_saving(self, folder: Path | None = None) -> None:
         """Save all but the weights for a trial, after the generation config was repaired; once for a model.
 
@@ -85,7 +93,7 @@ class RehearsedSaving(_Base):
         processor = self.processing_class
         if self._rehearsed is not None and all(map(_is, self._rehearsed, (self.model, processor))):
             return
-        settle_generation(self.model, processor)
+        settle_generation(self.model, processor, say=self.warn_once)
         self._together(lambda: self._rehearse(folder) if self.args.should_save else None)
         self._rehearsed = (self.model, processor)
 

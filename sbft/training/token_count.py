@@ -60,6 +60,7 @@ class TokenCountCallback(TrainerCallback):
                 "remove() on the handle of release_gradients(), or set max_grad_norm=0 and gradient_accumulation_steps=1."
             )
         assert model is not None
+        inner.discard_step()  # tokens of a step that an error or an interrupt left half done
         self._count = inner.count_tokens(model)
 
     def on_train_end(

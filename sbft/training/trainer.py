@@ -238,7 +238,7 @@ class SmallBatchMixin(
                     "The model's weights are float32 and sharded already, too late to cast them to bfloat16. Load it with "
                     "dtype=torch.bfloat16, or set cast_weights=False to train in float32."
                 )
-            self._warn_once(
+            self.warn_once(
                 "The model's float32 weights are cast to bfloat16, which halves them; updates are rounded "
                 "stochastically. To train in float32, set cast_weights=False."
             )

@@ -31,6 +31,7 @@ from sbft.models import load_model
 from sbft.optim import SGD
 from sbft.optim.sharding import is_sharded, whole
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
+from sbft.training.documents import PackedBatches
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 from tests.unit.test_saving import SmallFiles
@@ -274,6 +275,18 @@ def refusal_of_a_plan(folder: Path, processes: int) -> str:
     return ""
 
 
+def packed_on_one(folder: Path, processes: int) -> float:
+    """A loss that all processes have a part in, after the batch of one of them was found to be packed."""
+    sharding = DistributedConfig(fsdp_size=processes)
+    model = AutoModelForCausalLM.from_pretrained(folder / RESUMED, dtype=torch.float32, distributed_config=sharding)
+    positions = torch.arange(4).repeat(2) if torch.distributed.get_rank() == 0 else torch.arange(8)
+    batch = {"input_ids": torch.arange(8)[None], "position_ids": positions[None]}
+    PackedBatches().look(model, batch)
+    loss: torch.Tensor = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    return float(loss)
+
+
 def released_parts(processes: int) -> dict[str, bool]:
     """Whether a step in bfloat16 has rounded each part of a parameter as it rounds the whole, by how it was cut."""
     mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("fsdp", "tp"))
@@ -325,6 +338,7 @@ def in_two(folder: Path) -> dict[str, Any]:
     pushed(folder, processes)
     full_at_a_push(folder, processes)
     results["adapter released"] = refusal_of_release(folder, processes)
+    results["packed on one"] = packed_on_one(folder, processes)
     results["no plan"] = refusal_of_a_plan(folder, processes)
     results["replicas"] = train("gradients kept", folder, processes, sharded=False, gradient_accumulation_steps=2)
     results["spoiled"] = train(RESUMED, folder, processes, out="spoiled", spoiled=True, **SAVING)

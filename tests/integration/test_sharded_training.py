@@ -189,6 +189,10 @@ def test_a_loss_that_is_nan_on_one_process_is_left_out_by_all(models: Path, in_t
     assert_same(sharded_worker.train(RESUMED, models, 1, resume=half)["weights"], alone["weights"], 1e-5)
 
 
+def test_a_batch_that_is_packed_on_one_process_does_not_make_the_others_wait(in_two: dict[str, Any]) -> None:
+    assert 5 < in_two["packed on one"] < 8
+
+
 IN_FOUR = pytest.param(4, marks=pytest.mark.long)
 
 

@@ -47,6 +47,20 @@ def test_the_run_folder_keeps_how_the_model_was_asked(rows: list[dict[str, Any]]
         check_same_recipe(tmp_path / "run", recipe_of(tmp_path, rows, opposite))
 
 
+def test_a_run_of_a_version_with_fewer_settings_is_resumed(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, [PLAIN])
+    earlier = yaml.safe_load(recipe.to_yaml())
+    del earlier["data"]["tools"], earlier["data"]["chat_template_kwargs"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(earlier))
+    check_same_recipe(tmp_path / "run", recipe)
+    with pytest.raises(TrainingError, match=r"data\.tools \(there tools, here functions\)"):
+        check_same_recipe(tmp_path / "run", recipe_of(tmp_path, [PLAIN], "data.tools=functions"))
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump({**earlier, "unknown": 1, "seed": 2}))
+    with pytest.raises(TrainingError, match=r"data\.tools"):
+        check_same_recipe(tmp_path / "run", recipe)
+
+
 @pytest.mark.parametrize("thinks", [False, True])
 def test_generate_asks_as_the_run_was_trained(thinks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(recipe_of(tmp_path, [{**(THOUGHTFUL if thinks else PLAIN), "tools": TOOLS[:1]}]))

@@ -146,6 +146,22 @@ def test_labels_and_counts_keep_their_precision():
     assert seen["pixel_values"][0].dtype == seen["input_features"].dtype == torch.bfloat16
 
 
+def test_a_mask_of_lowest_numbers_is_not_made_infinite():
+    seen: dict[str, Any] = {}
+
+    class Model(nn.Module):
+        def forward(self, **inputs: Any) -> None:
+            seen.update(inputs)
+
+    model = Model()
+    cast_inputs(model, torch.bfloat16)
+    model(attention_mask=torch.full((1, 1, 2, 2), torch.finfo(torch.float32).min), pixel_values=torch.tensor([[torch.inf]]))
+    assert seen["attention_mask"].dtype == torch.bfloat16
+    # A row of nothing else: every position counts alike, as in float32.
+    assert seen["attention_mask"].softmax(-1).eq(0.5).all()
+    assert seen["pixel_values"].isinf().all()
+
+
 def test_a_regression_in_bfloat16_has_the_loss_of_its_float32_labels(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -71,8 +71,10 @@ def change_of_second_document(model: PreTrainedModel) -> float:
 def test_a_loaded_model_tells_what_it_does_and_stays_as_it_is(make: Callable[[], Any], leaks: bool) -> None:
     model = make().train()
     model.config.use_cache = False  # as a trainer sets it
-    before = weights(model)
+    model.get_output_embeddings().eval()  # someone may have frozen a part
+    before, modes = weights(model), [module.training for module in model.modules()]
     assert sees_former_document(model) is leaks
+    assert [module.training for module in model.modules()] == modes
     assert (change_of_second_document(model.eval()) > 1e-4) is leaks
     assert model.train().training and all(parameter.grad is None for parameter in model.parameters())
     assert_same(model, before)

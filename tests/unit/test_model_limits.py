@@ -150,6 +150,16 @@ def test_a_trainer_refuses_the_batch_that_does_not_fit(example: list[int], words
     trainer(tmp_path, model, short).train()
 
 
+def test_a_class_is_asked_once_in_a_training_of_longer_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "sbft.model_limits.position_limit", lambda config: asked.append(config) or PositionLimit(8, hard=False)
+    )
+    long = [{"input_ids": [3] * 12, "labels": [3] * 12}] * 4
+    trainer(tmp_path, tiny_model(max_position_embeddings=8), long).train()
+    assert len(asked) == 1
+
+
 def test_what_is_evaluated_or_asked_is_refused_too_and_answers_end_where_positions_do(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -255,6 +255,20 @@ def test_the_callback_counts_in_a_plain_trainer(tmp_path, settings):
     assert not optimizer.counts_tokens
 
 
+def test_the_callback_forgets_a_step_that_an_error_left_half_done(tmp_path):
+    model = llama()
+    optimizer = Adafactor(model.parameters())
+    made = trainer(model, tmp_path, optimizer)
+    plain = made.training_step
+    made.training_step = lambda *args: plain(*args) and 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    made.training_step = plain  # type: ignore[method-assign]
+    model.zero_grad()
+    made.train()
+    assert (optimizer.tokens_seen, optimizer.steps) == (2 * 13, 4)
+
+
 def test_without_the_callback_the_error_names_it(tmp_path):
     model = llama()
     with pytest.raises(RuntimeError, match=r"sbft\.TokenCountCallback"):

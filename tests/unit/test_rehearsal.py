@@ -174,6 +174,27 @@ def test_the_saved_config_says_of_the_cache_what_it_said_before(tmp_path: Path) 
     assert trainer.model.config.use_cache is False
 
 
+def test_the_model_of_each_training_is_repaired_where_model_init_makes_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def made() -> Any:
+        model = tiny_model()
+        model.generation_config.temperature, model.generation_config.eos_token_id = 0.3, 7
+        return model
+
+    args = SmallBatchTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=1, save_strategy="steps", save_steps=1
+    )
+    trainer = SmallBatchTrainer(
+        None, args, Collator(2), train_dataset=rows(), processing_class=tiny_tokenizer(), model_init=made
+    )
+    for _ in range(2):
+        trainer.train()
+        saved = json.loads((tmp_path / "checkpoint-1/generation_config.json").read_text())
+        assert saved["eos_token_id"] == [7, 1] and saved["temperature"] == 0.3 and saved["do_sample"]
+    assert caplog.text.count("cannot be saved as it is") == 1
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Recipe]:
     save_tiny(tmp_path / "model")
