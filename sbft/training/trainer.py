@@ -524,9 +524,14 @@ class SmallBatchMixin(
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`; where only the loss is wanted, no logits are made."""
-        if prediction_loss_only and self.accelerator.num_processes == 1 and targets_of(inputs) == 0:
-            self._labels.leave_out_of_evaluation()
-            return None, None, None  # a loss of zero would go into the mean, and NaN would be all of it
+        if prediction_loss_only and targets_of(inputs) == 0:
+            if self.accelerator.num_processes == 1:
+                self._labels.leave_out_of_evaluation()
+                return None, None, None  # a loss of zero would go into the mean, and NaN would be all of it
+            self.warn_once(
+                "Some batches of the evaluation have no label. Several processes count each of them as a loss of zero in "
+                "eval_loss, which is then too low: leave such examples out of the evaluation data."
+            )
         if not prediction_loss_only or not self._takes_logits_free_loss(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)

@@ -135,7 +135,10 @@ def train(
     )
     sharding = None
     if processes > 1 and sharded:
-        sharding = DistributedConfig(fsdp_size=processes // tp // replicas, tp_size=tp, dp_replicate_size=replicas)
+        sizes = {"fsdp_size": processes // tp // replicas, "tp_size": tp}
+        if replicas > 1:  # older versions of transformers have none
+            sizes["dp_replicate_size"] = replicas
+        sharding = DistributedConfig(**sizes)
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, distributed_config=sharding)
     if case.adapter:
         torch.manual_seed(arguments.process_index)  # the trainer has to make them alike

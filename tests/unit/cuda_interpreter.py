@@ -1,4 +1,4 @@
-"""Makes Triton 3.6's interpreter run the kernels, and ten times faster. Import this before `triton`."""
+"""Makes Triton's interpreter run the kernels, and ten times faster. Import this before `triton`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def _create_splat(self: Any, result: Any, scalar: Any) -> Any:
 
 
 def _already_patched(fn: Any) -> Any:
-    return interpreter._LangPatchScope()  # nothing to restore
+    return interpreter._LangPatchScope() if _HAS_SCOPES else None  # nothing to restore
 
 
-interpreter._patch_lang_tensor = _patch
+_HAS_SCOPES = hasattr(interpreter, "_LangPatchScope")  # not in Triton 3.5, which goes with a NumPy before 2.4
+if _HAS_SCOPES:
+    interpreter._patch_lang_tensor = _patch
 interpreter.InterpreterBuilder.create_splat = _create_splat
 # The original patches the language anew at every call of every function; once is enough where all is interpreted.
 interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))

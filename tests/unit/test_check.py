@@ -72,9 +72,8 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(autouse=True)
 def no_note_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an idle GPU, for which these examples have few tokens; of a CPU that is slow in bfloat16."""
+    """Of an idle GPU, for which these examples have few tokens."""
     monkeypatch.setattr("sbft.planning.checks.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
-    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def output(code: str, **environment: str) -> str:
 
 
 def risen_bytes(code: str, **environment: str) -> int:
-    """By what a process rises in twice `MOST_KEPT` products of different shapes, after as many as are kept."""
+    """By what a process rises in four times `MOST_KEPT` products of different shapes, after as many as are kept."""
     work = """
         import torch
         from sbft.compiled_products import keep_few_products
@@ -58,7 +58,7 @@ def risen_bytes(code: str, **environment: str) -> int:
     measure = """
         multiply(range(1, 2 * MOST, 2))
         begin = resident_bytes()
-        multiply(range(2, 4 * MOST, 2))
+        multiply(range(2, 8 * MOST, 2))
         print(resident_bytes() - begin)
     """.replace("MOST", str(MOST_KEPT))
     return printed(textwrap.dedent(work) + code + textwrap.dedent(measure), **environment)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -103,6 +105,7 @@ def test_a_model_whose_tokens_see_what_is_behind_them_is_found_out(kind: str) ->
     assert not is_causal(model, head)
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="these versions make that mask in another way")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
 def test_what_is_captured_has_the_bits_of_what_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers makes another mask while a stream is captured, with which gradients in bfloat16 are rounded otherwise."""

@@ -217,7 +217,8 @@ def test_a_run_repairs_what_vicuna_ships_with_one_warning(
     said = [record.getMessage() for record in caplog.records if "generation config" in record.getMessage()]
     assert len(said) == 1 and "do_sample: true is added" in said[0]
     saved = GenerationConfig.from_pretrained(tmp_path / "out")
-    assert (saved.do_sample, saved.temperature, saved.top_p, saved.eos_token_id) == (True, 0.9, 0.6, 1)
+    assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
+    assert saved.eos_token_id in (1, [1])  # by the version of transformers
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
 
 

@@ -22,7 +22,7 @@ def slow_bfloat16(prepared: Prepared) -> Finding | None:
         "bfloat16 is slow on this processor",
         "It has no instructions by which oneDNN could multiply bfloat16 (on x86 that takes AVX-512), so that torch "
         "does it one number at a time. In float32 a step of SmolLM2-135M took a sixteenth of the time; weights take twice the "
-        "memory (benchmarks/README.md).",
+        "memory (benchmarks/README.md). What bfloat16 takes beside tensors there is not predicted.",
         "--set dtype=float32",
     )
 
