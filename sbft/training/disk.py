@@ -23,8 +23,8 @@ _REASONS = {
 }
 # Errors that only writing meets.
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# safetensors gives the number in words, before 0.5 in other ones; torch.save says nothing but that its writer failed.
-_IN_WORDS = {words.format(number): reason for number, reason in _REASONS.items() for words in ("os error {})", "code: {},")}
+# safetensors gives the number in words; torch.save says nothing but that its writer failed.
+_IN_WORDS = {f"os error {number})": reason for number, reason in _REASONS.items()}
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
