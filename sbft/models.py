@@ -7,8 +7,11 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from sbft.builtin import convert, find_gguf
 from sbft.cache import cache_dir
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PREFIX = "builtin:"
+_SHARDING = {"transformers": "5.23", "accelerate": "1.15"}
+"""From which versions on a model that was sharded as it was loaded is trained so."""
 _CONVERSION = 1  # raise it when what `convert` writes changes, so that nobody keeps an older one
 
 
@@ -192,6 +197,8 @@ def load_model(
             quantization=quantization or read_note(Path(folder)),
             allow_pickle=allow_pickle,
         )
+    if distributed is not None and (too_old := missing_for_sharding()):
+        raise ModelError(too_old)
     local_only = _local_only(folder)
     config = _causal_config(model, folder, trust_remote_code, local_only)
     if not allow_pickle and str(config.to_dict().get("transformers_weights", "")).endswith(".bin"):
@@ -330,6 +337,18 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
     if adapter.is_file() and not (Path(folder) / "config.json").is_file():
         return load_config(_base_of_adapter(folder, adapter), trust_remote_code=trust_remote_code)
     return _causal_config(model, folder, trust_remote_code, _local_only(folder))
+
+
+def missing_for_sharding() -> str | None:
+    """Why the installed packages cannot train a sharded model, in a sentence; None where they can."""
+    for package, needed in _SHARDING.items():
+        installed = metadata.version(package)
+        if Version(installed) < Version(needed):
+            return (
+                f"Sharding a model over processes requires {package} {needed} or newer, and {installed} is installed. Type: "
+                f"pip install --upgrade {package}. Or train in one process."
+            )
+    return None
 
 
 def _causal_config(model: str, folder: str, trust_remote_code: bool, local_only: bool) -> PreTrainedConfig:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
@@ -44,6 +46,8 @@ def logged(trainer: Any, key: str) -> list[float]:
 def test_the_loss_falls(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "import trl" in SNIPPETS[title]:
         pytest.importorskip("trl")
+    if "AutoImageProcessor" in SNIPPETS[title] and Version(transformers.__version__) < Version("5.20"):
+        pytest.importorskip("torchvision")
     if "sentence_transformers" in SNIPPETS[title]:
         pytest.importorskip("sentence_transformers")
     losses = logged(run(title, tmp_path, monkeypatch), "loss")

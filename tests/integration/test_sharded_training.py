@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from sbft.errors import RecipeError
 from sbft.fine_tuning import run
+from sbft.models import missing_for_sharding
 from sbft.recipe import load_recipe
 from sbft.tensor_files import TensorFiles, write_shards
 from sbft.training.checkpoints import damage
@@ -29,7 +30,10 @@ from tests.integration import sharded_worker
 from tests.integration.sharded_worker import BATCH, BY_FOUR, CASES, CHOSEN, RESUMED, SAVING, TENSOR_PARALLEL
 from tests.tiny import save_tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing_for_sharding() is not None, reason=missing_for_sharding() or ""),
+]
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 480
 

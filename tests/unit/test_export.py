@@ -522,7 +522,7 @@ def test_what_makes_no_adapter_is_said_and_leaves_nothing(run: Path, tiny_dir: P
     refused("does not fit: its lm_head.weight has the shape", base=save_tiny(tmp_path / "wide", hidden=128))
     refused("does not fit: it has no weight model.layers.1", base=save_tiny(tmp_path / "flat", layers=1))
     refused("holds a LoRA adapter already", source=save_adapter(tiny_dir, tmp_path / "lora"))
-    refused("random weights, which lie in no file", base="random:tiny")
+    refused("random weights, which are in no file", base="random:tiny")
     refused("There is no folder /no/such", base="/no/such")
     norms = fine_tuned(tiny_dir, tmp_path / "norms", lambda name, weight: weight * 2 if "norm" in name else weight)
     refused("only input_layernorm, post_attention_layernorm, norm differ", source=norms)

@@ -209,7 +209,9 @@ def test_a_compiled_model_is_counted():
 
 def test_accelerate_accumulates_and_counts():
     from accelerate import Accelerator
+    from accelerate.state import GradientState
 
+    GradientState._reset_state()  # it is one for the process, and a trainer of another test may have left it
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = llama()
     optimizer = Adafactor(model.parameters())

@@ -43,8 +43,8 @@ HANGS = "trap '' TERM; while :; do sleep 0.1; done"
     ("scripts", "code", "said"),
     [
         ((LOST, KILLED), 137, r"Process 1 of 2 was ended by signal 9 \(SIGKILL\), as .* memory runs out\.$"),
-        ((KILLED, LOST), 137, r"Process 0 of 2 was ended by signal 9 \(SIGKILL\).*--resume goes on from it\.$"),
-        ((HANGS, KILLED), 137, r"Process 1 of 2 was ended by signal 9 \(SIGKILL\).*--resume goes on from it\.$"),
+        ((KILLED, LOST), 137, r"Process 0 of 2 was ended by signal 9 \(SIGKILL\).*--resume continues from it\.$"),
+        ((HANGS, KILLED), 137, r"Process 1 of 2 was ended by signal 9 \(SIGKILL\).*--resume continues from it\.$"),
         ((HANGS, "exit 3"), 3, r"Process 1 of 2 failed \(exit code 3\)\.$"),
         ((LOST, "exit 3"), 3, r"Process 1 of 2 failed \(exit code 3\)\.$"),
         ((LOST, LEAVES.format(1, 3)), 3, "Process 1 of 2 failed: reason 1$"),
