@@ -26,13 +26,15 @@ class Counts:
         tokens: padding aside.
         labelled: whether every position has a label.
         padded_right: whether padding lies behind all tokens of its row, and has no labels.
-        targets: labels that are predicted; None of a batch whose labels are not classes.
+        targets: labels, those of first tokens aside; None of a batch whose labels are not classes.
+        first: labels of the first tokens of rows, which only a model predicts that does not write from left to right.
     """
 
     tokens: int
     labelled: bool
     padded_right: bool
     targets: int | None = field(default=None, compare=False)
+    first: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
@@ -40,14 +42,14 @@ class Counts:
         tokens, mask, labels = count_of(batch).number, batch.get("attention_mask"), batch.get("labels")
         has_label = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
         labelled = has_label is not None and bool(has_label.all())
-        targets = _count_targets(batch)
+        targets, first = _count_targets(batch)
         if mask is None or mask.dim() != 2:
-            return cls(tokens, labelled, mask is None, targets)
+            return cls(tokens, labelled, mask is None, targets, first)
         is_token = mask != 0
         padded_right = bool((is_token[:, 1:] <= is_token[:, :-1]).all())
         if has_label is not None and has_label.shape == is_token.shape:
             padded_right &= bool((has_label <= is_token).all())
-        return cls(tokens, labelled, padded_right, targets)
+        return cls(tokens, labelled, padded_right, targets, first)
 
 
 class CountedBatch(dict[str, Any]):
@@ -126,27 +128,30 @@ def count_in(batch: Any) -> Count:
     return count_of(batch) if known is None else Count(known.tokens, True)
 
 
-def targets_of(batch: Any) -> int | None:
-    """Labels that are predicted; None where there are none, or they are not classes."""
+def targets_of(batch: Any, *, of_next: bool = True) -> int | None:
+    """Labels that are predicted, `of_next` tokens or of the tokens themselves; None where there are none, or no classes."""
     known = batch.counts if isinstance(batch, CountedBatch) else None
     if known is not None:
-        return known.targets
-    return _count_targets(batch) if isinstance(batch, Mapping) else None
+        targets, first = known.targets, known.first
+    else:
+        targets, first = _count_targets(batch) if isinstance(batch, Mapping) else (None, 0)
+    return targets if targets is None or of_next else targets + first
 
 
-def labels_of(batches: Sequence[Any]) -> int | None:
+def labels_of(batches: Sequence[Any], *, of_next: bool = True) -> int | None:
     """Those of several batches."""
-    counted = [targets_of(batch) for batch in batches]
+    counted = [targets_of(batch, of_next=of_next) for batch in batches]
     return None if None in counted else sum(count for count in counted if count is not None)
 
 
-def _count_targets(batch: Mapping[str, Any]) -> int | None:
+def _count_targets(batch: Mapping[str, Any]) -> tuple[int | None, int]:
     labels, ids = batch.get("labels"), batch.get("input_ids")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return None
+        return None, 0
+    has_label = labels != IGNORED_LABEL
     if isinstance(ids, Tensor) and labels.dim() == 2 and labels.shape == ids.shape and "decoder_input_ids" not in batch:
-        labels = labels[:, 1:]  # nothing predicts the first token
-    return int((labels != IGNORED_LABEL).sum())
+        return int(has_label[:, 1:].sum()), int(has_label[:, :1].sum())
+    return int(has_label.sum()), 0
 
 
 def _are_same(batch: dict[str, Any], other: Any) -> bool:

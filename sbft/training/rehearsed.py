@@ -52,6 +52,8 @@ class RehearsedSaving(_Base):
         # `Trainer` turns the cache off for training, in the outermost config alone, and would save it so.
         self._caches = _cache_settings((*args, *kwargs.values()))
         super().__init__(*args, **kwargs)
+        if any(isinstance(one, str) for one in (*args[:1], kwargs.get("model"))):  # TRL's trainers load it by its name
+            self._caches = _cache_settings_as_saved(self.model)
         self._set_caches(off=True)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,11 +177,26 @@ def _cache_settings(given: Iterable[Any]) -> list[tuple[PreTrainedConfig, bool]]
     """`use_cache` of a model's configs: that of its text too, where it has one of its own."""
     model = next((one for one in given if isinstance(one, nn.Module)), None)
     config = getattr(model, "config", None)  # any module can be trained; an adapter hands on that of its model
-    if not isinstance(config, PreTrainedConfig):
-        return []
+    return _settings(config) if isinstance(config, PreTrainedConfig) else []
+
+
+def _settings(config: PreTrainedConfig) -> list[tuple[PreTrainedConfig, bool]]:
     text = config.get_text_config()
     configs = [config] if text is config else [config, text]
     return [(one, one.use_cache) for one in configs if "use_cache" in vars(one)]
+
+
+def _cache_settings_as_saved(model: Any) -> list[tuple[PreTrainedConfig, bool]]:
+    """The same of a model that the trainer has loaded, from the files that it was loaded from."""
+    now = _cache_settings([model])
+    if not now:
+        return []
+    config = now[0][0]
+    try:
+        saved = type(config).from_pretrained(str(config.name_or_path), local_files_only=True)
+    except OSError:  # gone since: what is saved then is what training set
+        return now
+    return [(one, was) for (one, _), (_, was) in zip(now, _settings(saved), strict=False)]
 
 
 def _is(one: Any, other: Any) -> bool:

@@ -30,6 +30,7 @@ from sbft.training.asked import AskedFor
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.batches import CountedBatches, beside_statistics, cast_inputs
 from sbft.training.documents import PackedBatches, warn_of_dropped_positions
+from sbft.training.generation import generator_of
 from sbft.training.graphed import GraphedTraining
 from sbft.training.groups import parameter_groups, with_weight_decay
 from sbft.training.head import learns_keys, unwrap
@@ -408,7 +409,7 @@ class SmallBatchMixin(
 
     def _count_labels(self, batches: list[Any]) -> None:
         """Note how many labels the coming step has to learn from, all ranks together."""
-        labels = labels_of(batches)
+        labels = labels_of(batches, of_next=generator_of(self.model) is not None)
         if self.accelerator.num_processes > 1:
             counted = torch.tensor(1 if labels is None else labels, device=self.args.device)
             labels = int(self.accelerator.gather(counted).sum())
@@ -524,7 +525,7 @@ class SmallBatchMixin(
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`; where only the loss is wanted, no logits are made."""
-        if prediction_loss_only and targets_of(inputs) == 0:
+        if prediction_loss_only and targets_of(inputs, of_next=generator_of(self.model) is not None) == 0:
             if self.accelerator.num_processes == 1:
                 self._labels.leave_out_of_evaluation()
                 return None, None, None  # a loss of zero would go into the mean, and NaN would be all of it

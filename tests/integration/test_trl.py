@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
+from transformers import LlamaConfig, TrainingArguments
 
 import sbft
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
@@ -190,3 +190,12 @@ def test_trainers_with_prompts_for_batches_count_the_tokens_of_prompts_and_compl
     trainer.train()
     assert trainer.args.per_device_train_batch_size == 8 and trainer.tokens_seen == sum(Mine.seen) > 2 * 8
     assert not any("in examples" in record.message for record in caplog.records)
+
+
+def test_a_model_that_trl_loads_by_its_name_keeps_its_cache_setting(tmp_path: Path, tiny_dir: Path) -> None:
+    args = SmallBatchSFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, save_strategy="no")
+    trainer = SmallBatchSFTTrainer(str(tiny_dir), args, train_dataset=_rows(), processing_class=tiny_tokenizer())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert LlamaConfig.from_pretrained(tiny_dir).use_cache is True
+    assert LlamaConfig.from_pretrained(tmp_path / "saved").use_cache is True

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling
+from transformers import BertConfig, BertForTokenClassification, DataCollatorForLanguageModeling
 
 from sbft.data.collate import Collator
 from sbft.errors import TrainingError
@@ -79,6 +79,17 @@ def test_where_the_loss_is_no_number_for_want_of_labels_the_error_names_them(tmp
 def test_labels_that_are_predicted_are_counted(batch: dict[str, Any], targets: int | None) -> None:
     assert targets_of(batch) == targets
     assert labels_of([batch, batch]) == (None if targets is None else 2 * targets)
+
+
+def test_a_token_classifier_learns_from_first_tokens_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    row = {"input_ids": [5], "labels": [1], "attention_mask": [1]}
+    args = SmallBatchTrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
+    model = BertForTokenClassification(BertConfig(vocab_size=16, num_labels=3, **shape))
+    trainer = SmallBatchTrainer(model, args, train_dataset=[row] * 2, eval_dataset=[row])
+    trainer.train()
+    assert trainer.unlabelled_steps == 0 and trainer.evaluate()["eval_loss"] > 0
+    assert "no label" not in caplog.text
 
 
 @pytest.mark.parametrize("free", [True, False])
