@@ -148,8 +148,21 @@ class LogitsFreeLoss(_Base):
         return head
 
     def _is_usual(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the loss without logits holds for a batch of such names; what is unusual is tried once."""
+        """Whether the loss without logits holds for a batch of such names; what is unusual is tried once.
+
+        Of several processes one alone may have such a batch, and a trial would wait for the others: then all take the model's
+        own loss.
+        """
         unusual = frozenset(name for name, value in inputs.items() if value is not None and not _is_usual_name(name))
+        if self.accelerator.num_processes > 1:
+            if self._all_agree(not unusual):
+                return True
+            held = ", ".join(sorted(unusual)) or "what those of another process hold"
+            self.warn_once(
+                f"The loss of batches that hold {held} is taken from the logits of all tokens, which costs memory: several "
+                "processes do not try whether the loss without them is the same."
+            )
+            return False
         if not unusual:
             return True
         if unusual not in self._batches_tried:
@@ -159,11 +172,11 @@ class LogitsFreeLoss(_Base):
                 check_batch(self.model, self._head, dict(inputs), with_num_items=self.model_accepts_loss_kwargs)
             except UnknownHead as unknown:
                 reason = str(unknown)
-            self._batches_tried[unusual] = self._all_agree(reason is None)
-            if not self._batches_tried[unusual]:
+            self._batches_tried[unusual] = reason is None
+            if reason is not None:
                 self.warn_once(
                     f"The loss of batches that hold {', '.join(sorted(unusual))} is taken from the logits of all tokens, which "
-                    f"costs memory: {reason or 'another process found it to be another one'}."
+                    f"costs memory: {reason}."
                 )
         return self._batches_tried[unusual]
 
