@@ -193,6 +193,8 @@ def is_crowded(before: Look, now: Look, *, threads: int, cores: int, was: bool) 
         was: whether it was so before, which stays where there is nothing to tell by.
     """
     seconds = now.at_s - before.at_s
+    if seconds <= 0:
+        return was
     ran_ns = waited_ns = 0
     for name, (ran, waited) in now.threads.items():
         ran_before, waited_before = before.threads.get(name, (0, 0))
