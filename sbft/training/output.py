@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from sbft import atomic
 from sbft.errors import TrainingError
 from sbft.recipe import Recipe
 from sbft.training.checkpoints import INCOMPLETE, find_checkpoint, sound_checkpoint
@@ -194,9 +195,7 @@ class RunFolder:
         if self.main:
             with writing("The recipe", self.folder):
                 _make_folder(self.folder, empty=not self.resume)
-                part = self.folder / f"{RECIPE_FILE}.part"
-                part.write_text(recipe.to_yaml(), encoding="utf-8")
-                os.replace(part, self.folder / RECIPE_FILE)
+                atomic.write_text(self.folder / RECIPE_FILE, recipe.to_yaml())
         self.open = True
 
     def save(self, record: RunRecord) -> None:
