@@ -130,7 +130,7 @@ class Child:
 
 def cores_busy_s() -> float:
     """Seconds that the cores of this machine have computed."""
-    from sbft.openmp import look
+    from sbft.native.openmp import look
 
     found = look()
     if found is None:
@@ -145,9 +145,9 @@ def train(arguments: argparse.Namespace) -> None:
     import torch
     from transformers import TrainerCallback, set_seed
 
-    from sbft.compiled_products import keep_few_products
-    from sbft.memory_pool import use_pool
-    from sbft.models import load_model
+    from sbft.models.load import load_model
+    from sbft.native.memory_pool import use_pool
+    from sbft.native.onednn_products import keep_few_products
     from sbft.training.arguments import SmallBatchTrainingArguments
     from sbft.training.trainer import SmallBatchTrainer
 
@@ -217,8 +217,8 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
-    from sbft.compiling import processor
-    from sbft.training.record import git_commit
+    from sbft.native.compiling import processor
+    from sbft.runs.record import git_commit
 
     names = [line.partition(":")[2].strip() for line in processor().splitlines() if line.startswith("model name")]
     return {

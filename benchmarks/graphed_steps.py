@@ -62,7 +62,7 @@ def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
 def time_steps(arguments: argparse.Namespace, method: str, graphs: bool) -> dict[str, Any]:
     import torch
 
-    from sbft.memory import device_name
+    from sbft.native.memory import device_name
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(arguments, method, graphs, WARM_UP + arguments.steps, folder)
@@ -98,8 +98,8 @@ def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int, f
 
     from sbft.data.windows import collate_windows
     from sbft.recipe import load_recipe, resolve
-    from sbft.training.methods import prepare_model
-    from sbft.training.prepared import prepare
+    from sbft.runs.build import prepare_model
+    from sbft.runs.prepare import prepare
     from sbft.training.trainer import SmallBatchTrainer
 
     settings = [

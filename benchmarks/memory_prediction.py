@@ -212,7 +212,7 @@ def model_of(shape: str, folder: Path) -> str:
     """What a recipe calls the model of a shape."""
     if shape in SHAPES:
         return str(checkpoint(shape, folder))
-    from sbft.random_models import ARCHITECTURES
+    from sbft.models.random_weights import ARCHITECTURES
 
     return RANDOM + (shape if shape in ARCHITECTURES else "smollm2-135m")
 
@@ -224,7 +224,7 @@ def checkpoint(shape: str, folder: Path) -> Path:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from sbft.random_models import byte_tokenizer
+        from sbft.models.random_weights import byte_tokenizer
 
         AutoModelForCausalLM.from_config(config_of(shape), dtype=torch.bfloat16).save_pretrained(path)
         byte_tokenizer().save_pretrained(path)
@@ -240,11 +240,11 @@ def config_of(shape: str) -> Any:
 
 
 def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from sbft.models import load_config
-    from sbft.planning.checks.length import row_sizes
-    from sbft.planning.predict import predict_recipe
+    from sbft.models.load import load_config
+    from sbft.planning.check.length import row_sizes
+    from sbft.planning.memory.predict import predict_recipe
     from sbft.recipe import load_recipe, resolve
-    from sbft.training.prepared import prepare
+    from sbft.runs.prepare import prepare
 
     if result["failed"]:
         return {}

@@ -231,7 +231,7 @@ def measure(
     build: Build, weights: nn.ParameterList, grads: list[Tensor], steps: int, limit_s: float
 ) -> tuple[list[float], int]:
     """Milliseconds of each step, and bytes of temporary memory, without the state, of one more."""
-    from sbft.memory import PeakMemory
+    from sbft.native.memory import PeakMemory
 
     try:
         step = build(weights)
@@ -300,7 +300,7 @@ def count(weights: nn.ParameterList) -> int:
 
 
 def device_name() -> str:
-    from sbft.memory import device_name
+    from sbft.native.memory import device_name
 
     return device_name()
 

@@ -6,11 +6,11 @@ import re
 
 import torch
 
-from sbft.random_models import ARCHITECTURES, random_config
+from sbft.models.random_weights import ARCHITECTURES, random_config
 
 
 def parameter_shapes(name: str) -> list[tuple[int, ...]]:
-    """Shapes of a model of `sbft.random_models`, of a folder with a config.json, or of one tensor: "4096x11008"."""
+    """Shapes of a model of `sbft.models.random_weights`, of a folder with a config.json, or of one tensor: "4096x11008"."""
     if re.fullmatch(r"\d+(x\d+)*", name):
         return [tuple(int(size) for size in name.split("x"))]
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
-    from sbft.memory import PeakMemory, device_name
+    from sbft.native.memory import PeakMemory, device_name
     from sbft.training.arguments import SmallBatchTrainingArguments
     from sbft.training.trainer import SmallBatchTrainer
 
@@ -145,8 +145,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def load(name: str, dtype: Any) -> Any:
     import torch
 
-    from sbft.models import load_model
-    from sbft.random_models import ARCHITECTURES, PREFIX
+    from sbft.models.load import load_model
+    from sbft.models.random_weights import ARCHITECTURES, PREFIX
 
     model = load_model(PREFIX + name if name in ARCHITECTURES else name, dtype=dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -156,7 +156,7 @@ def load(name: str, dtype: Any) -> Any:
 
 
 def summarise(arguments: argparse.Namespace, method: str, tokens: int, found: list[dict[str, Any]]) -> dict[str, Any]:
-    from sbft.training.record import git_commit
+    from sbft.runs.record import git_commit
 
     row: dict[str, Any] = {"method": method, "model": arguments.model, "tokens": tokens, "steps": arguments.steps}
     row |= {"checkpointing": arguments.checkpointing, "failed": None}

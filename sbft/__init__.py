@@ -5,19 +5,24 @@ Everything here is imported on first use: `import sbft` loads neither torch nor 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
-from typing import TYPE_CHECKING
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sbft.errors import SbftError as SbftError
-    from sbft.fine_tuning import run as run
     from sbft.optim import SGD as SGD
     from sbft.optim import Adafactor as Adafactor
     from sbft.optim import AdamW as AdamW
     from sbft.recipe import Recipe as Recipe
     from sbft.recipe import load_recipe as load_recipe
+    from sbft.runs.run_recipe import run as run
     from sbft.training.arguments import SmallBatchTrainingArguments as SmallBatchTrainingArguments
     from sbft.training.promotion import small_batch as small_batch
     from sbft.training.token_count import TokenCountCallback as TokenCountCallback
@@ -35,7 +40,7 @@ _HOME = {
     "SmallBatchTrainer": "sbft.training.trainer",
     "SmallBatchTrainingArguments": "sbft.training.arguments",
     "TokenCountCallback": "sbft.training.token_count",
-    "run": "sbft.fine_tuning",
+    "run": "sbft.runs.run_recipe",
     "small_batch": "sbft.training.promotion",
 }
 
@@ -50,3 +55,31 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+# Modules that were documented under another name. Their old names go with version 0.3.
+_MOVED = {
+    "sbft.fine_tuning": "sbft.runs.run_recipe",
+    "sbft.likelihood": "sbft.evaluation.likelihood",
+    "sbft.memory": "sbft.native.memory",
+    "sbft.memory_pool": "sbft.native.memory_pool",
+    "sbft.methods": "sbft.recipe.methods",
+    "sbft.quantization": "sbft.models.quantized",
+    "sbft.training.record": "sbft.runs.record",
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a module by its former name, with a DeprecationWarning that tells the new one."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module of the new name in the place of the empty one."""
+        new = _MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is {new} now; the old name will go.", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = import_module(new)
+
+
+sys.meta_path.append(_MovedModules())

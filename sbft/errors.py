@@ -3,11 +3,16 @@
 Each message is whole sentences: what was found, what was expected, what to type. The command line prints it as one
 paragraph and ends with exit code 2, or as the shell does with a command that was told to stop; code that imports sbft
 can catch `SbftError` alone.
+
+What their messages share is here too: secrets are hidden, and a missing package comes with the command that installs it.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+from pathlib import Path
 
 
 class SbftError(Exception):
@@ -70,3 +75,50 @@ class ExportError(SbftError):
 
 class ClusterError(SbftError):
     """A Ray cluster cannot be reached, or its machines cannot make runs."""
+
+
+HIDDEN = "***"
+_SECRET = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)"  # https://user:password@host
+    r"|\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS
+    r"|\bsk-[A-Za-z0-9_-]{16,}|\bxox[abprs]-[A-Za-z0-9-]{8,}"
+)
+_NAME_OF_ONE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_SHORTEST = 8
+"""Characters of an environment variable's value that is taken for a secret: `1` and `true` are none."""
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text holds what looks like a password or a token."""
+    return _SECRET.search(text) is not None
+
+
+def names_secret(variable: str) -> bool:
+    """Whether an environment variable of this name is likely to hold a password or a token."""
+    return _NAME_OF_ONE.search(variable) is not None
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` in the place of passwords and tokens, those among them that the environment holds."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and names_secret(name) and not value.startswith("/"):
+            text = text.replace(value, HIDDEN)
+    return _SECRET.sub(HIDDEN, text)
+
+
+SETUP = Path(__file__).parent.parent / "scripts" / "setup.sh"
+"""Installs what the methods and the built-in model need; it is there in a checkout only."""
+
+
+def how_to_install(pip_arguments: str) -> str:
+    """The end of a message about a missing package.
+
+    Args:
+        pip_arguments: what installs it where sbft itself was installed by pip, such as `'sbft[lora]'`.
+    """
+    if not SETUP.is_file():
+        return f"Type: pip install {pip_arguments}"
+    script = SETUP.relative_to(Path.cwd()) if SETUP.is_relative_to(Path.cwd()) else SETUP
+    return f"Type: bash {script}"

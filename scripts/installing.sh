@@ -35,7 +35,7 @@ say_what_comes() {
     esac
 }
 
-has_cpp_compiler() { # the same names as sbft/compiling.py
+has_cpp_compiler() { # the same names as sbft/native/compiling.py
     local name
     for name in ${CXX:-} g++ clang++ c++; do
         if command -v "$name" >/dev/null; then return 0; fi

@@ -146,7 +146,7 @@ def make_model(name: str, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sbft.models import load_model
+    from sbft.models.load import load_model
 
     if name == "small":
         torch.manual_seed(0)
@@ -189,7 +189,7 @@ def train(folder: Path, tokens: int, *, microbatches: int, sharded: bool, second
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from sbft.models import load_model
+    from sbft.models.load import load_model
     from sbft.training.arguments import SmallBatchTrainingArguments
     from sbft.training.trainer import SmallBatchTrainer
 
@@ -319,8 +319,8 @@ def main() -> None:
                     worker.wait()
     print("\n" + table(rows))
     if chosen.output is not None:
-        from sbft.memory import device_name
-        from sbft.training.record import git_commit, versions
+        from sbft.native.memory import device_name
+        from sbft.runs.record import git_commit, versions
 
         settings = {"model": chosen.model, "tokens": chosen.tokens, "ranks": RANKS, "seconds": chosen.seconds}
         whole = {**settings, "slowed_by": "tc tbf on both ends of a veth pair between two network namespaces",

@@ -23,8 +23,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from sbft.data.windows import collate_windows
 from sbft.recipe import load_recipe, resolve
-from sbft.training.methods import prepare_model
-from sbft.training.prepared import prepare
+from sbft.runs.build import prepare_model
+from sbft.runs.prepare import prepare
 from sbft.training.trainer import SmallBatchTrainer
 
 WARM_UP = 5

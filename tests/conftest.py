@@ -38,4 +38,4 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests hold on every CPU: that bfloat16 is slow on this one is a warning with tests of its own."""
-    monkeypatch.setattr("sbft.planning.checks.processor.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("sbft.planning.check.processor.multiplies_bfloat16", lambda: True)

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
-from sbft.planning import check as planning
-from sbft.planning.predict import PlanError
+from sbft.planning.check import check_recipe as planning
+from sbft.planning.memory.predict import PlanError
 from sbft.recipe.schema import DataConfig, EvaluationConfig, LoraConfig, OptimizerConfig, Recipe
 
 LONGEST_S = 60.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sbft.memory import PeakMemory
+from sbft.native.memory import PeakMemory
 from sbft.optim.kernels import cpu, reference
 from sbft.rounding import noise_key
 

@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sbft import atomic
+from sbft import files
 from sbft.errors import DataError
-from sbft.training.record import FILE_NAME, RunRecord
+from sbft.runs.record import FILE_NAME, RunRecord
 
 ARCHIVE_FILE = "runs.jsonl"
 PROCESS_FILE = "process.json"
@@ -77,5 +77,5 @@ def archive_runs(runs: Path, to: Path) -> int:
         lines.append(json.dumps({"run": name, "process": facts, "record": record}, separators=(",", ":")) + "\n")
     if not lines:
         raise DataError(f"There is no finished run below {runs}: expected {runs}/NAME/{FILE_NAME}.")
-    atomic.write_text(to, "".join(lines))
+    files.write_text(to, "".join(lines))
     return len(lines)

@@ -12,11 +12,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sbft.bench.active import Active
-from sbft.bench.plan import Planned, duration, predictions, time_left
+from sbft.bench.running import Active
 from sbft.bench.runs import RateChoice, choose_rate, groups
+from sbft.bench.schedule import Planned, duration, predictions, time_left
 from sbft.bench.suite import Suite
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 _REDRAW_EVERY_S = 0.5
 _LONGEST_REASON = 300

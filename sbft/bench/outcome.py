@@ -8,9 +8,9 @@ import re
 import signal
 from pathlib import Path
 
-from sbft.bench.active import Active
 from sbft.bench.archive import PROCESS_FILE
 from sbft.bench.process import log_beside, recipe_beside
+from sbft.bench.running import Active
 from sbft.bench.runs import (
     LOG_FILE,
     RECIPE_FILE,
@@ -19,11 +19,10 @@ from sbft.bench.runs import (
     stored_record,
 )
 from sbft.bench.suite import Suite
-from sbft.errors import Interrupted
-from sbft.install import how_to_install
-from sbft.methods import METHODS
-from sbft.training.checkpoints import remove_checkpoints
-from sbft.training.record import FILE_NAME, RunRecord, git_commit, versions
+from sbft.errors import Interrupted, how_to_install
+from sbft.recipe.methods import METHODS
+from sbft.runs.record import FILE_NAME, RunRecord, git_commit, versions
+from sbft.training.checkpointing.checkpoints import remove_checkpoints
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 # What is of use without the weights; tensorboard's events are there where the suite asks for them.

@@ -14,19 +14,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sbft import atomic
-from sbft.bench.active import Active, Place
+from sbft import files
 from sbft.bench.archive import ARCHIVE_FILE
 from sbft.bench.live import SuiteProgress
 from sbft.bench.machine import ThisMachine
 from sbft.bench.outcome import conclude, tidy, write_unsupported
-from sbft.bench.plan import Planned, is_wanted, plan
 from sbft.bench.process import held_locks, log_beside, try_lock
+from sbft.bench.running import Active, Place
 from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
+from sbft.bench.schedule import Planned, is_wanted, plan
 from sbft.bench.suite import Suite
 from sbft.errors import Interrupted, RecipeError, signal_of
 from sbft.recipe.schema import Recipe
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 _POLL_S = 0.2
 _LOOK_AGAIN_S = 2.0  # while another runner has what is left
@@ -96,7 +96,7 @@ def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[s
         only: patterns of the runs to be made again; all if there is none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_text(folder / SUITE_FILE, suite.to_yaml())
+    files.write_text(folder / SUITE_FILE, suite.to_yaml())
     for run in possible_runs(suite):
         record = read_run(folder, run)
         again = retry and record is not None and record.status != "ok" and is_wanted(run.name, only)

@@ -14,7 +14,7 @@ from sbft.bench.archive import PROCESS_FILE, archived_runs
 from sbft.bench.suite import Suite, load_suite, model_folder
 from sbft.recipe.defaults import complete
 from sbft.recipe.schema import Recipe
-from sbft.training.record import FILE_NAME, RunRecord
+from sbft.runs.record import FILE_NAME, RunRecord
 
 SUITE_FILE = "suite.yaml"
 RUNS_FOLDER = "runs"

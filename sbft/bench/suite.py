@@ -13,12 +13,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError, field_validator
 
 from sbft.errors import RecipeError
-from sbft.methods import METHODS
+from sbft.files import shipped_file, shipped_names
 from sbft.recipe.draft import Draft
-from sbft.recipe.nearest import nearest
+from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import is_pretraining
 from sbft.recipe.schema import DataConfig, EvaluationConfig
-from sbft.shipped import shipped_file, shipped_names
+from sbft.recipe.wording import nearest
 
 Key = tuple[str, ...]
 

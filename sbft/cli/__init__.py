@@ -1,6 +1,6 @@
 """The `sbft` command: one short file a verb, heavy imports inside the functions."""
 
-from sbft.cli.starting import end_at_once_on_ctrl_c
+from sbft.cli.shared.starting import end_at_once_on_ctrl_c
 
 __all__ = ["main"]
 

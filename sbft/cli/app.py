@@ -22,7 +22,7 @@ from sbft.cli import (
     train,
     version,
 )
-from sbft.cli.quiet import quiet_imports
+from sbft.cli.shared.quiet import quiet_imports
 
 GROUPS = {
     "Train": ("recipes", "train", "pretrain", "prepare-data"),

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import DataOption, MethodOption, ModelOption, RecipeArgument
-from sbft.cli.starting import starting
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import DataOption, MethodOption, ModelOption, RecipeArgument
+from sbft.cli.shared.starting import starting
 
 if TYPE_CHECKING:
-    from sbft.planning.batch_size import BatchSizes
+    from sbft.planning.batch_size.search import BatchSizes
 
 
 def batch_size(
@@ -50,13 +50,13 @@ def batch_size(
         flags = {"model": model, "data": data, "method": method}
         chosen = resolve(load_recipe(recipe, overrides, **flags))
         with starting():
-            from sbft.cli.quiet import quiet_libraries
+            from sbft.cli.shared.quiet import quiet_libraries
 
             quiet_libraries()
             from rich.console import Console
 
-            from sbft.planning.batch_size import find_batch_size
-            from sbft.planning.usable_memory import parse_bytes
+            from sbft.planning.batch_size.search import find_batch_size
+            from sbft.planning.memory.usable import parse_bytes
 
         # The progress is no part of the JSON.
         console = Console(highlight=False, stderr=json_output)
@@ -75,7 +75,7 @@ def batch_size(
 
             print(json.dumps({**found.to_dict(), "command": _command(found, recipe, flags, overrides)}))
             return
-        from sbft.cli.batch_size_table import print_batch_sizes
+        from sbft.cli.batch_size_report import print_batch_sizes
 
         print_batch_sizes(console, found, _command(found, recipe, flags, overrides))
         print("\n".join(lines))
@@ -97,8 +97,8 @@ def _written(found: BatchSizes, folder: Path) -> list[str]:
     """Write the figures and their plot, those of a former run replaced, and say where."""
     import json
 
-    from sbft.cli.batch_size_plot import draw_batch_sizes
-    from sbft.install import how_to_install
+    from sbft.cli.batch_size_report import draw_batch_sizes
+    from sbft.errors import how_to_install
 
     folder.mkdir(parents=True, exist_ok=True)
     figures, plot = folder / "batch-size.json", folder / "batch-size.png"

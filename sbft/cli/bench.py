@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbft.cli import completion
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.starting import starting
+from sbft.cli.shared import completion
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.starting import starting
 
 if TYPE_CHECKING:
-    from sbft.bench.plan import Planned
+    from sbft.bench.schedule import Planned
     from sbft.bench.suite import Suite
 
 
@@ -55,7 +55,7 @@ def bench(
     Finished runs are kept: after a stop, the same command continues with the rest.
     """
     with starting():
-        from sbft.bench.plan import listing
+        from sbft.bench.schedule import listing
         from sbft.bench.suite import find_suite, load_suite, uneven_grids
     with shown_as_a_paragraph(traceback):
         if suite is None:
@@ -84,7 +84,7 @@ def _list_suites() -> None:
 
 
 def _refuse_if_nothing_fits(suite: Suite, folder: Path, only: list[str]) -> None:
-    from sbft.bench.plan import is_wanted, plan
+    from sbft.bench.schedule import is_wanted, plan
     from sbft.errors import RecipeError
 
     names = [one.name for one in plan(suite, folder)]
@@ -101,15 +101,15 @@ def _wanted_runs(suite: Suite, folder: Path, only: list[str], retry: bool) -> li
     """The plan, where a run that failed and shall be made again is one to do."""
     from dataclasses import replace
 
-    from sbft.bench.plan import is_wanted, plan
+    from sbft.bench.schedule import is_wanted, plan
 
     planned = [one for one in plan(suite, folder) if is_wanted(one.name, only)]
     return [replace(one, record=None) if retry and one.state == "failed" else one for one in planned]
 
 
 def _run(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: str | None, retry: bool) -> None:
-    from sbft.bench.plan import plan
     from sbft.bench.runner import check_same, prepare
+    from sbft.bench.schedule import plan
 
     check_same(suite, folder, retry=retry)
     if any(one.state == "to do" for one in _wanted_runs(suite, folder, only, retry)):
@@ -133,12 +133,12 @@ def _make(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: st
 
     from rich.console import Console
 
-    from sbft.bench.active import Place
-    from sbft.bench.check import check_recipes
     from sbft.bench.live import SuiteProgress
     from sbft.bench.machine import ThisMachine
-    from sbft.bench.ray_cluster import Cluster
+    from sbft.bench.ray.cluster import Cluster
     from sbft.bench.runner import prepare, run_suite
+    from sbft.bench.running import Place
+    from sbft.bench.suite_check import check_recipes
 
     # Before anything else: whether there is a cluster is known at once.
     with nullcontext() if ray is None else Cluster(ray, suite, folder, jobs) as cluster:

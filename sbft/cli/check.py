@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbft.cli.errors import USER_ERROR, TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import (
+from sbft.cli.shared.errors import USER_ERROR, TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import (
     AllowPickleOption,
     DataOption,
     EvalDataOption,
@@ -18,12 +18,12 @@ from sbft.cli.options import (
     SetOption,
     TrustRemoteCodeOption,
 )
-from sbft.cli.starting import starting
-from sbft.methods import METHODS
+from sbft.cli.shared.starting import starting
+from sbft.recipe.methods import METHODS
 
 if TYPE_CHECKING:
-    from sbft.planning.check import Check
-    from sbft.planning.checks.finding import Finding
+    from sbft.planning.check.check_recipe import Check
+    from sbft.planning.check.finding import Finding
 
 _WIDTH = 80
 _LABEL = 10
@@ -69,10 +69,10 @@ def check(
                 )
             )
             with starting():
-                from sbft.cli.quiet import quiet_libraries
+                from sbft.cli.shared.quiet import quiet_libraries
 
                 quiet_libraries()
-                from sbft.planning import check as planning
+                from sbft.planning.check import check_recipe as planning
             found = planning.check(chosen)
         except SbftError as error:
             if not as_json:
@@ -99,8 +99,8 @@ def _for_people(found: Check) -> str:
 
 
 def _summary(found: Check) -> dict[str, str]:
-    from sbft.memory import device_name
-    from sbft.planning.checks.fit import gib
+    from sbft.native.memory import device_name
+    from sbft.planning.check.memory import gib
 
     chosen, report, length = found.prepared.recipe, found.prepared.report, found.length
     rows = "examples" if report.packed_into is None else "rows"
@@ -120,7 +120,7 @@ def _summary(found: Check) -> dict[str, str]:
 
 
 def _time(found: Check) -> str:
-    from sbft.bench.plan import duration
+    from sbft.bench.schedule import duration
 
     if found.duration is None:
         folder = found.prepared.recipe.output_dir
@@ -171,7 +171,7 @@ def _wrapped(text: str, first: str, others: str) -> str:
 def _for_machines(found: Check) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from sbft.memory import device_name
+    from sbft.native.memory import device_name
 
     chosen, prediction = found.prepared.recipe, found.prediction
     return {

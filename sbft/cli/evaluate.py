@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.load import asked_for
-from sbft.cli.options import AllowPickleOption, TrustRemoteCodeOption
-from sbft.cli.starting import starting
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.load import asked_for
+from sbft.cli.shared.options import AllowPickleOption, TrustRemoteCodeOption
+from sbft.cli.shared.starting import starting
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from sbft.harness import TaskResult
+    from sbft.evaluation.harness import TaskResult
     from sbft.recipe import Recipe
 
 
@@ -71,11 +71,11 @@ def evaluate(
             _on_public_tasks(model, harness, harness_tasks, overrides, settings, output, json_output)
             return
         with starting():
-            from sbft.cli.quiet import quiet_libraries
+            from sbft.cli.shared.quiet import quiet_libraries
 
             quiet_libraries()
-            from sbft.cli.load import load_for_use
-            from sbft.fine_tuning import measure
+            from sbft.cli.shared.load import load_for_use
+            from sbft.runs.run_recipe import measure
 
         recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
         rows = _rows(recipe, data)
@@ -113,12 +113,12 @@ def _on_public_tasks(
 ) -> None:
     """Measure on tasks of lm-evaluation-harness, print what came out, and keep it beside the model."""
     with starting():
-        from sbft.cli.quiet import quiet_libraries
+        from sbft.cli.shared.quiet import quiet_libraries
 
         quiet_libraries()
-        from sbft.cli.load import load_for_use
+        from sbft.cli.shared.load import load_for_use
         from sbft.errors import DataError
-        from sbft.harness import FILE_NAME, load_tasks, read, run_tasks, save
+        from sbft.evaluation.harness import FILE_NAME, load_tasks, read, run_tasks, save
         from sbft.recipe import load_recipe, resolve
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -152,7 +152,7 @@ def _on_public_tasks(
 def _memory_suffices(batch_size: int) -> Iterator[None]:
     """Says what to type where memory runs out."""
     from sbft.errors import DataError
-    from sbft.training.failures import is_out_of_memory
+    from sbft.runs.failures import is_out_of_memory
 
     try:
         yield
@@ -195,7 +195,7 @@ def _recipe_of(
 def _rows(recipe: Recipe, data: str | None) -> Dataset:
     from sbft.data.sources import load_source
     from sbft.errors import DataError
-    from sbft.training.prepared import evaluation_rows, read_splits
+    from sbft.runs.prepare import evaluation_rows, read_splits
 
     if data is None:
         rows = evaluation_rows(read_splits(recipe))

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import TrustRemoteCodeOption
-from sbft.cli.starting import starting
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import TrustRemoteCodeOption
+from sbft.cli.shared.starting import starting
 
 
 def export(
@@ -42,11 +42,11 @@ def export(
     with shown_as_a_paragraph(traceback):
         _refuse_contradictions(as_lora, no_eval, max_shard_size)
         with starting():
-            from sbft.cli.quiet import quiet_libraries
+            from sbft.cli.shared.quiet import quiet_libraries
 
             quiet_libraries()
-            from sbft.export import MAX_SHARD_BYTES, export_model
-            from sbft.planning.usable_memory import parse_bytes
+            from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
+            from sbft.planning.memory.usable import parse_bytes
 
         if as_lora is not None:
             settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
@@ -87,8 +87,8 @@ def _extract(
     with starting():
         from rich.console import Console
 
-        from sbft.export_report import measure_adapter, save_report, tell
-        from sbft.low_rank import extract_lora
+        from sbft.export.low_rank import extract_lora
+        from sbft.export.report import measure_adapter, save_report, tell
 
     with Console(stderr=True).status("Comparing with the base model") as status:
         made = extract_lora(

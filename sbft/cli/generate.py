@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import AllowPickleOption, TrustRemoteCodeOption
-from sbft.cli.starting import starting
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import AllowPickleOption, TrustRemoteCodeOption
+from sbft.cli.shared.starting import starting
 
 
 def generate(
@@ -29,13 +29,13 @@ def generate(
     """
     with shown_as_a_paragraph(traceback):
         with starting():
-            from sbft.cli.quiet import quiet_libraries
+            from sbft.cli.shared.quiet import quiet_libraries
 
             quiet_libraries()
-            from sbft.cli.load import load_for_use
+            from sbft.cli.shared.load import load_for_use
             from sbft.data.files import read_json
             from sbft.data.format import encode_prompts
-            from sbft.evaluation import generate_answers
+            from sbft.evaluation.generate import generate_answers
             from sbft.recipe import load_recipe
 
         saved = Path(model) / "recipe.yaml"

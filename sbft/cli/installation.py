@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sbft import __version__
-from sbft.compiling import CompilerMissing, find_compiler
-from sbft.redaction import names_secret, without_secrets
-from sbft.training.record import PACKAGES, git_commit
+from sbft.errors import names_secret, without_secrets
+from sbft.native.compiling import CompilerMissing, find_compiler
+from sbft.runs.record import PACKAGES, git_commit
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def _origin() -> str:
 def _of_torch(cpu: torch.device) -> dict[str, str]:
     import torch
 
-    from sbft.memory import device_name, type_of
+    from sbft.native.memory import device_name, type_of
 
     told = {"device": device_name()}
     if type_of() != "cpu":
@@ -116,14 +116,14 @@ def _threads() -> str:
 
 
 def _memory() -> str:
-    from sbft.memory import available_bytes
+    from sbft.native.memory import available_bytes
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"{_gib(total)}, of which a process can have {_gib(available_bytes('cpu'))} now"
 
 
 def _pool() -> str:
-    from sbft.memory_pool import SWITCH, pool_available
+    from sbft.native.memory_pool import SWITCH, pool_available
 
     if os.environ.get(SWITCH) == "0":
         return f"switched off by {SWITCH}=0"

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbft.cli import completion
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import TrustRemoteCodeOption
-from sbft.cli.starting import starting
-from sbft.methods import METHODS
+from sbft.cli.shared import completion
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import TrustRemoteCodeOption
+from sbft.cli.shared.starting import starting
+from sbft.recipe.methods import METHODS
 
 if TYPE_CHECKING:
-    from sbft.planning.fit import Plan, Row
+    from sbft.planning.memory.fit import Plan, Row
 
 _HEADINGS = {
     "weights": "weights",
@@ -54,14 +54,14 @@ def plan(
     """
     with shown_as_a_paragraph(traceback):
         with starting():
-            from sbft.cli.quiet import quiet_libraries
+            from sbft.cli.shared.quiet import quiet_libraries
 
             quiet_libraries()
             from rich.console import Console
 
-            from sbft.memory import available_bytes, type_of
-            from sbft.planning.fit import make_plan
-            from sbft.planning.usable_memory import parse_bytes
+            from sbft.native.memory import available_bytes, type_of
+            from sbft.planning.memory.fit import make_plan
+            from sbft.planning.memory.usable import parse_bytes
         chosen, left_out = _chosen(methods)
         device = "cuda" if gpu_memory is not None else type_of()
         memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
@@ -89,7 +89,7 @@ def plan(
 def _chosen(methods: str | None) -> tuple[list[str], str | None]:
     """The methods to plan; where none was named those that can be run here, and a line on the others, if any."""
     from sbft.errors import RecipeError
-    from sbft.recipe.nearest import nearest
+    from sbft.recipe.wording import nearest
 
     if methods is None:
         usable = [name for name, method in METHODS.items() if not method.missing_packages]

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import SetOption
 from sbft.cli.pretrain import FreshModelOption, RecipeOfText, TextOption
-from sbft.cli.starting import starting
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import SetOption
+from sbft.cli.shared.starting import starting
 
 
 def prepare_data(
@@ -32,12 +32,12 @@ def prepare_data(
         from sbft.recipe import for_pretraining, load_recipe, resolve
     with shown_as_a_paragraph(traceback):
         with starting():
-            from sbft.cli.quiet import quiet_libraries
+            from sbft.cli.shared.quiet import quiet_libraries
 
             quiet_libraries()
             from rich.console import Console
 
-            from sbft.training.token_data import prepare_data as prepare
+            from sbft.runs.token_data import prepare_data as prepare
         console = Console(highlight=False)
         chosen = resolve(for_pretraining(load_recipe(recipe, overrides, model=model, data=data)))
         files = prepare(chosen, to, say=lambda line: console.print(line, markup=False, soft_wrap=True))

@@ -6,10 +6,17 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli import completion
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.options import MethodOption, OutputOption, OverwriteOption, ProcessesOption, ResumeOption, SetOption
-from sbft.cli.starting import starting
+from sbft.cli.shared import completion
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.options import (
+    MethodOption,
+    OutputOption,
+    OverwriteOption,
+    ProcessesOption,
+    ResumeOption,
+    SetOption,
+)
+from sbft.cli.shared.starting import starting
 
 RecipeOfText = Annotated[
     str | None,

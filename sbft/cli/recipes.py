@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sbft.cli import completion
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.starting import starting
+from sbft.cli.shared import completion
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.starting import starting
 
 if TYPE_CHECKING:
     from sbft.recipe import Recipe
@@ -23,7 +23,7 @@ app = typer.Typer(
 @app.command("ls")
 def ls() -> None:
     """List the recipes, each with what it does."""
-    from sbft.shipped import shipped_names, summary_of_recipe
+    from sbft.files import shipped_names, summary_of_recipe
 
     names = shipped_names("recipes")
     column = max(map(len, names)) + 2
@@ -91,8 +91,8 @@ def cp(
     """
     with shown_as_a_paragraph(traceback):
         from sbft.errors import RecipeError
+        from sbft.files import verb_of_recipe
         from sbft.recipe.draft import recipe_text
-        from sbft.shipped import verb_of_recipe
 
         text = recipe_text(name)
         target = destination / f"{name}.yaml" if destination.is_dir() else destination

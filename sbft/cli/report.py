@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 
 
 def report(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sbft.cli.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.launch import is_silent_rank
-from sbft.cli.options import (
+from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.launch import is_silent_rank
+from sbft.cli.shared.options import (
     AllowPickleOption,
     DataOption,
     EvalDataOption,
@@ -22,13 +22,13 @@ from sbft.cli.options import (
     SetOption,
     TrustRemoteCodeOption,
 )
-from sbft.cli.starting import starting
+from sbft.cli.shared.starting import starting
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sbft.recipe import Recipe
-    from sbft.training.record import RunRecord
+    from sbft.runs.record import RunRecord
 
 
 def train(
@@ -75,14 +75,14 @@ def train_recipe(chosen: Recipe, *, resume: bool, overwrite: bool, num_processes
         flags = [flag for flag, given in {"--resume": resume, "--overwrite": overwrite}.items() if given]
         raise typer.Exit(_train_in_parallel(chosen, flags, num_processes))
     with starting():
-        from sbft.cli.quiet import quiet_libraries
+        from sbft.cli.shared.quiet import quiet_libraries
 
         quiet_libraries()
         from rich.console import Console
 
-        from sbft.cli.progress import TrainingProgress
-        from sbft.fine_tuning import run
+        from sbft.cli.shared.progress import TrainingProgress
         from sbft.recipe import in_brief
+        from sbft.runs.run_recipe import run
 
     console = Console(highlight=False, quiet=is_silent_rank())
     console.print(in_brief(chosen), style="dim", markup=False, soft_wrap=True)
@@ -109,8 +109,8 @@ def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
 
     from rich.console import Console
 
-    from sbft.cli.launch import launch
-    from sbft.training.launched import over_processes
+    from sbft.cli.shared.launch import launch
+    from sbft.runs.processes import over_processes
 
     recipe, said = over_processes(recipe, processes)
     if said is not None:

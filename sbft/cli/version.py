@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli.starting import starting
+from sbft.cli.shared.starting import starting
 
 
 def version(
@@ -23,7 +23,7 @@ def version(
         for name, text in told.items():
             print(f"{name:<{width}}{text}")
         return
-    from sbft.training.record import git_commit, versions
+    from sbft.runs.record import git_commit, versions
 
     for name, number in versions().items():
         print(f"{name} {number}")

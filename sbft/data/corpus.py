@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbft.data.files import read_file
 from sbft.errors import DataError
-from sbft.hub import hub_reachable, hub_state
+from sbft.models.hub import hub_reachable, hub_state
 
 if TYPE_CHECKING:
     from datasets import Dataset

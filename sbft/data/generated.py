@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sbft.data import random_text
-from sbft.errors import DataError, MissingPackageError
-from sbft.install import how_to_install
+from sbft.errors import DataError, MissingPackageError, how_to_install
 
 PREFIX = "generated:"
 

@@ -19,7 +19,7 @@ from sbft.data.rendering import CONVERSATIONS, rows_of
 from sbft.data.tables import GrowingTable, dataset_of
 from sbft.data.turns import question_of
 from sbft.errors import DataError
-from sbft.hub import hub_reachable, hub_state, offline_if_unreachable
+from sbft.models.hub import hub_reachable, hub_state, offline_if_unreachable
 
 # A generated task is given up when this many rows in a row hold nothing new.
 _PATIENCE = 2_000

@@ -10,8 +10,8 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.fingerprint import generate_random_fingerprint
 
-from sbft.cache import cache_dir
 from sbft.errors import DataError
+from sbft.files import cache_dir
 
 IN_MEMORY_BYTES = 64 << 20
 """A table that is larger lies in a file."""

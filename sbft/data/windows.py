@@ -49,7 +49,7 @@ class TokenWindows(TorchDataset[dict[str, np.ndarray]]):
         return {"input_ids": mapped.astype(np.int64)}
 
     def rows(self) -> list[dict[str, list[int]]]:
-        """All windows as `sbft.likelihood.evaluate_loss` takes examples."""
+        """All windows as `sbft.evaluation.likelihood.evaluate_loss` takes examples."""
         return self.first(len(self))
 
     def first(self, count: int) -> list[dict[str, list[int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sbft.methods import METHODS
+from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import has_budget
 
 EXCLUSIVE = [

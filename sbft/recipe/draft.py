@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from sbft.errors import RecipeError
+from sbft.files import shipped_file, shipped_names
 from sbft.recipe.defaults import EXCLUSIVE
-from sbft.recipe.shown import shown
-from sbft.shipped import shipped_file, shipped_names
+from sbft.recipe.wording import shown
 
 Key = tuple[str, ...]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sbft.methods import METHODS
+from sbft.recipe.methods import METHODS
 from sbft.tokens import PRETRAINING_HALF_LIFE
 
 PRETRAINING: dict[str, dict[str, Any]] = {

@@ -10,11 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sbft import metrics
-from sbft.install import how_to_install
-from sbft.methods import METHODS, OF_WHOLE_MATRICES, Method
+from sbft.errors import holds_secret, how_to_install
 from sbft.recipe.defaults import EXCLUSIVE, complete
 from sbft.recipe.draft import Draft, Key
-from sbft.recipe.nearest import closest, nearest
+from sbft.recipe.methods import METHODS, OF_WHOLE_MATRICES, Method
 from sbft.recipe.pretraining import problems_of_pretraining
 from sbft.recipe.schema import (
     BatchScheduleConfig,
@@ -25,9 +24,8 @@ from sbft.recipe.schema import (
     OptimizerConfig,
     Recipe,
 )
-from sbft.recipe.shown import shown
 from sbft.recipe.training_keys import RANGES, REPORTERS, reporters, training_problem, training_types
-from sbft.redaction import holds_secret
+from sbft.recipe.wording import closest, nearest, shown
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,

@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sbft.recipe.nearest import nearest
-from sbft.recipe.shown import shown
+from sbft.recipe.wording import nearest, shown
 
 ELSEWHERE = {
     "output_dir": "write output_dir at the top of the recipe",

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.counting import IN_EXAMPLES, Count
-from sbft.training.host import count_in
+from sbft.training.batch_counts import count_in
 
 logger = logging.getLogger(__name__)
 

@@ -19,32 +19,32 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_utils import has_length
 
 from sbft.errors import ModelError, TrainingError
-from sbft.model_limits import fitting_batches
-from sbft.openmp import spinning_while_alone
+from sbft.models.limits import fitting_batches
+from sbft.native.openmp import spinning_while_alone
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.adapters import ReplicatedAdapters
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
-from sbft.training.asked import AskedFor
+from sbft.training.batch_counts import CountingCollator, FiniteLoss, labels_of, targets_of
 from sbft.training.batch_schedule import ScheduledBatches, rates_by_examples
 from sbft.training.batches import CountedBatches, beside_statistics, cast_inputs
-from sbft.training.documents import PackedBatches, warn_of_dropped_positions
-from sbft.training.generation import generator_of
-from sbft.training.graphed import GraphedTraining
-from sbft.training.groups import parameter_groups, with_weight_decay
-from sbft.training.head import learns_keys, unwrap
-from sbft.training.head_trial import shard_again
-from sbft.training.host import CountingCollator, FiniteLoss, labels_of, targets_of
-from sbft.training.label_watch import LabelWatch, warn_of_masked_end
-from sbft.training.logits_free import LogitsFreeLoss
+from sbft.training.checkpointing.rehearsing_trainer import RehearsedSaving
+from sbft.training.checkpointing.saving import WholeCheckpoints
+from sbft.training.checkpointing.sharded import ShardedCheckpoints, trains_shards
+from sbft.training.generation_config import generator_of
+from sbft.training.graphs.graphed_trainer import GraphedTraining
+from sbft.training.loss.head import learns_keys, unwrap
+from sbft.training.loss.head_trial import shard_again
+from sbft.training.loss.logits_free import LogitsFreeLoss
+from sbft.training.loss.tied_embeddings import TiedEmbedding
+from sbft.training.packing_probe import PackedBatches, warn_of_dropped_positions
+from sbft.training.parameter_groups import parameter_groups, with_weight_decay
 from sbft.training.promotion import with_small_batch_arguments
-from sbft.training.rehearsed import RehearsedSaving
-from sbft.training.saving import WholeCheckpoints
-from sbft.training.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.tensor_parallel import TensorParallel
-from sbft.training.tied import TiedEmbedding
-from sbft.training.watch import TrainingWatch
+from sbft.training.unsupported import AskedFor
+from sbft.training.watch.callback import TrainingWatch
+from sbft.training.watch.labels import LabelWatch, warn_of_masked_end
 
 logger = logging.getLogger(__name__)
 

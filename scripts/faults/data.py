@@ -116,8 +116,8 @@ def measure(path: Path, max_length: int, packing: bool) -> dict[str, Any]:
     """Read and tokenise a file in this process."""
     from sbft.data.format import format_dataset
     from sbft.data.sources import load_splits
-    from sbft.memory import PeakMemory
-    from sbft.random_models import byte_tokenizer
+    from sbft.models.random_weights import byte_tokenizer
+    from sbft.native.memory import PeakMemory
 
     tokenizer = byte_tokenizer()
     format_dataset(load_splits(train="generated:random_text", train_size=2).train, tokenizer)  # imports, buffers
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     chosen = parser.parse_args()
     import sbft.data.format  # noqa: F401, once, not in each process
-    import sbft.memory  # noqa: F401
+    import sbft.native.memory  # noqa: F401
 
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:

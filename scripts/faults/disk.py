@@ -23,7 +23,7 @@ from typing import Any
 
 from tiny_run import command, end_of, same_bits, same_weights, start, train, write_recipe, write_result
 
-from sbft.training.checkpoints import damage, size_bytes, sound_checkpoint
+from sbft.training.checkpointing.checkpoints import damage, size_bytes, sound_checkpoint
 
 STEPS = 6
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from tiny_run import end_of, same_bits, start, train, write_recipe, write_result
 
-from sbft.training.checkpoints import damage, sound_checkpoint
+from sbft.training.checkpointing.checkpoints import damage, sound_checkpoint
 
 _POLL_S = 0.0005
 

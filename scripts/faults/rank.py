@@ -32,8 +32,8 @@ from typing import Any
 
 from tiny_run import ROOT, command, end_of, same_bits, start, train, write_recipe, write_result
 
-import sbft.cli.launch
-from sbft.training.checkpoints import PREFIX, damage, newest_first
+import sbft.cli.shared.launch
+from sbft.training.checkpointing.checkpoints import PREFIX, damage, newest_first
 
 RANKS = 2
 ALLOWED_S = 60
@@ -44,7 +44,7 @@ _PIDS = "pid-of-rank-"
 
 
 class Fork:
-    """What `sbft.cli.launch` uses of `subprocess.Popen`, for a rank that is a fork of this process."""
+    """What `sbft.cli.shared.launch` uses of `subprocess.Popen`, for a rank that is a fork of this process."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.returncode: int | None = None
@@ -97,7 +97,7 @@ def rank(*arguments: str) -> int:
 
 def by_sbft(recipe: Path, out: Path, *flags: str) -> int:
     """`sbft train --num-processes 2`."""
-    sbft.cli.launch.start_rank = Fork  # type: ignore[assignment, misc]
+    sbft.cli.shared.launch.start_rank = Fork  # type: ignore[assignment, misc]
     return train(recipe, out, *flags, "--num-processes", str(RANKS))
 
 

@@ -28,9 +28,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 from ray.cluster_utils import Cluster
 from tiny_run import ROOT, ROWS, write_result
 
-from sbft.bench.plan import plan
+from sbft.bench.schedule import plan
 from sbft.bench.suite import load_suite
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 from tests.tiny import save_tiny
 
 PATIENCE_S = 900

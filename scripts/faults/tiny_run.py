@@ -22,10 +22,10 @@ import torch  # noqa: E402
 import transformers.trainer  # noqa: E402, F401
 from safetensors.torch import load_file  # noqa: E402
 
-from sbft import fine_tuning  # noqa: E402, F401
 from sbft.cli.app import app  # noqa: E402
-from sbft.memory import device_name  # noqa: E402
-from sbft.training.record import git_commit, versions  # noqa: E402
+from sbft.native.memory import device_name  # noqa: E402
+from sbft.runs import run_recipe  # noqa: E402, F401
+from sbft.runs.record import git_commit, versions  # noqa: E402
 from tests.tiny import save_tiny  # noqa: E402
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(48)]

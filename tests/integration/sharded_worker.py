@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from sbft.errors import DiskError, ModelError
-from sbft.models import load_model
+from sbft.models.load import load_model
 from sbft.optim import SGD
 from sbft.optim.sharding import is_sharded, whole
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
-from sbft.training.documents import PackedBatches
+from sbft.training.packing_probe import PackedBatches
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 from tests.unit.test_saving import SmallFiles
@@ -242,7 +242,7 @@ def full_at_a_push(folder: Path, processes: int) -> None:
     try:
         with (
             patch("transformers.trainer.hf_api", lambda: Hub(folder / "hub")),
-            patch("sbft.training.sharded.write_shards", side_effect=no_room),
+            patch("sbft.training.checkpointing.sharded.write_shards", side_effect=no_room),
         ):
             train(
                 CHOSEN,

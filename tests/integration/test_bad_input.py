@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 from tests.tiny import save_tiny
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(12)]
@@ -166,7 +166,7 @@ def test_output_folder_that_cannot_be_made(refused: Any, tmp_path: Path, monkeyp
     said = refused(**missing, output_dir=tmp_path / "note" / "runs" / "mine")
     assert f"{tmp_path / 'note'} is no folder" in said and "--output-dir" in said
     assert "is a file" in refused(**missing, output_dir=tmp_path / "note")
-    monkeypatch.setattr("sbft.training.output.os.access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("sbft.runs.output_folder.os.access", lambda path, mode: path != tmp_path)
     assert "no permission" in refused(**missing)
 
 
@@ -199,7 +199,7 @@ def test_out_of_memory_says_what_was_largest_and_which_switch_lowers_it(tmp_path
     code = f"""
         import resource, sys
         from sbft.cli.app import app
-        import sbft.fine_tuning, peft, torch
+        import sbft.runs.run_recipe, peft, torch
         held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
         app(["train", "--model", {str(model)!r}, "--data", {str(long)!r}, "--output-dir", {str(tmp_path / "out")!r},

@@ -22,7 +22,6 @@ from typer.testing import CliRunner
 
 from sbft.bench.live import SuiteProgress
 from sbft.bench.outcome import conclude, write_unsupported
-from sbft.bench.plan import plan
 from sbft.bench.process import ActiveProcess, held_locks, log_beside, try_lock
 from sbft.bench.runner import prepare, run_suite
 from sbft.bench.runs import (
@@ -35,9 +34,10 @@ from sbft.bench.runs import (
     stored_record,
     stored_suite,
 )
+from sbft.bench.schedule import plan
 from sbft.bench.suite import Suite, load_suite
 from sbft.cli.app import app
-from sbft.methods import METHODS
+from sbft.recipe.methods import METHODS
 
 PATIENCE_S = 120
 

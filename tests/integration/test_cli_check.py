@@ -20,7 +20,7 @@ ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in r
 @pytest.fixture(autouse=True)
 def no_note_of_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the few tokens of these examples would be worth one."""
-    monkeypatch.setattr("sbft.planning.checks.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
+    monkeypatch.setattr("sbft.planning.check.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_what_it_prints_fits_80_columns(recipe: Path) -> None:
 
 
 def test_a_run_that_does_not_fit_is_exit_code_2(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbft.planning.check.available_bytes", lambda: 1)
+    monkeypatch.setattr("sbft.planning.check.check_recipe.available_bytes", lambda: 1)
     code, out, _ = sbft_check(recipe)
     assert code == 2 and "Errors: 1" in out and "It will not fit into memory" in out and "  fix: " in out
 

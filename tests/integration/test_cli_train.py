@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
-from sbft.cli.progress import TrainingProgress
-from sbft.fine_tuning import run
-from sbft.methods import METHODS
+from sbft.cli.shared.progress import TrainingProgress
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.record import RunRecord
+from sbft.recipe.methods import METHODS
+from sbft.runs.record import RunRecord
+from sbft.runs.run_recipe import run
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(24)]
 
@@ -230,7 +230,7 @@ def test_a_fault_inside_training_is_recorded(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ZeroDivisionError("made on purpose")
 
-    monkeypatch.setattr("sbft.fine_tuning.SmallBatchTrainer.train", broken)
+    monkeypatch.setattr("sbft.runs.run_recipe.SmallBatchTrainer.train", broken)
     recipe = load_recipe(None, model=str(tiny_dir), data=str(data / "train.jsonl"), output_dir=str(tmp_path / "out"))
     with pytest.raises(ZeroDivisionError):
         run(recipe)

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from sbft.errors import DiskError, Interrupted, RecipeError, TrainingError
-from sbft.fine_tuning import run
 from sbft.recipe import Recipe, load_recipe
-from sbft.training.checkpoints import sound_checkpoint
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
+from sbft.runs.run_recipe import run
+from sbft.training.checkpointing.checkpoints import sound_checkpoint
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(24)]
 STEPS = 7

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from sbft.errors import TrainingError
-from sbft.evaluation import evaluate
-from sbft.fine_tuning import run
+from sbft.evaluation.generate import evaluate
 from sbft.recipe import Recipe, load_recipe
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
+from sbft.runs.run_recipe import run
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(24)]
 
@@ -132,7 +132,7 @@ def test_what_goes_wrong_after_training_does_not_cost_the_model(
             raise error
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr("sbft.fine_tuning.evaluate", second_fails)
+    monkeypatch.setattr("sbft.runs.run_recipe.evaluate", second_fails)
     out = tmp_path / "out"
     with pytest.raises((TrainingError, ValueError)):
         run(recipe("out", eval_data=str(data / "test.jsonl")))

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sbft.errors import RecipeError
-from sbft.fine_tuning import run
-from sbft.models import missing_for_sharding
+from sbft.models.load import missing_for_sharding
+from sbft.models.tensor_files import TensorFiles, write_shards
 from sbft.recipe import load_recipe
-from sbft.tensor_files import TensorFiles, write_shards
-from sbft.training.checkpoints import damage
+from sbft.runs.run_recipe import run
+from sbft.training.checkpointing.checkpoints import damage
 from tests.integration import sharded_worker
 from tests.integration.sharded_worker import BATCH, BY_FOUR, CASES, CHOSEN, RESUMED, SAVING, TENSOR_PARALLEL
 from tests.tiny import save_tiny

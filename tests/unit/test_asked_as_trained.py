@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from sbft.cli.app import app
 from sbft.errors import TrainingError
-from sbft.evaluation import evaluate
+from sbft.evaluation.generate import evaluate
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.output import check_same_recipe
-from sbft.training.prepared import prepare
+from sbft.runs.output_folder import check_same_recipe
+from sbft.runs.prepare import prepare
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.test_chats import RICH, TOOLS, USER, write
 
@@ -72,7 +72,7 @@ def test_generate_asks_as_the_run_was_trained(thinks: bool, tmp_path: Path, monk
         asked.extend(prompts)
         return ["4"] * len(prompts)
 
-    monkeypatch.setattr("sbft.evaluation.generate_answers", answer)
+    monkeypatch.setattr("sbft.evaluation.generate.generate_answers", answer)
     arguments = ["generate", str(tmp_path / "model"), "2+2?", "--tools", str(tmp_path / "tools.json")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -87,7 +87,7 @@ def test_metrics_compare_what_follows_the_thoughts(monkeypatch: pytest.MonkeyPat
     def answer(*_: Any, **__: Any) -> list[str]:
         return ["<think>\n5?\n</think>\n\n4", "<think>\n4\n</think>\n\n5"]
 
-    monkeypatch.setattr("sbft.evaluation.generate_answers", answer)
+    monkeypatch.setattr("sbft.evaluation.generate.generate_answers", answer)
     rows = Dataset.from_list([{"prompt": "2+2?", "completion": "<think>\nhm\n</think>\n\n4"}] * 2)
     written = tmp_path / "predictions.jsonl"
     scores = evaluate(tiny_model(), tiny_tokenizer(RICH), rows, metrics=["exact_match"], predictions_path=written)

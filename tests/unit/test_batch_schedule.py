@@ -14,9 +14,9 @@ from transformers import TrainerCallback, get_scheduler
 from sbft.data.collate import Collator
 from sbft.errors import RecipeError
 from sbft.recipe import load_recipe
+from sbft.runs.build import training_arguments
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.batch_schedule import BatchSchedule, ScheduledBatches, rates_by_examples
-from sbft.training.methods import training_arguments
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 

@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 
 from sbft.cli.batch_size import batch_size
 from sbft.errors import RecipeError, TrainingError
-from sbft.planning.batch_curve import Curve, Timed, expected_peak_bytes, search
-from sbft.planning.batch_settings import batch_settings, scaled_rate
-from sbft.planning.batch_size import find_batch_size
-from sbft.planning.flops import training_flops
-from sbft.planning.peak_flops import peak_flops
-from sbft.planning.step_timing import StepTimer, longest_examples
-from sbft.planning.usable_memory import parse_bytes, usable_bytes
+from sbft.planning.batch_size.curve import Curve, Timed, expected_peak_bytes, search
+from sbft.planning.batch_size.flops import training_flops
+from sbft.planning.batch_size.peak_flops import peak_flops
+from sbft.planning.batch_size.scaled_recipe import batch_settings, scaled_rate
+from sbft.planning.batch_size.search import find_batch_size
+from sbft.planning.batch_size.step_timing import StepTimer, longest_examples
+from sbft.planning.memory.usable import parse_bytes, usable_bytes
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.methods import prepare_model
+from sbft.runs.build import prepare_model
 from tests.tiny import tiny_model
 
 GIB = 2**30
@@ -382,10 +382,10 @@ def test_the_table_says_what_did_not_run_and_fits_80_columns() -> None:
 
     from rich.console import Console
 
-    from sbft.cli.batch_size_table import print_batch_sizes
-    from sbft.planning.batch_curve import Ending
-    from sbft.planning.batch_settings import BatchSettings
-    from sbft.planning.batch_size import BatchSizes
+    from sbft.cli.batch_size_report import print_batch_sizes
+    from sbft.planning.batch_size.curve import Ending
+    from sbft.planning.batch_size.scaled_recipe import BatchSettings
+    from sbft.planning.batch_size.search import BatchSizes
 
     sizes = [
         replace(timed(2**n, 20_000 * (1 + n), peak=(20 + 2**n) * GIB), flops_per_step=2.0**n * 1.25e12)

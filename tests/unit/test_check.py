@@ -19,17 +19,17 @@ from transformers import PreTrainedTokenizerFast
 
 from sbft.data.collate import Collator
 from sbft.errors import DataError, ModelError, RecipeError, SbftError
-from sbft.memory import device_name
-from sbft.planning.check import check, expected_memory, find, warnings_in_brief
-from sbft.planning.checks import processor
-from sbft.planning.checks.finding import Finding
-from sbft.planning.checks.fit import fit
-from sbft.planning.checks.length import duration, row_sizes, rows_per_step, run_length
-from sbft.planning.checks.settings import COMPUTE_BOUND_TOKENS, unused_graphs
-from sbft.planning.predict import PlanError
+from sbft.native.memory import device_name
+from sbft.planning.check import processor
+from sbft.planning.check.check_recipe import check, expected_memory, find, warnings_in_brief
+from sbft.planning.check.finding import Finding
+from sbft.planning.check.length import duration, row_sizes, rows_per_step, run_length
+from sbft.planning.check.memory import fit
+from sbft.planning.check.settings import COMPUTE_BOUND_TOKENS, unused_graphs
+from sbft.planning.memory.predict import PlanError
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.prepared import Prepared, prepare
-from sbft.training.record import RunRecord
+from sbft.runs.prepare import Prepared, prepare
+from sbft.runs.record import RunRecord
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import BOS, CHATML, EOS, PAD, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.test_chats import RICH
@@ -73,7 +73,7 @@ Make = Callable[..., Recipe]
 @pytest.fixture(autouse=True)
 def no_note_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of an idle GPU, for which these examples have few tokens."""
-    monkeypatch.setattr("sbft.planning.checks.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
+    monkeypatch.setattr("sbft.planning.check.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
 
 
 @pytest.fixture
@@ -545,7 +545,7 @@ def test_the_switch_is_that_of_the_largest_part(
 
 
 def available(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbft.planning.check.available_bytes", lambda: size_bytes)
+    monkeypatch.setattr("sbft.planning.check.check_recipe.available_bytes", lambda: size_bytes)
 
 
 @pytest.mark.parametrize(

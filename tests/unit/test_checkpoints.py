@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers.trainer_utils import rotate_checkpoints
 
-from sbft.training import checkpoints
-from sbft.training.checkpoints import (
+from sbft.training.checkpointing import checkpoints
+from sbft.training.checkpointing.checkpoints import (
     damage,
     find_checkpoint,
     go_back_to,

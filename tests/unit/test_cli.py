@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sbft import __version__
 from sbft.cli.app import app
-from sbft.cli.errors import shown_as_a_paragraph
+from sbft.cli.shared.errors import shown_as_a_paragraph
 from sbft.errors import DataError, Interrupted
 from sbft.recipe import recipe_text
 
@@ -112,7 +112,7 @@ def test_an_unknown_flag_is_exit_code_2() -> None:
 
 def test_packages_that_are_imported_along_say_nothing() -> None:
     code = (
-        "from sbft.cli.quiet import quiet_imports; quiet_imports()\n"
+        "from sbft.cli.shared.quiet import quiet_imports; quiet_imports()\n"
         "import warnings, transformers, peft\n"
         "warnings.warn('`is_gradient_checkpointing` is deprecated and will be removed', FutureWarning)"
     )
@@ -127,7 +127,7 @@ def test_the_progress_of_a_long_run_fits_80_columns() -> None:
 
     from rich.console import Console
 
-    from sbft.cli.progress import TrainingProgress
+    from sbft.cli.shared.progress import TrainingProgress
 
     out = io.StringIO()
     progress = TrainingProgress(Console(file=out, force_terminal=True, width=80, color_system=None))

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from sbft import compiled_products
-from sbft.compiled_products import MOST_BYTES_EACH, MOST_KEPT, bytes_each, products_bytes
+from sbft.native import onednn_products as compiled_products
+from sbft.native.onednn_products import MOST_BYTES_EACH, MOST_KEPT, bytes_each, products_bytes
 
 MULTIPLIES = products_bytes(1) > 0
 by_onednn = pytest.mark.skipif(not MULTIPLIES, reason="oneDNN does not multiply bfloat16 on this CPU")
@@ -45,9 +45,9 @@ def risen_bytes(code: str, **environment: str) -> int:
     """By what a process rises in four times `MOST_KEPT` products of different shapes, after as many as are kept."""
     work = """
         import torch
-        from sbft.compiled_products import keep_few_products
-        from sbft.memory import resident_bytes
-        from sbft.memory_pool import use_pool
+        from sbft.native.onednn_products import keep_few_products
+        from sbft.native.memory import resident_bytes
+        from sbft.native.memory_pool import use_pool
         use_pool()
         left, right = torch.randn(1024, 256).bfloat16(), torch.randn(256, 256).bfloat16()
         out = torch.empty_like(left)
@@ -79,8 +79,8 @@ def test_what_a_product_takes_is_measured_for_the_instructions_there_are(instruc
     code = """
         import json
         import torch
-        from sbft.compiled_products import _multiply, measure
-        from sbft.memory import resident_bytes
+        from sbft.native.onednn_products import _multiply, measure
+        from sbft.native.memory import resident_bytes
         each = measure()
         begin = resident_bytes()
         count = sum(_multiply(rows, *shape) for rows in range(9, 160, 8) for shape in ((256, 256), (512, 1024)))
@@ -107,7 +107,7 @@ def test_what_a_product_takes_is_measured_for_the_instructions_there_are(instruc
 def test_where_there_is_no_pool_memory_of_large_tensors_is_used_again() -> None:
     work = """
         import resource, torch
-        from sbft.compiled_products import keep_few_products
+        from sbft.native.onednn_products import keep_few_products
         keep_few_products()
         begin = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(100):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from safetensors import SafetensorError
 
-from sbft.training.disk import refusal
+from sbft.training.checkpointing.disk_errors import refusal
 
 
 def test_what_safetensors_says_is_understood() -> None:

@@ -24,11 +24,11 @@ from transformers import (
 
 from sbft.data.collate import Collator
 from sbft.errors import ModelError
-from sbft.fine_tuning import run
-from sbft.planning.check import check
+from sbft.planning.check.check_recipe import check
 from sbft.recipe import load_recipe, resolve
+from sbft.runs.run_recipe import run
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.documents import packing_leaks_in, refuse_leaking_rows, sees_former_document
+from sbft.training.packing_probe import packing_leaks_in, refuse_leaking_rows, sees_former_document
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.test_trainer import assert_same, rows, weights
@@ -182,7 +182,7 @@ def test_positions_that_a_trainer_takes_out_are_said(tmp_path: Path, caplog: pyt
 
 def test_the_miniature_of_a_composite_model_has_its_language_model(tmp_path: Path) -> None:
     """One that is asked by its own path, too: an outer config's cache setting does not reach the inner one."""
-    from sbft.miniature import miniatures
+    from sbft.models.miniature import miniatures
 
     model = next(miniatures(AutoConfig.for_model("gemma3")))
     model.save_pretrained(tmp_path)

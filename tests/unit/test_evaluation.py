@@ -11,12 +11,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sbft import evaluation, likelihood, metrics
+from sbft import metrics
 from sbft.data.collate import Collator
 from sbft.data.format import encode_prompts, format_dataset
 from sbft.errors import DataError
-from sbft.evaluation import evaluate, generate_answers
-from sbft.likelihood import evaluate_loss
+from sbft.evaluation import generate as evaluation
+from sbft.evaluation import likelihood
+from sbft.evaluation.generate import evaluate, generate_answers
+from sbft.evaluation.likelihood import evaluate_loss
 from sbft.metrics.accuracy.accuracy import first_label
 from sbft.metrics.exact_match.exact_match import final_answer, is_match
 from tests.tiny import KINDS, tiny_model, tiny_tokenizer

@@ -18,16 +18,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
-from sbft import export, low_rank
 from sbft.cli.app import app
 from sbft.errors import DiskError, ExportError, ModelError
-from sbft.export import export_model
-from sbft.low_rank import decompose, extract_lora
-from sbft.models import load_model
-from sbft.quantization import write_note
+from sbft.export import checkpoint as export
+from sbft.export import low_rank
+from sbft.export.checkpoint import export_model
+from sbft.export.low_rank import decompose, extract_lora
+from sbft.models.load import load_model
+from sbft.models.quantized import write_note
+from sbft.models.tensor_files import TensorFiles
 from sbft.recipe import load_recipe, resolve
-from sbft.tensor_files import TensorFiles
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 from tests.tiny import KINDS, save_tiny, tiny_tokenizer
 
 peft = pytest.importorskip("peft")

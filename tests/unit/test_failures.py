@@ -16,18 +16,18 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from sbft.cli.launch import _end, _wait, launch
+from sbft.cli.shared.launch import _end, _wait, launch
 from sbft.errors import DataError, DiskError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.failures import (
+from sbft.runs.failures import (
     evaluation_advice,
     failures_recorded,
     is_out_of_memory,
     training_advice,
 )
-from sbft.training.interrupt import StopBetweenSteps
-from sbft.training.output import RunFolder, check_output_folder
-from sbft.training.record import RunRecord
+from sbft.runs.interrupt import StopBetweenSteps
+from sbft.runs.output_folder import RunFolder, check_output_folder
+from sbft.runs.record import RunRecord
 
 GIB = 2**30
 
@@ -208,7 +208,7 @@ def test_a_parent_that_is_told_to_end_ends_its_ranks(tmp_path: Path) -> None:
     rank = tmp_path / "rank.sh"
     rank.write_text('#!/bin/sh\necho $$ > "$0.$RANK"\nexec sleep 100\n')
     rank.chmod(0o755)
-    code = f"import sys; sys.executable = {str(rank)!r}; from sbft.cli.launch import launch; sys.exit(launch([], 2))"
+    code = f"import sys; sys.executable = {str(rank)!r}; from sbft.cli.shared.launch import launch; sys.exit(launch([], 2))"
     parent = subprocess.Popen([sys.executable, "-c", code])
     files = [Path(f"{rank}.{number}") for number in (0, 1)]
     deadline = time.monotonic() + 30

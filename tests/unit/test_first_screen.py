@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from sbft import __version__
 from sbft.cli import installation
 from sbft.cli.app import GROUPS, app
-from sbft.methods import METHODS
+from sbft.files import shipped_names
 from sbft.recipe import Recipe, for_pretraining, in_brief, load_recipe, recipe_names, resolve
-from sbft.shipped import shipped_names
+from sbft.recipe.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "datasets", "numpy", "rich", "yaml"}  # typer itself takes pydantic, to read options

@@ -9,7 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from sbft.training.generation import add_ends, repaired, settle_generation
+from sbft.training.generation_config import add_ends, repaired, settle_generation
 from tests.tiny import CHATML_WITHOUT_MARKERS, tiny_model, tiny_tokenizer
 
 

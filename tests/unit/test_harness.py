@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sbft.cli.app import app
 from sbft.errors import DataError, MissingPackageError
-from sbft.harness import Score, TaskResult, load_tasks, read, run_tasks, save
+from sbft.evaluation.harness import Score, TaskResult, load_tasks, read, run_tasks, save
 from tests.tiny import tiny_model, tiny_tokenizer
 
 RESULT = TaskResult("gsm8k", 3.0, 5, 20, [Score("exact_match", "strict-match", 0.25, 0.1, True)])
@@ -84,7 +84,7 @@ def test_a_missing_harness_says_what_to_type(tiny_dir: Path, monkeypatch: pytest
 
 
 def test_results_of_other_tasks_stay_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbft.harness.version", lambda name: "1.0")
+    monkeypatch.setattr("sbft.evaluation.harness.version", lambda name: "1.0")
     path = tmp_path / "harness.json"
     save([RESULT], path, model="m", limit=20)
     save([TaskResult("arc", 1.0, 0, 9, [Score("acc", "none", 0.5, None, True)])], path, model="m", limit=None)

@@ -17,7 +17,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from sbft.data.collate import Collator
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.host import CountedBatch, CountingCollator, Counts, FiniteLoss, counts_of
+from sbft.training.batch_counts import CountedBatch, CountingCollator, Counts, FiniteLoss, counts_of
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 

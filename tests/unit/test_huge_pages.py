@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbft.huge_pages import in_huge_pages
+from sbft.native.huge_pages import in_huge_pages
 
 
 def _flags_of(address: int) -> list[str]:

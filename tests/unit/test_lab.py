@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from benchmarks.lab import experiments, figures
-from sbft.bench.check import recipe_problems
 from sbft.bench.runs import Run
 from sbft.bench.suite import load_suite, uneven_grids
+from sbft.bench.suite_check import recipe_problems
+from sbft.runs.record import RunRecord
 from sbft.training.batch_schedule import BatchSchedule
-from sbft.training.record import RunRecord
 from tests.unit import report_cases
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sbft import likelihood
 from sbft.data.format import encode_answers, format_dataset
 from sbft.errors import DataError
-from sbft.evaluation import evaluate
-from sbft.likelihood import label_likelihoods
+from sbft.evaluation import likelihood
+from sbft.evaluation.generate import evaluate
+from sbft.evaluation.likelihood import label_likelihoods
 from tests.tiny import CHATML, CHATML_WITHOUT_MARKERS, tiny_model, tiny_tokenizer
 
 LABELS = ["no", "not sure", "The quick brown fox", "7"]

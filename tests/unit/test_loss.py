@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sbft.training.head import Head, UnknownHead, find_head
-from sbft.training.loss import PIECE_ELEMENTS, linear_cross_entropy
-from sbft.training.tied import TiedEmbedding
+from sbft.training.loss.cross_entropy import PIECE_ELEMENTS, linear_cross_entropy
+from sbft.training.loss.head import Head, UnknownHead, find_head
+from sbft.training.loss.tied_embeddings import TiedEmbedding
 from tests.tiny import KINDS, tiny_model
 
 ROWS, VOCABULARY, HIDDEN = 24, 1000, 16

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import sbft.memory
-from sbft.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes, type_of
+import sbft.native.memory
+from sbft.native.memory import PeakMemory, device_name, model_bytes, optimizer_state_bytes, type_of
 from tests.tiny import tiny_model
 
 MIB = 2**20
@@ -47,8 +47,8 @@ def test_the_peak_so_far_can_be_read_and_a_second_use_starts_anew() -> None:
 
 
 def test_where_the_peak_cannot_be_set_back_a_note_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sbft.memory, "_CLEAR", tmp_path / "missing" / "clear_refs")
-    monkeypatch.setattr(sbft.memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(sbft.native.memory, "_CLEAR", tmp_path / "missing" / "clear_refs")
+    monkeypatch.setattr(sbft.native.memory, "_STATUS", tmp_path / "status")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with PeakMemory() as peak:
         pass

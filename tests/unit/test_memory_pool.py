@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from sbft.memory_pool import pool_available
+from sbft.native.memory_pool import pool_available
 
 pytestmark = pytest.mark.skipif(not pool_available(), reason="no C++ compiler, or not Linux")
 
@@ -19,8 +19,8 @@ def run(code: str, **environment: str) -> str:
     begin = """
         import os, random, threading
         import torch
-        from sbft.memory import PeakMemory, resident_bytes
-        from sbft.memory_pool import pool_bytes, trim_pool, use_pool
+        from sbft.native.memory import PeakMemory, resident_bytes
+        from sbft.native.memory_pool import pool_bytes, trim_pool, use_pool
         MIB = 1 << 20
     """
     done = subprocess.run(

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from sbft.errors import MissingPackageError, ModelError
-from sbft.fine_tuning import measure, run
-from sbft.methods import METHODS
-from sbft.models import load_model, load_tokenizer
+from sbft.models.load import load_model, load_tokenizer
 from sbft.recipe import load_recipe, resolve
+from sbft.recipe.methods import METHODS
+from sbft.runs.build import prepare_model
+from sbft.runs.prepare import evaluation_rows, read_splits
+from sbft.runs.record import RunRecord
+from sbft.runs.run_recipe import measure, run
 from sbft.tokens import FINE_TUNING_HALF_LIFE
-from sbft.training.methods import prepare_model
-from sbft.training.prepared import evaluation_rows, read_splits
-from sbft.training.record import RunRecord
 from tests.tiny import save_tiny
 
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in range(40)]

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from sbft.cli.app import app
 from sbft.data.collate import Collator
 from sbft.errors import ModelError
-from sbft.evaluation import generate_answers
-from sbft.likelihood import evaluate_loss
-from sbft.model_limits import PositionLimit, embedding_rows, position_limit, stated_positions
+from sbft.evaluation.generate import generate_answers
+from sbft.evaluation.likelihood import evaluate_loss
+from sbft.models.limits import PositionLimit, embedding_rows, position_limit, stated_positions
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -153,7 +153,7 @@ def test_a_trainer_refuses_the_batch_that_does_not_fit(example: list[int], words
 def test_a_class_is_asked_once_in_a_training_of_longer_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(
-        "sbft.model_limits.position_limit", lambda config: asked.append(config) or PositionLimit(8, hard=False)
+        "sbft.models.limits.position_limit", lambda config: asked.append(config) or PositionLimit(8, hard=False)
     )
     long = [{"input_ids": [3] * 12, "labels": [3] * 12}] * 4
     trainer(tmp_path, tiny_model(max_position_embeddings=8), long).train()

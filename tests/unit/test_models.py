@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbft import builtin, hub, models
 from sbft.data.chat import ends_of_turns
 from sbft.errors import MissingPackageError, ModelError
-from sbft.models import load_config, load_model, load_tokenizer, missing_for_sharding, resolve
+from sbft.models import builtin, hub
+from sbft.models import load as models
+from sbft.models.load import load_config, load_model, load_tokenizer, missing_for_sharding, resolve
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 BUILTIN = "builtin:smollm2-135m"
@@ -258,7 +259,7 @@ def test_broken_weights_are_refused_in_a_sentence(tmp_path: Path) -> None:
 
 def test_sharding_with_older_packages_is_refused_before_anything_is_loaded(tiny_dir, monkeypatch):
     versions = {"transformers": "5.22.2", "accelerate": "1.15.0"}
-    monkeypatch.setattr("sbft.models.metadata.version", versions.get)
+    monkeypatch.setattr("sbft.models.load.metadata.version", versions.get)
     with pytest.raises(ModelError, match=r"requires transformers 5\.23 or newer, and 5\.22\.2 is installed"):
         load_model(str(tiny_dir), dtype=torch.bfloat16, distributed={"fsdp_size": 2})
     versions["transformers"] = "5.23.0"

@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from sbft import openmp
-from sbft.likelihood import evaluating
-from sbft.openmp import Look, ShortSpin, SpinWatch, is_crowded, look, openmp_runtime, spinning_while_alone
+from sbft.evaluation.likelihood import evaluating
+from sbft.native import openmp
+from sbft.native.openmp import Look, ShortSpin, SpinWatch, is_crowded, look, openmp_runtime, spinning_while_alone
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
@@ -201,7 +201,7 @@ def test_libgomp_spins_less_within_and_computes_the_same() -> None:
     code = """
         import ctypes, json, os, subprocess, sys, time
         import torch
-        from sbft.openmp import ShortSpin, is_crowded, look, openmp_runtime
+        from sbft.native.openmp import ShortSpin, is_crowded, look, openmp_runtime
 
         library, cores = ctypes.CDLL(str(openmp_runtime())), os.sched_getaffinity(0)
         values = torch.rand(1 << 18)

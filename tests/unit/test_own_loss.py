@@ -30,8 +30,8 @@ from transformers import (
 from sbft.data.collate import Collator
 from sbft.errors import ModelError, TrainingError
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
-from sbft.training.head import UnknownHead, check_batch, find_head
-from sbft.training.loss import linear_cross_entropy
+from sbft.training.loss.cross_entropy import linear_cross_entropy
+from sbft.training.loss.head import UnknownHead, check_batch, find_head
 from sbft.training.trainer import SmallBatchMixin, SmallBatchTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
-from sbft.methods import METHODS
-from sbft.planning.fit import longest_that_fits, make_plan
+from sbft.planning.memory.fit import longest_that_fits, make_plan
 from sbft.recipe import load_recipe
+from sbft.recipe.methods import METHODS
 
 GIB = 2**30
 

@@ -12,20 +12,20 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaModel, MixtralConfig, PreTrainedConfig
 
-import sbft.models
-from sbft.compiled_products import MOST_KEPT, bytes_each, products_bytes
+import sbft.models.load
 from sbft.errors import ModelError
-from sbft.memory import PeakMemory, available_bytes, model_bytes, resident_bytes
-from sbft.methods import METHODS
-from sbft.models import load_config
-from sbft.planning import predict
-from sbft.planning.predict import PARTS, PlanError, predict_recipe
-from sbft.planning.skeleton import layers_of, period_of_layers, shortened, skeleton
-from sbft.planning.step import StepShape, trace_step
-from sbft.planning.trace import Phase
-from sbft.quantization import scales_bytes
+from sbft.models.load import load_config
+from sbft.models.quantized import scales_bytes
+from sbft.native.memory import PeakMemory, available_bytes, model_bytes, resident_bytes
+from sbft.native.onednn_products import MOST_KEPT, bytes_each, products_bytes
+from sbft.planning.memory import predict
+from sbft.planning.memory.predict import PARTS, PlanError, predict_recipe
+from sbft.planning.memory.skeleton import layers_of, period_of_layers, shortened, skeleton
+from sbft.planning.memory.step import StepShape, trace_step
+from sbft.planning.memory.trace import Phase
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.methods import prepare_model
+from sbft.recipe.methods import METHODS
+from sbft.runs.build import prepare_model
 from tests.tiny import save_tiny
 
 MIB = 2**20
@@ -307,9 +307,9 @@ def test_a_builtin_config_needs_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the weights were asked for")
 
-    monkeypatch.setattr(sbft.models, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(sbft.models, "find_gguf", never)
-    monkeypatch.setattr(sbft.models, "convert", never)
+    monkeypatch.setattr(sbft.models.load, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(sbft.models.load, "find_gguf", never)
+    monkeypatch.setattr(sbft.models.load, "convert", never)
     config = load_config("builtin:smollm2-135m")
     model = skeleton(resolved(), config)
     assert model.num_parameters() == 134_515_008 and not list(tmp_path.iterdir())
@@ -355,8 +355,8 @@ def test_what_is_available_is_between_what_is_held_and_what_the_machine_has(
     memory.write_text("MemTotal:       9000 kB\nMemFree:          10 kB\nMemAvailable:   4096 kB\n")
     unlimited, limit = tmp_path / "memory.max", tmp_path / "limit_in_bytes"
     unlimited.write_text("max\n")
-    monkeypatch.setattr(sbft.memory, "_MEMORY", memory)
-    monkeypatch.setattr(sbft.memory, "_CONTAINER_LIMITS", (unlimited, limit))
+    monkeypatch.setattr(sbft.native.memory, "_MEMORY", memory)
+    monkeypatch.setattr(sbft.native.memory, "_CONTAINER_LIMITS", (unlimited, limit))
     held = resident_bytes()
     assert held > 50 * MIB  # torch alone
     assert available_bytes("cpu") == pytest.approx(held + 4 * MIB, abs=2 * MIB)

@@ -25,16 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from sbft.data.collate import Collator
-from sbft.memory import optimizer_state_bytes
-from sbft.methods import METHODS
+from sbft.native.memory import optimizer_state_bytes
 from sbft.optim import SGD, Adafactor, AdamW
-from sbft.planning.attention import attention_on
-from sbft.planning.heap import Heap, PooledHeap
-from sbft.planning.step import LOSS, StepShape, trace_step
-from sbft.planning.trace import AllocationTrace
+from sbft.planning.memory.attention import attention_on
+from sbft.planning.memory.heap import Heap, PooledHeap
+from sbft.planning.memory.step import LOSS, StepShape, trace_step
+from sbft.planning.memory.trace import AllocationTrace
 from sbft.recipe import Recipe, load_recipe, resolve
-from sbft.training.head import UnknownHead, head_candidates, unwrap
-from sbft.training.methods import DTYPES, make_trainable, prepare_model, training_arguments
+from sbft.recipe.methods import METHODS
+from sbft.runs.build import DTYPES, make_trainable, prepare_model, training_arguments
+from sbft.training.loss.head import UnknownHead, head_candidates, unwrap
 from sbft.training.trainer import PLAIN_ATTENTION_TOKENS, SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model
 

@@ -23,16 +23,16 @@ from sbft.data.bpe import train_bpe
 from sbft.data.token_files import TRAIN, VALIDATION, is_token_folder, read_token_files
 from sbft.data.windows import collate_windows
 from sbft.errors import DataError, RecipeError
-from sbft.fine_tuning import run
-from sbft.models import load_model, load_tokenizer
-from sbft.planning.check import check
+from sbft.models.load import load_model, load_tokenizer
+from sbft.planning.check.check_recipe import check
 from sbft.recipe import Recipe, for_pretraining, load_recipe, resolve
-from sbft.training import token_data
+from sbft.runs import token_data
+from sbft.runs.build import prepare_model
+from sbft.runs.prepare import prepare
+from sbft.runs.record import RunRecord
+from sbft.runs.run_recipe import run
+from sbft.runs.token_data import prepare_data
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.methods import prepare_model
-from sbft.training.prepared import prepare
-from sbft.training.record import RunRecord
-from sbft.training.token_data import prepare_data
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_tokenizer
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from sbft.data.format import IGNORED, format_dataset
 from sbft.data.sources import load_source, load_splits
 from sbft.errors import DataError, ModelError
-from sbft.fine_tuning import run
-from sbft.models import load_model, load_tokenizer
-from sbft.random_models import ARCHITECTURES, byte_tokenizer, random_config, random_model, training_device
+from sbft.models.load import load_model, load_tokenizer
+from sbft.models.random_weights import ARCHITECTURES, byte_tokenizer, random_config, random_model, training_device
 from sbft.recipe import Recipe, load_recipe
+from sbft.runs.run_recipe import run
 
 CPU = torch.device("cpu")
 

@@ -17,16 +17,16 @@ import torch
 import typer
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from sbft.cli import launch, rank_errors
-from sbft.cli.errors import shown_as_a_paragraph
+from sbft.cli.shared import launch, rank_errors
+from sbft.cli.shared.errors import shown_as_a_paragraph
 from sbft.errors import DataError, LostRankError, RecipeError, TrainingError
 from sbft.recipe import Recipe, load_recipe, resolve
+from sbft.runs.failures import failures_recorded
+from sbft.runs.output_folder import RunFolder
+from sbft.runs.processes import as_launched, over_processes
+from sbft.runs.ranks import check_agreed, join_on_cpu, loss_of_a_rank
+from sbft.runs.record import RunRecord
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
-from sbft.training.failures import failures_recorded
-from sbft.training.launched import as_launched, over_processes
-from sbft.training.output import RunFolder
-from sbft.training.ranks import check_agreed, join_on_cpu, loss_of_a_rank
-from sbft.training.record import RunRecord
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 

@@ -17,24 +17,24 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from sbft.bench import parcels, ray_worker
 from sbft.bench.live import SuiteProgress
 from sbft.bench.machine import ThisMachine
 from sbft.bench.outcome import conclude
-from sbft.bench.parcels import files_below, pack, unpack, unpack_run
-from sbft.bench.plan import plan
 from sbft.bench.process import ActiveProcess, log_beside, recipe_beside, try_lock
-from sbft.bench.ray_cluster import Lost, RemoteRun
-from sbft.bench.ray_connection import connect
-from sbft.bench.ray_needs import Needs, local_files, needs, passed_on, room
-from sbft.bench.ray_worker import Delivery, Inputs, Order, make, seen
+from sbft.bench.ray import transfer, worker
+from sbft.bench.ray.cluster import Lost, RemoteRun
+from sbft.bench.ray.connection import connect
+from sbft.bench.ray.needs import Needs, local_files, needs, passed_on, room
+from sbft.bench.ray.transfer import files_below, pack, unpack, unpack_run
+from sbft.bench.ray.worker import Delivery, Inputs, Order, make, seen
 from sbft.bench.runner import prepare, run_suite
 from sbft.bench.runs import Run, possible_runs, read_run, run_folder
+from sbft.bench.schedule import plan
 from sbft.bench.suite import Suite
 from sbft.cli.app import app
 from sbft.errors import ClusterError, Interrupted, RecipeError
-from sbft.methods import METHODS
-from sbft.training.record import SCHEMA, RunRecord
+from sbft.recipe.methods import METHODS
+from sbft.runs.record import SCHEMA, RunRecord
 
 SUITE: dict[str, Any] = {
     "models": ["model"],
@@ -111,8 +111,8 @@ def test_tokens_are_not_shown_with_an_order(work: Path) -> None:
 
 
 def test_files_travel_whole_and_large_ones_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parcels, "INLINE_BYTES", 4)
-    monkeypatch.setattr(parcels, "PIECE_BYTES", 3)
+    monkeypatch.setattr(transfer, "INLINE_BYTES", 4)
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 3)
     content = {"small": b"abcd", "large": bytes(range(10)), "below/empty": b""}
     for name, value in content.items():
         (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def test_the_record_arrives_last(tmp_path: Path) -> None:
         (source / name).write_bytes(name.encode())
     store = Store()
     packed = pack(source, files_below(source), store.put)
-    lost = [parcels.Parcel("z", (7,)) if one.name == "z" else one for one in packed]  # a piece that is not there
+    lost = [transfer.Parcel("z", (7,)) if one.name == "z" else one for one in packed]  # a piece that is not there
     run = tmp_path / "runs" / "seed=0"
     with pytest.raises(IndexError):
         unpack_run(lost, run, store.get)
@@ -254,7 +254,7 @@ def test_a_machine_makes_a_run_and_keeps_nothing_of_it(
     work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     suite = Suite.model_validate(SUITE)
-    monkeypatch.setattr(ray_worker, "start", process_that(finished(suite)))
+    monkeypatch.setattr(worker, "start", process_that(finished(suite)))
     store = Store()
     order = order_for(suite, environment={"HF_HUB_OFFLINE": "here"})
     delivery = make(order, store.put, store.get)
@@ -272,7 +272,7 @@ def test_a_machine_makes_a_run_and_keeps_nothing_of_it(
 
 def test_weights_are_sent_where_the_suite_keeps_them(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = Suite.model_validate({**SUITE, "keep_models": True})
-    monkeypatch.setattr(ray_worker, "start", process_that(finished(suite)))
+    monkeypatch.setattr(worker, "start", process_that(finished(suite)))
     store = Store()
     delivery = make(order_for(suite), store.put, store.get)
     assert "model.safetensors" in {parcel.name for parcel in delivery.files}
@@ -283,7 +283,7 @@ def test_relative_paths_hold_on_a_machine_that_has_the_files_and_on_one_that_has
     shared: bool, work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     suite = Suite.model_validate(SUITE)
-    monkeypatch.setattr(ray_worker, "start", process_that("print(os.getcwd(), Path('data/train.jsonl').read_text())"))
+    monkeypatch.setattr(worker, "start", process_that("print(os.getcwd(), Path('data/train.jsonl').read_text())"))
     here = tmp_path / "here"
     (here / "data").mkdir(parents=True)
     (here / "data" / "train.jsonl").write_text("rows")
@@ -317,8 +317,8 @@ def test_a_cancelled_run_leaves_no_process_and_lets_go_of_its_lock(work: Path, m
     def cancelled(seconds: float) -> None:
         raise KeyboardInterrupt  # as Ray has it
 
-    monkeypatch.setattr(ray_worker, "start", start)
-    monkeypatch.setattr("sbft.bench.ray_worker.time.sleep", cancelled)
+    monkeypatch.setattr(worker, "start", start)
+    monkeypatch.setattr("sbft.bench.ray.worker.time.sleep", cancelled)
     with pytest.raises(KeyboardInterrupt):
         make(order_for(suite), Store().put, Store().get)
     assert started[0].process.returncode == -9
@@ -330,14 +330,14 @@ def test_a_cancelled_run_leaves_no_process_and_lets_go_of_its_lock(work: Path, m
 def test_a_folder_of_somebody_else_is_not_used(work: Path, tmp_path: Path) -> None:
     work.symlink_to(tmp_path)
     with pytest.raises(ClusterError, match="belongs to another user"):
-        ray_worker.work_folder()
+        worker.work_folder()
 
 
 def test_what_was_lost_is_begun_again_and_finished_once(
     work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     suite = Suite.model_validate({**SUITE, "seeds": [0, 1]})
-    monkeypatch.setattr(ray_worker, "start", process_that(finished(suite)))
+    monkeypatch.setattr(worker, "start", process_that(finished(suite)))
     folder = tmp_path / "suite"
     cluster = FakeCluster([Lost("its machine died"), Lost("its worker process died")])
     said = give(cluster, suite, folder)
@@ -369,7 +369,7 @@ def test_ctrl_c_cancels_what_runs_and_the_rest_is_made_without_ray(
     work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     suite = Suite.model_validate({**SUITE, "seeds": [0, 1, 2]})
-    monkeypatch.setattr(ray_worker, "start", process_that(finished(suite)))
+    monkeypatch.setattr(worker, "start", process_that(finished(suite)))
     cluster = FakeCluster(keeps=2)
     with pytest.raises(Interrupted, match="Stopped by Ctrl-C with 2 runs finished"):
         give(cluster, suite, tmp_path / "suite")
@@ -395,7 +395,7 @@ def test_a_process_that_left_no_record_is_judged_as_on_this_machine(
 ) -> None:
     suite = Suite.model_validate(SUITE)
     (run,) = possible_runs(suite)
-    monkeypatch.setattr(ray_worker, "start", process_that(code))
+    monkeypatch.setattr(worker, "start", process_that(code))
     give(FakeCluster(), suite, tmp_path / "ray")
     here = run_folder(tmp_path / "here", run)
     lock = try_lock(tmp_path / "here", run)

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from sbft.errors import RecipeError
-from sbft.methods import METHODS, OPTIMIZER_SETTINGS
 from sbft.recipe import Recipe, load_recipe, recipe_names, recipe_text, resolve
 from sbft.recipe.draft import read_yaml
+from sbft.recipe.methods import METHODS, OPTIMIZER_SETTINGS
 from sbft.recipe.pretraining import is_pretraining
 from sbft.recipe.schema import OptimizerConfig
 from sbft.tokens import FINE_TUNING_HALF_LIFE
@@ -276,7 +276,7 @@ def test_a_method_whose_package_is_missing_is_refused_with_what_to_type(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text = problems(None, ["method=lora"], model="m", data="d")
     assert "needs the package peft" in text and "/setup.sh" in text
-    monkeypatch.setattr("sbft.install.SETUP", tmp_path / "none")  # not a checkout
+    monkeypatch.setattr("sbft.errors.SETUP", tmp_path / "none")  # not a checkout
     assert "pip install 'sbft[lora]'" in problems(None, ["method=lora"], model="m", data="d")
     both = problems(None, ["method=qlora"], model="m", data="d")
     assert "pip install 'sbft[lora]'" in both and "pip install 'sbft[bitsandbytes]'" in both
@@ -348,7 +348,7 @@ def test_a_recipe_made_in_python_is_checked_when_it_is_resolved() -> None:
 
 
 def test_what_transformers_alone_refuses_names_the_key(tmp_path: Path) -> None:
-    from sbft.training.methods import training_arguments
+    from sbft.runs.build import training_arguments
 
     with pytest.raises(RecipeError, match=r"training\.accelerator_config\. .*unexpected keyword"):
         training_arguments(given("training.accelerator_config={nonsense: 1}"), tmp_path)
@@ -357,14 +357,14 @@ def test_what_transformers_alone_refuses_names_the_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_is_said_by_its_current_name(wanted: bool, tmp_path: Path) -> None:
-    from sbft.training.methods import training_arguments
+    from sbft.runs.build import training_arguments
 
     arguments = training_arguments(given(f"training.gradient_checkpointing={str(wanted).lower()}"), tmp_path)
     assert arguments.gradient_checkpointing is wanted
 
 
 def test_the_recipe_for_text_takes_a_file_of_few_paragraphs(tmp_path: Path) -> None:
-    from sbft.training.prepared import read_splits
+    from sbft.runs.prepare import read_splits
 
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"Paragraph {number}." for number in range(20)))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sbft.training.card import card
-from sbft.training.record import RunRecord, git_commit, quantiles, versions
+from sbft.runs.card import card
+from sbft.runs.record import RunRecord, git_commit, quantiles, versions
 
 # The keys that a suite reads, as the design gives them.
 KEYS = {

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 from sbft.errors import DiskError
-from sbft.fine_tuning import run
 from sbft.recipe import Recipe, load_recipe
+from sbft.runs.record import RunRecord
+from sbft.runs.run_recipe import run
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.record import RunRecord
-from sbft.training.rehearsal import SavingError, rehearse_saving, save_all_that_can_be
+from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving, save_all_that_can_be
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.test_trainer import Collator, rows
@@ -230,7 +230,7 @@ def test_a_run_that_cannot_be_saved_is_refused_before_it_writes(
         damage_tokenizer(None, tokenizer)
         return tokenizer
 
-    monkeypatch.setattr("sbft.training.prepared.load_tokenizer", load)
+    monkeypatch.setattr("sbft.runs.prepare.load_tokenizer", load)
     with pytest.raises(SavingError, match="nothing has been trained"):
         run(recipe())
     assert not list((tmp_path / "out").iterdir())
@@ -252,7 +252,7 @@ def test_a_card_that_fails_leaves_the_model_and_says_so_in_the_record(
     def fail(*_: Any) -> None:
         raise UnicodeEncodeError("ascii", "é", 0, 1, "no locale")
 
-    monkeypatch.setattr("sbft.fine_tuning.write_card", fail)
+    monkeypatch.setattr("sbft.runs.run_recipe.write_card", fail)
     with pytest.raises(UnicodeEncodeError):
         run(recipe())
     assert (tmp_path / "out/model.safetensors").is_file() and RunRecord.load(tmp_path / "out").status == "error"

@@ -11,7 +11,7 @@ import pytest
 from sbft.bench.report import Report, write_report
 from sbft.bench.report.plain import read_records, table
 from sbft.errors import DataError
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 
 def record(method: str, exact_match: float, **others: Any) -> RunRecord:

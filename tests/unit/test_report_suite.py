@@ -30,7 +30,7 @@ from sbft.bench.runs import Run, run_folder, validation_runs
 from sbft.bench.suite import Suite
 from sbft.cli.app import app
 from sbft.errors import DataError
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 from tests.unit.report_cases import CROWD, TASK, crowd, leave, record, search, store, suite
 from tests.unit.report_cases import test as leave_tests
 

@@ -13,8 +13,8 @@ from sbft.bench.report.comparison import Comparison, compare
 from sbft.bench.report.parts import parts_of
 from sbft.bench.runs import Run, run_folder, validation_runs
 from sbft.bench.suite import Suite
-from sbft.fine_tuning import run
 from sbft.recipe import Recipe
+from sbft.runs.run_recipe import run
 from tests.unit.report_cases import decided_runs, store
 
 pytestmark = pytest.mark.slow

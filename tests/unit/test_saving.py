@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 
 from sbft.data.collate import Collator
 from sbft.errors import DiskError, TrainingError
-from sbft.training import saving
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.checkpoints import damage
-from sbft.training.disk import writing
-from sbft.training.saving import saved_whole
+from sbft.training.checkpointing import saving
+from sbft.training.checkpointing.checkpoints import damage
+from sbft.training.checkpointing.disk_errors import writing
+from sbft.training.checkpointing.saving import saved_whole
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 from tests.unit.test_trainer import assert_same, rows, weights

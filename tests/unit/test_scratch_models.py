@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sbft.errors import ModelError
-from sbft.models import load_config, load_model, load_tokenizer
-from sbft.planning.fit import make_plan
-from sbft.scratch_models import SIZES, counted_parameters, scratch_config, scratch_model
+from sbft.models.load import load_config, load_model, load_tokenizer
+from sbft.models.scratch import SIZES, counted_parameters, scratch_config, scratch_model
+from sbft.planning.memory.fit import make_plan
 from tests.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")

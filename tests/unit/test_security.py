@@ -18,12 +18,11 @@ from sbft.bench.suite import Suite, load_suite
 from sbft.cli.app import app
 from sbft.data.format import encode_prompts
 from sbft.data.sources import load_source
-from sbft.errors import DataError, ModelError, RecipeError, SbftError
-from sbft.models import load_config, load_model, load_tokenizer
+from sbft.errors import DataError, ModelError, RecipeError, SbftError, without_secrets
+from sbft.models.load import load_config, load_model, load_tokenizer
 from sbft.recipe import load_recipe, resolve
-from sbft.redaction import without_secrets
-from sbft.training.card import card, write_card
-from sbft.training.record import RunRecord
+from sbft.runs.card import card, write_card
+from sbft.runs.record import RunRecord
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from sbft.stand_in import device_type, standing_for
+from sbft.native.device_type import device_type, standing_for
 
 
 def test_a_tensor_is_on_its_own_device() -> None:

@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import atexit, gc, sys
 atexit.register(lambda: print("passed over" if gc.get_freeze_count() else "reached"))
-from sbft.cli.starting import starting
+from sbft.cli.shared.starting import starting
 with starting():
     sys.modules.update({name: sys for name in sys.argv[1:]})
 assert gc.get_freeze_count() and gc.isenabled()

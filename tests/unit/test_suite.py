@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from sbft.bench.plan import duration, is_wanted, listing, plan, predictions, time_left
 from sbft.bench.runner import check_same
 from sbft.bench.runs import (
     Run,
@@ -21,9 +20,10 @@ from sbft.bench.runs import (
     stored_suite,
     validation_runs,
 )
+from sbft.bench.schedule import duration, is_wanted, listing, plan, predictions, time_left
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
 from sbft.errors import RecipeError
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 CONTENT: dict[str, Any] = {
     "summary": "A small one.",
@@ -98,7 +98,7 @@ def test_every_suite_that_ships_is_read_and_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["quick", "paper-table", "ablations", "memory-13b", "math-gemma3", "metamath-gsm8k"])
 def test_the_recipes_of_every_suite_that_ships_are_valid(name: str) -> None:
-    from sbft.bench.check import recipe_problems
+    from sbft.bench.suite_check import recipe_problems
 
     assert recipe_problems(load_suite(name)) == []
 
@@ -278,7 +278,7 @@ def test_an_interrupted_run_is_none(suite: Suite, tmp_path: Path) -> None:
 
 
 def test_data_that_only_test_runs_read_are_read_before_the_first_run(tmp_path: Path) -> None:
-    from sbft.bench.check import data_problems
+    from sbft.bench.suite_check import data_problems
 
     rows = [f'{{"prompt": "q{n}", "completion": "a"}}\n' for n in range(6)]
     for part, kept in (("train", rows[:2]), ("validation", rows[2:4]), ("test", rows[4:])):
@@ -299,7 +299,7 @@ def test_data_that_only_test_runs_read_are_read_before_the_first_run(tmp_path: P
 def test_the_tokens_of_pretraining_are_prepared_before_the_first_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sbft.bench.check import data_problems
+    from sbft.bench.suite_check import data_problems
     from sbft.data.token_files import is_token_folder
 
     monkeypatch.setenv("SBFT_CACHE", str(tmp_path / "cache"))

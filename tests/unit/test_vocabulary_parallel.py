@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sbft.training.loss import VocabularyPart, linear_cross_entropy
-from sbft.training.token_statistics import TokenStatistics
+from sbft.training.loss.cross_entropy import VocabularyPart, linear_cross_entropy
+from sbft.training.loss.token_statistics import TokenStatistics
 from tests.unit.test_sharding import Ranks, pieces
 
 

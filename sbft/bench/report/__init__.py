@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sbft import atomic
+from sbft import files
 from sbft.bench.report import page, plain
 from sbft.bench.report.comparison import Comparison, compare
 from sbft.bench.report.notes import summary
@@ -14,8 +14,7 @@ from sbft.bench.report.pictures import draw
 from sbft.bench.report.spreadsheets import write_runs, write_summary
 from sbft.bench.report.tables import short_table
 from sbft.bench.runs import stored_suite
-from sbft.errors import DataError
-from sbft.install import how_to_install
+from sbft.errors import DataError, how_to_install
 
 __all__ = ["Report", "export_peft_json", "write_report"]
 
@@ -77,7 +76,7 @@ def _of_suite(comparison: Comparison) -> Report:
         pictures, warning = [], _without_pictures(error)
     texts = {"report.md": page.markdown(comparison, pictures), "report.html": page.page(comparison, pictures)}
     for name, text in texts.items():
-        atomic.write_text(folder / name, text)
+        files.write_text(folder / name, text)
     write_runs(comparison, folder / "runs.csv")
     write_summary(comparison, folder / "summary.csv")
     names = [*texts, "runs.csv", "summary.csv", *(picture.path.name for picture in pictures)]
@@ -95,7 +94,7 @@ def _for_terminal(comparison: Comparison) -> str:
 def _of_runs(folder: Path) -> Report:
     records = plain.read_records(folder)
     text = f"{plain.table(records).markdown()}\n\n{plain.footer(records)}"
-    atomic.write_text(folder / plain.TABLE_FILE, text + "\n")
+    files.write_text(folder / plain.TABLE_FILE, text + "\n")
     report = Report(text, [folder / plain.TABLE_FILE])
     if shown := plain.measured(records):
         try:

@@ -24,8 +24,8 @@ from sbft.bench.runs import (
     searches,
 )
 from sbft.bench.suite import Suite
-from sbft.methods import METHODS
-from sbft.training.record import RunRecord
+from sbft.recipe.methods import METHODS
+from sbft.runs.record import RunRecord
 
 LOSSES = frozenset({"loss", "perplexity"})
 _SHARES_OF_ITEMS = frozenset({"exact_match", "label_accuracy", "accuracy"})

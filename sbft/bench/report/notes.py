@@ -12,7 +12,7 @@ from sbft.bench.report.comparison import Comparison
 from sbft.bench.report.tables import metric_name
 from sbft.bench.runs import SUITE_FILE
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 _MEMORY_KINDS = {
     "cuda_allocated": "what torch allocated on the GPU",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from sbft.bench.report.comparison import Row
-from sbft.training.record import RunRecord
+from sbft.runs.record import RunRecord
 
 PROCESS = "process"
 NAMES = {

@@ -12,8 +12,8 @@ from typing import Any
 
 from sbft.bench.report.comparison import Comparison, Row
 from sbft.bench.runs import model_folder
-from sbft.methods import METHODS
-from sbft.training.record import RunRecord
+from sbft.recipe.methods import METHODS
+from sbft.runs.record import RunRecord
 
 _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 

@@ -10,7 +10,7 @@ from sbft.bench.report.statistics import standard_error
 from sbft.bench.report.style import BLUE, ORANGE, literal
 from sbft.bench.report.tables import Table
 from sbft.errors import DataError
-from sbft.training.record import FILE_NAME, RunRecord
+from sbft.runs.record import FILE_NAME, RunRecord
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 

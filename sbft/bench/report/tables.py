@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sbft.bench.plan import duration
 from sbft.bench.report import formats
 from sbft.bench.report.comparison import Comparison, Row, Validation
 from sbft.bench.report.parts import names_of, parts_of_row, prediction_of_row
 from sbft.bench.report.statistics import Estimate, pareto_front
+from sbft.bench.schedule import duration
 
 _WARNING = "⚠"
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft import compiling
-from sbft.openmp import openmp_runtime
+from sbft.native import compiling
+from sbft.native.openmp import openmp_runtime
 from sbft.optim.kernels import reference
 from sbft.optim.kernels.reference import Key
 from sbft.optim.sharding import Shard
@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def build(folder: Path | None = None) -> Path:
-    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.compiling.build`."""
+    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.native.compiling.build`."""
     return compiling.build(_SOURCE, _FLAGS, facts=[compiling.processor()], folder=folder)
 
 

@@ -1,0 +1,295 @@
+"""What a model is worth: the loss of right answers, the likeliest of several labels, and its own answers scored."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sbft import metrics as metric_modules
+from sbft.data.collate import Collator, left_pad
+from sbft.data.format import encode_prompts, format_dataset, stop_tokens
+from sbft.data.rendering import Rendering
+from sbft.data.turns import THOUGHT_ENDS
+from sbft.errors import DataError
+from sbft.evaluation.likelihood import evaluate_loss, evaluating, label_likelihoods, pad_token
+from sbft.models.limits import refuse_what_does_not_fit, table_of_positions
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+LABEL_ACCURACY = "label_accuracy"
+_MOST_LABELS = 50
+"""Different answers that are still taken for labels without being listed."""
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """Lets the model answer, always with the likeliest token.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, with a pad token.
+        prompts: token ids, as `encode_prompts` gives them.
+        max_new_tokens: tokens of the longest answer; shorter ones end with the end token or the end of the turn.
+        batch_size: prompts at once; prompts of like length go together.
+
+    Returns:
+        The answers as text without special tokens, in the order of the prompts.
+
+    Raises:
+        DataError: a prompt without any token.
+        ModelError: a prompt with a token that the model has no row for, or too long for its table of positions.
+    """
+    from transformers import GenerationConfig
+
+    if not all(prompts):
+        raise DataError(f"Prompt {prompts.index([]) + 1} is empty, so that there is nothing to answer.")
+    refuse_what_does_not_fit(model, prompts, "a prompt", more=1)
+    end = table_of_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
+    if end is not None:
+        logger.warning(
+            f"Behind some prompts an answer of {max_new_tokens:,} tokens would not fit the model's {end:,} positions: it is "
+            "cut."
+        )
+    # Set outright, as generate() takes what is left open from the checkpoint, where it suits sampling.
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        use_cache=True,
+        eos_token_id=_end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = left_pad([prompts[index] for index in chosen], pad_token(tokenizer))
+            if end is not None:
+                settings.max_new_tokens = min(max_new_tokens, end - len(prompts[chosen[0]]))  # the longest of them
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            generator: Any = model
+            written = generator.generate(**on_device, generation_config=settings)[:, batch["input_ids"].shape[1] :]
+            for index, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+                answers[index] = text
+    return answers
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    metrics: list[str],
+    prompt: str = "prompt",
+    completion: str = "completion",
+    messages: str = "messages",
+    text: str = "text",
+    chat_template: bool = True,
+    system: str | None = None,
+    tools: str = "tools",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    max_length: int = 1024,
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    limit: int | None = None,
+    metric_options: dict[str, dict[str, Any]] | None = None,
+    labels: list[str] | Literal["auto"] | None = None,
+    predictions_path: str | Path | None = None,
+) -> dict[str, float]:
+    """Measures a model on rows of text.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        rows: rows as `sbft.data.sources` loads them.
+        metrics: names of metrics that ship in `sbft.metrics`; they score generated answers, without their thoughts.
+            label_accuracy may stand among them where there are labels.
+        prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs, max_length: as for
+            `format_dataset`.
+        max_new_tokens: tokens of the longest answer.
+        batch_size: rows at once.
+        limit: only the first so many rows.
+        metric_options: options of a metric by its name.
+        labels: the answers to choose from; the likeliest one is the model's (see `label_likelihoods`). "auto": the
+            different answers of all `rows`, whatever the limit.
+        predictions_path: where to write one JSON object a row: prompt and reference; prediction and exact_match where
+            answers are generated; label, label_match and log_probabilities where there are labels. Nothing is written
+            where there is neither.
+
+    Returns:
+        "loss", "perplexity", "label_accuracy" where there are labels, and each metric by its name.
+
+    Raises:
+        DataError: as `format_dataset` and `label_likelihoods`; an unknown metric; labels that do not hold a right
+            answer; or metrics or labels for plain text, which has no right answer.
+    """
+    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
+    kind = rendering.kind(rows.column_names)
+    scores = _checked(metrics, labels, kind)
+    references = _references(rows, rendering, kind) if scores or labels else []
+    words = _label_words(labels, references) if labels else []
+    if limit is not None:
+        rows = rows.select(range(min(limit, rows.num_rows)))
+        references = references[:limit]
+    if words:
+        _check_references(references, words)
+    _check_answered(references)
+    rendering = rendering.thinking([rows], tokenizer)
+    columns: dict[str, Any] = {**rendering.__dict__}
+    formatted, _ = format_dataset(rows, tokenizer, max_length=max_length, **columns)
+    result = evaluate_loss(model, formatted, Collator(pad_token(tokenizer)), batch_size=batch_size)
+    if not scores and not words:
+        return result
+
+    asked = [rendering.question_and_answer(row, kind)[0] for row in rows]
+    predictions: list[dict[str, Any]] = [
+        {"prompt": question, "reference": reference} for question, reference in zip(asked, references, strict=True)
+    ]
+    options = metric_options or {}
+    if scores:
+        # It imports evaluate, and that scipy and more: over a second, which a run without answers is spared.
+        from sbft.metrics.exact_match.exact_match import is_match
+
+        encoded = encode_prompts(rows, tokenizer, **columns)
+        answers = generate_answers(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        matching = options.get("exact_match", {})
+        for row, answer in zip(predictions, answers, strict=True):
+            row |= {"prediction": answer, "exact_match": is_match(_after_thoughts(answer), row["reference"], **matching)}
+        answers = [_after_thoughts(answer) for answer in answers]
+    if words:
+        likelihoods = label_likelihoods(
+            model, tokenizer, rows, words, max_length=max_length, batch_size=batch_size, **columns
+        )
+        for row, of_labels in zip(predictions, likelihoods.tolist(), strict=True):
+            row |= _chosen_label(row["reference"], words, of_labels)
+        result[LABEL_ACCURACY] = sum(row["label_match"] for row in predictions) / len(predictions)
+    for name in scores:
+        result[name] = metric_modules.compute(name, answers, references, **options.get(name, {}))
+    if predictions_path is not None:
+        _write_predictions(Path(predictions_path), predictions)
+    return result
+
+
+def _checked(metrics: list[str], labels: list[str] | str | None, kind: str) -> list[str]:
+    """The metrics of generated answers among `metrics`, after a look at what this kind of data can be measured by."""
+    scores = [name for name in metrics if name not in ("loss", "perplexity", LABEL_ACCURACY)]
+    metric_modules.check(scores)
+    if LABEL_ACCURACY in metrics and not labels:
+        raise DataError(
+            f"The metric {LABEL_ACCURACY} needs labels to choose from, and evaluation.labels is not set. List the "
+            "labels there, or set evaluation.labels: auto."
+        )
+    if kind == "text" and (scores or labels):
+        counted = ", ".join([*scores, *([LABEL_ACCURACY] if labels else [])])
+        raise DataError(
+            f"The evaluation data is plain text, which has no right answers for {counted} to count. Set "
+            "evaluation.metrics: [] and leave evaluation.labels out to measure the loss alone, or give data with "
+            "prompts and completions."
+        )
+    return scores
+
+
+def _references(rows: Dataset, rendering: Rendering, kind: str) -> list[str]:
+    """The right answer of each row; empty where a row has none."""
+    if kind == "completion":
+        return ["" if answer is None else _after_thoughts(str(answer)) for answer in rows[rendering.completion]]
+    return [_after_thoughts(rendering.question_and_answer(row, kind)[1]) for row in rows]
+
+
+def _after_thoughts(answer: str) -> str:
+    """What an answer says once it has thought, which is what metrics compare; all of one without thoughts."""
+    _, thoughts_end, said = answer.rpartition(THOUGHT_ENDS)
+    return said.strip() if thoughts_end else answer
+
+
+def _check_answered(references: list[str]) -> None:
+    """Refuses rows that have no right answer: nothing that a model says of them could be right."""
+    unanswered = [number for number, reference in enumerate(references, start=1) if not reference.strip()]
+    if unanswered:
+        raise DataError(
+            f"{len(unanswered)} of {len(references)} rows of the evaluation data have no right answer, the first of them "
+            f"row {unanswered[0]}. Leave them out, or set evaluation.metrics: [] to measure the loss alone."
+        )
+
+
+def _label_words(labels: list[str] | str, references: list[str]) -> list[str]:
+    """The labels to choose from."""
+    if isinstance(labels, list):
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise DataError(
+                f"evaluation.labels is {labels}; expected at least two different labels to choose from, or auto for "
+                "the different answers of the evaluation data."
+            )
+        return labels
+    if labels != "auto":
+        raise DataError(f"evaluation.labels is {labels!r}; expected a list of labels, or auto.")
+    found = sorted({reference for reference in references if reference.strip()})
+    if 2 <= len(found) <= _MOST_LABELS:
+        return found
+    count = (
+        f"{len(found)} different answers" if found[1:] else f"only one answer, {found[0]!r}" if found else "no answer"
+    )
+    raise DataError(
+        f"evaluation.labels is auto, and the evaluation data has {count}; expected 2 to {_MOST_LABELS} labels to choose "
+        "from. List the labels in evaluation.labels, or leave it out."
+    )
+
+
+def _check_references(references: list[str], labels: list[str]) -> None:
+    for number, reference in enumerate(references, start=1):
+        if reference in labels:
+            continue
+        alike = [label for label in labels if label.strip().casefold() == reference.strip().casefold()]
+        hint = f" White space and case count: {alike[0]!r} is another label." if alike else ""
+        raise DataError(
+            f"The right answer of row {number} of the evaluation data is {reference!r}, which is not among the labels "
+            f"{', '.join(map(repr, labels))}.{hint} Add it to evaluation.labels, correct the data, or name its values "
+            "with data.label_names."
+        )
+
+
+def _chosen_label(reference: str, labels: list[str], scores: list[float]) -> dict[str, Any]:
+    """What a row of predictions says of labels; none is chosen where the model's probabilities are no numbers."""
+    chosen = None if any(map(math.isnan, scores)) else labels[scores.index(max(scores))]
+    return {
+        "label": chosen,
+        "label_match": chosen == reference,
+        "log_probabilities": {
+            label: score if math.isfinite(score) else None for label, score in zip(labels, scores, strict=True)
+        },
+    }
+
+
+def _write_predictions(path: Path, predictions: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as lines:
+        for row in predictions:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    own: int | list[int] | None = model.generation_config.eos_token_id if model.generation_config else None
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys([*stop_tokens(tokenizer), *listed]))

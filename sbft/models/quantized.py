@@ -1,0 +1,126 @@
+"""Models whose weights are held in 4 bits by bitsandbytes: how they are loaded, and what they weigh."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sbft.errors import MissingPackageError, how_to_install
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig
+
+Quantization = Literal["nf4"]
+
+_NOTE = "base_quantization.json"
+_EXTRA = "'sbft[bitsandbytes]'"
+
+
+def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How transformers loads every linear layer but the output head in 4 bits.
+
+    Args:
+        kind: "nf4": NormalFloat in blocks of 64, the blocks' scales quantized too (arXiv 2305.14314, section 3).
+        dtype: what products are computed in, and what all other weights are held in.
+
+    PEFT's `prepare_model_for_kbit_training` is not called. It freezes the base, which the adapter does anyway; turns on
+    gradient checkpointing, which is a choice of its own; and casts norms, embeddings and head to float32. QLoRA's own
+    code casts embeddings and head back to bfloat16 and runs under autocast. Without autocast, norms in float32 would
+    make every activation float32, at twice the memory; the frozen values would be the same.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def check_bitsandbytes(what: str, device: torch.device, *, optimizer: bool) -> None:
+    """See whether bitsandbytes works here: its wheel may lack the library for this device.
+
+    Args:
+        what: what needs it, the beginning of a sentence.
+        device: where it shall work.
+        optimizer: whether it is its 8-bit optimizer that is needed, and not its 4-bit weights.
+
+    Raises:
+        MissingPackageError: if it does not.
+    """
+
+    try:
+        if optimizer:
+            _step_in_8_bits(device)
+        else:
+            _round_trip_in_4_bits(device)
+    except ImportError as error:
+        raise MissingPackageError(f"{what} needs the package bitsandbytes. " + how_to_install(_EXTRA)) from error
+    except (RuntimeError, NotImplementedError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MissingPackageError(
+            f"{what} needs the package bitsandbytes, which does not work on this machine's {device.type} device: {reason} "
+            "Install a version built for it, or take another method."
+        ) from error
+
+
+def _round_trip_in_4_bits(device: torch.device) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    values = torch.ones(64, 64, dtype=torch.bfloat16, device=device)
+    dequantize_4bit(*quantize_4bit(values, quant_type="nf4"))
+
+
+def _step_in_8_bits(device: torch.device) -> None:
+    import torch
+    from bitsandbytes.optim import AdamW8bit
+
+    values = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16, device=device))  # smaller ones stay in 32 bits
+    values.grad = torch.ones_like(values)
+    AdamW8bit([values]).step()
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep the 4-bit weights of a model as they were loaded.
+
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks them for inference at the first forward in evaluation mode, for
+    good: a backward pass through them afterwards gives no gradient, and their scales are rounded once more.
+    """
+    for layer in _layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def scales_bytes(model: nn.Module) -> int:
+    """Bytes of what belongs to the 4-bit weights of a model beside its parameters and buffers."""
+    states = [layer.weight.quant_state for layer in _layers(model)]
+    tensors = [
+        tensor
+        for state in states
+        for tensor in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    ]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    from bitsandbytes.nn import Linear4bit
+
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def write_note(folder: Path, kind: Quantization) -> None:
+    """Say beside an adapter how the model under it was held, which PEFT's own config does not say."""
+    (folder / _NOTE).write_text(json.dumps({"quantization": kind}) + "\n", encoding="utf-8")
+
+
+def read_note(folder: Path) -> Quantization | None:
+    """How the model under the adapter in a folder was held when that was trained; None: not quantized."""
+    note = folder / _NOTE
+    if not note.is_file():
+        return None
+    kind: Quantization = json.loads(note.read_text(encoding="utf-8"))["quantization"]
+    return kind

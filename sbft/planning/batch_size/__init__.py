@@ -1,0 +1,1 @@
+"""The smallest batch at full throughput."""

@@ -1,0 +1,320 @@
+"""Signs of a run that goes wrong which its examples bear: cut off, asked again, without their first or last token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from sbft.data.format import IGNORED, Rendering, format_dataset
+from sbft.data.sources import questions
+from sbft.planning.check.finding import Finding
+from sbft.runs.prepare import Prepared, rendering
+
+_AT_ONCE = 1_000
+_NO_LIMIT = 2**31 - 1
+# transformers' model_max_length of a tokenizer that knows no limit is about 1e30.
+_KNOWN_LIMIT = 1e9
+
+
+def truncated(prepared: Prepared) -> Finding | None:
+    """Examples that were cut at the maximal length, or left out because nothing to learn was left of them."""
+    report, limit = prepared.report, prepared.recipe.data.max_length
+    if not (report.truncated or report.dropped):
+        return None
+    told = [f"{_count(report.truncated, 'example')} cut off at {limit} tokens"] if report.truncated else []
+    told += [f"{_count(report.dropped, 'example')} left out"] if report.dropped else []
+    _, whole = format_dataset(
+        prepared.splits.train, prepared.tokenizer, **{**rendering(prepared.recipe), "max_length": _NO_LIMIT}
+    )
+    context = prepared.tokenizer.model_max_length
+    mend = f"--set data.max_length={whole.longest}"
+    if whole.longest > context and context < _KNOWN_LIMIT:
+        mend = f"Divide examples of more than {context:,} tokens, which is all the model can read"
+        mend += f", and --set data.max_length={context}." if limit < context else "."
+    return Finding(
+        "examples-truncated",
+        "warning",
+        f"{' and '.join(told)}, of {report.examples + report.dropped:,}",
+        f"What is cut is not learned: the ends of answers, and with them where to stop. The longest example "
+        f"has {whole.longest:,} tokens; memory grows with it.",
+        mend,
+    )
+
+
+def not_read(prepared: Prepared) -> Finding | None:
+    """Columns, and keys of messages, that have no effect on the examples."""
+    names = prepared.report.unread
+    if not names:
+        return None
+    kind = "Column" if not any("[]." in name for name in names) else "Part of the data"
+    return Finding(
+        "data-not-read",
+        "warning",
+        f"{kind}{'s' * (len(names) > 1 and kind == 'Column')} not read: {', '.join(names)}",
+        "The model is neither trained on it nor shown it.",
+        "Name the columns to be read with data.prompt, data.completion, data.messages, data.tools or data.text, or "
+        "remove these.",
+    )
+
+
+def divided(prepared: Prepared) -> Finding | None:
+    """Conversations that are several examples, which makes an epoch longer."""
+    count = prepared.report.divided
+    if not count:
+        return None
+    return Finding(
+        "conversations-divided",
+        "note",
+        f"{_count(count, 'conversation')} became several examples, {prepared.report.examples:,} in all",
+        "The model's chat template changes earlier answers once later ones follow, such as by leaving out their "
+        "reasoning. Each such answer is learned at the end of a text of its own, as it is asked for.",
+    )
+
+
+def dated_template(prepared: Prepared) -> Finding | None:
+    """A chat template that writes the date of the day, so that tomorrow's question differs from the trained one."""
+    template = str(prepared.tokenizer.chat_template)
+    if "strftime_now" not in template or not _renders(prepared):
+        return None
+    mend = "Give every chat its own system turn with data.system, if that takes the place of the template's."
+    if "date_string" in template:
+        mend = "--set data.chat_template_kwargs.date_string='26 Jul 2024'"
+    return Finding(
+        "date-in-template",
+        "note",
+        "The chat template writes today's date into each example",
+        "On another day the model is asked with a date that it was not trained with.",
+        mend,
+    )
+
+
+def overlap(prepared: Prepared) -> Finding | None:
+    """Questions of validation or evaluation that are trained on, which is only possible where the recipe allows it."""
+    data, splits = prepared.recipe.data, prepared.splits
+    if not data.allow_overlap:
+        return None
+    columns = (data.prompt, data.messages, data.text)
+    trained_on = set(questions(splits.train, columns))
+    parts = {"evaluation": splits.eval, "validation": splits.validation}
+    shared = {
+        part: sum(question in trained_on for question in questions(rows, columns))
+        for part, rows in parts.items()
+        if rows is not None
+    }
+    told = [f"{count:,} of {len(parts[part] or ()):,} {part} questions" for part, count in shared.items() if count]
+    if not told:
+        return None
+    return Finding(
+        "evaluation-in-training",
+        "warning",
+        f"{' and '.join(told)} are in the training data",
+        "The model may have memorized these answers, so the figures prove nothing. Remove these rows "
+        "from one of the two; without data.allow_overlap sbft refuses any that are left.",
+        "--set data.allow_overlap=false",
+    )
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How the answers of some examples end; those that were cut off aside."""
+
+    examples: int
+    open: int
+    """Examples whose last trained token is no special token: nothing in them teaches the model to stop."""
+    masked: int
+    """Those of them with a special token right behind, which is not trained on."""
+    padded: int
+    """Examples in which padding is trained on."""
+
+    def __add__(self, other: Ends) -> Ends:
+        return Ends(
+            self.examples + other.examples,
+            self.open + other.open,
+            self.masked + other.masked,
+            self.padded + other.padded,
+        )
+
+
+def unlearned_end(prepared: Prepared) -> Finding | None:
+    """Answers whose end is not trained on, as where labels are masked by a pad token that is also the end token."""
+    found, tokenizer = ends(prepared), prepared.tokenizer
+    if not found.open:
+        return None
+    why = "no end token stands behind the answer"
+    mend = "Set eos_token in the tokenizer's tokenizer_config.json."
+    if found.masked or tokenizer.eos_token_id is not None:
+        why = "what ends the answer has no label"
+        mend = "Put the end of the turn before {% endgeneration %} in the tokenizer's chat template."
+    if found.masked and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        why += f", as where {tokenizer.eos_token} is the pad token too, and is masked as such"
+    return Finding(
+        "end-not-learned",
+        "warning",
+        f"The end of the answer is not learned in {_count(found.open, 'example')} of {found.examples:,}",
+        f"In these {why}, so that the model is not taught to stop.",
+        mend,
+    )
+
+
+def trained_padding(prepared: Prepared) -> Finding | None:
+    """Padding that came with the data, and is learned as if it were a part of the answer."""
+    found, pad = ends(prepared), prepared.tokenizer.pad_token
+    if not found.padded:
+        return None
+    also = ", which is the end token too" if prepared.tokenizer.pad_token_id == prepared.tokenizer.eos_token_id else ""
+    return Finding(
+        "padding-trained",
+        "warning",
+        f"Padding is learned in {_count(found.padded, 'example')} of {found.examples:,}",
+        f"Their text holds {pad} several times in a row{also}: it is part of the data, has labels, and the model would "
+        "learn to write it. sbft pads batches itself, without labels.",
+        f"Take {pad} out of the text of the training data.",
+    )
+
+
+def missing_begin(prepared: Prepared) -> Finding | None:
+    """Examples without the begin token that the model was trained with."""
+    tokenizer = prepared.tokenizer
+    begin = tokenizer.bos_token_id
+    if begin is None or not (_adds_begin(tokenizer) or _asks_for_begin(tokenizer)):
+        return None
+    without = sum(int((chunk.ids[chunk.starts] != begin).sum()) for chunk in _chunks(prepared))
+    if not without:
+        return None
+    kind = _kind(prepared)
+    if _renders(prepared):
+        why = "The tokenizer is set to put it before every text, and the chat template does not write it"
+        mend = f"Put {tokenizer.bos_token} at the head of the tokenizer's chat template."
+        if kind == "completion" and _adds_begin(tokenizer):
+            mend = "--set data.chat_template=false"
+    else:
+        why = "The tokenizer's configuration asks for it, and its tokenizer.json does not add it"
+        mend = "Add it in the post_processor of the model's tokenizer.json."
+    return Finding(
+        "begin-token-missing",
+        "warning",
+        f"{_count(without, 'example')} of {prepared.report.examples:,} do not begin with {tokenizer.bos_token}",
+        f"{why}. Models that were trained with it write worse without.",
+        mend,
+    )
+
+
+def ends(prepared: Prepared) -> Ends:
+    """How the answers of all training examples end."""
+    tokenizer = prepared.tokenizer
+    special = _special(tokenizer)
+    # Where padding and end are one token, one ends the answer, and the data may have brought another.
+    pads = 3 if tokenizer.pad_token_id == tokenizer.eos_token_id else 2
+    limit = prepared.recipe.data.max_length
+    each = (_ends(chunk, special, tokenizer.pad_token_id, pads, limit) for chunk in _chunks(prepared))
+    return reduce(add, each, Ends(0, 0, 0, 0))
+
+
+def answer_ends(prepared: Prepared) -> list[int]:
+    """The special tokens that trained answers end with, those that were cut off aside; none for windows of tokens."""
+    if prepared.pretrains:
+        return []
+    tokenizer, limit = prepared.tokenizer, prepared.recipe.data.max_length
+    special = _special(tokenizer)
+    found: set[int] = set()
+    for chunk in _chunks(prepared):
+        last, uncut = _last_trained(chunk), _lengths(chunk) < limit
+        found |= set(chunk.ids[last[uncut]].tolist())
+    return sorted(found & set(special.tolist()))
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
+    return np.array(sorted({*added, *tokenizer.all_special_ids}), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some examples, one behind the other."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    """Where each example begins; those in a packed row are apart."""
+
+
+def _chunks(prepared: Prepared) -> Iterator[_Chunk]:
+    assert isinstance(prepared.examples, Dataset)
+    for table in prepared.examples.with_format("arrow").iter(batch_size=_AT_ONCE):
+        ids = table["input_ids"].combine_chunks()
+        if "position_ids" in table.column_names:
+            starts = np.flatnonzero(table["position_ids"].combine_chunks().flatten().to_numpy() == 0)
+        else:
+            lengths = ids.value_lengths().to_numpy()
+            starts = np.cumsum(lengths) - lengths
+        yield _Chunk(ids.flatten().to_numpy(), table["labels"].combine_chunks().flatten().to_numpy(), starts)
+
+
+def _last_trained(chunk: _Chunk) -> np.ndarray:
+    """Where the last label of each example is."""
+    return np.maximum.reduceat(np.where(chunk.labels != IGNORED, np.arange(len(chunk.ids)), -1), chunk.starts)
+
+
+def _lengths(chunk: _Chunk) -> np.ndarray:
+    return np.diff(np.append(chunk.starts, len(chunk.ids)))
+
+
+def _ends(chunk: _Chunk, special: np.ndarray, pad: int, pads: int, limit: int) -> Ends:
+    trained = chunk.labels != IGNORED
+    last = _last_trained(chunk)
+    stops = np.append(chunk.starts[1:], len(chunk.ids))
+    is_special = np.isin(chunk.ids, special)
+    uncut = _lengths(chunk) < limit
+    open_end = uncut & ~is_special[last]
+    behind = np.minimum(last + 1, len(chunk.ids) - 1)
+    masked = open_end & (last + 1 < stops) & is_special[behind]
+    # The first token of an example has no label, so that no run of them reaches from one into another.
+    padding = in_a_row = trained & (chunk.labels == pad)
+    for _ in range(pads - 1):
+        padding = np.append(padding[1:], False)
+        in_a_row = in_a_row & padding
+    padded = np.logical_or.reduceat(in_a_row, chunk.starts)
+    return Ends(int(uncut.sum()), int(open_end.sum()), int(masked.sum()), int(padded.sum()))
+
+
+def _adds_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its begin token before a text."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return ids[:1] == [tokenizer.bos_token_id]
+
+
+def _asks_for_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's configuration says so; transformers goes by tokenizer.json, which may not."""
+    if not tokenizer.name_or_path:  # made, not read
+        return False
+    return bool(get_tokenizer_config(tokenizer.name_or_path, local_files_only=True).get("add_bos_token"))
+
+
+def _kind(prepared: Prepared) -> str:
+    assert isinstance(prepared.splits.train, Dataset)
+    return _rendering(prepared).kind(prepared.splits.train.column_names)
+
+
+def _renders(prepared: Prepared) -> bool:
+    """Whether the examples are rendered by the chat template."""
+    return _rendering(prepared).uses_template(_kind(prepared), prepared.tokenizer)
+
+
+def _rendering(prepared: Prepared) -> Rendering:
+    names = rendering(prepared.recipe)
+    del names["max_length"]
+    return Rendering(**names)
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+EXAMPLES_CHECKS = (truncated, not_read, divided, dated_template, overlap, unlearned_end, trained_padding, missing_begin)

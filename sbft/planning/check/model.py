@@ -1,0 +1,270 @@
+"""Signs of a run that goes wrong which its data and its model bear together, known before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from sbft.data.format import encode_prompts, format_dataset
+from sbft.errors import DataError, ModelError, SbftError
+from sbft.models.hub import hub_reachable
+from sbft.models.limits import embedding_rows, position_limit, stated_positions
+from sbft.models.load import is_builtin, load_config, resolve
+from sbft.models.random_weights import is_random
+from sbft.models.scratch import is_scratch, scratch_config
+from sbft.planning.check.finding import Finding, Severity
+from sbft.runs.prepare import Prepared, evaluation_rows, rendering
+from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving
+from sbft.training.generation_config import repaired
+from sbft.training.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
+
+_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The extremes of what a model is given at evaluation; zeros where it is not evaluated."""
+
+    largest: int = 0
+    """Token id."""
+    longest: int = 0
+    """Tokens of an example."""
+    longest_prompt: int = 0
+    """Tokens of a question that is to be answered."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A run's data, and its model as its config says it."""
+
+    prepared: Prepared
+    config: PreTrainedConfig
+
+    @property
+    def trust(self) -> bool:
+        """Whether the model's own Python code may run."""
+        return self.prepared.recipe.trust_remote_code
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training example, packed or not."""
+        prepared = self.prepared
+        return prepared.recipe.data.max_length if prepared.pretrains else prepared.report.longest
+
+    @property
+    def answer(self) -> int:
+        """Tokens that an answer gets at evaluation."""
+        settings = self.prepared.recipe.evaluation
+        return settings.max_new_tokens if settings.metrics and not self.prepared.pretrains else 0
+
+    @cached_property
+    def evaluated(self) -> Dataset | None:
+        """The rows that are evaluated."""
+        rows, limit = evaluation_rows(self.prepared.splits), self.prepared.recipe.evaluation.limit
+        if not isinstance(rows, Dataset) or len(rows) == 0:
+            return None
+        return rows.select(range(min(len(rows), limit or len(rows))))
+
+    @cached_property
+    def most_evaluated(self) -> int:
+        """No row of the evaluation has more tokens, as a token stands for a byte at least; a template's own may come on top."""
+        texts = (str(value) for row in self.evaluated or () for value in [list(row.values())])
+        return max((len(text.encode()) for text in texts), default=0)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """What the evaluation gives the model; takes as long as to make tokens of its rows."""
+        if self.evaluated is None:
+            return Asked()
+        how = rendering(self.prepared.recipe)
+        try:
+            examples, report = format_dataset(self.evaluated, self.prepared.tokenizer, **how)
+            del how["max_length"]
+            prompts = encode_prompts(self.evaluated, self.prepared.tokenizer, **how) if self.answer else []
+        except DataError:
+            return Asked()  # which the evaluation says
+        return Asked(_largest(examples), report.longest, max(map(len, prompts), default=0))
+
+
+ModelCheck = Callable[[Known], Finding | None]
+
+
+def find_in_model(prepared: Prepared, checks: tuple[ModelCheck, ...]) -> list[Finding]:
+    """What a run's model cannot do with its data, or cannot be saved with; nothing where its config cannot be read.
+
+    Args:
+        prepared: what the run reads.
+        checks: `BEFORE_LOADING`, or `MODEL_CHECKS`: these and what a run finds out once its model is loaded.
+    """
+    recipe = prepared.recipe
+    config: Any
+    try:
+        if is_scratch(recipe.model):
+            config = scratch_config(recipe.model, prepared.tokenizer)
+        else:
+            config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    except SbftError:
+        return []  # which loading the model says better
+    known = Known(prepared, config)
+    return [finding for check in checks if (finding := check(known)) is not None]
+
+
+def refuse_errors(findings: list[Finding]) -> list[Finding]:
+    """The findings, if there is no error among them.
+
+    Raises:
+        ModelError: if there is one.
+    """
+    for finding in findings:
+        if finding.severity == "error":
+            raise ModelError(f"{finding.title}. {finding.why} To fix it: {finding.mend}")
+    return findings
+
+
+def tokens_without_a_row(known: Known) -> Finding | None:
+    """Token ids that the model's embedding has no row for."""
+    prepared, tokenizer = known.prepared, known.prepared.tokenizer
+    rows, count = embedding_rows(known.config), max(tokenizer.get_vocab().values()) + 1
+    if rows is None or count <= rows:
+        return None
+    if isinstance(prepared.examples, Dataset):
+        # Batches are padded.
+        largest = max(_largest(prepared.examples), int(tokenizer.pad_token_id), known.asked.largest)
+    else:
+        largest = count - 1  # of too many tokens to look through, which come of this tokenizer alone
+    severity: Severity
+    if largest >= rows:
+        severity = "error"
+        why = f"The data holds token {largest:,}, for which the model has no row: training fails when it comes to it."
+    else:
+        severity = "warning"
+        why = f"The data holds none of those from {rows:,} on, which the model has no row for. A text that brings one fails."
+    return Finding(
+        "tokenizer-larger-than-embedding",
+        severity,
+        f"The tokenizer has {count:,} tokens, and the model has rows for {rows:,}",
+        why,
+        "Give the model rows for all, and train from the folder you save it to: "
+        "model.resize_token_embeddings(len(tokenizer)); model.save_pretrained(DIR); tokenizer.save_pretrained(DIR)",
+    )
+
+
+def longer_than_positions(known: Known) -> Finding | None:
+    """Texts that are longer than the model has positions for, or than any it has seen."""
+    stated = stated_positions(known.config)
+    if stated is None or max(known.longest, known.most_evaluated + known.answer) <= stated:
+        return None
+    limit = position_limit(known.config, trust_remote_code=known.trust)
+    assert limit is not None
+    if not limit.hard:
+        if known.longest <= limit.tokens:
+            return None
+        return Finding(
+            "longer-than-trained-positions",
+            "warning",
+            f"The longest example has {known.longest:,} tokens, and the model was made for {limit.tokens:,}",
+            "It takes more, but is poor at positions that it has never seen. Cut them, or extend its positions "
+            "(rope_parameters in its config.json).",
+            f"--set data.max_length={limit.tokens}",
+        )
+    longest = max(known.longest, known.asked.longest)
+    if longest > limit.tokens:
+        return Finding(
+            "longer-than-positions",
+            "error",
+            f"The longest example has {longest:,} tokens, and the model has positions for {limit.tokens:,}",
+            "Its table of positions ends there, and a longer example fails. What lies behind the cut is not learned: "
+            "divide long examples where that matters.",
+            f"--set data.max_length={limit.tokens}",
+        )
+    room = limit.tokens - known.asked.longest_prompt
+    if not known.answer or room >= known.answer:
+        return None
+    severity: Severity = "warning" if room > 0 else "error"
+    return Finding(
+        "answers-longer-than-positions",
+        severity,
+        f"A question of the evaluation has {known.asked.longest_prompt:,} tokens, its answer may have {known.answer:,}, and "
+        f"the model has positions for {limit.tokens:,}",
+        f"Its table of positions ends there: {'answers are cut' if room > 0 else 'the question cannot be asked'}.",
+        f"--set evaluation.max_new_tokens={room}"
+        if room > 0
+        else "Take questions that are so long out of the evaluation, or --set evaluation.metrics=[]",
+    )
+
+
+def documents_mixed_up(known: Known) -> Finding | None:
+    """Packing for a model in which the documents of a row see one another."""
+    if known.prepared.pretrains or not known.prepared.recipe.data.packing:
+        return None
+    name = (known.config.architectures or [f"The model ({known.config.model_type})"])[0]
+    try:
+        leaks = packing_leaks_in(known.config, trust_remote_code=known.trust)
+    except CannotTell as error:
+        return Finding(
+            "packing-not-known",
+            "note",
+            f"Whether {name} keeps packed documents apart is not known yet",
+            f"It could not be tried without its weights ({error}). sbft train asks the loaded model, and refuses to pack "
+            "where that does not help either.",
+        )
+    if not leaks:
+        return None
+    return Finding("packing-leaks", "error", f"{name} cannot be packed", leak_in_words(name), NO_PACKING)
+
+
+def unsaveable(known: Known) -> Finding | None:
+    """Something of the model that cannot be saved, by the look of its files."""
+    recipe = known.prepared.recipe
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known.config, trust_remote_code=known.trust)
+    except Exception:  # of the model's own code, of which expected_memory tells
+        return None
+    generation, repairs = _generation_config(recipe.model)
+    if generation is not None:
+        model.generation_config = generation
+    try:
+        rehearse_saving(model, known.prepared.tokenizer, known.prepared.arguments)
+    except SavingError as error:
+        return Finding("cannot-be-saved", "error", "The trained model could not be saved", str(error), "Correct its files.")
+    if not repairs:
+        return None
+    return Finding(
+        "generation-config-repaired",
+        "note",
+        "The model's generation_config.json holds what transformers refuses to save",
+        f"The trained model is saved with one that is repaired: {' and '.join(repairs)}.",
+    )
+
+
+def _generation_config(model: str) -> tuple[GenerationConfig | None, list[str]]:
+    if is_random(model) or is_scratch(model) or is_builtin(model):
+        return None, []
+    folder = resolve(model)
+    local_only = not Path(folder).is_dir() and not hub_reachable()
+    try:
+        return repaired(GenerationConfig.from_pretrained(folder, local_files_only=local_only))
+    except (OSError, ValueError):
+        return None, []  # it has none, or none that its model can be loaded with
+
+
+def _largest(examples: Dataset) -> int:
+    return max(int(ids.max()) for ids in _ids(examples))
+
+
+def _ids(examples: Dataset) -> Iterator[np.ndarray]:
+    for table in examples.with_format("arrow").iter(batch_size=_AT_ONCE):
+        yield table["input_ids"].combine_chunks().flatten().to_numpy()
+
+
+BEFORE_LOADING: tuple[ModelCheck, ...] = (tokens_without_a_row, longer_than_positions)
+MODEL_CHECKS: tuple[ModelCheck, ...] = (*BEFORE_LOADING, documents_mixed_up, unsaveable)

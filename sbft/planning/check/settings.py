@@ -1,0 +1,213 @@
+"""Signs of a run that goes wrong which its settings bear: optimizer, rounding, batch, learning rate, warm-up."""
+
+from __future__ import annotations
+
+from transformers.trainer_utils import SchedulerType
+
+from sbft.planning.check.finding import Finding
+from sbft.planning.check.length import run_length, tokens_per_row, tokens_per_step
+from sbft.recipe.methods import METHODS
+from sbft.runs.prepare import Prepared
+from sbft.tokens import FINE_TUNING_HALF_LIFE, beta_from_half_life, half_life_from_beta
+
+HALF_LIFE = int(round(FINE_TUNING_HALF_LIFE, -3))
+# A second moment is too short if it is so in tokens and in examples: a tenth of what fine-tuning takes by default, and
+# about half of the 216 examples that the usual 0.95 holds at batch 16. So 0.999 is long enough for short examples too.
+SHORT_HALF_LIFE = HALF_LIFE / 10
+FEW_EXAMPLES = 100
+# From here on, quality falls: at 3e-3 the quickstart's task got 67 % right, at 1e-3 86 % (benchmarks/README.md).
+HIGHEST_RELATIVE_STEP = 1e-3
+# Tokens at which computing takes as long as reading the weights. On GPUs it is the ratio of bfloat16 operations to bytes
+# a second: 156 on an A100, 295 on an H100. On two cores of a Xeon, a token takes 1.3 times as long at 64 as at 512.
+COMPUTE_BOUND_TOKENS = {"cpu": 64}
+COMPUTE_BOUND_GPU_TOKENS = 300
+FAR_UNDER = 1 / 4
+FAR_LONGER = 10
+# Schedules of transformers that take no notice of a warm-up.
+_WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+
+
+def short_second_moment(prepared: Prepared) -> Finding | None:
+    """A decay per step that was made for large batches."""
+    beta2, schedule = prepared.recipe.optimizer.beta2, prepared.recipe.optimizer.schedule
+    if beta2 is None or schedule == "power":  # of which it is the exponent
+        return None
+    tokens = tokens_per_step(prepared)
+    half_life = half_life_from_beta(beta2, tokens) if beta2 > 0 else 0.0
+    examples = half_life * prepared.report.examples / prepared.report.tokens
+    if half_life >= SHORT_HALF_LIFE or examples >= FEW_EXAMPLES:
+        return None
+    if "second_moment_half_life" in METHODS[prepared.recipe.method].settings:
+        mend = f"--set optimizer.beta2=null --set optimizer.second_moment_half_life={HALF_LIFE}"
+    else:
+        mend = f"--set optimizer.beta2={beta_from_half_life(HALF_LIFE, tokens):.6g}"
+    return Finding(
+        "beta2-not-scaled",
+        "warning",
+        f"optimizer.beta2 {beta2:g} is not scaled to the batch",
+        f"It forgets half of the squared gradients within {half_life:,.0f} tokens, {examples:.2g} examples of this "
+        "data, so that every step is divided by noise. Small batches train as well as large ones when the second "
+        f"moment's half-life stays the same in tokens; for fine-tuning {HALF_LIFE:,} do well (arXiv 2507.07101, "
+        "section 3.2).",
+        mend,
+    )
+
+
+def rounded_to_nearest(prepared: Prepared) -> Finding | None:
+    """bfloat16 weights that are not rounded stochastically; adapters are float32."""
+    recipe = prepared.recipe
+    method = METHODS[recipe.method]
+    if recipe.dtype != "bfloat16" or recipe.lora is not None or recipe.optimizer.stochastic_rounding:
+        return None
+    can_round = "stochastic_rounding" in method.settings
+    return Finding(
+        "no-stochastic-rounding",
+        "warning",
+        "bfloat16 weights without stochastic rounding",
+        "An update of less than 1/512 of a weight is always lost when the result is rounded to the nearest bfloat16, "
+        f"and most updates of fine-tuning are smaller.{'' if can_round else _defined_so(recipe.method)}",
+        "--set optimizer.stochastic_rounding=true" if can_round else "--method sbft",
+    )
+
+
+def needless_accumulation(prepared: Prepared) -> Finding | None:
+    """Gradient accumulation where there is nothing to communicate."""
+    recipe, arguments = prepared.recipe, prepared.arguments
+    steps = arguments.gradient_accumulation_steps
+    if steps <= 1 or arguments.world_size > 1:
+        return None
+    by_definition = METHODS[recipe.method].training_defaults.get("gradient_accumulation_steps") == steps
+    mend = "--set training.gradient_accumulation_steps=1"
+    if recipe.method == "adam-accum":
+        mend = "--method adam"
+    elif "second_moment_half_life" in METHODS[recipe.method].settings and recipe.optimizer.beta2 is not None:
+        mend += f" --set optimizer.beta2=null --set optimizer.second_moment_half_life={HALF_LIFE}"
+    return Finding(
+        "accumulation-on-one-device",
+        "warning",
+        f"Gradients are accumulated over {steps} batches on one device",
+        "All gradients are held meanwhile, nothing is computed faster, and there are fewer updates. Small batches train "
+        "as well once the half-life counts tokens (arXiv 2507.07101); accumulation pays only where devices wait for one "
+        f"another.{_defined_so(recipe.method) if by_definition else ''}",
+        mend,
+    )
+
+
+def far_under_compute_bound(prepared: Prepared) -> Finding | None:
+    """So few tokens in a forward pass that the device waits for its memory."""
+    device = prepared.arguments.device.type
+    bound = COMPUTE_BOUND_TOKENS.get(device, COMPUTE_BOUND_GPU_TOKENS)
+    tokens = tokens_per_row(prepared) * min(prepared.arguments.per_device_train_batch_size, len(prepared.examples))
+    if tokens >= FAR_UNDER * bound:
+        return None
+    return Finding(
+        "far-under-compute-bound",
+        "note",
+        f"About {tokens:.0f} tokens are computed at a time",
+        f"A device such as this is busy computing from roughly {bound} on; below, it waits for the weights to be read, "
+        "and more tokens a step would take hardly longer. It costs time, not quality. sbft batch-size RECIPE measures "
+        "how many are worth while.",
+    )
+
+
+def unused_graphs(prepared: Prepared) -> Finding | None:
+    """Steps that are to be launched as CUDA graphs, and cannot be."""
+    if not prepared.recipe.optimizer.cuda_graphs:
+        return None
+    if prepared.arguments.device.type != "cuda":
+        return Finding(
+            "graphs-not-used",
+            "note",
+            "optimizer.cuda_graphs does nothing on this machine",
+            "Steps are launched as graphs on a CUDA device, and there is none here. The run is the same without it.",
+        )
+    if prepared.pretrains or not prepared.recipe.data.packing:
+        return None
+    return Finding(
+        "graphs-not-used",
+        "warning",
+        "optimizer.cuda_graphs does nothing with packed examples",
+        "A graph takes tokens, labels and padding on the right. Packed rows hold positions besides, and are launched kernel by "
+        "kernel all the same.",
+        "--set optimizer.cuda_graphs=false",
+    )
+
+
+def large_relative_step(prepared: Prepared) -> Finding | None:
+    """A learning rate made for absolute steps, or too high a one, where it is relative to each weight's size."""
+    recipe = prepared.recipe
+    if prepared.pretrains:  # fresh weights have far to go, and no run has shown where it is too far
+        return None
+    method = METHODS[recipe.method]
+    rate = prepared.arguments.learning_rate
+    if (
+        method.optimizer not in ("adafactor", "row_adafactor")
+        or not recipe.optimizer.relative_step
+        or rate <= HIGHEST_RELATIVE_STEP
+    ):
+        return None
+    return Finding(
+        "relative-step-too-large",
+        "warning",
+        f"An Adafactor relative step of {rate:g} is over {HIGHEST_RELATIVE_STEP:g}",
+        f"The learning rate is relative to each weight matrix, which every step may change by {rate:.2g} of its size. On "
+        "the quickstart's 200 steps of one example, 3e-3 came to 67 % right answers where 1e-3 came to 86 %.",
+        f"--set training.learning_rate={method.learning_rate:g}",
+    )
+
+
+def warmup(prepared: Prepared) -> Finding | None:
+    """A warm-up that the run does not outlast, or that its schedule leaves out."""
+    arguments, steps = prepared.arguments, run_length(prepared).steps
+    warm = arguments.get_warmup_steps(steps)
+    if warm == 0:
+        return None
+    kind = str(SchedulerType(arguments.lr_scheduler_type).value)
+    if kind in _WITHOUT_WARMUP:
+        return Finding(
+            "warmup-without-effect",
+            "warning",
+            f"A warm-up of {warm} steps has no effect",
+            f"training.lr_scheduler_type is {kind}, which has none: the first step is at the full rate.",
+            "--set training.lr_scheduler_type=constant_with_warmup",
+        )
+    if warm < steps:
+        return None
+    return Finding(
+        "warmup-longer-than-run",
+        "warning",
+        f"The warm-up of {warm} steps outlasts the run, which has {steps}",
+        f"The learning rate never comes to {arguments.learning_rate:g}; most steps are made at a fraction of it.",
+        f"--set training.warmup_steps={steps // 10}",
+    )
+
+
+def long_half_life(prepared: Prepared) -> Finding | None:
+    """A second moment that never forgets anything in so short a run."""
+    half_life = prepared.recipe.optimizer.second_moment_half_life
+    length = run_length(prepared)
+    if half_life is None or half_life < FAR_LONGER * length.tokens:
+        return None
+    return Finding(
+        "half-life-longer-than-run",
+        "note",
+        f"The half-life of {half_life:,.0f} tokens is far longer than the run ({length.tokens:,})",
+        "Harmless: the average is divided by the weight that it has collected so far, which makes it the plain mean of "
+        "all squared gradients that the run has seen.",
+    )
+
+
+def _defined_so(method: str) -> str:
+    return f" Method {method} is defined so: it is there to be compared with."
+
+
+SETTINGS_CHECKS = (
+    short_second_moment,
+    rounded_to_nearest,
+    needless_accumulation,
+    far_under_compute_bound,
+    unused_graphs,
+    large_relative_step,
+    warmup,
+    long_half_life,
+)

@@ -1,1 +1,0 @@
-"""What a recipe shows before anything is trained: each known sign of a run that goes wrong, and its length and memory."""

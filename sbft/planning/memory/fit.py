@@ -1,0 +1,209 @@
+"""What fits: the predicted peak of every method beside the memory there is, and the longest sequence that would fit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedConfig
+
+from sbft.data.corpus import PYTHON_SOURCES
+from sbft.errors import SbftError
+from sbft.models.load import load_config
+from sbft.models.scratch import is_scratch
+from sbft.planning.memory.predict import Prediction, predict_recipe
+from sbft.recipe import Recipe, load_recipe, resolve
+from sbft.recipe.methods import METHODS
+
+SURE = 0.95
+"""A prediction over this share of the memory may be too low by as much as is left."""
+_MULTIPLE = 16  # of tokens, that the collator pads to
+_CLOSE_ENOUGH = 0.02
+_CURVES = 12
+_DATA = "my.jsonl"
+
+
+Verdict = Literal["yes", "tight", "no"]
+
+
+def does_it_fit(needed_bytes: int, memory_bytes: int) -> Verdict:
+    """Whether what is predicted to be needed fits into the memory there is; "tight" where the prediction may be too low."""
+    if needed_bytes > memory_bytes:
+        return "no"
+    return "yes" if needed_bytes <= SURE * memory_bytes else "tight"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, with or without checkpointing."""
+
+    method: str
+    checkpointing: bool
+    batch_size: int
+    prediction: Prediction | None
+    """None where it cannot be predicted."""
+    problem: str | None
+    """Why it cannot."""
+    verdict: Verdict | None
+    """Whether it fits."""
+    longest: int | None
+    """Tokens of the longest sequence that would fit; None where none does."""
+    command: str
+    """What to type."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it does, if barely; None where it cannot be predicted."""
+        return None if self.verdict is None else self.verdict != "no"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each method needs of a device."""
+
+    model: str
+    device: str
+    memory_bytes: int
+    sequence_length: int
+    rows: list[Row]
+    note: str | None
+    """What the figures leave out."""
+
+
+def make_plan(
+    model: str,
+    *,
+    sequence_length: int,
+    memory_bytes: int,
+    device: str,
+    methods: Iterable[str] = tuple(METHODS),
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda method: None,
+) -> Plan:
+    """Predict each method's peak, without and with gradient checkpointing.
+
+    Args:
+        model: as in a recipe; its config alone is read.
+        sequence_length: tokens of the longest example, each of them with a label.
+        memory_bytes: what the device has.
+        device: "cpu" or "cuda", which need not be there.
+        methods: names of `sbft.recipe.methods.METHODS`; those of adapters are left out for a fresh model.
+        batch_size: examples in a forward pass; the method's own when None.
+        trust_remote_code: run the Python code that comes with the model.
+        say: told the method that comes next.
+
+    Raises:
+        SbftError: if the model is not found.
+    """
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    fresh = is_scratch(model)
+    data, verb = (PYTHON_SOURCES, "pretrain") if fresh else (_DATA, "train")
+    if fresh:
+        methods = [method for method in methods if METHODS[method].lora_defaults is None]
+    rows = []
+    for method in methods:
+        say(method)
+        for checkpointing in (False, True):
+            settings = [f"data.max_length={sequence_length}"]
+            settings += [f"training.per_device_train_batch_size={batch_size}"] if batch_size is not None else []
+            settings += ["training.gradient_checkpointing=true"] if checkpointing else []
+            settings += ["trust_remote_code=true"] if trust_remote_code else []
+            recipe = resolve(load_recipe(None, settings, model=model, data=data, method=method))
+            command = " ".join(
+                [f"sbft {verb} --model {model} --data {data} --method {method}", *(f"--set {one}" for one in settings)]
+            )
+            rows.append(_row(recipe, config, sequence_length, memory_bytes, device, checkpointing, command))
+    return Plan(model, device, memory_bytes, sequence_length, rows, _left_out(config))
+
+
+def _left_out(config: PreTrainedConfig) -> str | None:
+    text = config.get_text_config()
+    beside = [name for name in type(config).sub_configs if getattr(config, name, None) not in (None, text)]
+    if not beside:
+        return None
+    return (
+        f"This model reads more than text ({', '.join(sorted(beside))}). The figures are those of training it on text alone, "
+        "as sbft train does; what images or sound add is not predicted."
+    )
+
+
+def _row(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    sequence_length: int,
+    memory_bytes: int,
+    device: str,
+    checkpointing: bool,
+    command: str,
+) -> Row:
+    size = int(recipe.training["per_device_train_batch_size"])
+    try:
+        prediction = predict_recipe(recipe, longest=sequence_length, device=device, config=config)
+        heap_ratio = prediction.heap_ratio
+
+        def needed(tokens: int) -> int:
+            found = predict_recipe(recipe, longest=tokens, device=device, config=config, heap_ratio=heap_ratio)
+            return found.needed_bytes
+
+        at_most = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
+        known = {sequence_length: prediction.needed_bytes}
+        kept = sum(prediction.parts[part] for part in ("weights", "optimizer_state", "runtime"))
+        longest = None if kept > memory_bytes else longest_that_fits(needed, memory_bytes, at_most, known)
+    except SbftError as error:
+        return Row(recipe.method, checkpointing, size, None, str(error), None, None, command)
+    verdict = does_it_fit(prediction.needed_bytes, memory_bytes)
+    return Row(recipe.method, checkpointing, size, prediction, None, verdict, longest, command)
+
+
+def longest_that_fits(
+    needed: Callable[[int], int], memory_bytes: int, at_most: int, known: dict[int, int] | None = None
+) -> int | None:
+    """The longest sequence whose need is no more than the memory, to within 2 % below; it was itself tried.
+
+    Args:
+        needed: bytes for so many tokens: the highest of the needs of some phases, each of which grows with the tokens or
+            with their square.
+        memory_bytes: what there is.
+        at_most: the most tokens that come into question.
+        known: needs that are known already, by tokens.
+    """
+    known = dict(known or {})
+    for tries in itertools.count():
+        low = max((tokens for tokens, need in known.items() if need <= memory_bytes and tokens <= at_most), default=0)
+        high = min((tokens for tokens, need in known.items() if need > memory_bytes), default=at_most + 1)
+        high = min(high, at_most + 1)
+        step = max(round(_CLOSE_ENOUGH * low), _MULTIPLE)
+        if low == at_most or high - low <= (step if high <= at_most else 1):
+            return low or None
+        crossing = _crossing(known, memory_bytes) if tries < _CURVES else (low + high) / 2
+        guess = min(int(crossing), high - 1)
+        if guess < at_most:
+            guess = guess // _MULTIPLE * _MULTIPLE
+            # A little apart from what is known, so that every try tells something.
+            guess = min(max(min(guess, high - step), low + step if low else _MULTIPLE), at_most)
+        if guess in known:
+            return low or None
+        known[guess] = needed(guess)
+    raise AssertionError
+
+
+def _crossing(known: dict[int, int], memory_bytes: int) -> float:
+    """Where the need would reach the memory, by the parabola through the three known lengths whose need is the nearest: the
+    need of every phase is such a one."""
+    nearest = sorted(known, key=lambda tokens: abs(known[tokens] - memory_bytes))[:3]
+    if len(nearest) < 2:
+        tokens = nearest[0] if nearest else _MULTIPLE
+        return tokens * 2 if known.get(tokens, 0) <= memory_bytes else tokens / 2
+    x, *others = nearest
+    slopes = [(known[other] - known[x]) / (other - x) for other in others]
+    bend = 0.0 if len(others) == 1 else (slopes[1] - slopes[0]) / (others[1] - others[0])
+    slope = slopes[0] - bend * (others[0] - x)
+    rest = memory_bytes - known[x]
+    root = slope**2 + 4 * bend * rest
+    if slope <= 0 or root < 0:
+        return x * 2 if rest > 0 else x / 2
+    return x + 2 * rest / (slope + math.sqrt(root))

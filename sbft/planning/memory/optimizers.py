@@ -1,0 +1,112 @@
+"""What each optimizer holds for its parameters, and what it takes for a moment to update them, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.matrix import MatrixOptimizer
+from sbft.recipe import Recipe
+from sbft.recipe.methods import METHODS
+from sbft.training.parameter_groups import parameter_groups
+from sbft.training.trainer import TOKEN_OPTIMIZERS
+
+_OF_THE_TRAINER = {"gradient_release", "cuda_graphs", "max_skipped_steps", "logits_free_loss"}
+# Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.
+_SMALLEST_IN_8_BITS, _BLOCK = 4096, 256
+
+
+class PlannedOptimizer:
+    """The optimizer of a resolved recipe on its model's parameters on the meta device.
+
+    sbft's own update one parameter at a time, in its place but for what a matrix optimizer makes of one matrix, and torch's
+    fused AdamW updates all in theirs: nothing to speak of is allocated. transformers' Adafactor is run.
+    """
+
+    def __init__(self, recipe: Recipe, model: PreTrainedModel, device: str) -> None:
+        self._device = device
+        self._name = METHODS[recipe.method].optimizer
+        self._settings = recipe.optimizer
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # In the order of the Trainer's groups, those that decay first: each update holds on to what the one before made.
+        self._parameters = sorted(trainable, key=lambda parameter: parameter.dim() < 2)
+        self._of_embeddings = {
+            module.weight
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module.weight is not None
+        }
+        self._ours = self._make_ours(model) if self._name in TOKEN_OPTIMIZERS else None
+        # As transformers' Trainer makes it.
+        self._transformers: Any = (
+            TransformersAdafactor(self._parameters, lr=1e-5, scale_parameter=False, relative_step=False)
+            if self._name == "transformers_adafactor"
+            else None
+        )
+        self._adam: dict[Tensor, list[Tensor]] = {}
+
+    def make_state(self, parameter: Tensor) -> list[Tensor]:
+        """What is kept for a parameter from its first update on."""
+        if self._ours is not None:
+            self._ours.initialize_state(parameter)
+            kept = list(self._ours.state[parameter].values())
+        elif self._transformers is not None:
+            kept = list(self._transformers.state[parameter].values())  # made by its first update
+        else:
+            if parameter not in self._adam:
+                self._adam[parameter] = list(self._adam_state(parameter))
+            kept = self._adam[parameter]
+        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+
+    def update_one(self, parameter: Tensor) -> None:
+        """What the update of one parameter allocates beside its state, its gradient being there."""
+        if isinstance(self._ours, MatrixOptimizer) and parameter.grad is not None:
+            for _ in self._ours.directions(parameter, parameter.grad, torch.ones((), dtype=torch.bool)):
+                pass
+
+    def update(self) -> None:
+        """What the update of all parameters allocates beside their state, the gradients being there."""
+        if self._transformers is not None:
+            self._transformers.step()
+        elif self._ours is not None:
+            for parameter in self._parameters:
+                self.update_one(parameter)
+        elif self._name == "bitsandbytes_adamw8bit" and self._device == "cpu":
+            self._update_in_plain_torch()
+
+    def _make_ours(self, model: PreTrainedModel) -> TokenOptimizer:
+        settings = self._settings.model_dump(exclude_none=True, exclude=_OF_THE_TRAINER)
+        kind = TOKEN_OPTIMIZERS[self._name]
+        optimizer = kind(parameter_groups(model, kind), **settings)
+        optimizer.tokens_per_step = 1
+        return optimizer
+
+    def _in_8_bits(self, parameter: Tensor) -> bool:
+        return (
+            self._name == "bitsandbytes_adamw8bit"
+            and parameter.numel() >= _SMALLEST_IN_8_BITS
+            and parameter not in self._of_embeddings
+        )
+
+    def _adam_state(self, parameter: Tensor) -> Iterator[Tensor]:
+        if self._in_8_bits(parameter):
+            for _ in range(2):
+                yield torch.empty(parameter.shape, dtype=torch.uint8)
+                yield torch.empty(-(-parameter.numel() // _BLOCK), dtype=torch.float32)
+            return
+        dtype = torch.float32 if self._name == "bitsandbytes_adamw8bit" else parameter.dtype
+        for _ in range(2):
+            yield torch.empty(parameter.shape, dtype=dtype)
+        if self._name != "bitsandbytes_adamw8bit":  # which counts its steps in a plain number
+            yield torch.empty((), dtype=torch.float32)
+
+    def _update_in_plain_torch(self) -> None:
+        """In 32 bits: of gradient, weight, both moments, and where these have 8 bits also of what makes numbers of them."""
+        for parameter in self._parameters:
+            count = 6 if self._in_8_bits(parameter) else 4
+            _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(count)]

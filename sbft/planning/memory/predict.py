@@ -1,0 +1,223 @@
+"""The peak memory of a training run before it begins, with its parts: from the model's config, without its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from sbft.data.collate import Collator
+from sbft.errors import SbftError
+from sbft.models.load import load_config
+from sbft.native.memory import resident_bytes, type_of
+from sbft.native.onednn_products import products_bytes
+from sbft.planning.memory.skeleton import period_of_layers, shortened, skeleton
+from sbft.planning.memory.step import BACKWARD, StepShape, TracedStep, trace_step
+from sbft.planning.memory.trace import Phase
+from sbft.recipe import Recipe
+
+MEBIBYTE = 1 << 20
+# What code and libraries take on their first use in training, beside tensors: pages of torch's library, and threads. It is the
+# median of what 65 runs held beyond all else (benchmarks/README.md).
+_FIRST_USE_BYTES = 18 * MEBIBYTE
+# cuBLAS keeps a workspace for each thread that calls it, here those of forward and backward; Hopper's is larger.
+_CUBLAS_BYTES, _CUBLAS_BYTES_HOPPER = 8 * MEBIBYTE + MEBIBYTE // 8, 32 * MEBIBYTE
+_HOPPER = (9, 0)
+_CUDA_CONTEXT_BYTES = 512 * MEBIBYTE
+_FEWEST_LAYERS = 2
+_periods: dict[str, int | None] = {}  # by config; a plan asks for the same one dozens of times
+
+PARTS = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace", "runtime")
+
+
+class PlanError(SbftError):
+    """The memory of a model cannot be predicted, because a step of it cannot be run without numbers."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The peak of a training run."""
+
+    parts: dict[str, int]
+    """Bytes of each of `PARTS` at the peak; a runtime is what the process takes beside tensors: on CUDA outside of torch's
+    allocator, on a CPU what it holds already."""
+    phase: str
+    """Where in a step the peak lies."""
+    above_model_bytes: int
+    """What training adds to the loaded model."""
+    heap_ratio: float | None
+    """On a CPU what the heap holds for a byte in use; None on CUDA, where `peak_bytes` is what torch allocates."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """What a run's record calls its peak: on CUDA without the runtime."""
+        return self.needed_bytes - (self.parts["runtime"] if self.heap_ratio is None else 0)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the device has to have free for the process."""
+        return sum(self.parts.values())
+
+
+def predict_recipe(
+    recipe: Recipe,
+    *,
+    longest: int,
+    padded: bool | None = None,
+    labelled: int | None = None,
+    lengths: int = 1,
+    label_counts: int = 1,
+    device: torch.device | str | None = None,
+    config: PreTrainedConfig | None = None,
+    heap_ratio: float | None = None,
+) -> Prediction:
+    """Predict the highest memory that training will hold, at its longest batch.
+
+    Args:
+        recipe: as `sbft.recipe.resolve` returns it.
+        longest: tokens of the longest example.
+        padded: whether a batch as wide as it may hold padding, which takes a mask; one of several examples when None.
+        labelled: the most tokens with a label that an example has; all but the first when None.
+        lengths: how many different ones batches have, padding included: a CPU keeps products compiled for each.
+        label_counts: the same of the numbers of labels.
+        device: type of device to train on, which need not be there; where this process would train, when None.
+        config: of the model; read from where the recipe says when None.
+        heap_ratio: on a CPU, where it is known from another length: spares tracing all layers to find it.
+
+    Raises:
+        PlanError: if the model cannot be traced.
+        SbftError: if the model is not found, or cannot be made trainable as the recipe says.
+    """
+    kind = "cpu" if type_of(device) == "cpu" else "cuda"
+    if config is None:
+        config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    whole = kind == "cpu" and heap_ratio is None
+    step = _step(recipe, config, _shape(recipe, longest, padded, labelled), kind, _checkpoints(recipe), whole=whole)
+    peak = max(step.phases, key=lambda phase: step.phases[phase].total())
+    parts = {name: step.phases[peak][name] for name in PARTS}
+    if kind == "cuda":
+        parts["workspace"] += 2 * _cublas_bytes()
+        parts["runtime"] = _CUDA_CONTEXT_BYTES
+        heap_ratio = None
+    else:
+        held = sum(parts.values()) - parts["weights"]
+        if heap_ratio is None:
+            assert step.heap_bytes is not None
+            heap_ratio = max(step.heap_bytes / held, 1.0)
+        compiled = products_bytes(step.products * lengths + step.head_products * label_counts)
+        parts["workspace"] += round(held * (heap_ratio - 1)) + _FIRST_USE_BYTES + compiled
+        parts["runtime"] = resident_bytes()
+    above = sum(parts.values()) - parts["weights"] - parts["runtime"]
+    return Prediction(parts, _name(peak), above, heap_ratio)
+
+
+def _step(
+    recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, *, whole: bool
+) -> TracedStep:
+    """A step of the whole model, from those of two models with fewer layers where its layers repeat themselves.
+
+    A heap has to be seen whole: what it loses to gaps does not grow evenly from layer to layer.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    short, long = (layers, layers) if whole else _few_layers(recipe, config)
+    try:
+        if short + long >= layers:
+            return trace_step(recipe, config, shape, kind, checkpointing=checkpointing)
+        steps = [
+            trace_step(recipe, shortened(config, count), shape, kind, checkpointing=checkpointing)
+            for count in (short, long)
+        ]
+    except SbftError:
+        raise
+    except Exception as error:  # whatever the model's own code does with tensors that hold nothing
+        reason = " ".join(str(error).split())[:300]
+        raise PlanError(
+            f"The memory of {recipe.model} cannot be predicted: a step of {type(config).__name__.removesuffix('Config')} "
+            f"does not run on tensors without values. ({type(error).__name__}: {reason})"
+        ) from error
+    return _extrapolated(steps[0], steps[1], short, long, layers)
+
+
+def _few_layers(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int]:
+    """Two numbers of layers by which a step of all of them can be told; the second is all where it cannot."""
+    layers = config.get_text_config().num_hidden_layers
+    period = _period(recipe, config)
+    alike = all(pattern == "embeddings" for pattern in recipe.freeze)
+    targets = None if recipe.lora is None else recipe.lora.target_modules
+    if period is None or not alike or (isinstance(targets, str) and targets != "all-linear"):
+        return layers, layers
+    fewest = max(2 * period, _FEWEST_LAYERS)
+    short = fewest + (layers - fewest) % period
+    return short, short + period
+
+
+def _period(recipe: Recipe, config: PreTrainedConfig) -> int | None:
+    key = config.to_json_string()
+    if key not in _periods:
+        plain = recipe.model_copy(update={"lora": None, "freeze": [], "method": "sbft"})
+        _periods[key] = period_of_layers(config, skeleton(plain, config))
+    return _periods[key]
+
+
+def _extrapolated(short: TracedStep, long: TracedStep, short_layers: int, long_layers: int, layers: int) -> TracedStep:
+    """Along a straight line: of what is held when a given layer from the bottom or from the top is worked on, each layer
+    more adds the same, its weights, gradients, states and activations.
+
+    Between those layers of the two models there are others, which hold more than neither end.
+    """
+    ends = short_layers // 2
+    first, second = _by_end(short.phases, short_layers, ends), _by_end(long.phases, long_layers, ends)
+    phases: dict[Phase, Counter[str]] = {}
+    for phase in first.keys() & second.keys():
+        kinds = first[phase].keys() | second[phase].keys()
+        phases[phase] = Counter(
+            {kind: _line(first[phase][kind], second[phase][kind], short_layers, long_layers, layers) for kind in kinds}
+        )
+    return TracedStep(phases, None, long.products, long.head_products)
+
+
+def _line(short: int, long: int, short_layers: int, long_layers: int, layers: int) -> int:
+    return short + (long - short) * (layers - short_layers) // (long_layers - short_layers)
+
+
+def _by_end(phases: dict[Phase, Counter[str]], layers: int, ends: int) -> dict[Phase, Counter[str]]:
+    """The phases of the first and the last layers, the latter counted from the last, as -1; those between left out."""
+    found = {}
+    for (name, layer), held in phases.items():
+        if layer is None or layer < ends:
+            found[name, layer] = held
+        elif layer >= layers - ends:
+            found[name, layer - layers] = held
+    return found
+
+
+def _shape(recipe: Recipe, longest: int, padded: bool | None, labelled: int | None) -> StepShape:
+    size = recipe.largest_batch
+    packed = recipe.data.packing
+    multiple = 1 if packed else Collator.pad_to_multiple_of
+    tokens = -(-longest // multiple) * multiple
+    return StepShape(
+        batch_size=size,
+        tokens=tokens,
+        labelled=size * max(longest - 1 if labelled is None else labelled, 1),
+        # Documents are kept apart by a mask too.
+        padded=packed or tokens > longest or (size > 1 if padded is None else padded),
+    )
+
+
+def _checkpoints(recipe: Recipe) -> bool:
+    names = ("gradient_checkpointing", "activation_checkpointing")
+    return any(recipe.training.get(name) for name in names)
+
+
+def _cublas_bytes() -> int:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < _HOPPER:
+        return _CUBLAS_BYTES
+    return _CUBLAS_BYTES_HOPPER
+
+
+def _name(phase: Phase) -> str:
+    name, layer = phase
+    return f"{BACKWARD[0]} of the layers" if layer is not None or phase == BACKWARD else name

@@ -1,0 +1,276 @@
+"""One training step on the meta device: what `SmallBatchTrainer` would allocate, phase by phase."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from sbft.native.device_type import standing_for
+from sbft.planning.memory.attention import attention_on
+from sbft.planning.memory.optimizers import PlannedOptimizer
+from sbft.planning.memory.skeleton import layers_of, skeleton
+from sbft.planning.memory.trace import BUILD, AllocationTrace, Phase
+from sbft.recipe import Recipe
+from sbft.training.loss.cross_entropy import linear_cross_entropy
+from sbft.training.loss.head import Head, UnknownHead, head_candidates, unwrap
+
+_usual_autocast = torch.autocast
+
+FORWARD: Phase = ("forward", None)
+LOSS: Phase = ("loss", None)
+BACKWARD: Phase = ("backward", None)
+LOSS_BACKWARD: Phase = ("backward of the loss", None)
+UPDATE: Phase = ("update", None)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one forward pass is given."""
+
+    batch_size: int
+    tokens: int
+    """Length of each row, padding included."""
+    labelled: int
+    """Positions with a label, of all rows together."""
+    padded: bool
+    """Whether there is padding, which takes an attention mask."""
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """What a step that is not the first holds."""
+
+    phases: dict[Phase, Counter[str]]
+    """Of each phase the bytes of each kind at its peak: "weights", "gradients", "optimizer_state", "activations", "logits",
+    "workspace". A phase of backward bears the number of its layer, and begins when the layer's first gradient is complete."""
+    heap_bytes: int | None
+    """On a CPU the most that the heap has resident beside the model."""
+    products: int
+    """On a CPU the products of bfloat16 matrices whose shapes go by the batch's length, each shape counted once; those of all
+    layers where all are traced, and as many where layers are alike."""
+    head_products: int
+    """The same of those that go by the number of labels."""
+
+
+def trace_step(
+    recipe: Recipe, config: PreTrainedConfig, shape: StepShape, device: str, *, checkpointing: bool
+) -> TracedStep:
+    """Bytes of each kind at the peak of each phase of a step that is not the first.
+
+    Args:
+        recipe: resolved.
+        config: of its model.
+        shape: of the batch.
+        device: type of device that it would run on; there need be none here.
+        checkpointing: whether activations are recomputed in backward.
+    """
+    model = skeleton(recipe, config)
+    if checkpointing:
+        # transformers' newer name first: the older one warns.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        if recipe.lora is not None:
+            model.enable_input_require_grads()
+    with standing_for(device), _replaced(shape, device), torch.device("meta"), AllocationTrace(device) as trace:
+        return _Simulation(model.train(), recipe, shape, device, trace).run()
+
+
+class _Simulation:
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, shape: StepShape, device: str, trace: AllocationTrace
+    ) -> None:
+        self.model, self.recipe, self.shape, self.device, self.trace = model, recipe, shape, device, trace
+        self.releases = bool(recipe.optimizer.gradient_release)
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = PlannedOptimizer(recipe, model, device)
+
+    def run(self) -> TracedStep:
+        trace = self.trace
+        trace.label([*self.model.parameters(), *self.model.buffers()], "weights")
+        if trace.heap is None:
+            for parameter in self.trainable:
+                trace.label(self.optimizer.make_state(parameter), "optimizer_state")
+        self._hook_parameters()
+        head = self._head()
+        begin = 0
+        # What the first step leaves behind, a heap does not forget.
+        for _ in range(1 if trace.heap is None else 2):
+            begin = trace.events
+            self._step(head)
+        found = trace.peaks(begin)
+        found.pop(BUILD, None)
+        of_head = sum(phase in (LOSS[0], LOSS_BACKWARD[0]) for phase in trace.products.values())
+        heap_bytes = None if trace.heap is None else trace.heap.peak_bytes
+        return TracedStep(found, heap_bytes, len(trace.products) - of_head, of_head)
+
+    def _step(self, head: Head | None) -> None:
+        passes = 1 if self.recipe.training["gradient_accumulation_steps"] == 1 else 2
+        with self._tied(head) as head_weight:
+            for _ in range(passes):
+                self._forward_and_backward(head, head_weight)
+        self.trace.phase = UPDATE
+        if not self.releases:
+            for parameter in self.trainable:
+                self.trace.label(self.optimizer.make_state(parameter), "optimizer_state")
+            self.optimizer.update()
+        for parameter in self.trainable:
+            parameter.grad = None
+
+    def _head(self) -> Head | None:
+        """As the trainer finds it, but for its trial, which takes numbers."""
+        if self.recipe.optimizer.logits_free_loss is False:
+            return None
+        try:
+            return head_candidates(self.model)[0]
+        except UnknownHead:
+            return None
+
+    def _hook_parameters(self) -> None:
+        layer_of = layers_of(self.model)
+
+        def complete(parameter: Tensor, layer: int | None) -> None:
+            grad = parameter.grad
+            assert grad is not None
+            self.trace.label([grad], "gradients")
+            if layer is not None:
+                self.trace.phase = ("backward", layer)
+            if self.releases:
+                self.trace.label(self.optimizer.make_state(parameter), "optimizer_state")
+                self.optimizer.update_one(parameter)
+                parameter.grad = None
+
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                layer = layer_of.get(name)
+                parameter.register_post_accumulate_grad_hook(lambda p, layer=layer: complete(p, layer))
+
+    @contextlib.contextmanager
+    def _tied(self, head: Head | None) -> Iterator[Tensor | None]:
+        """What `TiedEmbedding` does on a CPU: the rows of the input embedding that were read have gradients of their own,
+        and the head's gradient waits for them."""
+        base: Any = unwrap(self.model)
+        embedding = base.get_input_embeddings()
+        weight = None if head is None else head.linear.weight
+        tied = (
+            self.device == "cpu"
+            and weight is not None
+            and weight.requires_grad
+            and isinstance(embedding, nn.Embedding)
+            and embedding.weight is weight
+        )
+        if not tied:
+            yield weight
+            return
+        assert weight is not None
+        stand_in = weight.detach().requires_grad_()
+
+        def complete(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self.trace.label([parameter.grad], "gradients")
+
+        stand_in.register_post_accumulate_grad_hook(complete)
+        anchor = torch.empty((), requires_grad=True)
+        handle = embedding.register_forward_hook(lambda module, args, output: _Cut.apply(anchor, output.detach()))
+        yield stand_in
+        handle.remove()
+        # Together they are the gradient, in the place of the head's.
+        weight.grad, stand_in.grad = stand_in.grad, None
+        if self.releases:
+            self.trace.label(self.optimizer.make_state(weight), "optimizer_state")
+            weight.grad = None
+
+    def _forward_and_backward(self, head: Head | None, head_weight: Tensor | None) -> None:
+        trace, shape = self.trace, self.shape
+        size = (shape.batch_size, shape.tokens)
+        trace.phase = FORWARD
+        begin = trace.count
+        inputs = {name: torch.zeros(size, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+        labels = torch.zeros(size, dtype=torch.int64)
+        trace.answer = 0 if shape.padded else 1  # to whether the mask is all ones
+        items = torch.tensor(shape.labelled)
+        if head is None:
+            loss = self._model_loss({**inputs, "labels": labels, "num_items_in_batch": items}, begin)
+        else:
+            assert head_weight is not None
+            hidden = head.hidden_states(self.model, {**inputs, "use_cache": False})
+            trace.label_unknown("activations", since=begin)
+            trace.phase = LOSS
+            rows = torch.zeros(shape.labelled, dtype=torch.int64)
+            chosen = hidden[:, :-1][rows, rows]
+            _at_gradient(chosen, trace)
+            loss = linear_cross_entropy(
+                chosen,
+                head_weight,
+                rows,
+                bias=head.linear.bias,
+                num_items=items,
+                scale=head.scale,
+                softcap=head.softcap,
+            )
+            del hidden, chosen
+        trace.label_born_in(LOSS, "logits")
+        trace.phase = LOSS_BACKWARD
+        loss.backward()
+        trace.label_born_in(LOSS_BACKWARD, "logits")
+
+    def _model_loss(self, inputs: dict[str, Any], begin: int) -> Tensor:
+        base: Any = unwrap(self.model)
+        trace = self.trace
+
+        def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            trace.label_unknown("activations", since=begin)
+            _at_gradient(args[0], trace)
+            trace.phase = LOSS
+
+        handle = base.get_output_embeddings().register_forward_pre_hook(enter)
+        loss: Tensor = self.model(**inputs).loss
+        handle.remove()
+        return loss
+
+
+def _at_gradient(hidden: Tensor, trace: AllocationTrace) -> None:
+    """Backward leaves the head and its loss when the gradient of what the head was given is complete."""
+
+    def left(grad: Tensor) -> None:
+        trace.phase = BACKWARD
+
+    hidden.register_hook(left)
+
+
+class _Cut(torch.autograd.Function):
+    """The same tensor, whose gradient ends here. A leaf would be kept for as long as the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@contextlib.contextmanager
+def _replaced(shape: StepShape, device: str) -> Iterator[None]:
+    """What asks for a real device, replaced by what does not.
+
+    Not by a mode of torch's, which would be off in backward, where checkpointing computes attention again.
+    """
+    with (
+        mock.patch.object(functional, "scaled_dot_product_attention", attention_on(device, shape.tokens)),
+        mock.patch.object(torch, "autocast", _autocast),
+    ):
+        yield
+
+
+def _autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+    """Autocast, which the meta device does not have: PEFT switches it off there."""
+    return contextlib.nullcontext() if device_type == "meta" else _usual_autocast(device_type, *args, **kwargs)

@@ -1,0 +1,190 @@
+"""What a piece of torch code allocates, found without allocating it: every storage's birth and death, on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sbft.native.memory_pool import pool_available
+from sbft.planning.memory.cached_operations import recalled
+from sbft.planning.memory.heap import Heap, PooledHeap
+
+Phase = tuple[str, int | None]
+"""A part of a training step: its name, and the layer where there is one of each."""
+
+BUILD: Phase = ("build", None)
+_BLOCKS = {"cuda": 512, "cpu": 64}
+"""Torch's allocators round a request up to a multiple of this, in bytes."""
+_aten = torch.ops.aten
+_FIRST_FACTOR = {
+    **dict.fromkeys((_aten.mm.default, _aten.mm.out, _aten.bmm.default), 0),
+    **dict.fromkeys((_aten.addmm.default, _aten.baddbmm.default), 1),
+}
+"""Of each product of matrices: which of its arguments that is; the second follows it."""
+
+
+class _Event(NamedTuple):
+    storage: int
+    size: int
+    """Bytes; negative where they are freed."""
+    phase: Phase
+
+
+class AllocationTrace(TorchDispatchMode):
+    """A mode that writes down the storage of every tensor that torch makes in it; meant for meta tensors.
+
+    Where the code asks for a number (`tensor.item()`, `bool(tensor)`), which a meta tensor does not have, it is told
+    `answer`.
+
+    Args:
+        device: type of device that the tensors stand for.
+
+    Attributes:
+        phase: what the code is in now; set from outside.
+        products: on a CPU the shapes of products of bfloat16 matrices so far, each once, and the name of its first phase.
+        answer: what every number is.
+        heap: that of a CPU: it holds what was made after the phase "build".
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.phase: Phase = BUILD
+        self.products: dict[Hashable, str] = {}
+        self.answer: float = 0
+        self.heap: Heap | PooledHeap | None = None
+        if device == "cpu":
+            self.heap = PooledHeap() if pool_available() else Heap()
+        self._block = _BLOCKS.get(device, 64)
+        self._events: list[_Event] = []
+        self._live: dict[int, tuple[int, int]] = {}  # by address: number and bytes
+        self._kinds: dict[int, str] = {}
+        self._count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every operation."""
+        if function is _aten._local_scalar_dense.default:
+            return self.answer
+        grouped = function is _aten._grouped_mm.default
+        if self.heap is not None:  # nobody asks for those of a GPU
+            if function in _FIRST_FACTOR:
+                first = _FIRST_FACTOR[function]
+                self._note_product(*args[first : first + 2])
+            elif grouped:
+                self._note_grouped_product(*args[:2])
+        # Its rule for the meta device knows bfloat16 alone, its kernels more.
+        run = _grouped_product if grouped else recalled(function)
+        result = run(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._write_down(result)
+        elif isinstance(result, (tuple, list)):
+            for one in result:
+                if isinstance(one, Tensor):
+                    self._write_down(one)
+        return result
+
+    def label(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Say what the storages of these tensors are: it holds for all of their life, and the last word counts."""
+        for tensor in tensors:
+            self._kinds[self._write_down(tensor)] = kind
+
+    def label_unknown(self, kind: str, *, since: int = 0) -> None:
+        """Say the same of all storages that live now, are not labelled, and came after the first `since` of all."""
+        for number, _ in self._live.values():
+            if number >= since:
+                self._kinds.setdefault(number, kind)
+
+    def label_born_in(self, phase: Phase, kind: str) -> None:
+        """Say the same of all storages that began in a phase and are not labelled."""
+        for event in self._events:
+            if event.phase == phase and event.size > 0:
+                self._kinds.setdefault(event.storage, kind)
+
+    @property
+    def count(self) -> int:
+        """Storages so far."""
+        return self._count
+
+    @property
+    def events(self) -> int:
+        """Births and deaths so far."""
+        return len(self._events)
+
+    def peaks(self, since: int = 0) -> dict[Phase, Counter[str]]:
+        """The bytes of each kind when most were held, for every phase; what was never labelled is "workspace".
+
+        Args:
+            since: number of the event that the phases begin with: what was held before counts as held.
+        """
+        held: Counter[str] = Counter()
+        highest: dict[Phase, int] = {}
+        found: dict[Phase, Counter[str]] = {}
+        phase: Phase | None = None
+        for event in self._events[:since]:
+            held[self._kinds.get(event.storage, "workspace")] += event.size
+        total = sum(held.values())
+        for event in self._events[since:]:
+            if event.phase != phase:  # what a phase starts with counts as its own
+                phase = event.phase
+                if total > highest.get(phase, -1):
+                    highest[phase], found[phase] = total, held.copy()
+            held[self._kinds.get(event.storage, "workspace")] += event.size
+            total += event.size
+            if total > highest[phase]:
+                highest[phase], found[phase] = total, held.copy()
+        return found
+
+    def _note_product(self, left: Tensor, right: Tensor) -> None:
+        if left.dtype == torch.bfloat16 and left.numel() > 0:
+            self.products.setdefault((left.shape, left.stride(), right.shape, right.stride()), self.phase[0])
+
+    def _note_grouped_product(self, left: Tensor, right: Tensor) -> None:
+        """Of each group the router says how many rows it has: any number, another one in each step."""
+        rows = left.shape[-1 if left.dim() == right.dim() else 0]
+        shapes = (left.shape, right.shape, right.stride())
+        if left.dtype == torch.bfloat16 and (*shapes, rows) not in self.products:  # else another layer had them
+            self.products.update({(*shapes, count): self.phase[0] for count in range(1, rows + 1)})
+
+    def _write_down(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        known = self._live.get(address)
+        if known is not None:
+            return known[0]
+        number = self._count
+        self._count += 1
+        size = -(-storage.nbytes() // self._block) * self._block
+        self._live[address] = (number, size)
+        self._events.append(_Event(number, size, self.phase))
+        if self.heap is not None and self.phase != BUILD:
+            self.heap.allocate(number, size)
+        weakref.finalize(storage, self._freed, address)
+        return number
+
+    def _freed(self, address: int) -> None:
+        number, size = self._live.pop(address)
+        self._events.append(_Event(number, -size, self.phase))
+        if self.heap is not None:
+            self.heap.free(number)
+
+
+def _grouped_product(
+    left: Tensor,
+    right: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The result of `torch._grouped_mm`: products of groups of rows with matrices, or of groups of both."""
+    shape = [left.shape[-2], right.shape[-1]]
+    if left.dim() == 2 and right.dim() == 2:
+        assert offs is not None
+        shape = [offs.shape[0], *shape]
+    elif left.dim() == 3 and right.dim() == 3:
+        shape = [left.shape[0], *shape]
+    return left.new_empty(shape, dtype=out_dtype)

@@ -1,0 +1,75 @@
+"""How a recipe is read and checked, and how the method's defaults complete it.
+
+A recipe file holds only what differs from the method's defaults. `load_recipe` finds every problem at once; `resolve`
+gives the whole that the run prints and saves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sbft.errors import RecipeError
+from sbft.recipe.defaults import complete
+from sbft.recipe.draft import Draft
+from sbft.recipe.pretraining import is_pretraining, with_defaults
+from sbft.recipe.problems import find_problems
+from sbft.recipe.schema import Recipe
+
+
+def load_recipe(source: str | Path | None = None, overrides: list[str] | None = None, **flags: Any) -> Recipe:
+    """Read a recipe and check all of it.
+
+    Args:
+        source: a YAML file, the name of a recipe that ships with sbft, or None for one given by flags alone.
+        overrides: `a.b=c` each, the value in YAML; they win over the file.
+        **flags: `model`, `method`, `data`, `eval_data`, `output_dir`; they win over the file. None: not given.
+
+    Returns:
+        The recipe as written, without the method's defaults: see `resolve`.
+
+    Raises:
+        RecipeError: with every problem at once: file and line, key, what was expected, the nearest right key.
+    """
+    draft = Draft.read(source) if source is not None else Draft({}, name="recipe")
+    draft.apply_flags(flags)
+    draft.apply_overrides(overrides or [])
+    _refuse(draft)
+    return Recipe.model_validate(draft.content)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The whole recipe: every setting of the method that this one leaves open filled in.
+
+    Raises:
+        RecipeError: with every problem at once, if settings are wrong or contradict one another.
+    """
+    draft = Draft(recipe.model_dump(exclude_unset=True), name="recipe")
+    _refuse(draft)
+    return Recipe.model_validate(complete(draft.content))
+
+
+def for_pretraining(recipe: Recipe) -> Recipe:
+    """A recipe with the defaults of pretraining where it says nothing; see `sbft.recipe.pretraining.PRETRAINING`.
+
+    Raises:
+        RecipeError: if it is none of pretraining.
+    """
+    content = recipe.model_dump(exclude_unset=True)
+    if not is_pretraining(content):
+        raise RecipeError(
+            f"This recipe trains {recipe.model} on the examples of {recipe.data.train}, which is no pretraining. Type sbft "
+            "train in the place of sbft pretrain; or, to learn every token of a text, write model: scratch:1m for a fresh "
+            "model, or data.train_tokens for how many tokens of it a checkpoint shall be trained on."
+        )
+    draft = Draft(with_defaults(content), name="recipe")
+    _refuse(draft)
+    return Recipe.model_validate(draft.content)
+
+
+def _refuse(draft: Draft) -> None:
+    problems = find_problems(draft)
+    if len(problems) == 1:
+        raise RecipeError(problems[0])
+    if problems:
+        raise RecipeError("\n".join([f"{len(problems)} problems in the recipe:", *(f"- {p}" for p in problems)]))

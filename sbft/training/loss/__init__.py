@@ -1,0 +1,1 @@
+"""The loss from hidden states, without the logits of all tokens."""
