@@ -34,7 +34,7 @@ from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.packing_probe import PackedBatches
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
-from tests.unit.test_saving import SmallFiles
+from tests.unit.training.checkpointing.test_saving import SmallFiles
 
 STEPS, BATCH = 4, 4
 

@@ -1,0 +1,45 @@
+"""The Triton kernels: in the interpreter, on a GPU where there is one, and compiled for one where there is none.
+
+Each in a process of its own: Triton decides on its import whether it interprets, for all other tests of a process too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[3]
+
+
+def run(cases: str, cache: Path, **environment: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/{cases}.py"]
+    finished = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**inherited, "TRITON_CACHE_DIR": str(cache), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout[-10_000:]
+
+
+def test_in_the_interpreter(tmp_path: Path) -> None:
+    run("cuda_cases", tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_the_gpu(tmp_path: Path) -> None:
+    run("cuda_cases", tmp_path)
+
+
+def test_compiled_for_hopper(tmp_path: Path) -> None:
+    run("cuda_compilation", tmp_path)

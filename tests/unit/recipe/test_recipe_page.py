@@ -1,0 +1,73 @@
+"""docs/recipes.md: its tables are the schema's keys, and its examples are recipes.
+
+    python -m tests.unit.recipe.test_recipe_page
+
+writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from sbft.recipe import load_recipe
+from sbft.recipe.draft import read_yaml
+from sbft.recipe.problems import SECTIONS
+from sbft.recipe.schema import Recipe
+from sbft.recipe.training_keys import training_types
+
+PAGE = Path(__file__).parents[3] / "docs" / "recipes.md"
+
+
+def table(section: type[BaseModel]) -> str:
+    """Of one section: its keys that are no sections themselves, their defaults and what they mean."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in section.model_fields.items():
+        if section is Recipe and (name in SECTIONS or name == "training"):
+            continue
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        shown = "" if default in (None, [], {}) else f"`{yaml.safe_dump(default).split()[0]}`"
+        shown = "required" if field.is_required() else shown
+        lines.append(f"| `{name}` | {shown} | {' '.join((field.description or '').split()).rstrip('.')} |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, str]:
+    """What stands between the marks of each section."""
+    return {name: table(section) for name, section in {"top": Recipe, **SECTIONS}.items()}
+
+
+def with_tables(text: str) -> str:
+    for name, rows in tables().items():
+        begin, end = f"<!-- {name}: begin -->", "<!-- end -->"
+        before, after = text.split(begin)
+        text = f"{before}{begin}\n\n{rows}\n\n{end}{after.split(end, 1)[1]}"
+    return text
+
+
+def test_the_tables_are_those_of_the_schema() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "type python -m tests.unit.recipe.test_recipe_page"
+    assert not re.search(r"\|  \|$", text, re.MULTILINE), "a key of the schema has no docstring"
+
+
+def test_the_settings_of_training_exist() -> None:
+    section = PAGE.read_text(encoding="utf-8").partition("## training")[2].partition("## optimizer")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall("`(.*?)`", cell)]
+    assert len(names) > 10 and set(names) <= set(training_types())
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+def test_its_examples_are_recipes(text: str, tmp_path: Path) -> None:
+    example = tmp_path / "example.yaml"
+    example.write_text(yaml.safe_dump({"model": "m", "data": {"train": "d.jsonl"}} | read_yaml(text)), encoding="utf-8")
+    assert load_recipe(example)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
