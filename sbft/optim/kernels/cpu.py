@@ -1,8 +1,8 @@
 """The updates on a CPU, compiled from cpu.cpp on first use and called without copies; arguments as in `reference`.
 
-The library is built by the machine's C++ compiler, into the user's cache, under a name that holds the source, the compiler's
-version, the flags and the processor, so that it is built once and never used where it does not fit. What the compiled code does
-not cover (weights that are not contiguous, gradients of another dtype) goes to the reference.
+The library is built by the machine's C++ compiler into the user's cache. Its name is a hash of the source, the compiler's
+version, the flags and the processor, so that it is built once and never used where it does not fit. Updates that the compiled
+code does not cover (weights that are not contiguous, gradients of another dtype) fall back to the reference.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sbft.native import compiling
 from sbft.native.openmp import openmp_runtime
-from sbft.optim.kernels import reference
-from sbft.optim.kernels.reference import Key
+from sbft.optim.kernels.blocks import Key, matrices
+from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -30,12 +31,12 @@ _FLAGS = [
     "-O1", "-finline-functions", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip
-_ELEMENTS_PER_THREAD = 1 << 15  # below this a second thread costs more to wake than it saves
-
+_ELEMENTS_PER_THREAD = 1 << 15  # below this, waking a second thread costs more than it saves
 
 # The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 34 fields one
-# by one takes longer than updating a layer norm.
+# by one takes longer than updating the weight of a layer norm.
 _CALL = struct.Struct("@9P10q7d6i2I")
+_CALL_MEMORY = ctypes.c_char * _CALL.size
 _WEIGHT_SUM = struct.Struct("@d")
 _WEIGHT_SUM_OFFSET = struct.calcsize("@9P10q")
 _SUM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
@@ -43,7 +44,7 @@ _SUM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, built if need be; None, after one warning, where it cannot be built."""
+    """The compiled library, built if necessary; None, after one warning, where it cannot be built."""
     try:
         _share_openmp_runtime()
         compiled = ctypes.CDLL(str(build()))
@@ -65,12 +66,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def build(folder: Path | None = None) -> Path:
-    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.native.compiling.build`."""
+    """Compile cpu.cpp unless it is in the cache, and return the library's path; see `sbft.native.compiling.build`."""
     return compiling.build(_SOURCE, _FLAGS, facts=[compiling.processor()], folder=folder)
 
 
 def _share_openmp_runtime() -> None:
-    """Let our code use the OpenMP runtime that torch has loaded; a second one's threads would fight over the cores."""
+    """Let the library use the OpenMP runtime that torch has loaded: the threads of two would compete for the cores."""
     path = openmp_runtime()
     if path is not None:
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -79,13 +80,13 @@ def _share_openmp_runtime() -> None:
 def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
     """Whether the compiled code can do this update; otherwise the reference does."""
     usual = weight.is_contiguous() and grad.dtype == weight.dtype and weight.numel() > 0
-    # It sums over all other ranks, not over those with other rows and those with other columns.
+    # It sums over all other ranks, not apart over those with other rows and those with other columns.
     one_cut = shard is None or shard.over_rows is None
     return usual and one_cut and library() is not None
 
 
 class _SumOverRanks:
-    """`Shard.sum` as a function that compiled code may call. What goes wrong in it is raised by `check`."""
+    """`Shard.sum` as a function that compiled code may call. `check` raises the error of a call that failed."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
@@ -97,30 +98,29 @@ class _SumOverRanks:
         memory = (ctypes.c_double * count).from_address(address)
         try:
             self._shard.all_reduce(torch.frombuffer(memory, dtype=torch.float64))
-        except BaseException as error:  # it cannot pass through compiled code
+        except BaseException as error:  # cannot be raised through compiled code
             self._error = error
             memory[:] = [math.nan] * count
 
     def check(self) -> None:
-        del self._function  # it holds this object, which holds it
+        del self._function  # breaks the cycle with this object
         if self._error is not None:
             raise self._error
+
+
+State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Tensors of a state in the order of `struct Call`: row, column, first and second moment, mass, mass of the second."""
 
 
 def _run(
     function: str,
     weight: Tensor,
     grad: Tensor,
+    state: State,
     key: Key,
     shard: Shard | None,
     *,
-    row: Tensor | None = None,
-    column: Tensor | None = None,
-    first: Tensor | None = None,
-    second: Tensor | None = None,
-    mass: Tensor | None = None,
-    second_mass: Tensor | None = None,
-    weight_sum: float = -1.0,
+    weight_square_sum: float | None = None,
     average_weight: float = 0.0,
     first_weight: float = 0.0,
     lr: float,
@@ -134,37 +134,40 @@ def _run(
         rows, columns = grad.shape if grad.ndim == 2 else (1, grad.numel())
         geometry = (1, rows, columns, rows * columns, columns, 1)
     else:
-        view = reference.matrices(grad)
+        view = matrices(grad)
         stack_stride, row_stride, column_stride = view.stride()
         geometry = (*view.shape, stack_stride, row_stride, 1 if view.shape[2] == 1 else column_stride)
     count = weight.numel()
-    threads = min(torch.get_num_threads(), count // _ELEMENTS_PER_THREAD) or 1
-    tensors = (weight, grad, row, column, first, second, mass, second_mass)
+    shares = count // _ELEMENTS_PER_THREAD
+    threads = 1 if shares <= 1 else min(torch.get_num_threads(), shares)
     sums, whole, split = None, (0, geometry[1], geometry[2], count), (False, False)
     if shard is not None:
         sums, split = _SumOverRanks(shard), (shard.rows_split, shard.columns_split)
         rows, columns = shard.shape[0] if split[0] else geometry[1], shard.shape[-1] if split[1] else geometry[2]
         whole = (shard.offset, rows, columns, shard.count)
-    call = ctypes.create_string_buffer(
+    call = _CALL_MEMORY.from_buffer_copy(
         _CALL.pack(
-            *[0 if tensor is None else tensor.data_ptr() for tensor in tensors],
+            weight.data_ptr(),
+            grad.data_ptr(),
+            *[0 if tensor is None else tensor.data_ptr() for tensor in state],
             0 if sums is None else sums.address,
             *geometry,
             *whole,
-            *(weight_sum, average_weight, first_weight, lr, clip_threshold, eps, weight_decay),
+            -1.0 if weight_square_sum is None else weight_square_sum,
+            *(average_weight, first_weight, lr, clip_threshold, eps, weight_decay),
             *(weight.dtype == torch.bfloat16, relative_step, threads, key is not None, *split),
             *(key or (0, 0)),
-        ),
-        _CALL.size,
+        )
     )
     grad_square_sum: float = getattr(library(), function)(call)
     if sums is not None:
         sums.check()
-    torch.autograd.graph.increment_version(weight)
+    increment_version(weight)
     (new_sum,) = _WEIGHT_SUM.unpack_from(call, _WEIGHT_SUM_OFFSET)
     return grad_square_sum, new_sum if new_sum >= 0 else None
 
 
+@or_reference(_covers)
 def adafactor_factored(
     weight: Tensor,
     grad: Tensor,
@@ -178,23 +181,13 @@ def adafactor_factored(
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
     """See `reference.adafactor_factored`."""
-    if not _covers(weight, grad, shard):
-        return reference.adafactor_factored(weight, grad, row, column, mass, None, key=key, shard=shard, **settings)
-    known = -1.0 if weight_square_sum is None else weight_square_sum
+    state = row, column, None, None, mass, None
     return _run(
-        "sbft_adafactor_factored",
-        weight,
-        grad,
-        key,
-        shard,
-        row=row,
-        column=column,
-        mass=mass,
-        weight_sum=known,
-        **settings,
+        "sbft_adafactor_factored", weight, grad, state, key, shard, weight_square_sum=weight_square_sum, **settings
     )
 
 
+@or_reference(_covers)
 def adafactor_full(
     weight: Tensor,
     grad: Tensor,
@@ -207,14 +200,11 @@ def adafactor_full(
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
     """See `reference.adafactor_full`."""
-    if not _covers(weight, grad, shard):
-        return reference.adafactor_full(weight, grad, second_moment, mass, None, key=key, shard=shard, **settings)
-    known = -1.0 if weight_square_sum is None else weight_square_sum
-    return _run(
-        "sbft_adafactor_full", weight, grad, key, shard, second=second_moment, mass=mass, weight_sum=known, **settings
-    )
+    state = None, None, None, second_moment, mass, None
+    return _run("sbft_adafactor_full", weight, grad, state, key, shard, weight_square_sum=weight_square_sum, **settings)
 
 
+@or_reference(_covers)
 def adamw(
     weight: Tensor,
     grad: Tensor,
@@ -229,17 +219,11 @@ def adamw(
     **settings: Any,
 ) -> float | Tensor:
     """See `reference.adamw`."""
-    if not _covers(weight, grad, shard):
-        return reference.adamw(
-            weight, grad, first_moment, second_moment, first_mass, second_mass, second_weight=second_weight, key=key,
-            shard=shard, **settings,
-        )  # fmt: skip
-    return _run(
-        "sbft_adamw", weight, grad, key, shard, first=first_moment, second=second_moment, mass=first_mass,
-        second_mass=second_mass, average_weight=second_weight, **settings,
-    )[0]  # fmt: skip
+    state = None, None, first_moment, second_moment, first_mass, second_mass
+    return _run("sbft_adamw", weight, grad, state, key, shard, average_weight=second_weight, **settings)[0]
 
 
+@or_reference(_covers)
 def sgd(
     weight: Tensor,
     grad: Tensor,
@@ -252,10 +236,5 @@ def sgd(
     **settings: Any,
 ) -> float | Tensor:
     """See `reference.sgd`."""
-    if not _covers(weight, grad, shard):
-        return reference.sgd(
-            weight, grad, momentum, mass, momentum_weight=momentum_weight, key=key, shard=shard, **settings
-        )
-    return _run(
-        "sbft_sgd", weight, grad, key, shard, first=momentum, mass=mass, average_weight=momentum_weight, **settings
-    )[0]
+    state = None, None, momentum, None, mass, None
+    return _run("sbft_sgd", weight, grad, state, key, shard, average_weight=momentum_weight, **settings)[0]

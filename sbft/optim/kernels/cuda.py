@@ -17,15 +17,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.optim.kernels import cuda_elementwise, reference
+from sbft.optim.kernels import cuda_elementwise
+from sbft.optim.kernels.blocks import Key, matrices
 from sbft.optim.kernels.cuda_plans import FactoredPlan, LineLaunches, factored_launches, line_launches
-from sbft.optim.kernels.reference import Key, matrices
+from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
 from sbft.rounding import signed_32
+
+# Where the reference takes over
+
+
+def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
+    """Whether the programs can update a weight.
+
+    The programs take noise for consecutive elements. Where a row is split over several ranks, every row of a rank begins at
+    another index. The reference, in blocks of a million elements there, takes some 20 launches each, and the ranks share the
+    work.
+    """
+    return weight.is_contiguous() and weight.numel() > 0 and (shard is None or not shard.columns_split)
+
+
+def _keep_pace(shard: Shard | None, grad_square_sum: Tensor, counts: list[int]) -> None:
+    """Send so many zeros where the gradient is not finite: the programs of other ranks do not wait to learn that and go on
+    sending, while the reference of a rank without elements has returned."""
+    if shard is not None and not torch.isfinite(grad_square_sum):
+        for count in counts:
+            shard.sum(torch.zeros(count, device=grad_square_sum.device))
+
+
+def _keep_pace_with_factored(shard: Shard | None, sums: tuple[Tensor, Tensor | None]) -> None:
+    _keep_pace(shard, sums[0], [1, 2] if shard is not None and shard.rows_split else [2])
+
+
+def _keep_pace_with_full(shard: Shard | None, sums: tuple[Tensor, Tensor | None]) -> None:
+    _keep_pace(shard, sums[0], [2])
+
 
 # Adafactor
 
 
+@or_reference(_covers, after=_keep_pace_with_factored)
 def adafactor_factored(
     weight: Tensor,
     grad: Tensor,
@@ -44,14 +75,6 @@ def adafactor_factored(
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_factored`; what it returns stays on the device."""
-    if not _covers(weight, shard):
-        found = reference.adafactor_factored(
-            weight, grad, row, column, mass, weight_square_sum, average_weight=average_weight, lr=lr,
-            relative_step=relative_step, clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay, key=key,
-            shard=shard,
-        )  # fmt: skip
-        _keep_pace(shard, found[0], [1, 2] if shard is not None and shard.rows_split else [2])
-        return found
     g, shrink = matrices(grad), 1.0 - lr * weight_decay
     launches = factored_launches(
         g.shape, g.stride(), weight.dtype, g.dtype, grad.is_contiguous(), weight.device,
@@ -79,6 +102,7 @@ def adafactor_factored(
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
 
 
+@or_reference(_covers, after=_keep_pace_with_full)
 def adafactor_full(
     weight: Tensor,
     grad: Tensor,
@@ -96,14 +120,6 @@ def adafactor_full(
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_full`; what it returns stays on the device."""
-    if not _covers(weight, shard):
-        found = reference.adafactor_full(
-            weight, grad, second_moment, mass, weight_square_sum, average_weight=average_weight, lr=lr,
-            relative_step=relative_step, clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay, key=key,
-            shard=shard,
-        )  # fmt: skip
-        _keep_pace(shard, found[0], [2])
-        return found
     g, shrink = matrices(grad), 1.0 - lr * weight_decay
     line = _line(weight, grad, shard, cuda_elementwise.apply_full, shrink, key, RELATIVE=relative_step)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
@@ -176,30 +192,14 @@ def _sum_squares(line: LineLaunches, grad: Tensor, scratch: Tensor, shard: Shard
         _sum_over_ranks(shard, scratch[16:][: line.programs].view(-1, 1))
 
 
-def _keep_pace(shard: Shard | None, grad_square_sum: Tensor, counts: list[int]) -> None:
-    """The programs of other ranks do not wait to learn that a gradient is not finite: they go on sending so many numbers,
-    where the reference of a rank without elements has returned."""
-    if shard is not None and not torch.isfinite(grad_square_sum):
-        for count in counts:
-            shard.sum(torch.zeros(count, device=grad_square_sum.device))
-
-
 def _count(weight: Tensor, shard: Shard | None) -> float:
     return float(weight.numel() if shard is None else shard.count)
-
-
-def _covers(weight: Tensor, shard: Shard | None) -> bool:
-    """Whether the programs can update a weight; otherwise the reference does.
-
-    The programs take noise for consecutive elements. Where a row lies on several ranks, every row of a rank begins elsewhere;
-    the reference, in blocks of a million elements there, takes some 20 launches each, and the ranks share the work.
-    """
-    return weight.is_contiguous() and weight.numel() > 0 and (shard is None or not shard.columns_split)
 
 
 # AdamW and SGD
 
 
+@or_reference(_covers)
 def adamw(
     weight: Tensor,
     grad: Tensor,
@@ -217,11 +217,6 @@ def adamw(
     shard: Shard | None = None,
 ) -> Tensor:
     """As `reference.adamw`; what it returns stays on the device."""
-    if not _covers(weight, shard):
-        return reference.adamw(
-            weight, grad, first_moment, second_moment, first_mass, second_mass, first_weight=first_weight,
-            second_weight=second_weight, lr=lr, eps=eps, weight_decay=weight_decay, key=key, shard=shard,
-        )  # fmt: skip
     g, shrink, has_first = matrices(grad), 1.0 - lr * weight_decay, first_moment is not None
     line = _line(weight, grad, shard, cuda_elementwise.apply_adamw, shrink, key, FIRST_MOMENT=has_first)
     with _current(weight.device):
@@ -236,6 +231,7 @@ def adamw(
     return scalars[0]
 
 
+@or_reference(_covers)
 def sgd(
     weight: Tensor,
     grad: Tensor,
@@ -249,11 +245,6 @@ def sgd(
     shard: Shard | None = None,
 ) -> Tensor:
     """As `reference.sgd`; what it returns stays on the device."""
-    if not _covers(weight, shard):
-        return reference.sgd(
-            weight, grad, momentum, mass, momentum_weight=momentum_weight, lr=lr, weight_decay=weight_decay, key=key,
-            shard=shard,
-        )  # fmt: skip
     g, shrink = matrices(grad), 1.0 - lr * weight_decay
     line = _line(weight, grad, shard, cuda_elementwise.apply_sgd, shrink, key, MOMENTUM=momentum is not None)
     with _current(weight.device):

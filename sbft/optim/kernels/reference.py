@@ -12,18 +12,13 @@ of the squared gradient; if that is not finite, nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sbft import rounding
+from sbft.optim.kernels.blocks import Block, Key, average_, blocks_of, matrices, square_root, store_, sum_of_squares
 from sbft.optim.sharding import Shard
-from sbft.rounding import noise_at, noise_from_key, stochastic_round
-
-BLOCK_ELEMENTS = 1 << 13
-"""Elements handled at once, so that all temporaries of a step together stay below 1 MiB."""
 
 SMALLEST_RMS = 1e-3
 """Floor of the weight's RMS in a relative step (Shazeer and Stern, arXiv 1804.04235, section 8: epsilon 2)."""
@@ -31,90 +26,6 @@ SMALLEST_RMS = 1e-3
 SMALLEST_RATIO = 2.0**-126
 """Floor of a row's second moment as a share of the mean, float32's smallest normal number: what is left of a row without
 gradient vanishes beside large ones, and its factor would be infinite."""
-
-Key = rounding.Key | None
-
-
-GPU_BLOCK_ELEMENTS = 1 << 20
-"""The same on a GPU, where every operation is a launch, which takes as long as some hundred thousand elements."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A run of consecutive elements of a (B, R, C) tensor: some rows whole, or a piece of one row."""
-
-    index: tuple[int, slice, slice]
-    offset: int
-    count: int
-
-
-def matrices(tensor: Tensor) -> Tensor:
-    """A (B, R, C) view of a tensor of any shape, leading dimensions flattened.
-
-    Raises:
-        ValueError: if the strides of a tensor of more than three dimensions allow no such view.
-    """
-    if tensor.ndim <= 3:
-        return tensor[(None,) * (3 - tensor.ndim)]
-    try:
-        return tensor.view(-1, *tensor.shape[-2:])
-    except RuntimeError:
-        raise ValueError(
-            f"a parameter or gradient of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be seen as a stack "
-            "of matrices: make the parameter contiguous"
-        ) from None
-
-
-def blocks(shape: torch.Size, most: int = BLOCK_ELEMENTS) -> Iterator[Block]:
-    """Cut a (B, R, C) shape into blocks of at most so many elements, in order of their global index."""
-    stack, rows, columns = shape
-    row_step, column_step = max(1, most // max(columns, 1)), max(1, min(columns, most))
-    for b in range(stack):
-        for r in range(0, rows, row_step):
-            for c in range(0, columns, column_step):
-                r_end, c_end = min(r + row_step, rows), min(c + column_step, columns)
-                count = (r_end - r) * (c_end - c)
-                yield Block((b, slice(r, r_end), slice(c, c_end)), (b * rows + r) * columns + c, count)
-
-
-def blocks_of(tensor: Tensor) -> Iterator[Block]:
-    """Cut a (B, R, C) tensor into blocks of a size that suits its device."""
-    return blocks(tensor.shape, BLOCK_ELEMENTS if tensor.device.type in ("cpu", "meta") else GPU_BLOCK_ELEMENTS)
-
-
-def sum_of_squares(tensor: Tensor, values: Callable[[Block], Tensor]) -> Tensor:
-    """Sum of the squares of `values(block)` over all blocks of a tensor; float32 of shape ()."""
-    total = torch.zeros((), dtype=torch.float32, device=tensor.device)
-    for block in blocks_of(tensor):
-        total += values(block).square().sum()
-    return total
-
-
-def average_(average: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
-    """Move an average in place towards `value` by `weight`, a number, or a tensor of shape () on its device."""
-    if isinstance(weight, Tensor):
-        weight = weight.to(average.dtype)  # as a number is taken
-    return average.add_((value - average).mul_(weight))
-
-
-def store_(weight: Tensor, block: Block, values: Tensor, key: Key, shard: Shard | None) -> None:
-    """Write float32 `values` into a block of a (B, R, C) weight, rounded as its dtype and the key ask."""
-    if weight.dtype == torch.bfloat16 and key is not None:
-        if shard is not None and shard.columns_split:
-            b, r, c = block.index
-            row = torch.arange(r.start, r.stop, device=weight.device) + b * weight.shape[1]
-            column = torch.arange(c.start, c.stop, device=weight.device) + shard.offset
-            noise = noise_at(key, (row[:, None] * shard.shape[-1] + column).view(-1))
-        else:
-            offset = block.offset + (0 if shard is None else shard.offset)
-            noise = noise_from_key(key, block.count, offset, weight.device)
-        values = stochastic_round(values, noise.view(values.shape))
-    weight[block.index].copy_(values)
-
-
-def square_root(values: Tensor) -> Tensor:
-    """Correctly rounded; torch's own on a CPU is a step of float32 off for one number in 150 (torch 2.13, through MKL)."""
-    return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()
 
 
 # Adafactor
@@ -209,7 +120,7 @@ def adafactor_factored(
     row: Tensor,
     column: Tensor,
     mass: Tensor,
-    weight_square_sum: Tensor | None,
+    weight_square_sum: float | Tensor | None,
     *,
     average_weight: float | Tensor,
     lr: float | Tensor,
@@ -219,7 +130,7 @@ def adafactor_factored(
     weight_decay: float,
     key: Key,
     shard: Shard | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, float | Tensor | None]:
     """Adafactor with a second moment factored over the last two dimensions (arXiv 1804.04235, algorithm 4).
 
     Args:
@@ -228,7 +139,8 @@ def adafactor_factored(
         row: (..., R) float32, average over time of the squared gradient's mean over columns.
         column: (..., C) float32, the same over rows.
         mass: weight that the two averages have collected.
-        weight_square_sum: sum of the squared weights as they are now, if known from the last update; shape ().
+        weight_square_sum: sum of the squared weights as they are now, if known from the last update; shape (). A float, which
+            the C++ update carries, is not used: its terms were added in another order.
         average_weight: weight of this gradient in the averages, one minus beta2.
         lr: learning rate.
         relative_step: whether the step is scaled by the weight's RMS.
@@ -262,7 +174,7 @@ def adafactor_full(
     grad: Tensor,
     second_moment: Tensor,
     mass: Tensor,
-    weight_square_sum: Tensor | None,
+    weight_square_sum: float | Tensor | None,
     *,
     average_weight: float | Tensor,
     lr: float | Tensor,
@@ -272,7 +184,7 @@ def adafactor_full(
     weight_decay: float,
     key: Key,
     shard: Shard | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, float | Tensor | None]:
     """Adafactor with a second moment per element, for vectors and small matrices.
 
     `second_moment` is float32 of the weight's shape, contiguous; everything else as in `adafactor_factored`.
@@ -301,7 +213,7 @@ def _gradient_square_sum(grad: Tensor, shard: Shard | None) -> Tensor:
 def _step_and_apply(
     w: Tensor,
     update: Callable[[Block], Tensor],
-    weight_square_sum: Tensor | None,
+    weight_square_sum: float | Tensor | None,
     lr: float | Tensor,
     relative_step: bool,
     clip_threshold: float,
@@ -310,6 +222,8 @@ def _step_and_apply(
     shard: Shard | None,
 ) -> Tensor | None:
     update_square_sum = sum_of_squares(w, update)
+    if not isinstance(weight_square_sum, Tensor):
+        weight_square_sum = None
     if relative_step and weight_square_sum is None:
         weight_square_sum = sum_of_squares(w, lambda block: w[block.index].float())
     count = w.numel()
