@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.optim.base import Average, TokenOptimizer
-from sbft.optim.kernels import backend_for
-from sbft.optim.sharding import Shard, zeros_beside
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.group_settings import Average
+from sbft.optim.sharding import zeros_beside
+from sbft.optim.update import Update
 
 FACTORED_FROM = 128
 SECOND_MOMENT = Average("second_moment_half_life", "beta2")
@@ -82,7 +83,7 @@ class Adafactor(TokenOptimizer):
 
     def _start_transient(self) -> None:
         super()._start_transient()
-        # What the last update left as a weight's sum of squares, and the weight's version then: spares a read per step.
+        # Sum of squares of each weight after its last update, and the weight's version then: saves a read per step.
         self._weight_square_sums: dict[Tensor, tuple[tuple[int, int], Any]] = {}
 
     def _validate(self, group: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ class Adafactor(TokenOptimizer):
         if not (isinstance(smallest, int) and smallest >= 1):
             raise ValueError(f"min_dim_size_to_factor must be an integer of at least 1, got {smallest!r}")
 
-    def _follows_steps(self, group: dict[str, Any]) -> bool:
+    def varies_by_step(self, group: dict[str, Any]) -> bool:
         return bool(group["schedule"] == "power")
 
     def _second_moment_weight(self, group: dict[str, Any]) -> float | Tensor:
@@ -108,44 +109,36 @@ class Adafactor(TokenOptimizer):
         return (self.clock.steps + 1.0) ** -group["beta2"]
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        # State dicts of before the setting existed have none.
+        # State dicts that were saved before the setting existed have none.
         init_factored_moment(param, state, group.get("min_dim_size_to_factor", FACTORED_FROM))
 
-    def _update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        key: tuple[int, int] | None,
-        shard: Shard | None,
-    ) -> float | Tensor:
+    def _update(self, update: Update) -> float | Tensor:
+        param, group = update.param, update.group
         version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
-        settings = {
-            "average_weight": self._second_moment_weight(group),
-            "lr": self._rate(group),
-            "relative_step": group["relative_step"],
-            "clip_threshold": group["clip_threshold"],
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "key": key,
-            "shard": shard,
-        }
         known = square_sum if version == (param.data_ptr(), param._version) else None
-        grad_square_sum, square_sum = update_with_factored_moment(param, grad, state, known, **settings)
-        if self._captured and isinstance(known, Tensor):
-            square_sum = known.copy_(square_sum)  # a captured update looks for it there
+        grad_square_sum, square_sum = update_with_factored_moment(
+            update,
+            known,
+            average_weight=self._second_moment_weight(group),
+            lr=self._rate(group),
+            relative_step=group["relative_step"],
+            clip_threshold=group["clip_threshold"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        if self._captured and isinstance(known, Tensor) and isinstance(square_sum, Tensor):
+            square_sum = known.copy_(square_sum)  # a captured update reads it at this address
         self._weight_square_sums[param] = ((param.data_ptr(), param._version), square_sum)
         return grad_square_sum
 
 
 def init_factored_moment(param: Tensor, state: dict[str, Tensor], smallest: int = FACTORED_FROM) -> None:
-    """Put Adafactor's state of a parameter into `state` unless it is there; whole where a dimension is under `smallest`."""
+    """Put Adafactor's state of a parameter into an empty `state`; not factored where a dimension is below `smallest`."""
     if state:
         return
     if param.ndim >= 2 and min(param.shape[-2:]) >= smallest:
         state["row"] = zeros_beside(param, range(param.ndim - 1))
-        # Sums over rows, or over columns, that lie on several ranks: then each of these has the average of all.
+        # Where the rows (or columns) that one of them sums over are on several ranks, each of these has the whole average.
         state["column"] = zeros_beside(param, [*range(param.ndim - 2), param.ndim - 1])
     else:
         state["second_moment"] = zeros_beside(param)
@@ -153,20 +146,26 @@ def init_factored_moment(param: Tensor, state: dict[str, Tensor], smallest: int 
 
 
 def update_with_factored_moment(
-    param: Tensor, grad: Tensor, state: dict[str, Tensor], weight_square_sum: Any, **settings: Any
-) -> tuple[float | Tensor, Any]:
-    """Adafactor's update of one parameter by the kernel of its device; settings as in `kernels.reference`.
+    update: Update, weight_square_sum: float | Tensor | None, **settings: Any
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """Adafactor's update of one parameter by the kernel of its device.
+
+    Args:
+        update: its state is that of `init_factored_moment`.
+        weight_square_sum: sum of the squared weights as they are now, if known.
+        settings: of `kernels.reference.adafactor_factored`, but for `key` and `shard`.
 
     Returns:
         Sum of the squared gradient; and of the squared new weights, for a relative step.
     """
-    kernels = backend_for(param.device)
+    param, grad, _, state, key, shard, kernels = update
+    square_sums: tuple[float | Tensor, float | Tensor | None]
     if "row" in state:
-        factors = state["row"], state["column"], state["mass"]
-        updated = kernels.adafactor_factored(param, grad, *factors, weight_square_sum, **settings)
+        square_sums = kernels.adafactor_factored(
+            param, grad, state["row"], state["column"], state["mass"], weight_square_sum, key=key, shard=shard, **settings
+        )  # fmt: skip
     else:
-        updated = kernels.adafactor_full(
-            param, grad, state["second_moment"], state["mass"], weight_square_sum, **settings
+        square_sums = kernels.adafactor_full(
+            param, grad, state["second_moment"], state["mass"], weight_square_sum, key=key, shard=shard, **settings
         )
-    grad_square_sum, new_square_sum = updated
-    return grad_square_sum, new_square_sum
+    return square_sums

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.optim.base import Average, TokenOptimizer
-from sbft.optim.kernels import backend_for
-from sbft.optim.sharding import Shard, zeros_beside
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.group_settings import Average
+from sbft.optim.sharding import zeros_beside
+from sbft.optim.update import Update
 
 FIRST_MOMENT = Average("first_moment_half_life", "beta1", default_beta=0.9)
 SECOND_MOMENT = Average("second_moment_half_life", "beta2")
@@ -75,31 +76,20 @@ class AdamW(TokenOptimizer):
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         init_moments(param, state, has_first=self._is_kept(group, FIRST_MOMENT))
 
-    def _update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        key: tuple[int, int] | None,
-        shard: Shard | None,
-    ) -> float | Tensor:
+    def _update(self, update: Update) -> float | Tensor:
+        group = update.group
         return update_with_moments(
-            param,
-            grad,
-            state,
+            update,
             first_weight=self._weight(group, FIRST_MOMENT),
             second_weight=self._weight(group, SECOND_MOMENT),
             lr=self._rate(group),
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            key=key,
-            shard=shard,
         )
 
 
 def init_moments(param: Tensor, state: dict[str, Tensor], *, has_first: bool) -> None:
-    """Put AdamW's state of a parameter into `state` where it is not there."""
+    """Put the parts of AdamW's state that are missing into `state`."""
     if not state:
         state["second_moment"] = zeros_beside(param)
         state["first_mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -109,15 +99,26 @@ def init_moments(param: Tensor, state: dict[str, Tensor], *, has_first: bool) ->
         state["first_mass"].zero_()
 
 
-def update_with_moments(param: Tensor, grad: Tensor, state: dict[str, Tensor], **settings: Any) -> float | Tensor:
-    """AdamW's update of one parameter by the kernel of its device; settings as in `kernels.reference.adamw`."""
-    result: float | Tensor = backend_for(param.device).adamw(
+def update_with_moments(update: Update, **settings: Any) -> float | Tensor:
+    """AdamW's update of one parameter by the kernel of its device.
+
+    Args:
+        update: its state is that of `init_moments`.
+        settings: of `kernels.reference.adamw`, but for `key` and `shard`.
+
+    Returns:
+        Sum of the squared gradient.
+    """
+    param, grad, _, state, key, shard, kernels = update
+    grad_square_sum: float | Tensor = kernels.adamw(
         param,
         grad,
         state.get("first_moment"),
         state["second_moment"],
         state["first_mass"],
         state["second_mass"],
+        key=key,
+        shard=shard,
         **settings,
     )
-    return result
+    return grad_square_sum

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from sbft.optim.adafactor import init_factored_moment, update_with_factored_moment
 from sbft.optim.adamw import FIRST_MOMENT, SECOND_MOMENT, init_moments, update_with_moments
-from sbft.optim.base import Average, TokenOptimizer
-from sbft.optim.kernels import backend_for
-from sbft.optim.kernels.reference import matrices
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.group_settings import Average
+from sbft.optim.kernels.blocks import matrices
 from sbft.optim.sharding import Shard, is_sharded
+from sbft.optim.update import Update
 
 REST_OPTIMIZERS = ("adamw", "adafactor")
 _REST_EPS = {"adamw": 1e-8, "adafactor": 1e-30}
@@ -63,10 +64,10 @@ class MatrixOptimizer(TokenOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         if defaults["rest_optimizer"] == "adafactor":
-            given = [name for name in ("beta1", "first_moment_half_life") if defaults[name] is not None]
-            if given:
+            unused = [name for name in ("beta1", "first_moment_half_life") if defaults[name] is not None]
+            if unused:
                 raise ValueError(
-                    f"{given[0]} has no effect, because rest_optimizer='adafactor' keeps no first moment: leave it out, or "
+                    f"{unused[0]} has no effect, because rest_optimizer='adafactor' keeps no first moment: leave it out, or "
                     "take rest_optimizer='adamw'"
                 )
         super().__init__(params, {**defaults, "matrices": True}, seed)
@@ -124,42 +125,30 @@ class MatrixOptimizer(TokenOptimizer):
         else:
             init_factored_moment(param, state)
 
-    def _update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        key: tuple[int, int] | None,
-        shard: Shard | None,
-    ) -> float | Tensor:
-        if _is_matrix(param, group):
-            return self._update_matrices(param, grad, group, key)
+    def _update(self, update: Update) -> float | Tensor:
+        group = update.group
+        if _is_matrix(update.param, group):
+            return self._update_matrices(update)
         settings = {
             "lr": self._rate(group) * group["rest_lr_ratio"],
             "eps": group["eps"] or _REST_EPS[group["rest_optimizer"]],
             "weight_decay": group["weight_decay"],
-            "key": key,
-            "shard": shard,
         }
         second_weight = self._weight(group, SECOND_MOMENT)
         if group["rest_optimizer"] == "adamw":
             first_weight = self._weight(group, FIRST_MOMENT)
-            return update_with_moments(
-                param, grad, state, first_weight=first_weight, second_weight=second_weight, **settings
-            )
+            return update_with_moments(update, first_weight=first_weight, second_weight=second_weight, **settings)
         settings |= {"relative_step": False, "clip_threshold": _REST_CLIP_THRESHOLD}
-        return update_with_factored_moment(param, grad, state, None, average_weight=second_weight, **settings)[0]
+        return update_with_factored_moment(update, None, average_weight=second_weight, **settings)[0]
 
-    def _update_matrices(
-        self, param: Tensor, grad: Tensor, group: dict[str, Any], key: tuple[int, int] | None
-    ) -> Tensor:
+    def _update_matrices(self, update: Update) -> Tensor:
+        param, grad, group = update.param, update.grad, update.group
         weights, grads = matrices(param), matrices(grad)
-        total = torch.stack([_square_sum(one) for one in grads]).sum().float()
+        total = torch.stack([_square_sum(matrix) for matrix in grads]).sum().float()
         usable = total.isfinite()  # stays on the device: a GPU need not wait for it
         ratio = self._rate_ratio(group, *weights.shape[1:])
         for i, direction in enumerate(self.directions(param, grad, usable)):
-            backend_for(param.device).sgd(
+            update.kernels.sgd(
                 weights[i],
                 direction,
                 None,
@@ -167,7 +156,7 @@ class MatrixOptimizer(TokenOptimizer):
                 momentum_weight=1.0,
                 lr=self._rate(group) * ratio,
                 weight_decay=group["weight_decay"] / ratio,  # the kernel's is a multiple of its rate
-                key=key,
+                key=update.key,
                 shard=None if len(weights) == 1 else whole_part(param.shape, i * weights[i].numel()),
             )
         return total
@@ -187,9 +176,11 @@ class MatrixOptimizer(TokenOptimizer):
         group, momentum = self.param_groups[self._positions[param][0]], self.state[param].get("momentum")
         if not _is_matrix(param, group):
             return
-        for i, one in enumerate(matrices(grad)):
+        for i, matrix in enumerate(matrices(grad)):
             average = None if momentum is None else matrices(momentum)[i]
-            yield self._direction(torch.where(usable, one, torch.nan).float(), average, usable, group).to(param.dtype)
+            yield self._direction(torch.where(usable, matrix, torch.nan).float(), average, usable, group).to(
+                param.dtype
+            )
 
 
 def _square_sum(matrix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sbft.optim.adamw import FIRST_MOMENT, SECOND_MOMENT
-from sbft.optim.base import Average
+from sbft.optim.group_settings import Average
 from sbft.optim.matrix import MatrixOptimizer
 
 _MOMENTUM = Average("momentum_half_life", "momentum", default_beta=0.95)

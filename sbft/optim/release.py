@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from sbft.optim.sharding import is_sharded
 
-if TYPE_CHECKING:
-    from sbft.optim.base import TokenOptimizer
+
+class ParameterUpdater(Protocol):
+    """What gradient release needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def update_parameter(self, param: Tensor) -> None:
+        """Update one parameter from its gradient, as a part of the open step."""
 
 
 class GradientRelease:
@@ -20,15 +26,19 @@ class GradientRelease:
 
     A tied parameter is updated once, after all its uses have contributed. Parameters that are frozen, or that get no
     gradient in a step, stay as they are. Settings of the groups are read when a hook runs, so schedulers and
-    `load_state_dict` work after attaching. Parameters in `held` are left to `step()`; among
-    several processes they may be plain ones.
+    `load_state_dict` work after attaching. Parameters in `held` are left to `step()`; they may be plain tensors even where
+    several processes train.
+
+    Attributes:
+        is_attached: whether gradients are released; false after `remove()`.
     """
 
-    def __init__(self, optimizer: TokenOptimizer, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, optimizer: ParameterUpdater, held: Iterable[Tensor] = ()) -> None:
         self._optimizer = optimizer
         self._held = set(held)
         released = {param for group in optimizer.param_groups for param in group["params"]} - self._held
         _refuse_replicas(released)
+        self.is_attached = True
         self._handles: list[RemovableHandle] = []
         for group in optimizer.param_groups:
             self.attach(group["params"])
@@ -41,18 +51,16 @@ class GradientRelease:
 
     def _on_gradient(self, param: Tensor) -> None:
         try:
-            with torch.no_grad():
-                self._optimizer._update_one(param)
-        finally:  # of an update that failed too, or the next backward would add to it
+            self._optimizer.update_parameter(param)
+        finally:  # even if the update failed, or the next backward would add to this gradient
             param.grad = None
 
     def remove(self) -> None:
-        """Take the hooks off; the optimizer works as without release from the next backward on. May be called again."""
+        """Take the hooks off; from the next backward on `step()` updates all parameters. May be called again."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._optimizer._release is self:
-            self._optimizer._release = None
+        self.is_attached = False
 
     def __enter__(self) -> GradientRelease:
         return self

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sbft.optim.adafactor import Adafactor
-from sbft.optim.kernels import backend_for
-from sbft.optim.kernels.reference import average_, matrices, step_size
+from sbft.optim.kernels.blocks import average_, matrices
+from sbft.optim.kernels.reference import step_size
 from sbft.optim.matrix import whole_part
-from sbft.optim.sharding import Shard, zeros_beside
+from sbft.optim.sharding import zeros_beside
+from sbft.optim.update import Update
 
 _PIECE_ELEMENTS = 1 << 20
 
@@ -35,17 +36,10 @@ class RowAdafactor(Adafactor):
             state["row"] = zeros_beside(param, range(param.ndim - 1))
             state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
-    def _update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        key: tuple[int, int] | None,
-        shard: Shard | None,
-    ) -> float | Tensor:
+    def _update(self, update: Update) -> float | Tensor:
+        param, grad, group, state, key, shard, kernels = update
         if param.ndim < 2:
-            return super()._update(param, grad, group, state, key, shard)
+            return super()._update(update)
         if shard is not None and shard.columns_split:
             raise TypeError(
                 f"RowAdafactor works on whole rows, and those of a parameter of shape {tuple(shard.shape)} lie on several "
@@ -77,7 +71,7 @@ class RowAdafactor(Adafactor):
         rate = 1.0 if isinstance(lr, float) else torch.ones_like(lr)  # the factor holds it
         for piece in _pieces(g.shape):
             direction = g[piece].float() * factor[piece].unsqueeze(-1)
-            backend_for(param.device).sgd(
+            kernels.sgd(
                 w[piece],
                 direction.to(param.dtype),  # as the gradient had it: what the kernels take
                 None,

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.optim.base import Average, TokenOptimizer
-from sbft.optim.kernels import backend_for
-from sbft.optim.sharding import Shard, zeros_beside
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.group_settings import Average
+from sbft.optim.sharding import zeros_beside
+from sbft.optim.update import Update
 
 _MOMENTUM = Average("momentum_half_life", "momentum", default_beta=0.0)
 
@@ -61,16 +62,9 @@ class SGD(TokenOptimizer):
             state["momentum"] = zeros_beside(param)
             state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
-    def _update(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        state: dict[str, Tensor],
-        key: tuple[int, int] | None,
-        shard: Shard | None,
-    ) -> float | Tensor:
-        return backend_for(param.device).sgd(
+    def _update(self, update: Update) -> float | Tensor:
+        param, grad, group, state, key, shard, kernels = update
+        grad_square_sum: float | Tensor = kernels.sgd(
             param,
             grad,
             state.get("momentum"),
@@ -81,3 +75,4 @@ class SGD(TokenOptimizer):
             key=key,
             shard=shard,
         )
+        return grad_square_sum

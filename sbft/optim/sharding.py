@@ -10,7 +10,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-if torch.distributed.is_available():
+_AVAILABLE = torch.distributed.is_available()
+if _AVAILABLE:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
     from torch.distributed.tensor import Shard as ShardPlacement
@@ -90,7 +91,7 @@ def _summed(reduce: Reduce, *parts: Tensor) -> tuple[Tensor, ...]:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over several processes."""
-    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+    return _AVAILABLE and isinstance(tensor, DTensor)
 
 
 def shard_of(param: Tensor) -> Shard | None:

@@ -1,4 +1,4 @@
-"""What of an optimizer is saved, loaded and pickled: its averages, its settings, its seed, and how far it has come."""
+"""The part of an optimizer that is saved, loaded and pickled: its averages, settings, seed and clock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from sbft.optim.sharding import cut_like, shard_of, whole
 
-CLOCK = "clock"  # of a parameter group, and of states that were saved before groups had it
+CLOCK = "clock"  # key in a parameter group; in a whole state, before groups had it
 
 
 @dataclass
 class TokenClock:
-    """How far an optimizer has come: finished steps, the tokens in them, and the steps that were skipped."""
+    """Progress of an optimizer: finished steps, the tokens in them, and skipped steps."""
 
     steps: int = 0
     tokens_seen: int = 0
@@ -26,17 +26,21 @@ class TokenClock:
 
 
 class SavedState(torch.optim.Optimizer):
-    """The state of an optimizer whose averages are float32 whatever the weights are, and whose clock is saved with them."""
+    """The state of an optimizer: averages that are float32 whatever the weights are, and a clock that is saved with them."""
 
     seed: int
     clock: TokenClock
     _tokens_per_step: int | None
     _positions: dict[Tensor, tuple[int, int]]  # a parameter's group, and its place among all parameters
-    _changes: int  # how often the state's tensors, or the parameters, were replaced
+    replacements: int
+    """How often the tensors of the state were replaced, or parameters added: what holds their addresses is outdated then."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch; of a sharded parameter what lies here, as DTensors. Every group has, under "clock", the clock, the seed
-        and the class's name: in groups alone `torch.distributed.checkpoint` keeps what is not of one parameter."""
+        """As in torch; the state of a sharded parameter is the local part, as DTensors.
+
+        Every group holds under "clock" the clock, the seed and the class's name: groups are the only place where
+        `torch.distributed.checkpoint` keeps values that belong to no parameter.
+        """
         self._note_clock()
         return super().state_dict()
 
@@ -46,7 +50,7 @@ class SavedState(torch.optim.Optimizer):
             group[CLOCK] = noted
 
     def _noted_clock(self) -> dict[str, Any]:
-        """Never changed once it is made: states that were saved before hold it too."""
+        """A new dict each time: states that were saved earlier hold the former ones."""
         clock = self.clock
         return {
             "steps": clock.steps,
@@ -60,16 +64,16 @@ class SavedState(torch.optim.Optimizer):
     def whole_state_dict(self, *, keep: bool = True) -> dict[str, Any]:
         """`state_dict()` with every tensor whole and on the CPU, for any number of ranks to load.
 
-        All ranks have to ask; those that do not `keep` it get no tensors.
+        All ranks have to call it; those with `keep=False` get no tensors.
         """
-        found = self.state_dict()
+        saved = self.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
-        for i, one in found["state"].items():
-            for name, value in one.items():
+        for i, of_parameter in saved["state"].items():
+            for name, value in of_parameter.items():
                 gathered = whole(value)
                 if keep:
                     state.setdefault(i, {})[name] = gathered.cpu()
-        return {**found, "state": state}
+        return {**saved, "state": state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -85,36 +89,37 @@ class SavedState(torch.optim.Optimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         clock = saved_clock(state_dict)
-        mine = type(self).__name__
+        own_name = type(self).__name__
         if clock is None:
             raise ValueError(
                 "this state holds no token clock, so it was not saved by an sbft optimizer, and its averages go by steps: to "
-                f"train on with {mine}, leave it out, and averages begin anew"
+                f"train on with {own_name}, leave it out, and averages begin anew"
             )
-        saved_by = clock.pop("optimizer", mine)  # states of before it was noted have none
-        if saved_by != mine:
-            raise ValueError(f"this state was saved by {saved_by}, whose settings and averages are not those of {mine}")
-        with self._hooks_aside():  # they are given the state too, which torch would cast to the weights' dtype
+        saved_by = clock.pop("optimizer", own_name)  # older states have none
+        if saved_by != own_name:
+            raise ValueError(
+                f"this state was saved by {saved_by}, whose settings and averages are not those of {own_name}"
+            )
+        with self._without_load_hooks():  # torch would hand them the state cast to the weights' dtype
             super().load_state_dict({**state_dict, "state": {}})
         self.seed = clock.pop("seed")
         self.clock = TokenClock(**clock)
         params = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         self.state.clear()
-        self._changes += 1
+        self.replacements += 1
         for i, param in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i)
             if saved is not None:
-                here = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
-                self.state[param] = self._cut(here, param) if shard_of(param) is not None else here
+                values = {name: value.to(param.device, torch.float32, copy=True) for name, value in saved.items()}
+                self.state[param] = self._cut(values, param) if shard_of(param) is not None else values
         self._note_clock()
         self._begin_step()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     @contextmanager
-    def _hooks_aside(self) -> Iterator[None]:
-        """Without the hooks of `load_state_dict`."""
+    def _without_load_hooks(self) -> Iterator[None]:
         hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
@@ -124,17 +129,17 @@ class SavedState(torch.optim.Optimizer):
             self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks = hooks
 
     def new_state(self, param: Tensor) -> dict[str, Tensor]:
-        """What a parameter's first update would make of its state, for example to read a saved one into."""
+        """The state that a parameter's first update would make, for example to read a saved one into."""
         tokens, self._tokens_per_step = self._tokens_per_step, 1
-        made: dict[str, Tensor] = {}
-        self._init_state(param, self.param_groups[self._positions[param][0]], made)
+        state: dict[str, Tensor] = {}
+        self._init_state(param, self.param_groups[self._positions[param][0]], state)
         self._tokens_per_step = tokens
-        return made
+        return state
 
     def _cut(self, state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-        """The state of a sharded parameter, cut as it would have been made."""
-        made = self.new_state(param)
-        return {name: cut_like(value, made[name]) if name in made else value for name, value in state.items()}
+        """The state of a sharded parameter, cut like a new one."""
+        new = self.new_state(param)
+        return {name: cut_like(value, new[name]) if name in new else value for name, value in state.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "seed": self.seed, "clock": self.clock}
@@ -148,7 +153,10 @@ class SavedState(torch.optim.Optimizer):
         self._positions = {p: (g, i) for i, (g, p) in enumerate(params)}
 
     def _start_transient(self) -> None:
-        raise NotImplementedError  # abstract
+        """Set everything that is neither saved nor pickled."""
+        self._tokens_per_step = None
+        self._positions = {}
+        self.replacements = 0
 
     def _begin_step(self) -> None:
         raise NotImplementedError  # abstract
@@ -158,8 +166,8 @@ class SavedState(torch.optim.Optimizer):
 
 
 def saved_clock(state_dict: dict[str, Any]) -> dict[str, Any] | None:
-    """A copy of what a saved state notes of the clock, the seed and the optimizer's name; None if it is none of sbft's."""
-    if CLOCK in state_dict:  # of before it was noted in the groups
+    """A copy of the clock, seed and optimizer's name in a saved state; None if sbft did not save it."""
+    if CLOCK in state_dict:  # saved before groups had it
         named = {"optimizer": state_dict["optimizer"]} if "optimizer" in state_dict else {}
         return {**state_dict[CLOCK], **named}
     return next((dict(group[CLOCK]) for group in state_dict["param_groups"] if CLOCK in group), None)

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 from sbft.optim.base import TokenOptimizer
-from sbft.optim.capture import CapturedUpdates, DeviceNumbers
+from sbft.optim.capture import CapturedUpdates
+from sbft.optim.device_numbers import DeviceNumbers
 from sbft.rounding import noise_key, noise_keys, signed_32
 
 KINDS: dict[str, Callable[[Any], TokenOptimizer]] = {

@@ -88,9 +88,9 @@ def test_tied_weights_are_updated_once_with_the_whole_gradient(tied):
     updates = []
     original = optimizer._update
 
-    def counting(param, *rest):
-        updates.append(param)
-        return original(param, *rest)
+    def counting(update):
+        updates.append(update.param)
+        return original(update)
 
     optimizer._update = counting
     with optimizer.release_gradients():

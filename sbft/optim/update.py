@@ -1,0 +1,47 @@
+"""What an optimizer is given to update one parameter, and what the updates of a step leave behind."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sbft.optim.sharding import Shard
+from sbft.rounding import Key
+
+
+class Update(NamedTuple):
+    """One update of one parameter.
+
+    A named tuple: every parameter gets a new one in every step, and a frozen dataclass takes longer to make.
+
+    Attributes:
+        param: the weight, changed in place. Of a sharded parameter, this and all other tensors are the local parts.
+        grad: its gradient, of the same shape, with any strides.
+        group: settings of its parameter group.
+        state: its state by name, float32, changed in place.
+        key: noise key if the weight is rounded stochastically, else None.
+        shard: which part of the parameter `param` is; None for a plain tensor.
+        kernels: the module whose functions update a weight on its device; see `sbft.optim.kernels`.
+    """
+
+    param: Tensor
+    grad: Tensor
+    group: dict[str, Any]
+    state: dict[str, Tensor]
+    key: Key | None
+    shard: Shard | None
+    kernels: ModuleType
+
+
+class OpenStep(NamedTuple):
+    """What the updates of a step leave on the host until `step()` closes it.
+
+    Attributes:
+        updated: parameters that have their update.
+        square_sums: sum of the squared gradient of each, in the order of the updates.
+    """
+
+    updated: set[Tensor]
+    square_sums: list[float | Tensor]
