@@ -9,6 +9,8 @@ as in `apply_factored`.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -24,32 +26,44 @@ from sbft.optim.kernels.cuda_programs import (
 )
 
 
+class Gradient(NamedTuple):
+    """A gradient as a line of elements, and the strides by which they are read where it is not contiguous.
+
+    A program makes it from its arguments: Triton compiles anew for every value of a tuple's member that divides by 16, or not,
+    and `do_not_specialize` does not change that, so arguments that differ from step to step cannot be in one.
+    """
+
+    pointer: Any
+    count: Any  # elements in all
+    rows: Any  # of a matrix
+    columns: Any
+    stack_stride: Any
+    row_stride: Any
+    column_stride: Any
+
+
 @triton.jit
-def load_gradient(
-    grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED: tl.constexpr
-):
-    """Float32 gradient of the elements `start + lane` of a (B, rows, columns) tensor; zero from `count` on."""
-    mask = start + lane < count
+def load_gradient(grad, start, lane, STRIDED: tl.constexpr):
+    """Float32 values of the elements `start + lane` of a `Gradient`; zero from its end on."""
+    mask = start + lane < grad.count
     if STRIDED:
-        row = (start + lane) // columns
-        c = start + lane - row * columns
-        b = row // rows
-        pointers = grad + (b * stack_stride + (row - b * rows) * row_stride + c * column_stride)
+        row = (start + lane) // grad.columns
+        c = start + lane - row * grad.columns
+        b = row // grad.rows
+        r = row - b * grad.rows
+        pointers = grad.pointer + (b * grad.stack_stride + r * grad.row_stride + c * grad.column_stride)
         return tl.load(pointers, mask, 0.0).to(tl.float32)
     else:
-        return tl.load(grad + start + lane, mask, 0.0).to(tl.float32)
+        return tl.load(grad.pointer + start + lane, mask, 0.0).to(tl.float32)
 
 
 @triton.jit
-def square_sum_of_blocks(
-    grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-    STRIDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def square_sum_of_blocks(grad, first, blocks, STRIDED: tl.constexpr, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(0, blocks):
         start = (first + block) * BLOCK
-        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        g = load_gradient(grad, start, lane, STRIDED)
         total += g * g
     return tl.sum(total)
 
@@ -72,9 +86,8 @@ def grad_square_sums(
     """Each program's sum of the squared gradient, from `scratch[16]` on; `scratch[0]`, the arrivals, becomes zero."""
     program = tl.program_id(0)
     first = program.to(INDEX) * blocks
-    total = square_sum_of_blocks(
-        grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED, BLOCK
-    )
+    grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
+    total = square_sum_of_blocks(grad, first, blocks, STRIDED, BLOCK)
     tl.store(scratch + 16 + program, total)
     if program == 0:
         tl.store(scratch, 0.0)
@@ -82,15 +95,13 @@ def grad_square_sums(
 
 @triton.jit
 def total_square_sum(
-    grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
+    grad, scratch, scalars, partials, blocks,
     ALONE: tl.constexpr, STRIDED: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Sum of the squared gradient, known to every program and left in `scalars[0]`."""
     if ALONE:
         first = tl.program_id(0).to(INDEX)
-        total = square_sum_of_blocks(
-            grad, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED, BLOCK
-        )
+        total = square_sum_of_blocks(grad, first, blocks, STRIDED, BLOCK)
     else:
         total = sum_partials(scratch + 16, partials)
     if tl.program_id(0) == 0:
@@ -103,17 +114,16 @@ def total_square_sum(
 
 @triton.jit
 def full_moment_of_blocks(
-    grad, second_moment, mass, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-    write, average_weight, eps, STRIDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad, second_moment, mass, first, blocks, write, average_weight, eps, STRIDED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Take the gradient into the second moment; returns the sum of the squared unscaled update."""
     lane = tl.arange(0, BLOCK)
     new_mass = average(tl.load(mass), 1.0, average_weight)
     square_sum = tl.zeros([BLOCK], tl.float32)
     for block in range(0, blocks):
         start = (first + block) * BLOCK
-        mask = start + lane < count
-        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        mask = start + lane < grad.count
+        g = load_gradient(grad, start, lane, STRIDED)
         moment = average(tl.load(second_moment + start + lane, mask, 1.0), g * g + eps, average_weight)
         tl.store(second_moment + start + lane, moment, mask & write)
         update = tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass)))
@@ -145,16 +155,14 @@ def update_full_moment(
     INDEX: tl.constexpr,
 ):
     """Second moment, and each program's sum of the squared unscaled update."""
+    grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     average_weight = weight_of_step(average_weight, CAPTURED)
-    total = total_square_sum(
-        grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-        False, STRIDED, BLOCK, INDEX,
-    )  # fmt: skip
+    total = total_square_sum(grad, scratch, scalars, partials, blocks, False, STRIDED, BLOCK, INDEX)
     program = tl.program_id(0)
+    first, write = program.to(INDEX) * blocks, total < float("inf")
     square_sum = full_moment_of_blocks(
-        grad, second_moment, mass, program.to(INDEX) * blocks, blocks, count, rows, columns,
-        stack_stride, row_stride, column_stride, total < float("inf"), average_weight, eps, STRIDED, BLOCK,
-    )  # fmt: skip
+        grad, second_moment, mass, first, blocks, write, average_weight, eps, STRIDED, BLOCK
+    )
     tl.store(scratch + squares_at + program, square_sum)
 
 
@@ -197,20 +205,17 @@ def apply_full(
     INDEX: tl.constexpr,
 ):
     """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
+    grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     average_weight = weight_of_step(average_weight, CAPTURED)
     program = tl.program_id(0)
     first = program.to(INDEX) * blocks
     if ALONE:
-        total = total_square_sum(
-            grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-            True, STRIDED, BLOCK, INDEX,
-        )  # fmt: skip
+        total = total_square_sum(grad, scratch, scalars, partials, blocks, True, STRIDED, BLOCK, INDEX)
         write = (total < float("inf")) & (measure == 0)
         update_square_sum = full_moment_of_blocks(
-            grad, second_moment, mass, first, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-            write, average_weight, eps, STRIDED, BLOCK,
-        )  # fmt: skip
+            grad, second_moment, mass, first, blocks, write, average_weight, eps, STRIDED, BLOCK
+        )
         tl.debug_barrier()  # the second moment is read again below
     else:
         write = (tl.load(scalars) < float("inf")) & (measure == 0)
@@ -223,7 +228,7 @@ def apply_full(
         start = (first + block) * BLOCK
         mask = start + lane < count
         w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
-        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        g = load_gradient(grad, start, lane, STRIDED)
         moment = tl.load(second_moment + start + lane, mask, 1.0)
         new = w * shrink - tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass))) * step
         stored = store_weight(
@@ -284,12 +289,10 @@ def apply_adamw(
     INDEX: tl.constexpr,
 ):
     """Moments and weights of AdamW."""
+    grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     first_weight, second_weight = weight_of_step(first_weight, CAPTURED), weight_of_step(second_weight, CAPTURED)
-    total = total_square_sum(
-        grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-        ALONE, STRIDED, BLOCK, INDEX,
-    )  # fmt: skip
+    total = total_square_sum(grad, scratch, scalars, partials, blocks, ALONE, STRIDED, BLOCK, INDEX)
     write = total < float("inf")
     new_first_mass = average(tl.load(first_mass), 1.0, first_weight)
     new_second_mass = average(tl.load(second_mass), 1.0, second_weight)
@@ -298,7 +301,7 @@ def apply_adamw(
         start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
         mask = start + lane < count
         w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
-        g = load_gradient(grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED)
+        g = load_gradient(grad, start, lane, STRIDED)
         second = average(tl.load(second_moment + start + lane, mask, 0.0), g * g, second_weight)
         tl.store(second_moment + start + lane, second, mask & write)
         mean = g
@@ -348,11 +351,9 @@ def apply_sgd(
     INDEX: tl.constexpr,
 ):
     """Weights, and with `MOMENTUM` the gradient's average."""
+    grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
-    total = total_square_sum(
-        grad, scratch, scalars, partials, blocks, count, rows, columns, stack_stride, row_stride, column_stride,
-        ALONE, STRIDED, BLOCK, INDEX,
-    )  # fmt: skip
+    total = total_square_sum(grad, scratch, scalars, partials, blocks, ALONE, STRIDED, BLOCK, INDEX)
     write = total < float("inf")
     new_mass = 1.0
     if MOMENTUM:
@@ -363,9 +364,7 @@ def apply_sgd(
         start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
         mask = start + lane < count
         w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
-        update = load_gradient(
-            grad, start, lane, count, rows, columns, stack_stride, row_stride, column_stride, STRIDED
-        )
+        update = load_gradient(grad, start, lane, STRIDED)
         if MOMENTUM:
             mean = average(tl.load(momentum + start + lane, mask, 0.0), update, momentum_weight)
             tl.store(momentum + start + lane, mean, mask & write)
