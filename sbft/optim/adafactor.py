@@ -1,4 +1,4 @@
-"""Adafactor with averages measured in tokens: a whole model's optimizer state in a few thousandths of its weights."""
+"""Adafactor with averages measured in tokens: its state takes a few thousandths of the memory of the weights."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ _CLASSIC_EXPONENT = 0.8
 class Adafactor(TokenOptimizer):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) without momentum, its second moment held constant in tokens.
 
-    The second moment is factored over a parameter's last two dimensions where both are at least `min_dim_size_to_factor`
-    (leading dimensions kept apart), else kept whole; always in float32. The update is scaled down until its RMS over the
-    whole tensor is at most `clip_threshold`, and with `relative_step` multiplied by the weight's RMS (at least 1e-3), so
-    that `lr` is the relative change of a weight in one step: start near 1e-4.
+    The second moment, in float32, is factored over a parameter's last two dimensions if both are at least
+    `min_dim_size_to_factor` (separately for each index of the leading dimensions), else it has one number per element. The
+    update is scaled down until its RMS over the whole tensor is at most `clip_threshold`. With `relative_step` it is
+    multiplied by the weight's RMS (at least 1e-3), so that `lr` is the relative change of a weight in one step: start near
+    1e-4.
 
     Args:
         params: parameters or groups, float32 or bfloat16.
         lr: learning rate.
-        second_moment_half_life: tokens after which a squared gradient weighs one half. Default: 221,000, which is
-            beta2 = 0.95 at 16 x 1024 tokens.
+        second_moment_half_life: number of tokens after which the weight of a squared gradient has halved. Default: 221,000,
+            which is beta2 = 0.95 at 16 x 1024 tokens.
         beta2: fixed decay factor per step instead; with `schedule="power"` the exponent (default 0.8).
         schedule: "half_life" for a constant average with bias correction, or "power" for Adafactor's own decay factor
             `1 - step ** -beta2`, which needs none.
         relative_step: scale the step by the weight's RMS.
         clip_threshold: largest RMS of an update before scaling.
         eps: added to the squared gradient.
-        min_dim_size_to_factor: where the shorter of the last two dimensions is smaller, the second moment is kept whole.
+        min_dim_size_to_factor: smallest of the last two dimensions at which the second moment is factored.
         weight_decay: decoupled: a weight shrinks by `lr * weight_decay` per step.
         stochastic_rounding: round bfloat16 weights stochastically instead of to nearest.
         seed: of the rounding noise.

@@ -1,4 +1,4 @@
-"""What all optimizers here share: one update per parameter, within `step()` or backward, and the step that these make up."""
+"""The base class of the optimizers: updates of single parameters, in `step()` or in backward, which make up a step."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class TokenOptimizer(ClockedOptimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         """Raise ValueError if a setting that only this optimizer has is out of its domain."""
 
-    # What a step has measured
+    # Measurements of a step
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -175,12 +175,12 @@ class TokenOptimizer(ClockedOptimizer):
         self._kernels.clear()
 
     def take_open_step(self) -> OpenStep:
-        """Take back what the updates of the open step have left here, as if none had run; the tokens of the step stay."""
+        """Remove the updates from the open step, as if none had run, and return them; the tokens of the step stay."""
         taken, self._open_step = self._open_step, OpenStep(set(), [])
         return taken
 
     def add_to_open_step(self, earlier: OpenStep) -> None:
-        """Count these updates as made in the open step: parameters and gradient norm."""
+        """Count updates that `take_open_step` returned as made in the open step."""
         self._open_step.updated.update(earlier.updated)
         self._open_step.square_sums.extend(earlier.square_sums)
 
@@ -263,7 +263,7 @@ class TokenOptimizer(ClockedOptimizer):
         self._init_state(param, self.param_groups[self._positions[param][0]], self.state[param])
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
-        """Put into `state` what an update needs and does not find there: before the first, everything."""
+        """Add to `state` what an update needs and is missing: before the first update, everything."""
         raise NotImplementedError  # abstract
 
     def _update(self, update: Update) -> float | Tensor:

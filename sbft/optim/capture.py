@@ -34,19 +34,19 @@ class CapturedUpdates:
 
     def __init__(self, optimizer: TokenOptimizer) -> None:
         if not optimizer.releases_gradients:
-            raise ValueError("updates can be captured where gradients are released: call release_gradients() first")
+            raise ValueError("updates can be captured only if gradients are released: call release_gradients() first")
         self._optimizer = optimizer
         self._make_numbers()
 
     def _make_numbers(self) -> None:
-        """Make room for the groups and parameters that there are now."""
+        """Allocate numbers for the groups and parameters that the optimizer has now."""
         optimizer = self._optimizer
         parameters = [param for group in optimizer.param_groups for param in group["params"]]
         devices = {param.device for param in parameters}
         if len(devices) > 1 or any(map(is_sharded, parameters)):
-            raise ValueError("updates can be captured where all parameters lie whole on one device")
+            raise ValueError("updates can be captured only if all parameters are whole and on one device")
         if any(map(optimizer.varies_by_step, optimizer.param_groups)):
-            raise ValueError("schedule='power' averages otherwise in every step, which a captured update cannot")
+            raise ValueError("schedule='power' changes the average in every step, which a captured update cannot do")
         self._parameters = parameters
         groups, averages = len(optimizer.param_groups), len(optimizer.averages)
         self._numbers = DeviceNumbers(groups, averages, len(parameters), devices.pop())
@@ -72,7 +72,7 @@ class CapturedUpdates:
         self._numbers.write(optimizer.numbers_of_step(), optimizer.seed, optimizer.clock.steps)
 
     def circumstances(self) -> object:
-        """What has to be the same for a replay to do what the coming step asks for: settings, tensors and weights."""
+        """Settings, tensors and weights: a replay is the coming step only if these are as they were at the capture."""
         optimizer = self._optimizer
         settings = [
             {name: value for name, value in group.items() if name not in ("params", "lr", "clock")}

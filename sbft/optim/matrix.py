@@ -1,4 +1,4 @@
-"""What optimizers of whole matrices share: which parameters are matrices, and AdamW or Adafactor for the rest."""
+"""The base class of optimizers of whole matrices: which parameters are matrices, and AdamW or Adafactor for the rest."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from sbft.optim.update import Update
 REST_OPTIMIZERS = ("adamw", "adafactor")
 _REST_EPS = {"adamw": 1e-8, "adafactor": 1e-30}
 _REST_CLIP_THRESHOLD = 1.0
-_MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)  # of the rest
+_MOMENTS = (FIRST_MOMENT, SECOND_MOMENT)  # of the parameters that are no matrices
 _NOT_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
 
 def matrix_groups(model: nn.Module, rest: Iterable[Tensor] = ()) -> list[dict[str, Any]]:
-    """Parameter groups of a model for an optimizer of matrices: those it is meant for, and the others.
+    """Parameter groups of a model for an optimizer of matrices: the matrices, and the rest.
 
-    An embedding holds vectors, one for each token, and a convolution a stack of small kernels: neither is a matrix here,
-    and by custom the output head is none (K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024).
+    An embedding holds one vector per token, and a convolution a stack of small kernels: neither is a matrix here. By custom
+    the output head is none either (K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024).
 
     Args:
-        model: whose trainable parameters are split.
-        rest: further parameters that shall not be updated as matrices: the output head's weight, where it is not the
-            input embedding too.
+        model: its trainable parameters are split.
+        rest: further parameters that are not updated as matrices: the output head's weight, unless it is also the input
+            embedding.
 
     Returns:
-        At most two groups; none is empty.
+        One or two groups, none of them empty.
     """
-    apart = set(rest)
+    not_matrices = set(rest)
     for module in model.modules():
         if isinstance(module, _NOT_MATRICES):
-            apart.update(module.parameters(recurse=False))
+            not_matrices.update(module.parameters(recurse=False))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in trainable if parameter not in apart], "matrices": True},
-        {"params": [parameter for parameter in trainable if parameter in apart], "matrices": False},
+        {"params": [parameter for parameter in trainable if parameter not in not_matrices], "matrices": True},
+        {"params": [parameter for parameter in trainable if parameter in not_matrices], "matrices": False},
     ]
     return [group for group in groups if group["params"]]
 
 
 class MatrixOptimizer(TokenOptimizer):
-    """An optimizer that turns the gradient of a matrix as a whole into a direction, and knows nothing else.
+    """An optimizer that turns the gradient of a whole matrix into a direction.
 
-    In a group with `matrices=True`, the default, parameters of two dimensions are matrices and those of three are stacks of
-    them, updated one by one. All others, and the groups with `matrices=False`, are the rest: AdamW updates them, or
-    Adafactor without a relative step, whose rate means the same.
+    In a group with `matrices=True`, the default, parameters with two dimensions are matrices and those with three are stacks
+    of them, updated one by one. All others, and the groups with `matrices=False`, are the rest. AdamW updates them, or
+    Adafactor without a relative step, so that the rate means the same.
 
     A subclass implements `_direction` and `_rate_ratio`.
     """
@@ -93,12 +93,12 @@ class MatrixOptimizer(TokenOptimizer):
     # The rule of matrices
 
     def _direction(self, grad: Tensor, momentum: Tensor | None, usable: Tensor, group: dict[str, Any]) -> Tensor:
-        """What a matrix is moved against.
+        """The direction that a step subtracts from a matrix, before it is scaled by the rate.
 
         Args:
-            grad: float32 (R, C), the caller's to change.
-            momentum: what `_has_momentum` asked for, float32 (R, C); changed in place unless `usable` is false.
-            usable: whether the parameter's gradient is finite, bool of shape (); `grad` is NaN where it is not.
+            grad: float32 (R, C); may be changed in place.
+            momentum: float32 (R, C) if `_has_momentum`, else None; changed in place unless `usable` is false.
+            usable: whether the parameter's whole gradient is finite, bool of shape (); if it is not, `grad` is NaN.
             group: the settings.
 
         Returns:
@@ -111,7 +111,7 @@ class MatrixOptimizer(TokenOptimizer):
         raise NotImplementedError  # abstract
 
     def _has_momentum(self, group: dict[str, Any]) -> bool:
-        """Whether a float32 tensor of the parameter's shape is kept for a matrix."""
+        """Whether the state of a matrix has a momentum, float32 of the parameter's shape."""
         return False
 
     # Updates
@@ -145,7 +145,7 @@ class MatrixOptimizer(TokenOptimizer):
         param, grad, group = update.param, update.grad, update.group
         weights, grads = matrices(param), matrices(grad)
         total = torch.stack([_square_sum(matrix) for matrix in grads]).sum().float()
-        usable = total.isfinite()  # stays on the device: a GPU need not wait for it
+        usable = total.isfinite()  # stays on the device, so that the host does not wait for a GPU
         ratio = self._rate_ratio(group, *weights.shape[1:])
         for i, direction in enumerate(self.directions(param, grad, usable)):
             update.kernels.sgd(
@@ -162,16 +162,16 @@ class MatrixOptimizer(TokenOptimizer):
         return total
 
     def directions(self, param: Tensor, grad: Tensor, usable: Tensor) -> Iterator[Tensor]:
-        """What the matrices of a parameter are moved against, one by one; takes the gradient into the momentum.
+        """The directions of a parameter's matrices, one by one; updates the momentum with the gradient.
 
         Args:
-            param: of this optimizer.
-            grad: of its shape.
-            usable: whether all of `grad` is finite, bool of shape (); if not, the directions are NaN, for which the kernels
-                leave a weight as it is.
+            param: a parameter of this optimizer.
+            grad: its gradient, of the same shape.
+            usable: whether all of `grad` is finite, bool of shape (); if not, the directions are NaN, and the kernels leave the
+                weight as it is.
 
         Yields:
-            (R, C) in the weight's dtype, as the gradient had it: what the kernels take.
+            (R, C) in the weight's dtype, which the kernels expect of a gradient.
         """
         group, momentum = self.param_groups[self._positions[param][0]], self.state[param].get("momentum")
         if not _is_matrix(param, group):
@@ -192,5 +192,5 @@ def _is_matrix(param: Tensor, group: dict[str, Any]) -> bool:
 
 
 def whole_part(shape: torch.Size, offset: int) -> Shard:
-    """A part of a parameter that is updated by itself: its elements have the noise that they have in the whole."""
+    """A part of a plain parameter that is updated on its own, with the noise that its elements have in the whole."""
     return Shard(offset, shape, lambda message: None)

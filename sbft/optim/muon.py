@@ -24,10 +24,10 @@ _ADJUSTMENTS = ("original", "match_rms_adamw")
 class Muon(MatrixOptimizer):
     """Muon (K. Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) for matrices, AdamW for the rest.
 
-    The gradient's average is replaced by the nearest matrix with orthonormal rows or columns, as far as five Newton-Schulz
-    iterations come near it; with fixed `momentum` all is as in `torch.optim.Muon`. The average is float32 of the parameter's
-    shape. With `momentum=0` it is not kept: steepest descent under the spectral norm, which has no state
-    (J. Bernstein and L. Newhouse, arXiv 2409.20325, section 3).
+    The step of a matrix is the gradient's average, made approximately orthonormal in rows or columns by five Newton-Schulz
+    iterations. With a fixed `momentum` all is as in `torch.optim.Muon`. The average is float32 of the parameter's shape. With
+    `momentum=0` there is none: this is steepest descent under the spectral norm, which has no state (J. Bernstein and
+    L. Newhouse, arXiv 2409.20325, section 3).
 
     Args:
         params: parameters or groups, float32 or bfloat16; `sbft.optim.matrix_groups` splits a model's. Those in groups
@@ -35,12 +35,12 @@ class Muon(MatrixOptimizer):
         lr: learning rate.
         momentum: fixed decay factor of the gradient's average per step. Default: 0.95.
         momentum_half_life: its half-life in tokens instead.
-        nesterov: mix the average with the gradient as far as it will be in the next step.
-        adjust_lr_fn: what multiplies `lr` for a matrix of A x B: "original" for sqrt(max(1, A / B)), or
-            "match_rms_adamw" for 0.2 * sqrt(max(A, B)), at which rate and weight decay mean about what they do to AdamW
-            (Liu et al., arXiv 2502.16982, section 2.2).
+        nesterov: mix the gradient into the average once more, with the weight that it has in the average.
+        adjust_lr_fn: factor of `lr` for an A x B matrix: "original" for sqrt(max(1, A / B)), or "match_rms_adamw" for
+            0.2 * sqrt(max(A, B)), with which rate and weight decay mean about the same as for AdamW (Liu et al.,
+            arXiv 2502.16982, section 2.2).
         newton_schulz_dtype: "bfloat16", or "float32" for four to ten times the time on most devices.
-        rest_optimizer: of the rest: "adamw", or "adafactor" (without a relative step) for less state.
+        rest_optimizer: updates the rest: "adamw", or "adafactor" (without a relative step) for less state.
         rest_lr_ratio: learning rate of the rest, as a multiple of `lr`.
         beta1: fixed decay factor per step of AdamW's first moment. Default: 0.9.
         first_moment_half_life: its half-life in tokens instead.
@@ -115,7 +115,7 @@ class Muon(MatrixOptimizer):
             rest = 1.0 - weight
             if isinstance(weight, Tensor):
                 weight, rest = weight.float(), (1.0 - weight).float()
-            # Not bias-corrected, as in torch: the iteration takes no notice of the average's size.
+            # Not bias-corrected, as in torch: the iteration does not depend on the average's size.
             momentum.lerp_(torch.where(usable, grad, momentum), weight)
             grad = grad.lerp_(momentum, rest) if group["nesterov"] else torch.where(usable, momentum, grad)
         return orthogonalized(grad.to(_DTYPES[group["newton_schulz_dtype"]]))
@@ -127,16 +127,16 @@ class Muon(MatrixOptimizer):
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:
-    """About the nearest matrix with orthonormal rows or columns: singular values are taken to between 0.7 and 1.2.
+    """Approximately the nearest matrix with orthonormal rows or columns: singular values become 0.7 to 1.2.
 
-    Newton-Schulz iterations in the matrix's own dtype. Singular values under about a hundredth of the Frobenius norm remain
-    smaller; a matrix of zeros remains one.
+    Newton-Schulz iterations in the matrix's own dtype. Singular values below about a hundredth of the Frobenius norm stay
+    smaller; a matrix of zeros stays one.
 
     Args:
         matrix: (R, C).
 
     Returns:
-        A new tensor of the same shape and dtype, transposed in memory where there are more rows than columns.
+        A new tensor of the same shape and dtype, transposed in memory if it has more rows than columns.
     """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]

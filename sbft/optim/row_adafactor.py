@@ -1,4 +1,4 @@
-"""Adafactor with one second moment for each row of a matrix: about half the state."""
+"""Adafactor with one second moment per row of a matrix: about half the state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 class RowAdafactor(Adafactor):
-    """Adafactor whose second moment has one number for each row of a matrix, which is the weights of one output.
+    """Adafactor whose second moment has one number per row of a matrix, that is, per output neuron.
 
-    Adam-mini (Zhang et al., arXiv 2406.16793, section 2) found that one second moment serves all weights of an output neuron
-    as well as many, because the Hessian is nearly block-diagonal with a block for each neuron. What Adafactor's column factor
-    adds is the scale of the inputs, which the norms in front of a transformer's matrices have mostly evened out.
+    Adam-mini (Zhang et al., arXiv 2406.16793, section 2) shows that one second moment serves all weights of an output neuron
+    as well as one per weight, because the Hessian is nearly block-diagonal with one block per neuron. Adafactor's column
+    factor adds the scale of the inputs, which the norms before a transformer's matrices have mostly evened out.
 
-    All else, settings included, is as in `Adafactor`; vectors have a second moment for each element, and
-    `min_dim_size_to_factor` decides nothing.
+    All else, including the settings, is as in `Adafactor`. Vectors have one second moment per element, and
+    `min_dim_size_to_factor` has no effect.
     """
 
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -42,8 +42,8 @@ class RowAdafactor(Adafactor):
             return super()._update(update)
         if shard is not None and shard.columns_split:
             raise TypeError(
-                f"RowAdafactor works on whole rows, and those of a parameter of shape {tuple(shard.shape)} lie on several "
-                "processes, as tensor parallelism puts them: take Adafactor, or shard the model with FSDP2"
+                f"RowAdafactor works on whole rows, and tensor parallelism has split those of a parameter of shape "
+                f"{tuple(shard.shape)} over several processes: use Adafactor, or shard the model with FSDP2"
             )
         row, mass = state["row"], state["mass"]
         w, g = matrices(param), matrices(grad)
@@ -55,7 +55,7 @@ class RowAdafactor(Adafactor):
         row_sum, total = row_sum.view(row.shape), row_sum.sum()
         if shard is not None:
             total, weight_sum = shard.sum(total, weight_sum)
-        usable = total.isfinite()  # stays on the device: a GPU need not wait for it
+        usable = total.isfinite()  # stays on the device, so that the host does not wait for a GPU
         average_weight = self._second_moment_weight(group)
         average_(row, torch.where(usable, row_sum / grad.shape[-1] + group["eps"], row), average_weight)
         average_(mass, torch.where(usable, 1.0, mass), average_weight)
@@ -65,15 +65,15 @@ class RowAdafactor(Adafactor):
             (update_sum,) = shard.sum(update_sum)
         lr, shape = self._rate(group), param.shape if shard is None else shard.shape
         step = step_size(lr, group["relative_step"], group["clip_threshold"], shape.numel(), update_sum, weight_sum)
-        # Where a direction is not finite, the kernel leaves the weight as it is.
+        # The kernel leaves the weight as it is if a direction is not finite.
         factor = torch.where(usable, step * second_moment.rsqrt(), torch.nan).view(g.shape[:-1])
         offset = 0 if shard is None else shard.offset
-        rate = 1.0 if isinstance(lr, float) else torch.ones_like(lr)  # the factor holds it
+        rate = 1.0 if isinstance(lr, float) else torch.ones_like(lr)  # the factor includes it
         for piece in _pieces(g.shape):
             direction = g[piece].float() * factor[piece].unsqueeze(-1)
             kernels.sgd(
                 w[piece],
-                direction.to(param.dtype),  # as the gradient had it: what the kernels take
+                direction.to(param.dtype),  # which the kernels expect of a gradient
                 None,
                 None,
                 momentum_weight=1.0,
@@ -87,7 +87,7 @@ class RowAdafactor(Adafactor):
 
 
 def _pieces(shape: torch.Size) -> Iterator[tuple[int, slice]]:
-    """Cut a (B, R, C) shape into runs of rows that are small enough to be copied, in order."""
+    """Cut a (B, R, C) shape into runs of rows, in order, each small enough to copy."""
     stack, rows, columns = shape
     step = max(1, _PIECE_ELEMENTS // columns)
     for b in range(stack):

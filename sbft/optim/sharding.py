@@ -1,4 +1,4 @@
-"""Parameters that are spread over several processes: what of one lies here, and sums over all of it."""
+"""Parameters that are sharded over several processes: the local part of each, and sums over all parts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ if _AVAILABLE:
 
 
 Reduce = Callable[[Tensor], object]
-"""Replaces a tensor by its sum over some ranks; each of these has to ask."""
+"""Replaces a tensor by its sum over some ranks; each of them has to call it."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """A rank's part of a parameter, which may be empty.
 
-    Whole slices along the first dimension, which are consecutive elements; of every row some columns, side by side; or both.
+    It has whole slices along the first dimension, which are consecutive elements; or a range of columns of every row; or a
+    range of columns of some rows.
     """
 
     offset: int
@@ -34,33 +35,33 @@ class Shard:
     shape: torch.Size
     """Of the whole parameter."""
     all_reduce: Reduce
-    """Over the ranks that hold the other parts."""
+    """Over the ranks with the other parts."""
     over_columns: Reduce | None = None
-    """Over those that hold other columns of the same rows; None where a row is whole."""
+    """Over the ranks with other columns of the same rows; None where rows are whole."""
     over_rows: Reduce | None = None
-    """Over those that hold other rows of the same columns; needed only where rows and columns are both cut."""
+    """Over the ranks with other rows of the same columns; needed only where both rows and columns are split."""
 
     @property
     def columns_split(self) -> bool:
-        """Whether a row lies on several ranks."""
+        """Whether each row is split over several ranks."""
         return self.over_columns is not None
 
     @property
     def rows_split(self) -> bool:
-        """Whether the rows of one matrix lie on several ranks; of a stack, whole matrices do."""
+        """Whether the rows of one matrix are split over several ranks; a stack is split into whole matrices."""
         return len(self.shape) == 2 and (self.over_columns is None or self.over_rows is not None)
 
     @property
     def count(self) -> int:
-        """Elements of the whole parameter."""
+        """Number of elements of the whole parameter."""
         return self.shape.numel()
 
     def sum(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sums of float32 tensors over the ranks, in one message; every rank has to ask for the same shapes."""
+        """Sums of float32 tensors over the ranks, in one message; every rank has to call it with the same shapes."""
         return _summed(self.all_reduce, *parts)
 
     def sums_of_gradient(self, row_sum: Tensor, column_sum: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a stack of matrices sums up to over its columns, its rows and in all, with what lies on other ranks."""
+        """Sums of a stack of matrices over its columns, over its rows and in all, completed with those of other ranks."""
         if self.over_columns is not None and self.over_rows is not None:
             (row_sum,) = _summed(self.over_columns, row_sum)
             if self.rows_split:
@@ -75,7 +76,7 @@ class Shard:
         return row_sum, column_sum, total
 
     def sum_over_rows(self, total: Tensor) -> Tensor:
-        """The sum of what the ranks with other rows of a matrix have, for each matrix."""
+        """The sum, for each matrix, over the ranks with other rows of it."""
         if not self.rows_split:
             return total
         return _summed(self.over_rows or self.all_reduce, total)[0]
@@ -90,15 +91,15 @@ def _summed(reduce: Reduce, *parts: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over several processes."""
+    """Whether a tensor is sharded over several processes."""
     return _AVAILABLE and isinstance(tensor, DTensor)
 
 
 def shard_of(param: Tensor) -> Shard | None:
-    """What of a parameter lies here; None if it is a plain tensor, all of which does.
+    """The local part of a parameter; None if it is a plain tensor.
 
     Raises:
-        TypeError: if it is cut otherwise than along its first dimension and its columns.
+        TypeError: if it is split in another way than along its first dimension, its columns, or both.
     """
     if not is_sharded(param):
         return None
@@ -106,33 +107,33 @@ def shard_of(param: Tensor) -> Shard | None:
     cuts = _cuts(param)
     columns = param.ndim - 1 if param.ndim > 1 else None
     begins, sizes = [0] * param.ndim, list(param.shape)
-    # The last dimension of the mesh cuts first, as tensor parallelism does before FSDP2.
+    # The last dimension of the mesh splits first, as tensor parallelism does before FSDP2.
     for mesh_dimension, dimension in reversed(cuts.items()):
-        ranks, here = param.device_mesh.size(mesh_dimension), param.device_mesh.get_local_rank(mesh_dimension)
-        each = -(-sizes[dimension] // ranks)
-        begin = min(here * each, sizes[dimension])
+        ranks, rank = param.device_mesh.size(mesh_dimension), param.device_mesh.get_local_rank(mesh_dimension)
+        size = -(-sizes[dimension] // ranks)
+        begin = min(rank * size, sizes[dimension])
         begins[dimension] += begin
-        sizes[dimension] = min(each, sizes[dimension] - begin)
+        sizes[dimension] = min(size, sizes[dimension] - begin)
     if tuple(sizes) != tuple(param._local_tensor.shape) or not set(cuts.values()) <= {0, columns}:
         raise TypeError(
-            f"a parameter of shape {tuple(param.shape)} is distributed as {param.placements}, its part here of shape "
-            f"{tuple(param._local_tensor.shape)}: sbft optimizers update whole tensors and those that are cut along their "
-            "first dimension, as FSDP2 does, or their last, as tensor parallelism does, or both"
+            f"a parameter of shape {tuple(param.shape)} is distributed as {param.placements}, its local part of shape "
+            f"{tuple(param._local_tensor.shape)}: sbft optimizers update whole tensors and those that are split along "
+            "their first dimension, as by FSDP2, their last, as by tensor parallelism, or both"
         )
     offset = sum(begin * math.prod(param.shape[i + 1 :]) for i, begin in enumerate(begins))
-    of_columns = [i for i, dimension in cuts.items() if dimension == columns]
-    of_rows = [i for i in cuts if i not in of_columns]
+    column_cuts = [i for i, dimension in cuts.items() if dimension == columns]
+    row_cuts = [i for i in cuts if i not in column_cuts]
     return Shard(
         offset,
         param.shape,
         _reduce_over(param.device_mesh, [*cuts]),
-        _reduce_over(param.device_mesh, of_columns) if of_columns else None,
-        _reduce_over(param.device_mesh, of_rows) if of_columns and of_rows else None,
+        _reduce_over(param.device_mesh, column_cuts) if column_cuts else None,
+        _reduce_over(param.device_mesh, row_cuts) if column_cuts and row_cuts else None,
     )
 
 
 def _cuts(param: DTensor) -> dict[int, int]:
-    """Dimensions of the mesh by which a tensor is cut, and those of the tensor along which it is."""
+    """Dimensions of the mesh that split a tensor, each with the dimension of the tensor that it splits."""
     cuts = {}
     for mesh_dimension, placement in enumerate(param.placements):
         if isinstance(placement, ShardPlacement | _StridedShard):
@@ -153,7 +154,7 @@ def _reduce_over(mesh: DeviceMesh, dimensions: list[int]) -> Reduce:
 
 
 def parts_of_rows(tensor: Tensor) -> int:
-    """Into how many parts a tensor is cut along its first dimension; 1 of a plain one."""
+    """Number of parts into which a tensor is split along its first dimension; 1 for a plain one."""
     if not is_sharded(tensor):
         return 1
     assert isinstance(tensor, DTensor)
@@ -161,7 +162,7 @@ def parts_of_rows(tensor: Tensor) -> int:
 
 
 def cut_by(tensor: Tensor) -> set[str | None]:
-    """Dimensions of the mesh along which ranks have different parts of a tensor, by name, such as "tp"; None has no name."""
+    """Names of the mesh dimensions along which ranks have different parts of a tensor, such as "tp"; None if unnamed."""
     if not is_sharded(tensor):
         return set()
     assert isinstance(tensor, DTensor)
@@ -170,7 +171,7 @@ def cut_by(tensor: Tensor) -> set[str | None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here; a plain tensor as it is."""
+    """The local part of a tensor; a plain tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     assert isinstance(tensor, DTensor)
@@ -178,7 +179,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def differentiable_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here, whose gradient becomes the tensor's; a plain tensor as it is."""
+    """The local part of a tensor, through which gradients flow to the tensor; a plain tensor as it is."""
     if not is_sharded(tensor):
         return tensor
     assert isinstance(tensor, DTensor)
@@ -186,21 +187,21 @@ def differentiable_part(tensor: Tensor) -> Tensor:
 
 
 def tensor_parallel_group(tensor: Tensor) -> torch.distributed.ProcessGroup:
-    """The ranks that a tensor is spread over by tensor parallelism alone: they work on the same examples.
+    """The ranks over which tensor parallelism alone shards a tensor: they work on the same examples.
 
     Raises:
-        RuntimeError: if it is spread otherwise, as FSDP2 does until a forward needs it.
+        RuntimeError: if it is sharded in another way, as FSDP2 does until a forward needs it.
     """
     assert isinstance(tensor, DTensor)
     if tensor.device_mesh.mesh_dim_names != ("tp",):
         raise RuntimeError(
-            f"a weight is spread as {tensor.placements} over {tensor.device_mesh}, and was expected whole or over a mesh 'tp'"
+            f"a weight is sharded as {tensor.placements} over {tensor.device_mesh}; it should be whole, or over a mesh 'tp'"
         )
     return tensor.device_mesh.get_group()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from all ranks if it is spread over them, which all have to ask for; without gradient."""
+    """All of a tensor, without gradient. A sharded one is gathered from all ranks, which all have to call this."""
     if not is_sharded(tensor):
         return tensor
     assert isinstance(tensor, DTensor)
@@ -209,7 +210,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
-    """All of a tensor, spread over the ranks as `example` is; each rank takes its part, without a message."""
+    """A whole tensor, sharded like `example`; each rank takes its part, without communication."""
     if not is_sharded(example) or is_sharded(tensor):
         return tensor
     assert isinstance(example, DTensor)
@@ -218,7 +219,7 @@ def cut_like(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def in_order_of(tensor: Tensor, example: Tensor) -> Tensor:
-    """A tensor cut as `example` is, for example a gradient as its parameter."""
+    """A sharded tensor with the placements of `example`, for example a gradient with those of its parameter."""
     if not is_sharded(tensor):
         return tensor
     assert isinstance(tensor, DTensor) and isinstance(example, DTensor)
@@ -226,9 +227,9 @@ def in_order_of(tensor: Tensor, example: Tensor) -> Tensor:
 
 
 def without_strides(tensor: Tensor) -> Tensor:
-    """The same tensor in an order that `torch.distributed.checkpoint` can describe: parts of ranks side by side.
+    """The same tensor in an order that `torch.distributed.checkpoint` can describe: the ranks' parts side by side.
 
-    Where FSDP2 cuts once more what tensor parallelism has cut, ranks exchange parts; others keep theirs.
+    Where FSDP2 splits what tensor parallelism has split already, ranks exchange parts; others keep theirs.
     """
     if not is_sharded(tensor):
         return tensor
@@ -238,30 +239,30 @@ def without_strides(tensor: Tensor) -> Tensor:
 
 
 def _side_by_side(tensor: DTensor) -> list[Placement]:
-    return [ShardPlacement(one.dim) if isinstance(one, _StridedShard) else one for one in tensor.placements]
+    return [ShardPlacement(p.dim) if isinstance(p, _StridedShard) else p for p in tensor.placements]
 
 
 def zeros_beside(param: Tensor, dimensions: Sequence[int] | None = None) -> Tensor:
-    """Float32 zeros for the state of a parameter, cut as it is.
+    """Float32 zeros for the state of a parameter, sharded like it.
 
     Args:
         param: the parameter.
-        dimensions: those of its dimensions that the state has too; None: all.
+        dimensions: the dimensions that the state shares with it; all, if None.
     """
     kept = [*range(param.ndim)] if dimensions is None else [*dimensions]
-    here = local(param)
-    zeros = torch.zeros([here.shape[i] for i in kept], dtype=torch.float32, device=here.device)
+    part = local(param)
+    zeros = torch.zeros([part.shape[i] for i in kept], dtype=torch.float32, device=part.device)
     if not is_sharded(param):
         return zeros
     assert isinstance(param, DTensor)
     shape = torch.Size(param.shape[i] for i in kept)
     placements: list[Placement] = []
-    for one in param.placements:
-        dimension = one.dim % param.ndim if isinstance(one, ShardPlacement | _StridedShard) else None
+    for placement in param.placements:
+        dimension = placement.dim % param.ndim if isinstance(placement, ShardPlacement | _StridedShard) else None
         if dimension not in kept:
             placements.append(Replicate())
-        elif isinstance(one, _StridedShard):
-            placements.append(_StridedShard(kept.index(dimension), split_factor=one.split_factor))
+        elif isinstance(placement, _StridedShard):
+            placements.append(_StridedShard(kept.index(dimension), split_factor=placement.split_factor))
         else:
             placements.append(ShardPlacement(kept.index(dimension)))
     stride = torch.empty(shape, device="meta").stride()

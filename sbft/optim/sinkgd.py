@@ -1,4 +1,4 @@
-"""SinkGD: gradients whose rows and columns all have the same size, without state."""
+"""SinkGD: gradients whose rows and columns are scaled to the same size, without state."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sbft.optim.matrix import MatrixOptimizer
 class SinkGD(MatrixOptimizer):
     """SinkGD (Scetbon et al., arXiv 2502.06742, algorithms 3 and 4) for matrices, Adafactor for the rest.
 
-    The gradient of a matrix is scaled by row and by column, in turn, until the root mean square of every row and of every
-    column is one; `lr` is then the root mean square of its step. Nothing is remembered from one step to the next.
+    The rows and the columns of a matrix's gradient are scaled in turn, until each has a root mean square of one; `lr` is then
+    the root mean square of the step. There is no state.
 
     As in the paper's experiments (section 5), embeddings, output head and vectors have an adaptive optimizer with a rate of
-    their own, 20 times the matrices'. There it is Adam; here it is Adafactor (without a relative step), so that all
-    together has no more state than Adafactor, unless `rest_optimizer` says "adamw".
+    their own, 20 times that of matrices. In the paper it is Adam. Here it is Adafactor (without a relative step), which has
+    less state, unless `rest_optimizer` is "adamw".
 
     Args:
         params: parameters or groups, float32 or bfloat16; `sbft.optim.matrix_groups` splits a model's. Those in groups
             with `matrices=False`, and all that are neither matrices nor stacks of them, are the rest.
         lr: learning rate of matrices.
-        sinkhorn_iterations: how often rows and columns are scaled. The paper's experiments take 5.
-        rest_optimizer: of the rest: "adafactor" or "adamw".
+        sinkhorn_iterations: how often rows and columns are scaled. The paper's experiments use 5.
+        rest_optimizer: updates the rest: "adafactor" or "adamw".
         rest_lr_ratio: learning rate of the rest, as a multiple of `lr`.
         beta1: fixed decay factor per step of AdamW's first moment. Default: 0.9.
         first_moment_half_life: its half-life in tokens instead.
@@ -90,45 +90,45 @@ class SinkGD(MatrixOptimizer):
 
 
 def balanced_(matrix: Tensor, iterations: int) -> Tensor:
-    """Scale rows, then columns, to a root mean square of one, so many times; those of zeros remain.
+    """Scale rows, then columns, to a root mean square of one, several times; rows and columns of zeros stay.
 
-    What is iterated are the factors of rows and columns, as in Sinkhorn's algorithm on the squared matrix, which is made in
-    blocks of rows: with a single one, once.
+    The iterations update only the factors of rows and columns, as in Sinkhorn's algorithm on the squared matrix. That matrix
+    is made in blocks of rows, anew in each iteration, or once where a single block holds it.
 
     Args:
         matrix: (R, C) float32, changed in place.
-        iterations: how many times.
+        iterations: number of iterations.
     """
     rows, columns = matrix.shape
     height = max(_BLOCK // columns, 1)
     blocks = matrix.split(height)
     for begin in range(0, iterations, _AT_ONCE):
-        # The largest of every row and of every column becomes one, or squares of tiny ones would vanish beside others. What a
-        # row is scaled by makes no difference; what a column is, its factor begins with.
+        # First make the largest value of every row and column one, or the squares of tiny ones would vanish beside others.
+        # The scale of a row makes no difference; that of a column is where its factor starts.
         for block in blocks:
             block.div_(_or_one(block.abs().amax(1, keepdim=True)))
-        of_columns = _or_one(torch.stack([block.abs().amax(0) for block in blocks]).amax(0))
-        matrix.div_(of_columns)
-        of_columns.square_()  # squared factors, as those of rows
-        of_rows = matrix.new_empty(rows)
+        column_factors = _or_one(torch.stack([block.abs().amax(0) for block in blocks]).amax(0))
+        matrix.div_(column_factors)
+        column_factors.square_()  # the iterations work on squared factors
+        row_factors = matrix.new_empty(rows)
         whole = matrix.square() if len(blocks) == 1 else None
         for _ in range(begin, min(begin + _AT_ONCE, iterations)):
-            sums = torch.zeros_like(of_columns)
-            for block, factors in zip(blocks, of_rows.split(height), strict=True):
+            sums = torch.zeros_like(column_factors)
+            for block, factors in zip(blocks, row_factors.split(height), strict=True):
                 squares = block.square() if whole is None else whole
-                factors.copy_(_inverse(torch.mv(squares, of_columns), columns))
+                factors.copy_(_inverse(torch.mv(squares, column_factors), columns))
                 sums.addmv_(squares.t(), factors)
-            of_columns = _inverse(sums, rows)
-        matrix.mul_(of_rows.sqrt_()[:, None]).mul_(of_columns.sqrt_())
+            column_factors = _inverse(sums, rows)
+        matrix.mul_(row_factors.sqrt_()[:, None]).mul_(column_factors.sqrt_())
     return matrix
 
 
 _BLOCK = 1 << 24
-"""Elements that are squared at once."""
+"""Number of elements in a block."""
 
 _AT_ONCE = 5
-"""Iterations before the matrix itself is scaled. In each a squared factor changes by up to the number of rows or columns, so
-that with a million of these, float32 would not hold those of more iterations."""
+"""Iterations before the matrix itself is scaled. In each, a squared factor changes by up to the number of rows or columns. With
+a million of these, the factors of more iterations would overflow float32."""
 
 
 def _or_one(largest: Tensor) -> Tensor:

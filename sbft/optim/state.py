@@ -79,7 +79,7 @@ class SavedState(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state is float32 (torch casts it to the dtype of bfloat16 weights).
 
-        A state of whole tensors is cut as the parameters are.
+        A state of whole tensors is sharded like the parameters.
 
         Raises:
             ValueError: if the state comes from another kind of optimizer, or its groups do not fit.
@@ -93,7 +93,7 @@ class SavedState(torch.optim.Optimizer):
         if clock is None:
             raise ValueError(
                 "this state holds no token clock, so it was not saved by an sbft optimizer, and its averages go by steps: to "
-                f"train on with {own_name}, leave it out, and averages begin anew"
+                f"continue with {own_name}, leave it out; its averages then start anew"
             )
         saved_by = clock.pop("optimizer", own_name)  # older states have none
         if saved_by != own_name:
@@ -137,7 +137,7 @@ class SavedState(torch.optim.Optimizer):
         return state
 
     def _cut(self, state: dict[str, Tensor], param: Tensor) -> dict[str, Tensor]:
-        """The state of a sharded parameter, cut like a new one."""
+        """The state of a sharded parameter, sharded like a new one."""
         new = self.new_state(param)
         return {name: cut_like(value, new[name]) if name in new else value for name, value in state.items()}
 

@@ -1,4 +1,4 @@
-"""What an optimizer is given to update one parameter, and what the updates of a step leave behind."""
+"""The arguments of one update, and the results that the updates of a step leave on the host."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Update(NamedTuple):
 
 
 class OpenStep(NamedTuple):
-    """What the updates of a step leave on the host until `step()` closes it.
+    """Results of the updates of a step, until `step()` closes it.
 
     Attributes:
-        updated: parameters that have their update.
+        updated: the parameters that were updated.
         square_sums: sum of the squared gradient of each, in the order of the updates.
     """
 

@@ -1,7 +1,7 @@
 """The update of one parameter on three backends: `reference` (torch), `cpu` (compiled C++), `cuda` (Triton).
 
-All have the functions of `reference` with the same arguments. The tensor's device chooses; `SBFT_KERNELS=reference` in the
-environment forces the reference.
+All have the functions of `reference`, with the same arguments. The weight's device decides which is used;
+`SBFT_KERNELS=reference` in the environment forces the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def backend_for(device: torch.device) -> ModuleType:
     """The module whose functions update a parameter on `device`.
 
     Raises:
-        ValueError: if `SBFT_KERNELS` holds a word it does not know.
+        ValueError: if `SBFT_KERNELS` has an unknown value.
     """
     choice = os.environ.get("SBFT_KERNELS", "")
     if choice not in ("", "reference"):
@@ -36,7 +36,7 @@ def backend_for(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _cuda() -> ModuleType:
-    """The Triton kernels; the reference, after one warning, where Triton is not installed."""
+    """The Triton kernels; after one warning the reference, if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         warnings.warn(
             "sbft's CUDA kernels need the package triton, which is not installed, so the optimizer step runs in plain torch, "

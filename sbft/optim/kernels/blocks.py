@@ -82,7 +82,7 @@ def sum_of_squares(tensor: Tensor, values: Callable[[Block], Tensor]) -> Tensor:
 def average_(average: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
     """Move an average in place towards `value` by `weight`, a number, or a tensor of shape () on its device."""
     if isinstance(weight, Tensor):
-        weight = weight.to(average.dtype)  # as a number is taken
+        weight = weight.to(average.dtype)  # where a Python number is rounded too
     return average.add_((value - average).mul_(weight))
 
 
@@ -102,5 +102,5 @@ def store_(weight: Tensor, block: Block, values: Tensor, key: Key, shard: Shard 
 
 
 def square_root(values: Tensor) -> Tensor:
-    """Correctly rounded; torch's own on a CPU is a step of float32 off for one number in 150 (torch 2.13, through MKL)."""
+    """Correctly rounded square root; torch's, on a CPU, is one float32 step off for one number in 150 (torch 2.13, MKL)."""
     return values.double().sqrt_().float() if values.device.type == "cpu" else values.sqrt()

@@ -1,12 +1,14 @@
-"""The updates in Triton for CUDA devices: the functions of `reference`, bit for bit but for the order of sums (and, with Triton
-before 3.6, for quotients and roots of subnormal numbers, which it takes for zero).
+"""The updates in Triton for CUDA devices: the functions of `reference`, bit for bit except for the order of sums.
 
-Nothing waits for the device: finite check, step size and bias correction are numbers in its memory. The learning rate, the
-weights of averages and the words of the key may be tensors of shape () there, all of them or none, for launches that a CUDA
-graph replays. A large factored
-parameter takes four launches and 10 bytes per bfloat16 element (gradient read three times, weight read and written once), a
-vector one. Partial sums need at most 1% of the tensor beyond its rows and columns, or 1 MiB. A weight that is not contiguous
-goes to the reference.
+(Triton before 3.6 also rounds quotients and roots of subnormal numbers to zero.)
+
+The host never waits for the device: finite check, step size and bias correction are numbers in its memory. The learning rate,
+the weights of averages and the words of the key may be tensors of shape () there, all of them or none, for launches that a CUDA
+graph replays.
+
+A large factored parameter takes four launches and moves 10 bytes per bfloat16 element: the gradient is read three times, the
+weight read and written once. A vector takes one launch. Partial sums need at most 1 MiB, or 1% of the tensor beyond its rows
+and columns if that is more. A weight that is not contiguous falls back to the reference.
 """
 
 from __future__ import annotations
@@ -38,8 +40,13 @@ def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
 
 
 def _keep_pace(shard: Shard | None, grad_square_sum: Tensor, counts: list[int]) -> None:
-    """Send so many zeros where the gradient is not finite: the programs of other ranks do not wait to learn that and go on
-    sending, while the reference of a rank without elements has returned."""
+    """Join the sums that other ranks still take after a gradient that is not finite.
+
+    Their programs do not wait to learn that it is not, while the reference of a rank without elements has returned.
+
+    Args:
+        counts: how many numbers each of these sums has.
+    """
     if shard is not None and not torch.isfinite(grad_square_sum):
         for count in counts:
             shard.sum(torch.zeros(count, device=grad_square_sum.device))
@@ -148,23 +155,30 @@ def _measure_and_apply(
     squares: Tensor | None,
     shard: Shard | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the last launch; before it, if the weight's sum of squares is needed and unknown, the same launch to measure it.
+    """Run the last launch, after a launch that measures the weight's sum of squares if that is needed and unknown.
 
-    The same program adds in the same order, so a resumed run continues with the bits that were carried before. `squares` are
-    the partial sums of the squared update of a shard.
+    The same program measures it, in the same order, so that a resumed run has the bits that were carried before.
+
+    Args:
+        apply: the launch; called with the weight's sum of squares, where results go, and whether to measure only.
+        scalars: results of the update.
+        weight_square_sum: of the last update, if known.
+        relative_step: whether the step is scaled by the weight's RMS.
+        squares: of a shard, partial sums of the squared update.
+        shard: the shard, or None.
     """
     if relative_step and weight_square_sum is None:
         measured = torch.empty_like(scalars)
         apply(measured, measured, True)
         weight_square_sum = measured[1]
-    of_all = weight_square_sum if relative_step else scalars
+    total = weight_square_sum if relative_step else scalars
     if shard is not None:
         assert squares is not None
         known = torch.zeros_like(squares[0]) if weight_square_sum is None else weight_square_sum
-        update, of_all = shard.sum(squares.sum(), known)
+        update, total = shard.sum(squares.sum(), known)
         squares.zero_()
         squares[0] = update
-    apply(of_all, scalars, False)
+    apply(total, scalars, False)
     grad_square_sum, new_square_sum = scalars.unbind()
     return grad_square_sum, new_square_sum if relative_step else weight_square_sum
 
@@ -172,14 +186,14 @@ def _measure_and_apply(
 def _sum_sums_over_ranks(
     shard: Shard, plan: FactoredPlan, scratch: Tensor, stack: int, rows: int, columns: int
 ) -> None:
-    """Of the partial sums of a squared gradient: in all, and by column where ranks share the rows."""
+    """Add other ranks' sums of the squared gradient: in all, and by column where the rows are split over ranks."""
     totals = scratch[plan.totals_at :][: plan.column_groups * plan.row_groups * stack].view(-1, 1)
     by_column = scratch[plan.column_sums_at :][: plan.row_groups * stack * columns].view(plan.row_groups, -1)
     _sum_over_ranks(shard, *([by_column] if shard.rows_split else []), totals)
 
 
 def _sum_over_ranks(shard: Shard, *partial: Tensor) -> None:
-    """Put the sum over its rows, and over all ranks, into the first row of each matrix, and zeros into the others."""
+    """Replace the first row of each matrix by the sum over its rows and all ranks, and the other rows by zeros."""
     for rows, total in zip(partial, shard.sum(*(rows.sum(0) for rows in partial)), strict=True):
         rows.zero_()
         rows[0] = total
@@ -268,13 +282,13 @@ def _line(
     )  # fmt: skip
 
 
-_HERE: AbstractContextManager[Any] = nullcontext()
+_NO_CHANGE: AbstractContextManager[Any] = nullcontext()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on this device; to enter the current one once more costs as much as a launch."""
-    here = device.index is None or device.index == torch.cuda.current_device()
-    return _HERE if here else torch.cuda.device(device)
+    """Launch on this device. If it is current already, nothing is entered, because that costs as much as a launch."""
+    is_current = device.index is None or device.index == torch.cuda.current_device()
+    return _NO_CHANGE if is_current else torch.cuda.device(device)
 
 
 def _offset(shard: Shard | None) -> int:
@@ -284,5 +298,5 @@ def _offset(shard: Shard | None) -> int:
 def _words(key: Key) -> tuple[int | Tensor, int | Tensor]:
     if key is None:
         return 0, 0
-    # On the device they lie as int32.
+    # Tensors hold them as int32 already.
     return key if isinstance(key[0], Tensor) else (signed_32(key[0]), signed_32(key[1]))

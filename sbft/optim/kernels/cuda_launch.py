@@ -1,7 +1,7 @@
 """Launches of Triton programs that repeat from step to step.
 
-`program[grid](...)` looks at every argument anew to find out which compiled form it asks for: 30 to 60 microseconds of Python a
-launch, where at batch 1 every weight of a model has four of them in every step. A `Launch` asks once.
+`program[grid](...)` inspects every argument to find the compiled form: 30 to 60 microseconds of Python per launch. At batch 1
+every weight of a model has up to four launches in every step. A `Launch` looks once.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-_ALIGNMENT = 16  # bytes; Triton compiles one form for tensors that begin at a multiple of them, and one for others
+_ALIGNMENT = 16  # bytes; Triton compiles one form for tensors that begin at a multiple of this, and one for others
 
 
 class Launch:
     """A program with its grid and its compile-time arguments, for one device. The first call compiles.
 
-    Every call has tensors of the same dtypes, and the same numbers wherever the program is specialized for them.
+    All calls must have tensors of the same dtypes, and the same numbers wherever the program is specialized for them.
 
     Args:
         program: a function under `triton.jit`, whose tensors come first in its signature and whose compile-time arguments last.
-        grid: how many instances, in three dimensions.
+        grid: number of instances in three dimensions.
         constants: the compile-time arguments by name.
         options: for Triton, such as `num_warps`.
     """
@@ -35,8 +35,12 @@ class Launch:
         self._aligned: tuple[int, ...] = ()  # tensors for whose alignment the program is specialized
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float | Tensor]) -> None:
-        """Launch on the current device's current stream. Numbers are Python's own, or tensors where the program takes their
-        addresses, of any alignment."""
+        """Launch on the current stream of the current device.
+
+        Args:
+            tensors: the program's first arguments.
+            numbers: the others: Python's numbers, or tensors of any alignment where the program takes an address.
+        """
         if self._run is not None:
             pointers = [tensor.data_ptr() for tensor in tensors]
             if not any([pointers[i] % _ALIGNMENT for i in self._aligned]):

@@ -1,4 +1,4 @@
-"""How a weight is cut for the Triton programs, and the launches that all weights cut alike have in common."""
+"""How a weight is divided among the instances of the Triton programs, and the launches that equal weights share."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sbft.optim.kernels import cuda_elementwise, cuda_programs
 from sbft.optim.kernels.cuda_launch import Launch
 
 TILE_COLUMNS, SUM_ROWS, APPLY_ROWS = 256, 32, 16
-"""Tile of a matrix. One warp holds whole rows of it, so that row sums need no barrier. Applying needs more registers for an
-element than summing: with half the rows, and its registers limited, three programs fit on a multiprocessor."""
+"""Tile of a matrix. One warp holds whole rows of it, so that row sums need no barrier. Applying takes more registers per
+element than summing: with half the rows and a limit on registers, three programs fit on a multiprocessor."""
 
-APPLY_REGISTERS = 80  # holds the usual case, a contiguous bfloat16 gradient, without spilling
+APPLY_REGISTERS = 80  # enough for the usual case, a contiguous bfloat16 gradient, without spilling
 
 BLOCK, ALONE_BLOCKS = 2048, 8
 """Elements of a block of a line, and how many blocks one program updates alone."""
 
 MAX_PROGRAMS = 1024
 SMALL_BYTES, LARGE_SHARE = 1 << 20, 0.01
-"""Partial sums take at most the larger of the two (the second as a share of the weight, beyond its rows and columns)."""
+"""Limits of the partial sums, of which the larger applies; the second is a share of the weight, beyond its rows and columns."""
 
-_SCALARS = 512  # bytes that an allocation of any size takes at least
+_SCALARS = 512  # smallest size of an allocation, in bytes
 _OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -35,10 +35,10 @@ _OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
 class FactoredPlan(NamedTuple):
-    """How a (B, R, C) tensor is cut, and where its partial sums lie in the scratch memory (all counted in float32)."""
+    """How a (B, R, C) tensor is divided, and where its partial sums are in the scratch memory (all counted in float32)."""
 
     column_groups: int
-    row_groups: int  # of the launch that writes column sums: the fewer, the less memory
+    row_groups: int  # in the launch that writes column sums: fewer take less memory
     tiles: int  # of a row group
     apply_groups: int  # row groups of the other launches
     apply_tiles: int
@@ -54,18 +54,18 @@ class FactoredPlan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def factored_plan(stack: int, rows: int, columns: int, element_size: int) -> FactoredPlan:
-    """Cut a (stack, rows, columns) weight into as many groups as programs are wanted and memory allows."""
+    """Divide a (stack, rows, columns) weight into as many groups as `MAX_PROGRAMS` and memory allow."""
     column_groups = triton.cdiv(columns, TILE_COLUMNS)
     most = max(1, MAX_PROGRAMS // (stack * column_groups))
     block = cuda_programs.FACTOR_BLOCK.value
     row_blocks, column_blocks = triton.cdiv(rows, block), triton.cdiv(columns, block)
     row_sums = _padded(stack * column_groups * rows)
-    others = 64 + _padded(stack * row_blocks) + 3 * _padded(max(stack * column_groups, MAX_PROGRAMS))
+    rest = 64 + _padded(stack * row_blocks) + 3 * _padded(max(stack * column_groups, MAX_PROGRAMS))
     large = LARGE_SHARE * stack * rows * columns * element_size + 4 * stack * (rows + columns)
-    memory = (max(SMALL_BYTES, int(large)) - _SCALARS) // 4 - row_sums - others
+    memory = (max(SMALL_BYTES, int(large)) - _SCALARS) // 4 - row_sums - rest
     tiles, row_groups = _cut(triton.cdiv(rows, SUM_ROWS), min(most, max(1, memory // (stack * columns))))
     apply_tiles, apply_groups = _cut(triton.cdiv(rows, APPLY_ROWS), most)
-    totals_at = row_sums + _padded(stack * row_groups * columns) + 16  # the number before it counts arrivals
+    totals_at = row_sums + _padded(stack * row_groups * columns) + 16  # the element before it counts arrivals
     squares_at = totals_at + _padded(stack * column_groups * row_groups)
     weight_squares_at = squares_at + _padded(stack * column_groups * apply_groups)
     row_means_at = weight_squares_at + _padded(stack * column_groups * apply_groups)
@@ -82,7 +82,7 @@ def _cut(tiles: int, most_groups: int) -> tuple[int, int]:
 
 
 class FactoredLaunches:
-    """What updates of weights of one shape have in common: their launches, and the numbers that these are always given."""
+    """Launches that all updates of weights of one shape share, with the numbers that do not change between them."""
 
     def __init__(
         self,
@@ -155,8 +155,10 @@ def factored_launches(
     relative: bool,
     captured: bool,
 ) -> FactoredLaunches:
-    """The launches of a kind of weight on a device, to which compiled programs belong; of a shard, its offset, the elements of
-    the whole weight, and its rows where ranks share them."""
+    """The launches for one kind of weight on one device, because compiled programs belong to a device.
+
+    `shard` is its offset, the number of elements of the whole weight, and the number of its rows if they are split over ranks.
+    """
     return FactoredLaunches(shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative, captured)
 
 
@@ -164,14 +166,14 @@ def factored_launches(
 
 
 class LineLaunches:
-    """What updates of weights of one size, each a line of elements, have in common: launches, and numbers always given.
+    """Launches that all updates of weights of one size share, each a line of elements, with the numbers that do not change.
 
     Args:
-        shape: of the gradient, a stack of matrices.
-        strides: of a gradient that is not contiguous.
-        offset: global index of the first element; None but of a shard.
-        program: the one that applies the update.
-        kinds: compile-time arguments of its own.
+        shape: shape of the gradient, a stack of matrices.
+        strides: strides of the gradient; None if it is contiguous.
+        offset: global index of a shard's first element; None if the weight is whole.
+        program: applies the update.
+        kinds: compile-time arguments of `program`.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class LineLaunches:
         program: Any,
         kinds: dict[str, bool],
     ) -> None:
-        # A contiguous gradient needs no shape: equal arguments spare a compilation per shape.
+        # A contiguous gradient needs no shape: with equal arguments one compilation serves all shapes.
         size, sizes = math.prod(shape), (16, 16, 16, 16, 16) if strides is None else (*shape[1:], *strides)
         blocks = triton.cdiv(size, BLOCK)
         self.alone = blocks <= ALONE_BLOCKS and offset is None
@@ -201,7 +203,7 @@ class LineLaunches:
         self.apply = Launch(program, grid, {**kinds, **line}, _OPTIONS)
 
     def allocate(self, sections: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Memory for the count of arrivals and `sections` partial sums per program, and for two results."""
+        """Memory for the arrivals and `sections` partial sums per program, and for two results."""
         scalars = torch.empty(2, dtype=torch.float32, device=device)
         if self.alone:
             return scalars, scalars
@@ -219,7 +221,7 @@ def line_launches(
     program: Any,
     *kinds: tuple[str, bool],
 ) -> LineLaunches:
-    """The launches of a kind of weight on a device, to which compiled programs belong."""
+    """The launches for one kind of weight on one device, because compiled programs belong to a device."""
     return LineLaunches(shape, strides, offset, program, dict(kinds))
 
 
@@ -227,7 +229,7 @@ def line_launches(
 
 
 def _index(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
-    """Type that holds every offset into a weight and its gradient, with room for the masked end of the last group."""
+    """Integer type for every offset into a weight and its gradient, with room for the masked end of the last group."""
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     return tl.int32 if max(reach, offset + math.prod(shape)) < 1 << 30 else tl.int64
 

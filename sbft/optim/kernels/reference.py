@@ -4,9 +4,9 @@ Every function updates one parameter in place. The elementwise arithmetic is flo
 fused multiply-adds, with correctly rounded division and square root. The compiled kernels follow it bit for bit; they differ
 only in the order in which sums are taken.
 
-Throughout: `weight` is float32 or bfloat16, `grad` has its shape, any strides, float32 or bfloat16. A `mass` is the weight that
-an average started at zero has collected so far (float32, shape ()); dividing by it removes the bias. `key` is the noise key of
-the update (`sbft.rounding.noise_key`) if the weight is to be rounded stochastically, else None. Each update returns the sum
+Throughout, `weight` is float32 or bfloat16. `grad` has its shape, any strides, and is float32 or bfloat16. `mass` is the total
+weight of the values in an average that started at zero (float32, shape ()); dividing by it removes the bias. `key` is the noise
+key of the update (`sbft.rounding.noise_key`) if the weight is rounded stochastically, else None. Each update returns the sum
 of the squared gradient; if that is not finite, nothing is changed.
 """
 
@@ -24,8 +24,8 @@ SMALLEST_RMS = 1e-3
 """Floor of the weight's RMS in a relative step (Shazeer and Stern, arXiv 1804.04235, section 8: epsilon 2)."""
 
 SMALLEST_RATIO = 2.0**-126
-"""Floor of a row's second moment as a share of the mean, float32's smallest normal number: what is left of a row without
-gradient vanishes beside large ones, and its factor would be infinite."""
+"""Floor of a row's second moment as a share of the mean, float32's smallest normal number. A row without gradient has almost
+no second moment beside large ones, and its factor would be infinite."""
 
 
 # Adafactor
@@ -39,7 +39,7 @@ def step_size(
     update_square_sum: Tensor,
     weight_square_sum: Tensor | None,
 ) -> Tensor:
-    """What the update is multiplied with: the rate, times the weight's RMS, over the excess of the update's RMS; shape ()."""
+    """Factor of the update: the rate, times the weight's RMS if relative, over the excess of the update's RMS; shape ()."""
     clip = (square_root(update_square_sum / count) / clip_threshold).clamp_(min=1.0)
     step = lr.to(clip.dtype) if isinstance(lr, Tensor) else torch.full_like(clip, lr)
     if relative_step:
@@ -71,9 +71,9 @@ def update_factors(
     eps: float,
     shard: Shard | None,
 ) -> tuple[Tensor, Tensor]:
-    """Take the sums into the averages (in place) and return what a gradient is multiplied with, by row and by column.
+    """Update the averages in place with the sums, and return the gradient's factors by row and by column.
 
-    `row` and `row_sum` are (B, R), `column` and `column_sum` (B, C), all float32; so are the two factors.
+    `row`, `row_sum` and the row factors are (B, R); `column`, `column_sum` and the column factors (B, C); all float32.
     """
     rows, columns = (row.shape[1], column.shape[1]) if shard is None else shard.shape[-2:]
     average_(row, row_sum / columns + eps, average_weight)
@@ -105,7 +105,7 @@ def apply_(
     shard: Shard | None,
     want_sum: bool,
 ) -> Tensor | None:
-    """`weight = weight * shrink - step * update`, rounded; returns the sum of the squared new weights if wanted."""
+    """`weight = weight * shrink - step * update`, rounded; returns the sum of the squared new weights if `want_sum`."""
     square_sum = torch.zeros((), dtype=torch.float32, device=weight.device) if want_sum else None
     for block in blocks_of(weight):
         store_(weight, block, weight[block.index].float() * shrink - update(block) * step, key, shard)
@@ -138,7 +138,7 @@ def adafactor_factored(
         grad: (..., R, C).
         row: (..., R) float32, average over time of the squared gradient's mean over columns.
         column: (..., C) float32, the same over rows.
-        mass: weight that the two averages have collected.
+        mass: total weight of the values in the two averages.
         weight_square_sum: sum of the squared weights as they are now, if known from the last update; shape (). A float, which
             the C++ update carries, is not used: its terms were added in another order.
         average_weight: weight of this gradient in the averages, one minus beta2.
@@ -148,13 +148,13 @@ def adafactor_factored(
         eps: added to the squared gradient.
         weight_decay: decoupled: the weight shrinks by `lr * weight_decay`.
         key: noise key, or None.
-        shard: what part of the parameter this is, or None.
+        shard: which part of the parameter this is; None for all of it.
 
     Returns:
-        Sum of the squared gradient; and of the squared new weights here, if `relative_step`.
+        Sum of the squared gradient; and of the squared new weights (of a shard, its own), if `relative_step`.
     """
     w, g = matrices(weight), matrices(grad)
-    # A rank may have none of the rows, and has the averages of all columns nevertheless; or the other way round.
+    # A rank without rows still has the averages of all columns, and the other way round: hence the explicit shapes.
     row, column = row.view(w.shape[:2]), column.view(w.shape[0], w.shape[2])
     row_sum, column_sum = row_and_column_sums(g)
     grad_square_sum = row_sum.sum()
@@ -261,15 +261,15 @@ def adamw(
         grad: the same shape.
         first_moment: float32 of that shape, contiguous, or None.
         second_moment: float32 of that shape, contiguous.
-        first_mass: weight that the first moment has collected.
-        second_mass: weight that the second moment has collected.
+        first_mass: total weight of the values in the first moment.
+        second_mass: the same for the second moment.
         first_weight: weight of this gradient in the first moment, one minus beta1.
         second_weight: weight of its square in the second moment, one minus beta2.
         lr: learning rate.
         eps: added to the root of the second moment.
         weight_decay: decoupled.
         key: noise key, or None.
-        shard: what part of the parameter this is, or None.
+        shard: which part of the parameter this is; None for all of it.
 
     Returns:
         Sum of the squared gradient.
@@ -310,12 +310,12 @@ def sgd(
         weight: any shape.
         grad: the same shape.
         momentum: float32 of that shape, contiguous, or None.
-        mass: weight that the average has collected; None without momentum.
+        mass: total weight of the values in the average; None without momentum.
         momentum_weight: weight of this gradient in the average.
         lr: learning rate.
         weight_decay: decoupled.
         key: noise key, or None.
-        shard: what part of the parameter this is, or None.
+        shard: which part of the parameter this is; None for all of it.
 
     Returns:
         Sum of the squared gradient.

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 def run(cases: str, cache: Path, **environment: str) -> None:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/{cases}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/unit/optim/{cases}.py"]
     finished = subprocess.run(
         command,
         cwd=ROOT,

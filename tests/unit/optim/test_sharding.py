@@ -1,4 +1,4 @@
-"""Updates of parameters that lie on several ranks, against the update of the whole."""
+"""Updates of parameters that are sharded over several ranks, against the update of the whole."""
 
 from __future__ import annotations
 
