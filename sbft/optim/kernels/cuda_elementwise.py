@@ -1,8 +1,8 @@
-"""The Triton programs of the updates that keep whole tensors as state: Adafactor on vectors, AdamW and SGD.
+"""The Triton programs of updates whose state has one number per element: Adafactor on vectors, AdamW and SGD.
 
-A tensor is a line of elements here, cut into blocks; a program takes `blocks` consecutive ones. A short line is one program's
-(`ALONE`), and its whole update one launch. `offset` is the global index of the first element. `CAPTURED`
-as in `apply_factored`.
+Here a tensor is a line of elements, divided into blocks; a program updates `blocks` consecutive ones. A single program updates
+a short line (`ALONE`), in one launch. `offset` is the global index of the first element. `CAPTURED` is that of
+`apply_factored`.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -27,14 +27,14 @@ from sbft.optim.kernels.cuda_programs import (
 
 
 class Gradient(NamedTuple):
-    """A gradient as a line of elements, and the strides by which they are read where it is not contiguous.
+    """A gradient as a line of elements, with the strides to read it where it is not contiguous.
 
-    A program makes it from its arguments: Triton compiles anew for every value of a tuple's member that divides by 16, or not,
-    and `do_not_specialize` does not change that, so arguments that differ from step to step cannot be in one.
+    Programs make it from their arguments and are not launched with it: Triton specializes every member of a tuple argument,
+    whatever `do_not_specialize` says.
     """
 
     pointer: Any
-    count: Any  # elements in all
+    count: Any  # number of elements
     rows: Any  # of a matrix
     columns: Any
     stack_stride: Any
@@ -83,7 +83,7 @@ def grad_square_sums(
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Each program's sum of the squared gradient, from `scratch[16]` on; `scratch[0]`, the arrivals, becomes zero."""
+    """Each program's sum of the squared gradient, from `scratch[16]` on; resets the arrivals, `scratch[0]`."""
     program = tl.program_id(0)
     first = program.to(INDEX) * blocks
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
@@ -98,7 +98,7 @@ def total_square_sum(
     grad, scratch, scalars, partials, blocks,
     ALONE: tl.constexpr, STRIDED: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the squared gradient, known to every program and left in `scalars[0]`."""
+    """Sum of the squared gradient, in every program; also stored in `scalars[0]`."""
     if ALONE:
         first = tl.program_id(0).to(INDEX)
         total = square_sum_of_blocks(grad, first, blocks, STRIDED, BLOCK)
@@ -116,7 +116,7 @@ def total_square_sum(
 def full_moment_of_blocks(
     grad, second_moment, mass, first, blocks, write, average_weight, eps, STRIDED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Take the gradient into the second moment; returns the sum of the squared unscaled update."""
+    """Update the second moment with the gradient; returns the sum of the squared unscaled update."""
     lane = tl.arange(0, BLOCK)
     new_mass = average(tl.load(mass), 1.0, average_weight)
     square_sum = tl.zeros([BLOCK], tl.float32)
@@ -154,7 +154,7 @@ def update_full_moment(
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Second moment, and each program's sum of the squared unscaled update."""
+    """Update the second moment, and store each program's sum of the squared unscaled update."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     average_weight = weight_of_step(average_weight, CAPTURED)
     total = total_square_sum(grad, scratch, scalars, partials, blocks, False, STRIDED, BLOCK, INDEX)
@@ -204,7 +204,7 @@ def apply_full(
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """New weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old weights."""
+    """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` only that of the old weights."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     average_weight = weight_of_step(average_weight, CAPTURED)
@@ -236,7 +236,7 @@ def apply_full(
         )
         if RELATIVE:
             stored = tl.where(write, stored, w)
-            square_sum += stored * stored  # zero where the mask is not
+            square_sum += stored * stored  # zero where the mask is false
     if ALONE:
         last = program == 0
         tl.store(scalars + 1, tl.sum(square_sum))
@@ -288,7 +288,7 @@ def apply_adamw(
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Moments and weights of AdamW."""
+    """Update the moments and weights of AdamW."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     first_weight, second_weight = weight_of_step(first_weight, CAPTURED), weight_of_step(second_weight, CAPTURED)
@@ -350,7 +350,7 @@ def apply_sgd(
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Weights, and with `MOMENTUM` the gradient's average."""
+    """Update the weights, and with `MOMENTUM` the gradient's average."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     total = total_square_sum(grad, scratch, scalars, partials, blocks, ALONE, STRIDED, BLOCK, INDEX)

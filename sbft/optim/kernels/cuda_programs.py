@@ -1,8 +1,8 @@
 """The Triton programs behind `sbft.optim.kernels.cuda`.
 
-The elementwise arithmetic is that of `reference`, operation for operation: launched with `enable_fp_fusion=False`, division
-and square root correctly rounded. Sums are taken in a fixed order (partial sums in memory, then one program adds them up), so
-equal inputs give equal bits. Offsets are int64 where `INDEX` says so, chosen by the host from the sizes.
+The elementwise arithmetic is that of `reference`, operation for operation: launched with `enable_fp_fusion=False`, with
+correctly rounded division and square root. Sums are taken in a fixed order (partial sums in memory, then one program adds them
+up), so equal inputs give equal bits. `INDEX` is the type of offsets, int32 or int64; the host derives it from the sizes.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 PARTIALS = tl.constexpr(1024)  # partial sums added at once
-PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile in which row and column sums are put together
+PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile of partial row and column sums
 SMALLEST_RMS, SMALLEST_RATIO = tl.constexpr(1e-3), tl.constexpr(2.0**-126)  # as in reference
 
 COUNTS = ["partials", "groups", "blocks", "row_blocks", "column_groups", "row_groups", "measure", "key_0", "key_1"]
@@ -27,12 +27,12 @@ COUNTS += [
     "second_weight",
     "momentum_weight",
 ]
-"""Arguments whose values, or addresses, do not matter to the compiler: one program serves them all."""
+"""Arguments that Triton does not specialize for: one compiled program serves all their values, or addresses."""
 
 
 @triton.jit
 def numbers_of_step(lr, shrink, key_0, key_1, CAPTURED: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """What changes from step to step: as given, or with `CAPTURED` what lies at these addresses."""
+    """Numbers that change from step to step; with `CAPTURED` the arguments are their addresses."""
     if CAPTURED:
         lr, shrink = tl.load(lr).to(tl.float32), tl.load(shrink).to(tl.float32)
         if STOCHASTIC:
@@ -42,7 +42,7 @@ def numbers_of_step(lr, shrink, key_0, key_1, CAPTURED: tl.constexpr, STOCHASTIC
 
 @triton.jit
 def weight_of_step(weight, CAPTURED: tl.constexpr):
-    """Of a moving average, likewise."""
+    """Weight of a step in a moving average; with `CAPTURED` the argument is its address."""
     if CAPTURED:
         weight = tl.load(weight).to(tl.float32)
     return weight
@@ -85,7 +85,7 @@ def bfloat16_bits(values, noise, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def store_weight(pointers, values, base, lane, key_0, key_1, mask, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Store float32 values as the weight's dtype asks; returns what was stored, as float32."""
+    """Store float32 values in the weight's dtype; returns the stored values as float32."""
     if pointers.dtype.element_ty == tl.bfloat16:
         noise = noise_bits(base, lane, key_0, key_1, ALIGNED) if STOCHASTIC else 0
         bits = bfloat16_bits(values, noise, STOCHASTIC)
@@ -101,7 +101,7 @@ def store_weight(pointers, values, base, lane, key_0, key_1, mask, STOCHASTIC: t
 
 @triton.jit
 def sum_partials(partial, partials):
-    """Sum of `partials` numbers in a fixed order, written by other programs."""
+    """Sum, in a fixed order, of `partials` numbers that other programs have written."""
     lane = tl.arange(0, PARTIALS)
     total = tl.zeros([PARTIALS], tl.float32)
     for start in range(0, partials, PARTIALS):
@@ -111,11 +111,11 @@ def sum_partials(partial, partials):
 
 @triton.jit
 def is_last(arrivals, partials):
-    """Whether all other programs of this launch have passed here; their stores before are then visible.
+    """Whether all other programs of this launch have arrived here; what they stored before is then visible.
 
     `arrivals` is a float32 that an earlier launch set to zero.
     """
-    tl.debug_barrier()  # the stores of all threads of this program come before its arrival
+    tl.debug_barrier()  # all threads of this program have stored before it arrives
     return tl.atomic_add(arrivals, 1.0, sem="acq_rel", scope="gpu") == partials - 1.0
 
 
@@ -181,7 +181,7 @@ def row_and_column_sums(
     program = linear_program_id()
     tl.store(scratch + totals_at + program, tl.sum(column_sum))
     if program == 0:
-        tl.store(scratch + totals_at - 1, 0.0)  # nobody has arrived at the end of the last launch
+        tl.store(scratch + totals_at - 1, 0.0)  # no program has arrived at the end of the last launch yet
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def update_factors(
     eps,
     CAPTURED: tl.constexpr,
 ):
-    """Take the sums into the averages. Leaves the column factors in the place of the first column sums.
+    """Update the averages with the sums. The column factors replace the first column sums.
 
     A grid of (row blocks + column blocks, stack).
     """
@@ -244,7 +244,7 @@ def update_factors(
         new = average(old, tl.div_rn(column_sum, row_count) + eps, average_weight)
         tl.store(column + b * columns + i, new, mask & finite)
         new_mass = average(tl.load(mass), 1.0, average_weight)
-        tl.debug_barrier()  # all threads have read the sums that are overwritten now
+        tl.debug_barrier()  # all threads have read the sums before they are overwritten
         tl.store(column_sums + i, tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(new, new_mass))), mask)
 
 
@@ -268,7 +268,7 @@ def update_square_sums(
     TILE_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Sum of the squared unscaled update of each group. Leaves the row factors in the place of the first row sums."""
+    """Sum of the squared unscaled update of each group. The row factors replace the first row sums."""
     column_group, row_group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     mean = tl.div_rn(sum_partials(scratch + row_means_at + b * row_blocks, row_blocks), row_count)
     c = column_group * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
@@ -325,11 +325,11 @@ def apply_factored(
     TILE_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` that sum alone, of the old.
+    """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` only that sum, of the old weights.
 
-    `offset` is the global index of the first element, zero but with `SHARDED`: adding it costs registers. With `CAPTURED` the
-    rate, what the weight shrinks to, the weight of the averages and the key lie at addresses, so that a graph's replays have
-    those of their step.
+    `offset` is the global index of the first element. It is used only with `SHARDED`, because adding it costs registers. With
+    `CAPTURED`, `lr`, `shrink`, `average_weight` and the words of the key are addresses, so that each replay of a graph reads
+    the numbers of its step.
     """
     lr, shrink, key_0, key_1 = numbers_of_step(lr, shrink, key_0, key_1, CAPTURED, STOCHASTIC)
     average_weight = weight_of_step(average_weight, CAPTURED)
@@ -357,11 +357,11 @@ def apply_factored(
         stored = store_weight(pointers, new, noise_base, c[None, :], key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
         if RELATIVE:
             stored = tl.where(write, stored, w)
-            square_sum += stored * stored  # zero where the mask is not
+            square_sum += stored * stored  # zero where the mask is false
     if RELATIVE:
         tl.store(scratch + weight_squares_at + linear_program_id(), tl.sum(square_sum))
         if is_last(scratch + totals_at - 1, partials):
             tl.store(scalars + 1, sum_partials(scratch + weight_squares_at, partials))
             tl.store(scratch + totals_at - 1, 0.0)
-    if write & (linear_program_id() == 0):  # nobody reads it in this launch
+    if write & (linear_program_id() == 0):  # no other program reads it in this launch
         tl.store(mass, average(tl.load(mass), 1.0, average_weight))
