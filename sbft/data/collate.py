@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 IGNORED_LABEL = -100
+"""The label of a token that is not trained on; cross entropy leaves it out. transformers and TRL use the same number."""
 
 
 @dataclass(frozen=True)

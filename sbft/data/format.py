@@ -15,6 +15,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from sbft.data.chat import Piece, ends_of_turns
+from sbft.data.collate import IGNORED_LABEL
 from sbft.data.packing import pack
 from sbft.data.rendering import Rendering
 from sbft.data.tables import GrowingTable, dataset_of, pieces
@@ -22,9 +23,6 @@ from sbft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label of a token that is not trained on; cross entropy leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -251,19 +249,19 @@ def _tokenize(
         ids: list[int] = []
         labels: list[int] = []
         if row and not row[0].rendered:
-            ids, labels = list(opening), [IGNORED] * len(opening)
+            ids, labels = list(opening), [IGNORED_LABEL] * len(opening)
         for index, piece in enumerate(row):
             tokens = next(tokenized)
             if index == 0 and ids and tokens[: len(ids)] == ids:  # a text that brings its begin token has it once
                 ids, labels = [], []
             ids += tokens
-            labels += tokens if piece.trained else [IGNORED] * len(tokens)
+            labels += tokens if piece.trained else [IGNORED_LABEL] * len(tokens)
         unended = bool(row) and row[-1].trained and not row[-1].ended
         if ends and unended and end is not None:
             ids.append(end)
             labels.append(end)
         if labels:
-            labels[0] = IGNORED
+            labels[0] = IGNORED_LABEL
         yield ids, labels
 
 
@@ -279,9 +277,9 @@ def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _reason_to_leave_out(labels: list[int], max_length: int, kind: str) -> str | None:
     """The field of `FormatReport` that counts a row with these labels; None where it can be trained on."""
-    if any(label != IGNORED for label in labels[:max_length]):
+    if any(label != IGNORED_LABEL for label in labels[:max_length]):
         return None
-    if any(label != IGNORED for label in labels):
+    if any(label != IGNORED_LABEL for label in labels):
         return "dropped"
     return "unanswered" if kind == "messages" and labels else "empty"
 
@@ -301,5 +299,5 @@ def _count(table: pa.Table, counts: dict[str, int]) -> None:
     labels = table["labels"].combine_chunks().flatten().to_numpy()
     counts["examples"] += table.num_rows
     counts["tokens"] += int(lengths.sum())
-    counts["completion_tokens"] += int((labels != IGNORED).sum())
+    counts["completion_tokens"] += int((labels != IGNORED_LABEL).sum())
     counts["longest"] = max(counts["longest"], int(lengths.max()))

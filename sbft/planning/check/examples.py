@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from sbft.data.format import IGNORED, Rendering, format_dataset
+from sbft.data.collate import IGNORED_LABEL
+from sbft.data.format import Rendering, format_dataset
 from sbft.data.sources import questions
 from sbft.planning.check.finding import Finding
 from sbft.runs.prepare import Prepared, rendering
@@ -259,7 +260,7 @@ def _chunks(prepared: Prepared) -> Iterator[_Chunk]:
 
 def _last_trained(chunk: _Chunk) -> np.ndarray:
     """Where the last label of each example is."""
-    return np.maximum.reduceat(np.where(chunk.labels != IGNORED, np.arange(len(chunk.ids)), -1), chunk.starts)
+    return np.maximum.reduceat(np.where(chunk.labels != IGNORED_LABEL, np.arange(len(chunk.ids)), -1), chunk.starts)
 
 
 def _lengths(chunk: _Chunk) -> np.ndarray:
@@ -267,7 +268,7 @@ def _lengths(chunk: _Chunk) -> np.ndarray:
 
 
 def _ends(chunk: _Chunk, special: np.ndarray, pad: int, pads: int, limit: int) -> Ends:
-    trained = chunk.labels != IGNORED
+    trained = chunk.labels != IGNORED_LABEL
     last = _last_trained(chunk)
     stops = np.append(chunk.starts[1:], len(chunk.ids))
     is_special = np.isin(chunk.ids, special)

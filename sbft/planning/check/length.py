@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sbft.data.collate import Collator
-from sbft.data.format import IGNORED
+from sbft.data.collate import IGNORED_LABEL, Collator
 from sbft.data.windows import TokenWindows
 from sbft.native.memory import device_name
 from sbft.runs.prepare import Prepared
@@ -98,7 +97,7 @@ def row_sizes(prepared: Prepared) -> RowSizes:
     multiple = 1 if prepared.recipe.data.packing else Collator.pad_to_multiple_of
     for table in prepared.examples.with_format("arrow").iter(batch_size=_AT_ONCE):
         lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
-        trained = table["labels"].combine_chunks().flatten().to_numpy() != IGNORED
+        trained = table["labels"].combine_chunks().flatten().to_numpy() != IGNORED_LABEL
         found.update(np.unique(lengths).tolist())
         widths.update(np.unique(-(-lengths // multiple)).tolist())
         counts.update(np.unique(np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64)).tolist())

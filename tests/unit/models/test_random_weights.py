@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sbft.data.format import IGNORED, format_dataset
+from sbft.data.collate import IGNORED_LABEL
+from sbft.data.format import format_dataset
 from sbft.data.sources import load_source, load_splits
 from sbft.errors import DataError, ModelError
 from sbft.models.load import load_model, load_tokenizer
@@ -153,7 +154,7 @@ def test_random_text_fills_every_row_to_the_token() -> None:
     dataset, report = format_dataset(rows, byte_tokenizer(), max_length=96)
     assert [len(ids) for ids in dataset["input_ids"]] == [96, 96, 96] and report.truncated == 0
     # The first token has nothing before it that could predict it.
-    assert all(labels[0] == IGNORED and IGNORED not in labels[1:] for labels in dataset["labels"])
+    assert all(labels[0] == IGNORED_LABEL and IGNORED_LABEL not in labels[1:] for labels in dataset["labels"])
     assert all(ids[-1] == byte_tokenizer().eos_token_id for ids in dataset["input_ids"])
 
 
