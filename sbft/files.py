@@ -5,16 +5,64 @@ Shell completion asks for shipped names at every key, so nothing heavy is import
 
 from __future__ import annotations
 
+import errno
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name beside `path`, then give it its name, replacing what was there."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+def write_text(path: Path, text: str, *, synced: bool = False) -> None:
+    """Write UTF-8 text; a reader of `path` sees all of it or what was there before.
+
+    Args:
+        path: of the file.
+        text: all of it.
+        synced: wait until it is on the disk, so that this also holds after a crash of the machine.
+    """
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+        if synced:
+            sync(part)
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` for a file or folder, which replaces `path` when the block ends without an error.
+
+    After an error or a crash `path` is as it was. What is at the temporary path stays there, and the next write finds it.
+
+    Args:
+        path: of the file, or of a folder that is not there yet; the folder around it exists.
+        shared: other processes may write the same file at the same time. Each gets a temporary path of its own, and the file
+            there is removed if the block raises.
+    """
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}" if shared else f"{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if shared:
+            part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: if they cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def cache_dir() -> Path:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from sbft.errors import DataError
+from sbft.files import replacing, write_text
 
 MANIFEST = "tokens.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -161,7 +162,7 @@ def write_token_files(
         for file in files.values():
             file.close()
     manifest = {"schema": _SCHEMA, **about, "tokens": progress.tokens, "documents": progress.documents}
-    _write_whole(folder / MANIFEST, manifest)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=2), synced=True)
     (folder / _PROGRESS).unlink(missing_ok=True)
     return read_token_files(folder)
 
@@ -202,7 +203,7 @@ class _Progress:
         return limit is not None and self.tokens[TRAIN] >= limit
 
     def save(self, folder: Path) -> None:
-        _write_whole(folder / _PROGRESS, vars(self))
+        write_text(folder / _PROGRESS, json.dumps(vars(self), indent=2), synced=True)
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
@@ -214,22 +215,11 @@ def _open_at(path: Path, size: int) -> BinaryIO:
     return file
 
 
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
-    """JSON of which a reader never sees half, nor a later process after a crash."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def save_tokenizer(folder: Path, save: Callable[[Path], object]) -> Path:
     """The folder's tokenizer, written by `save` unless it is there already, whole or not at all."""
     destination = folder / TOKENIZER_FOLDER
     if not destination.is_dir():
-        part = folder / f"{TOKENIZER_FOLDER}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        save(part)
-        os.replace(part, destination)
+        with replacing(destination) as part:
+            shutil.rmtree(part, ignore_errors=True)
+            save(part)
     return destination

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbft.errors import DataError, MissingPackageError
+from sbft.files import replacing
 from sbft.models.hub import hub_reachable, hub_state, offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -161,9 +162,8 @@ def save(results: list[TaskResult], path: Path, **run: Any) -> None:
     }
     for result in results:
         kept[result.task] = {**{name: value for name, value in asdict(result).items() if name != "task"}, **noted}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path, shared=True) as part:
+        part.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:

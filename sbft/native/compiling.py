@@ -7,11 +7,10 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sbft.files import cache_dir
+from sbft.files import cache_dir, replacing
 
 
 class CompilerMissing(Exception):
@@ -35,8 +34,7 @@ def build(
         flags: for the compiler, before the source.
         libraries: the same for the linker, after it.
         facts: what else the result depends on, such as the processor.
-        folder: where built libraries lie; the user's cache by default. Two processes may build at once: each writes a file of
-            its own and renames it.
+        folder: of built libraries; the user's cache by default. Several processes may build at once.
 
     Raises:
         CompilerMissing: if no compiler is found or it fails.
@@ -47,16 +45,11 @@ def build(
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        command = [compiler, *flags, str(source), "-o", temporary, *libraries]
+    with replacing(target, shared=True) as part:
+        command = [compiler, *flags, str(source), "-o", str(part), *libraries]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode != 0:
             raise CompilerMissing(f"{compiler} failed: {run.stderr.strip()[:500]}")
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return target
 
 

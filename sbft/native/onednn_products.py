@@ -19,13 +19,12 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 
-from sbft.files import cache_dir
+from sbft.files import cache_dir, replacing
 from sbft.native.compiling import processor
 from sbft.native.memory import resident_bytes
 from sbft.native.memory_pool import pool_available, pool_bytes, use_pool
@@ -99,10 +98,8 @@ def bytes_each() -> int:
         return MOST_BYTES_EACH
     with contextlib.suppress(OSError):  # a cache that cannot be written to: the next process measures it again
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w") as stream:
-            stream.write(str(measured))
-        os.replace(temporary, file)
+        with replacing(file, shared=True) as part:
+            part.write_text(str(measured))
     return measured
 
 

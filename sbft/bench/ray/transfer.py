@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from sbft.bench.process import log_beside
 from sbft.bench.runs import LOG_FILE
+from sbft.files import replacing
 from sbft.runs.record import FILE_NAME
 
 INLINE_BYTES = 1 << 20
@@ -72,8 +72,6 @@ def _pieces(path: Path, put: Put) -> Iterable[Any]:
 
 def _write(parcel: Parcel, path: Path, get: Get) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         for piece in parcel.pieces:
             file.write(piece if isinstance(piece, bytes) else get(piece))
-    os.replace(part, path)

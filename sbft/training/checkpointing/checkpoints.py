@@ -7,7 +7,6 @@ is as it was written. `latest` is a link to the newest.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,6 +17,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from sbft.files import replacing, sync
 
 PREFIX = "checkpoint-"
 MARK = "complete.json"
@@ -134,19 +135,6 @@ def seal(checkpoint: Path, noted: dict[str, dict[str, int | str]] | None = None)
         sync(path)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # What some network file systems answer for a folder.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def publish(written: Path, folder: Path) -> Path:
     """Give a sealed checkpoint in `incomplete` its place in the folder of the run, and let `latest` point at it.
 
@@ -164,11 +152,10 @@ def publish(written: Path, folder: Path) -> Path:
 
 def point_latest(folder: Path, checkpoint: Path) -> None:
     """Let `latest` point at a checkpoint that is complete; at no moment does it point at another."""
-    part = folder / f"{LATEST}.part"
     try:
-        part.unlink(missing_ok=True)
-        part.symlink_to(checkpoint.name)
-        os.replace(part, folder / LATEST)
+        with replacing(folder / LATEST) as part:
+            part.unlink(missing_ok=True)
+            part.symlink_to(checkpoint.name)
         sync(folder)
     except OSError as error:
         # Not every file system has links; nothing here reads this one.

@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from sbft.errors import TrainingError
+from sbft.files import sync
 from sbft.training.checkpointing.checkpoints import (
     INCOMPLETE,
     MARK,
@@ -30,7 +31,6 @@ from sbft.training.checkpointing.checkpoints import (
     seal,
     size_bytes,
     sound_checkpoint,
-    sync,
 )
 from sbft.training.checkpointing.disk_errors import writing
 
