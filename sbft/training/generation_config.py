@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sbft.data.chat import ends_of_turns
 from sbft.data.format import stop_tokens
-from sbft.training.loss.head import UnknownHead, unwrap
+from sbft.training.peft_models import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +104,7 @@ def _ends_of(tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> 
 
 def generator_of(model: Any) -> PreTrainedModel | None:
     """The model that has a generation config, if there is one: this one, or the one that an adapter is on."""
-    try:
-        base = unwrap(model)
-    except UnknownHead:  # prompt learning
-        base = model.get_base_model()
+    base = unwrap(model)
     if isinstance(base, PreTrainedModel) and base.can_generate() and base.generation_config is not None:
         return base
     return None

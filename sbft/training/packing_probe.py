@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig
 from sbft.errors import ModelError
 from sbft.models.miniature import NoMiniature, miniatures
 from sbft.optim.sharding import is_sharded
-from sbft.training.loss.head import unwrap
-from sbft.training.loss.head_trial import left_as_it_was
+from sbft.training.model_state import left_as_it_was
+from sbft.training.peft_models import unwrap
 
 logger = logging.getLogger(__name__)
 

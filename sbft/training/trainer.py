@@ -34,12 +34,12 @@ from sbft.training.checkpointing.saving import WholeCheckpoints
 from sbft.training.checkpointing.sharded import ShardedCheckpoints, trains_shards
 from sbft.training.generation_config import generator_of
 from sbft.training.graphs.graphed_trainer import GraphedTraining
-from sbft.training.loss.head import learns_keys, unwrap
-from sbft.training.loss.head_trial import shard_again
 from sbft.training.loss.logits_free import LogitsFreeLoss
 from sbft.training.loss.tied_embeddings import TiedEmbedding
+from sbft.training.model_state import shard_again
 from sbft.training.packing_probe import PackedBatches, warn_of_dropped_positions
 from sbft.training.parameter_groups import parameter_groups, with_weight_decay
+from sbft.training.peft_models import learns_keys, unwrap
 from sbft.training.promotion import with_small_batch_arguments
 from sbft.training.tensor_parallel import TensorParallel
 from sbft.training.unsupported import AskedFor

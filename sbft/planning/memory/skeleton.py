@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
 from sbft.runs.build import DTYPES, make_trainable
-from sbft.training.loss.head import unwrap
+from sbft.training.peft_models import unwrap
 
 _BLOCK, _BLOCKS_OF_SCALES = 64, 256  # elements that share a scale in NF4, and scales that share one of theirs
 

@@ -21,7 +21,8 @@ from sbft.planning.memory.skeleton import layers_of, skeleton
 from sbft.planning.memory.trace import BUILD, AllocationTrace, Phase
 from sbft.recipe import Recipe
 from sbft.training.loss.cross_entropy import linear_cross_entropy
-from sbft.training.loss.head import Head, UnknownHead, head_candidates, unwrap
+from sbft.training.loss.head import Head, UnknownHead, head_candidates
+from sbft.training.peft_models import unwrap
 
 _usual_autocast = torch.autocast
 

@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.utils import is_peft_available
 from transformers.utils import logging as transformers_logging
 
 from sbft.errors import TrainingError
 from sbft.optim.sharding import is_sharded
 from sbft.training.checkpointing.disk_errors import refusal
 from sbft.training.generation_config import generator_of
+from sbft.training.peft_models import is_peft_model
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def save_all_that_can_be(
         save_weights_alone(model, folder, state_dict)
         unsaved = save_configs(model, None, folder) or {"The model": error}
     # PEFT saves none beside an adapter, whose turns may end otherwise than its base model's.
-    beside = _generation(model, folder) if _is_adapter(model) and _GENERATION not in unsaved else {}
+    beside = _generation(model, folder) if is_peft_model(model) and _GENERATION not in unsaved else {}
     return {**unsaved, **_save_each({**beside, **_with_it(processor, args, folder)})}
 
 
@@ -102,7 +102,7 @@ def save_configs(model: nn.Module, processor: Any, folder: Path, args: Any = Non
 
 def save_generation_of_adapter(model: nn.Module, folder: Path) -> None:
     """Write the generation config of an adapter's model, if it is one: PEFT saves none."""
-    if _is_adapter(model):
+    if is_peft_model(model):
         for save in _generation(model, folder).values():
             save()
 
@@ -110,7 +110,7 @@ def save_generation_of_adapter(model: nn.Module, folder: Path) -> None:
 def save_weights_alone(model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the weights of a model, of an adapter its own alone, under the names that they have in memory."""
     state_dict, name = model.state_dict() if state_dict is None else state_dict, "model"
-    if _is_adapter(model):
+    if is_peft_model(model):
         from peft import get_peft_model_state_dict
 
         state_dict, name = get_peft_model_state_dict(model, state_dict, save_embedding_layers=False), "adapter_model"
@@ -146,21 +146,13 @@ def raise_if_nothing_can_be_saved(error: Exception) -> None:
 
 
 def _has_configs(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) or _is_adapter(model)
-
-
-def _is_adapter(model: nn.Module) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
+    return isinstance(model, PreTrainedModel) or is_peft_model(model)
 
 
 def _rehearsed(model: Any, folder: Path) -> dict[str, _Act]:
     """What a model is saved with, and itself with stand-ins for its weights."""
     acts = _configs(model, folder)
-    if any(map(is_sharded, model.parameters())) or _is_adapter(model) or vars(model).get("hf_quantizer") is not None:
+    if any(map(is_sharded, model.parameters())) or is_peft_model(model) or vars(model).get("hf_quantizer") is not None:
         return acts
     if isinstance(model, PreTrainedModel):
         acts["The model"] = lambda: model.save_pretrained(
@@ -174,7 +166,7 @@ def _rehearsed(model: Any, folder: Path) -> dict[str, _Act]:
 def _configs(model: Any, folder: Path) -> dict[str, _Act]:
     """What saves each part of a model but its weights."""
     acts: dict[str, _Act] = {}
-    if _is_adapter(model):
+    if is_peft_model(model):
         acts["The adapter's config"] = lambda: [one.save_pretrained(folder) for one in model.peft_config.values()]
         acts["The adapter's card"] = lambda: model.create_or_update_model_card(str(folder))
     elif isinstance(model, PreTrainedModel):

@@ -25,7 +25,7 @@ from sbft.models.tensor_files import PARTS, TensorFiles, write_shards
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import in_order_of, is_sharded, local, without_strides, zeros_beside
 from sbft.training.checkpointing.saving import saved_whole
-from sbft.training.loss.head_trial import shard_again
+from sbft.training.model_state import shard_again
 
 if torch.distributed.is_available():
     from torch.distributed import checkpoint as dcp

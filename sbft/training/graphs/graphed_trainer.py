@@ -18,9 +18,10 @@ from sbft.optim.base import TokenOptimizer
 from sbft.training.arguments import ArgumentError
 from sbft.training.batch_counts import CountedBatch, Counts, counts_of
 from sbft.training.graphs.cuda_graph import GraphedSteps
-from sbft.training.loss.head import Head, unwrap
+from sbft.training.loss.head import Head
 from sbft.training.loss.sft_metrics import SftMetrics
 from sbft.training.loss.token_statistics import TokenStatistics
+from sbft.training.peft_models import unwrap
 
 logger = logging.getLogger(__name__)
 

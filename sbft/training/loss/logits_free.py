@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from sbft.training.loss.head import Head, NoHead, UnknownHead, check_batch, find_head, source_of_head
+from sbft.training.loss.head import Head, NoHead, UnknownHead, source_of_head
+from sbft.training.loss.head_trial import check_batch, find_head
 from sbft.training.loss.sft_metrics import SftMetrics
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from sbft.training.loss.token_statistics import TokenStatistics

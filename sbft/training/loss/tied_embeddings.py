@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sbft.training.loss.head import Head, unwrap
+from sbft.training.loss.head import Head
+from sbft.training.peft_models import unwrap
 
 
 class TiedEmbedding:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sbft.optim.base import TokenOptimizer
-from sbft.training.loss.head import unwrap
+from sbft.training.peft_models import unwrap
 
 # How movement is sampled: every so many steps, the larger half of so many weights of each of a few parameters.
 SAMPLE_EVERY, SAMPLES = 4, 8

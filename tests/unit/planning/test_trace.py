@@ -34,7 +34,8 @@ from sbft.planning.memory.trace import AllocationTrace
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.recipe.methods import METHODS
 from sbft.runs.build import DTYPES, make_trainable, prepare_model, training_arguments
-from sbft.training.loss.head import UnknownHead, head_candidates, unwrap
+from sbft.training.loss.head import UnknownHead, head_candidates
+from sbft.training.peft_models import unwrap
 from sbft.training.trainer import PLAIN_ATTENTION_TOKENS, SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model
 

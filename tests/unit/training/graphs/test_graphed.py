@@ -21,7 +21,7 @@ from sbft.training.batch_counts import Counts
 from sbft.training.graphs import cuda_graph
 from sbft.training.graphs.cuda_graph import WARM_UP
 from sbft.training.graphs.graphed_trainer import is_causal, one_example_a_row, padded_length, why_plain
-from sbft.training.loss.head import find_head
+from sbft.training.loss.head_trial import find_head
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 

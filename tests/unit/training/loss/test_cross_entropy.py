@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sbft.training.loss.cross_entropy import PIECE_ELEMENTS, linear_cross_entropy
-from sbft.training.loss.head import Head, UnknownHead, find_head
+from sbft.training.loss.head import Head, UnknownHead
+from sbft.training.loss.head_trial import find_head
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from tests.tiny import KINDS, tiny_model
 

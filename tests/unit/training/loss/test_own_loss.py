@@ -31,7 +31,8 @@ from sbft.data.collate import Collator
 from sbft.errors import ModelError, TrainingError
 from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBatchTrainingArguments
 from sbft.training.loss.cross_entropy import linear_cross_entropy
-from sbft.training.loss.head import UnknownHead, check_batch, find_head
+from sbft.training.loss.head import UnknownHead
+from sbft.training.loss.head_trial import check_batch, find_head
 from sbft.training.trainer import SmallBatchMixin, SmallBatchTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -156,12 +157,12 @@ T5: dict[str, Any] = {
 OTHER_LOSSES: dict[str, tuple[Callable[[], Any], str]] = {
     "a term": (lambda: of_class(WithAuxiliary), "another than the cross entropy"),
     "a term in training": (lambda: of_class(WithAuxiliary, how="in training"), "another than the cross entropy"),
-    "a term of zero": (lambda: of_class(WithAuxiliary, how="of zero"), "trains second.weight and 1 more besides"),
+    "a term of zero": (lambda: of_class(WithAuxiliary, how="of zero"), "also trains second.weight and 1 more"),
     "labels as inputs": (lambda: of_class(OfInputs), "depends on the labels"),
     "two uses of the head": (lambda: of_class(TwiceThroughItsHead), "2 uses"),
     "no loss of padding": (lambda: of_class(WithoutThePad), "another than the cross entropy"),
     "a mean of means": (lambda: of_class(MeanOfRows), "another than the cross entropy"),
-    "a factor that is trained": (lambda: of_class(WithAFactor), "trains factor besides"),
+    "a factor that is trained": (lambda: of_class(WithAFactor), "also trains factor"),
     "masked, not shifted": (
         lambda: XLMWithLMHeadModel(XLMConfig(vocab_size=64, emb_dim=32, n_layers=1, n_heads=4, pad_index=0)),
         "another than the cross entropy",
@@ -395,7 +396,7 @@ def test_a_small_part_of_a_batch_is_tried(named: str) -> None:
     if named == "labels":
         check_batch(model, find_head(model), given, with_num_items=False)
     else:
-        with pytest.raises(UnknownHead, match="gives no loss"):  # llama's own needs labels beside them
+        with pytest.raises(UnknownHead, match="returns no loss"):  # llama's own needs labels beside them
             check_batch(model, find_head(model), given, with_num_items=False)
     handle.remove()
     assert max(shape.numel() for shape in seen) == 12
