@@ -36,7 +36,7 @@ part() { # part NAME SECONDS COMMAND...: its output also goes to NAME.log
 
 # An optimizer whose first step outlasts --limit-s, compiling, has a row that says so.
 part kernels 170 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/optim/test_kernels_cuda.py tests/unit/training/graphs/test_cuda_graph.py \
-    tests/unit/training/graphs/test_graphed.py tests/unit/training/test_batch_counts.py
+    tests/unit/training/graphs/test_graphed.py tests/unit/training/batches/test_batch_counts.py
 part optimizer_step_4096x11008 55 "$python" benchmarks/optimizer_step.py --model 4096x11008 --rounds 5 --steps 5 \
     --limit-s 20 --json "$out/optimizer_step_4096x11008.json"
 part optimizer_step_llama-1b 80 "$python" benchmarks/optimizer_step.py --model llama-1b --rounds 3 \

@@ -47,11 +47,11 @@ from sbft.runs.prepare import Prepared, evaluation_rows, prepare, rendering
 from sbft.runs.processes import as_launched
 from sbft.runs.ranks import check_agreed
 from sbft.runs.record import RunRecord, git_commit, quantiles, versions
+from sbft.training.batches.packing_probe import refuse_leaking_rows
 from sbft.training.checkpointing.checkpoints import describe_damage, find_checkpoint, go_back_to
 from sbft.training.checkpointing.rehearsal import describe_unsaved, save_all_that_can_be
 from sbft.training.checkpointing.saving import saved_whole
 from sbft.training.generation_config import settle_generation
-from sbft.training.packing_probe import refuse_leaking_rows
 from sbft.training.trainer import SmallBatchTrainer
 
 PREDICTIONS_FILE = "predictions.jsonl"

@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from sbft.errors import RecipeError
 from sbft.recipe.pretraining import PRETRAINING
-from sbft.training.batch_schedule import BatchSchedule
+from sbft.training.batches.batch_schedule import BatchSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.counting import TokenCount
 from sbft.training.arguments import ArgumentError, SmallBatchArguments
+from sbft.training.token_optimizers import inner_optimizer
 
 
 class TokenCountCallback(TrainerCallback):
@@ -43,7 +44,7 @@ class TokenCountCallback(TrainerCallback):
         self._stop()
         if isinstance(args, SmallBatchArguments):
             return
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
+        inner = inner_optimizer(optimizer)
         if not isinstance(inner, TokenOptimizer):
             raise ArgumentError(
                 f"TokenCountCallback counts for sbft's optimizers, and this Trainer's is {type(inner).__name__}. Pass one: "

@@ -31,7 +31,7 @@ from sbft.models.load import load_model
 from sbft.optim import SGD
 from sbft.optim.sharding import is_sharded, whole
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
-from sbft.training.packing_probe import PackedBatches
+from sbft.training.batches.packing_probe import PackedBatches
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 from tests.unit.training.checkpointing.test_saving import SmallFiles

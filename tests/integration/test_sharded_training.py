@@ -328,7 +328,7 @@ def test_a_tied_embedding_that_does_not_divide_by_the_processes_is_refused(
     request.getfixturevalue("in_two" if processes == 2 else "in_four")
     for rank in range(processes):
         said = (models / f"refusal of {processes}-{rank}.txt").read_text()
-        assert f"its {rows} rows do not divide by the {processes} processes" in said
+        assert f"its {rows} rows are not divisible by the {processes} processes" in said
         assert "of which one is not trained" in said
 
 

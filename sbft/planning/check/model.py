@@ -22,9 +22,9 @@ from sbft.models.random_weights import is_random
 from sbft.models.scratch import is_scratch, scratch_config
 from sbft.planning.check.finding import Finding, Severity
 from sbft.runs.prepare import Prepared, evaluation_rows, rendering
+from sbft.training.batches.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
 from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving
 from sbft.training.generation_config import repaired
-from sbft.training.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
 
 _AT_ONCE = 1_000
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.training.trainer import PLAIN_ATTENTION_TOKENS
+from sbft.training.plain_attention import PLAIN_ATTENTION_TOKENS
 
 
 def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:

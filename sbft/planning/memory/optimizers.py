@@ -14,8 +14,7 @@ from sbft.optim.base import TokenOptimizer
 from sbft.optim.matrix import MatrixOptimizer
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
-from sbft.training.parameter_groups import parameter_groups
-from sbft.training.trainer import TOKEN_OPTIMIZERS
+from sbft.training.token_optimizers import TOKEN_OPTIMIZERS, parameter_groups
 
 _OF_THE_TRAINER = {"gradient_release", "cuda_graphs", "max_skipped_steps", "logits_free_loss"}
 # Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.

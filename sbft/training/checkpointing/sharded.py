@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,10 @@ from sbft.errors import ModelError
 from sbft.models.tensor_files import PARTS, TensorFiles, write_shards
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.sharding import in_order_of, is_sharded, local, without_strides, zeros_beside
+from sbft.training.arguments import SmallBatchArguments
 from sbft.training.checkpointing.saving import saved_whole
 from sbft.training.model_state import shard_again
+from sbft.training.token_optimizers import inner_optimizer
 
 if torch.distributed.is_available():
     from torch.distributed import checkpoint as dcp
@@ -189,8 +192,7 @@ class ShardedCheckpoints(_Base):
 
     @property
     def _token_optimizer(self) -> TokenOptimizer | None:
-        optimizer = self.optimizer
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
+        optimizer = inner_optimizer(self.optimizer)
         return optimizer if isinstance(optimizer, TokenOptimizer) else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -252,6 +254,31 @@ class ShardedCheckpoints(_Base):
             load_weights(self.model, best)
         else:
             super()._load_best_model()
+
+
+@contextmanager
+def sharded_checkpoints_allowed(passed: Iterable[Any]) -> Iterator[None]:
+    """Around a trainer's `__init__`: let it accept arguments that save checkpoints of a model that is already sharded.
+
+    `Trainer` refuses them, because it cannot save the optimizer's state of such a model. `ShardedCheckpoints` can save that of
+    a token optimizer, and `Trainer` itself that of any optimizer which has none of the sharded weights.
+
+    Args:
+        passed: what the trainer is called with.
+    """
+    passed = list(passed)
+    arguments = next((value for value in passed if isinstance(value, SmallBatchArguments)), None)
+    model = next((value for value in passed if isinstance(value, nn.Module)), None)
+    is_adapter = model is not None and any(map(is_sharded, model.parameters())) and not trains_shards(model)
+    if arguments is None or (arguments.token_optimizer is None and not is_adapter):
+        yield
+        return
+    settings: Any = arguments
+    before, settings.save_only_model = settings.save_only_model, True
+    try:
+        yield
+    finally:
+        settings.save_only_model = before
 
 
 def trains_shards(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.training.batch_counts import count_in
+from sbft.training.batches.batch_counts import count_in
 
 
 class SftMetrics:

@@ -36,7 +36,8 @@ from sbft.recipe.methods import METHODS
 from sbft.runs.build import DTYPES, make_trainable, prepare_model, training_arguments
 from sbft.training.loss.head import UnknownHead, head_candidates
 from sbft.training.peft_models import unwrap
-from sbft.training.trainer import PLAIN_ATTENTION_TOKENS, SmallBatchTrainer
+from sbft.training.plain_attention import PLAIN_ATTENTION_TOKENS
+from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model
 
 KIB, MIB = 2**10, 2**20

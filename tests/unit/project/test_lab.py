@@ -15,7 +15,7 @@ from sbft.bench.runs import Run
 from sbft.bench.suite import load_suite, uneven_grids
 from sbft.bench.suite_check import recipe_problems
 from sbft.runs.record import RunRecord
-from sbft.training.batch_schedule import BatchSchedule
+from sbft.training.batches.batch_schedule import BatchSchedule
 from tests.unit.bench import report_cases
 
 

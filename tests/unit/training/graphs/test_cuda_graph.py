@@ -212,7 +212,7 @@ def test_one_warning_tells_that_batches_are_not_launched_as_graphs(
     ids = torch.arange(8).view(1, 8)
     packed = {"input_ids": ids, "labels": ids, "position_ids": ids}
     padded_left = {"input_ids": ids, "labels": ids, "attention_mask": (ids > 3).long()}
-    with caplog.at_level(logging.WARNING, logger="sbft.training.graphs.graphed_trainer"):
+    with caplog.at_level(logging.WARNING, logger="sbft.training.graphs.graphed_training"):
         for batch in (packed, packed, padded_left):
             assert trainer._graphed_step(trainer.model, batch) is None
     said = [record.getMessage() for record in caplog.records if "cuda_graphs=True" in record.getMessage()]

@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sbft.data.collate import Collator
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.batch_counts import Counts
+from sbft.training.batches.batch_counts import Counts
 from sbft.training.graphs import cuda_graph
 from sbft.training.graphs.cuda_graph import WARM_UP
-from sbft.training.graphs.graphed_trainer import is_causal, one_example_a_row, padded_length, why_plain
+from sbft.training.graphs.graphed_training import is_causal, one_example_a_row, padded_length, why_plain
 from sbft.training.loss.head_trial import find_head
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model

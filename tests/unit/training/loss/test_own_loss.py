@@ -356,7 +356,7 @@ def test_a_model_that_takes_the_place_of_another_is_trained(tmp_path: Path) -> N
     model = of_class(LLAMA)
     given = make(tmp_path, model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), token_optimizer=None)
     given.model = of_class(LLAMA)
-    with pytest.raises(TrainingError, match="updates weights of the former one"):
+    with pytest.raises(TrainingError, match="updates weights of the previous model"):
         given.train()
 
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForTokenClassification, DataCollatorFor
 from sbft.data.collate import Collator
 from sbft.errors import TrainingError
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.batch_counts import labels_of, targets_of
+from sbft.training.batches.batch_counts import labels_of, targets_of
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 

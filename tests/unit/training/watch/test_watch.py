@@ -18,9 +18,9 @@ from sbft.data.collate import Collator
 from sbft.optim import Adafactor, AdamW
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchTrainer
-from sbft.training.watch.callback import TrainingWatch
 from sbft.training.watch.loss_jump import Jump, LossWatch, message_of_jump
 from sbft.training.watch.movement import MovementWatch, is_stall, message_of_stall
+from sbft.training.watch.training_watch import TrainingWatch
 from tests.tiny import tiny_model
 
 TOKENS = 50
@@ -171,7 +171,7 @@ def make(tmp_path: Path, model: PreTrainedModel | None = None, **arguments: Any)
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "sbft.training.watch.callback"]
+    return [record.getMessage() for record in caplog.records if record.name == "sbft.training.watch.training_watch"]
 
 
 @pytest.mark.parametrize("release", [True, False])

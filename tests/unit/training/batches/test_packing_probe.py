@@ -28,7 +28,7 @@ from sbft.planning.check.check_recipe import check
 from sbft.recipe import load_recipe, resolve
 from sbft.runs.run_recipe import run
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.packing_probe import packing_leaks_in, refuse_leaking_rows, sees_former_document
+from sbft.training.batches.packing_probe import packing_leaks_in, refuse_leaking_rows, sees_former_document
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.training.test_trainer import assert_same, rows, weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from sbft.data.collate import IGNORED_LABEL
 from sbft.evaluation.likelihood import evaluating
 from sbft.optim.base import TokenOptimizer
 from sbft.training.arguments import ArgumentError
-from sbft.training.batch_counts import CountedBatch, Counts, counts_of
+from sbft.training.batches.batch_counts import CountedBatch, Counts, counts_of
 from sbft.training.graphs.cuda_graph import GraphedSteps
 from sbft.training.loss.head import Head
 from sbft.training.loss.sft_metrics import SftMetrics
@@ -39,6 +39,9 @@ class GraphedTraining(_Base):
     args: Any
     model: Any
     model_wrapped: Any
+    _has_own_loss: Callable[[], bool]
+    _metrics_of_sft: Callable[[], SftMetrics | None]
+    _is_overridden: Callable[[str], bool]
     _graphed: GraphedSteps | None = None
     _is_causal = False
     _most_positions: int | None = None
@@ -100,15 +103,6 @@ class GraphedTraining(_Base):
             ),
         }
         return next((reason for reason, is_so in reasons.items() if is_so), None)
-
-    def _has_own_loss(self) -> bool:
-        raise NotImplementedError  # abstract
-
-    def _metrics_of_sft(self) -> SftMetrics | None:
-        raise NotImplementedError  # abstract
-
-    def _is_overridden(self, name: str) -> bool:
-        raise NotImplementedError  # abstract
 
     def _graphed_forward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sbft import SmallBatchTrainer, SmallBatchTrainingArguments
-from sbft.training.batches import cast_inputs
+from sbft.training.model_weights import cast_inputs
 from tests.tiny import tiny_model
 
 EXAMPLES = 8

@@ -17,8 +17,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from sbft.data.collate import Collator
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.batch_counts import CountedBatch, CountingCollator, Counts, FiniteLoss, counts_of
+from sbft.training.batches.batch_counts import CountedBatch, CountingCollator, Counts, counts_of
 from sbft.training.trainer import SmallBatchTrainer
+from sbft.training.training_step import FiniteLoss
 from tests.tiny import tiny_model
 
 IDS = torch.tensor([[5, 6, 7], [5, 6, 0]])

@@ -221,7 +221,7 @@ def test_deepspeed_is_refused(tmp_path):
     trainer = SmallBatchTrainer(model(), arguments(tmp_path), train_dataset=ROWS)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ArgumentError, match="DeepSpeed"):
-        trainer._refuse_what_is_asked()
+        trainer._check_arguments()
 
 
 # A search over settings

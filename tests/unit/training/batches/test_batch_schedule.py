@@ -16,7 +16,7 @@ from sbft.errors import RecipeError
 from sbft.recipe import load_recipe
 from sbft.runs.build import training_arguments
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
-from sbft.training.batch_schedule import BatchSchedule, ScheduledBatches, rates_by_examples
+from sbft.training.batches.batch_schedule import BatchSchedule, ScheduledBatches, rates_by_examples
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 

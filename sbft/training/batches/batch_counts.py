@@ -156,20 +156,3 @@ def _count_targets(batch: Mapping[str, Any]) -> tuple[int | None, int]:
 
 def _are_same(batch: dict[str, Any], other: Any) -> bool:
     return batch.keys() == other.keys() and all(batch[name] is other[name] for name in batch)
-
-
-class FiniteLoss(Tensor):
-    """A loss that was found to be finite: to `torch.isnan` and `torch.isinf`, which `Trainer` asks after every backward, it
-    answers at once. For that loop alone; code of others gets plain tensors."""
-
-    @classmethod
-    def of(cls, loss: Tensor) -> FiniteLoss:
-        """The same loss, detached."""
-        return loss.detach().as_subclass(cls)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.isnan, torch.isinf):
-            return torch.zeros((), dtype=torch.bool, device="cpu")
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sbft.training.token_optimizers import inner_optimizer
 from sbft.training.watch.loss_jump import LossWatch, message_of_jump
 from sbft.training.watch.movement import (
     SAMPLE_EVERY,
@@ -101,7 +102,7 @@ class TrainingWatch(TrainerCallback):
         self._step_loss, self._left_out = None, False
         if self._movement is None or self._warned_of_stall or self._steps % SAMPLE_EVERY:
             return
-        if _is_near_its_peak(_inner(optimizer)):
+        if _is_near_its_peak(inner_optimizer(optimizer)):
             self._movement.before_step()
 
     def on_step_end(
@@ -122,7 +123,7 @@ class TrainingWatch(TrainerCallback):
             self._unread.append((state.global_step, self._tokens, self._step_loss, self._movement.after_step()))
         # A step is left out rarely, and more of them may soon end the run.
         if self._left_out or len(self._unread) == _READ_EVERY:
-            self._read(_inner(optimizer))
+            self._read(inner_optimizer(optimizer))
 
     def on_train_end(
         self,
@@ -133,7 +134,7 @@ class TrainingWatch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Look at the last steps too."""
-        self._read(_inner(optimizer))
+        self._read(inner_optimizer(optimizer))
 
     def _read(self, optimizer: torch.optim.Optimizer) -> None:
         unread, self._unread = self._unread, []
@@ -177,11 +178,6 @@ def _loss_of_a_guess(model: nn.Module) -> float | None:
     inner = transformers_model(model)
     size = None if inner is None else inner.config.get_text_config().to_dict().get("vocab_size")
     return None if size is None else math.log(size)
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has it inside
-    return inner
 
 
 def _peak_rate(optimizer: torch.optim.Optimizer) -> float:
