@@ -1,1 +1,1 @@
-"""Training: the arguments, the trainer, its loss, and the story of one run."""
+"""What knows a `Trainer`: its arguments, steps, loss and checkpoints, and the watch over a run."""

@@ -1,4 +1,4 @@
-"""What a trainer needs for an adapter on a model that is sharded over several processes: it is the same on all of them."""
+"""Adapters on a model that is sharded over several processes: their weights are kept the same on all of them."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ else:
 
 
 class ReplicatedAdapters(_Base):
-    """Put before a `Trainer`: trained weights that FSDP2 has not sharded stay the same on all ranks, on CPUs too."""
+    """Put before a `Trainer`: trained weights that FSDP2 has not sharded are the same on all ranks, on CPUs too."""
 
     args: Any
     _averaging: Sequence[RemovableHandle] = ()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; the hooks on the model are taken off however it ends."""
+        """As in `Trainer`; the hooks on the model are removed however it ends."""
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._leave_gradients()
+            self._remove_hooks()
 
     def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """As in `Trainer`, but the mean of gradients is a sum that is divided: gloo knows no other."""
-        self._leave_gradients()
-        replicated = [one for one in model.parameters() if one.requires_grad and not is_sharded(one)]
+        """As in `Trainer`, but the mean of the gradients is a sum divided by the ranks, because gloo has no mean."""
+        self._remove_hooks()
+        replicated = [weight for weight in model.parameters() if weight.requires_grad and not is_sharded(weight)]
         for parameter in replicated:
             torch.distributed.broadcast(parameter.detach(), src=0)
-        self._averaging = [one.register_post_accumulate_grad_hook(self._average) for one in replicated]
+        self._averaging = [weight.register_post_accumulate_grad_hook(self._average) for weight in replicated]
 
-    def _leave_gradients(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._averaging:
             handle.remove()
 
     def _average(self, parameter: Tensor) -> None:
-        """Once the micro-batches of a step have added up."""
+        """Average a gradient over the ranks when the last micro-batch of the step is in it."""
         if parameter.grad is not None and self.accelerator.sync_gradients:
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= self.args.world_size

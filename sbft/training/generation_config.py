@@ -1,4 +1,4 @@
-"""What is saved for `generate()`: settings that can be saved, and every token at which a trained answer ends."""
+"""The generation config that is saved with a model: valid, and with every token that ends a trained answer."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from sbft.training.peft_models import unwrap
 
 logger = logging.getLogger(__name__)
 
-# Settings that decide whether others go with them.
+# Settings on which it depends whether other settings are valid.
 _FIRST = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
 
 
 def settle_generation(
     model: Any, processor: Any, ends: Iterable[int] = (), *, say: Callable[[str], None] = logger.warning
 ) -> None:
-    """Make a model's generation config one that can be saved, and that ends where training taught the model to end.
+    """Repair a model's generation config so that it can be saved, and add the tokens at which trained answers end.
 
-    Ids that are there stay. One warning says what had to be repaired; what the model is saved with says the rest.
+    Its own end tokens stay. One warning says what was repaired.
 
     Args:
         model: a transformers model or an adapter on one; others are left alone.
-        processor: the tokenizer, or what holds one; its end token, its chat template's and its padding are taken over.
+        processor: the tokenizer, or what contains one; its end token, the end tokens of its chat template and its pad token
+            are added.
         ends: further tokens at which answers end in the training data.
-        say: told the warning.
+        say: called with the warning.
     """
     generator = generator_of(model)
     if generator is None:
@@ -51,44 +52,45 @@ def settle_generation(
 
 
 def add_ends(config: GenerationConfig, ends: Iterable[int]) -> None:
-    """Let generation end at further tokens; the ids that are there stay, and stay first."""
+    """Add further end tokens behind those that a config has."""
     known = config.eos_token_id
-    listed = list(known) if isinstance(known, (list, tuple)) else [] if known is None else [known]
-    wanted = list(dict.fromkeys([*listed, *ends]))
-    if wanted != listed:
-        config.eos_token_id = wanted if len(wanted) > 1 else wanted[0]
-        config._from_model_config = False  # older transformers take one that is for the model config's, whose end is another
+    before = list(known) if isinstance(known, (list, tuple)) else [] if known is None else [known]
+    after = list(dict.fromkeys([*before, *ends]))
+    if after != before:
+        config.eos_token_id = after if len(after) > 1 else after[0]
+        # Older transformers would replace it by one made from the model's config, with its end token.
+        config._from_model_config = False
 
 
 def repaired(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
-    """A generation config that transformers saves, and what was changed in it; the same one where it is so already."""
+    """A generation config that transformers saves, and what was changed in it; the same object if nothing was."""
     if _can_be_saved(config):
         return config, []
     if config.do_sample is None:
-        # Older checkpoints give the values to sample with, and leave out that they are to be used.
+        # Older checkpoints hold sampling settings without do_sample.
         sampling = copy.deepcopy(config)
         sampling.do_sample = True
         if _can_be_saved(sampling):
-            return sampling, ["do_sample: true is added, without which its sampling settings mean nothing"]
+            return sampling, ["do_sample: true is added, without which its sampling settings have no effect"]
     kept = type(config)()
     left_out = []
     names = [name for name, value in vars(config).items() if value is not None and not name.startswith("_")]
-    for name in sorted(names, key=lambda one: one not in _FIRST):
-        former, value = vars(kept).get(name), vars(config)[name]
-        if value == former:
+    for name in sorted(names, key=lambda name: name not in _FIRST):
+        default, value = vars(kept).get(name), vars(config)[name]
+        if value == default:
             continue
         setattr(kept, name, value)
         if not _can_be_saved(kept):
-            setattr(kept, name, former)
+            setattr(kept, name, default)
             left_out.append(f"{name} ({value!r})")
-    return kept, [f"what does not go together is left out: {', '.join(left_out)}"]
+    return kept, [f"settings that contradict one another are left out: {', '.join(left_out)}"]
 
 
 def _can_be_saved(config: GenerationConfig) -> bool:
     try:
         config.validate(strict=True)
         config.to_json_string()
-    except (ValueError, TypeError, AttributeError):  # AttributeError: of a value that has another type than it should
+    except (ValueError, TypeError, AttributeError):  # AttributeError: a value has the wrong type
         return False
     return True
 
@@ -96,14 +98,14 @@ def _can_be_saved(config: GenerationConfig) -> bool:
 def _ends_of(tokenizer: PreTrainedTokenizerBase, say: Callable[[str], None]) -> list[int]:
     if tokenizer.chat_template and not ends_of_turns(tokenizer):
         say(
-            "No token was found with which the chat template ends an assistant's turn: generation will end at the tokenizer's "
+            "No token was found that ends an assistant's turn in the chat template: generation will end at the tokenizer's "
             "own end token alone."
         )
     return stop_tokens(tokenizer)
 
 
 def generator_of(model: Any) -> PreTrainedModel | None:
-    """The model that has a generation config, if there is one: this one, or the one that an adapter is on."""
+    """The model, or the one inside an adapter, if it has a generation config; else None."""
     base = unwrap(model)
     if isinstance(base, PreTrainedModel) and base.can_generate() and base.generation_config is not None:
         return base

@@ -1,4 +1,4 @@
-"""Any training arguments as those of small-batch training: `small_batch(trl.DPOConfig)`, and on the spot for a trainer."""
+"""Makes arguments of small-batch training from any others: the class `small_batch(trl.DPOConfig)`, or plain instances."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from sbft.training.arguments import ArgumentError, SmallBatchArguments, SmallBat
 
 logger = logging.getLogger(__name__)
 
-# Set by TrainingArguments too, to other defaults.
-SHARED = tuple(
-    one.name for one in fields(SmallBatchArguments) if one.name in {other.name for other in fields(TrainingArguments)}
-)
-# Fields of trainers that compare the completions of a batch (GRPO, RLOO, KTO): they refuse one of a single example.
+# Names that TrainingArguments has too, with other defaults.
+_NAMES_OF_TRANSFORMERS = {entry.name for entry in fields(TrainingArguments)}
+SHARED = tuple(entry.name for entry in fields(SmallBatchArguments) if entry.name in _NAMES_OF_TRANSFORMERS)
+# Fields of trainers that compare the completions of a batch (GRPO, RLOO, KTO). They refuse a batch of one example.
 _GROUPED = ("num_generations", "desirable_weight")
 _BATCH = "per_device_train_batch_size"
 
@@ -31,40 +30,40 @@ _BATCH = "per_device_train_batch_size"
 def small_batch(arguments_class: type[TrainingArguments]) -> type[Any]:
     """A class of training arguments for small-batch training, made from a trainer's own.
 
-    Fields that `SmallBatchArguments` also has take its defaults; all others keep their own. So does the batch size of trainers
-    that compare the examples of a batch (GRPO, RLOO, KTO): they refuse a batch of one. A second call returns the same class.
+    Fields that `SmallBatchArguments` also has get its defaults, and all others keep their own. Trainers that compare the
+    examples of a batch (GRPO, RLOO, KTO) refuse a batch of one and keep their batch size. A second call returns the same class.
     Instances can be pickled, as a checkpoint's training_args.bin requires.
 
     Args:
         arguments_class: `TrainingArguments` or a subclass, such as `trl.DPOConfig`.
 
     Raises:
-        ArgumentError: if it is neither.
+        ArgumentError: if `arguments_class` is neither.
 
     Examples:
         >>> DPOArguments = sbft.small_batch(trl.DPOConfig)
         >>> args = DPOArguments(output_dir="out", beta=0.2, second_moment_half_life=50_000)
     """
     if not (isinstance(arguments_class, type) and issubclass(arguments_class, TrainingArguments)):
-        raise ArgumentError(f"small_batch takes TrainingArguments or a subclass of it, and got {arguments_class!r}.")
+        raise ArgumentError(f"small_batch takes TrainingArguments or a subclass, but got {arguments_class!r}.")
     if issubclass(arguments_class, SmallBatchArguments):
         return arguments_class
     if arguments_class is TrainingArguments:
         return SmallBatchTrainingArguments
-    hashable: Any = arguments_class  # its instances are not, and mypy takes them for it
-    return _made_of(hashable)
+    hashable: Any = arguments_class  # mypy thinks that it is not, because its instances are not
+    return _small_batch_class(hashable)
 
 
 @functools.cache
-def _made_of(arguments_class: Any) -> type[Any]:
+def _small_batch_class(arguments_class: Any) -> type[Any]:
     def reduce(self: Any, protocol: Any) -> Any:
-        """By the class it was made of, since the class itself has no name in a module; one derived from it has."""
+        """Pickle by the class it was made from, since `made` has no name in a module. Classes derived from it have one."""
         if type(self) is made:
             return _empty, (arguments_class,), vars(self)
         return object.__reduce_ex__(self, protocol)
 
-    theirs = {one.name: one for one in fields(arguments_class)}
-    kept = [(_BATCH, int, field(default=theirs[_BATCH].default))] if theirs.keys() & set(_GROUPED) else []
+    own = {entry.name: entry for entry in fields(arguments_class)}
+    kept = [(_BATCH, int, field(default=own[_BATCH].default))] if own.keys() & set(_GROUPED) else []
     made = make_dataclass(
         f"SmallBatch{arguments_class.__name__}",
         kept,
@@ -81,48 +80,49 @@ def _empty(arguments_class: type[TrainingArguments]) -> Any:
 
 
 def promoted(arguments: TrainingArguments) -> Any:
-    """Arguments of small-batch training made of others, with one line that says what changed.
+    """Arguments of small-batch training made from others; a warning says what changed.
 
-    What differs from its class's defaults stays: it was set by someone. What does not is as in `SmallBatchArguments`.
+    Values that differ from their class's defaults were set by the user and stay. The others become those of
+    `SmallBatchArguments`.
 
     Raises:
-        ArgumentError: if something that was set cannot be done.
+        ArgumentError: if a value that was set is not possible.
     """
     own = type(arguments)
     made = _empty(own)
-    vars(made).update({one.name: one.default for one in fields(SmallBatchArguments) if one.name not in SHARED})
+    vars(made).update({entry.name: entry.default for entry in fields(SmallBatchArguments) if entry.name not in SHARED})
     vars(made).update(vars(arguments))
     changes = {
         name: (value, small)
         for name, value, small in _shared_defaults(arguments)
-        if value != small and not (name == _BATCH and any(one in vars(arguments) for one in _GROUPED))
+        if value != small and not (name == _BATCH and any(name in vars(arguments) for name in _GROUPED))
     }
     for name, (_, small) in changes.items():
         setattr(made, name, small)
-    if "bf16" in changes:  # derived from it as arguments are made
+    if "bf16" in changes:  # TrainingArguments derive it from bf16
         made.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     made.dataloader_pin_memory &= torch.accelerator.is_available()
-    kept = _holding(made)
+    kept = _needing_gradients(made)
     made.gradient_release = not kept
     try:
         made.check()
     except ArgumentError as error:
-        raise ArgumentError(f"{error} What is sbft's is set in sbft.small_batch({own.__name__})(...).") from error
+        raise ArgumentError(f"{error} Settings of sbft are set in sbft.small_batch({own.__name__})(...).") from error
     release = "released gradients" if not kept else f"gradients that are not released, because of {' and '.join(kept)},"
     settings = ", ".join(f"{name}={_shown(small)} (was {_shown(was)})" for name, (was, small) in changes.items())
     logger.warning(
-        f"args is a {own.__name__} and is taken as sbft.small_batch({own.__name__}): {made.token_optimizer} and {release} in "
-        f"the place of {_shown(arguments.optim)}, weights in bfloat16"
-        + (f", and where it had its defaults {settings}" if settings else "")
-        + f". To set these make it so: sbft.small_batch({own.__name__})(...)."
+        f"args is a {own.__name__} and is converted to sbft.small_batch({own.__name__}): {made.token_optimizer} and {release} "
+        f"instead of {_shown(arguments.optim)}, weights in bfloat16"
+        + (f", and instead of its defaults {settings}" if settings else "")
+        + f". To choose these yourself, make args with sbft.small_batch({own.__name__})(...)."
     )
     return made
 
 
-def _holding(arguments: Any) -> list[str]:
-    """Settings that ask for gradients that outlive their backward."""
-    least = {"gradient_accumulation_steps": 1, "max_grad_norm": 0}
-    return [f"{name}={getattr(arguments, name)}" for name, value in least.items() if getattr(arguments, name) > value]
+def _needing_gradients(arguments: Any) -> list[str]:
+    """Settings that need gradients after backward."""
+    off = {"gradient_accumulation_steps": 1, "max_grad_norm": 0}
+    return [f"{name}={getattr(arguments, name)}" for name, value in off.items() if getattr(arguments, name) > value]
 
 
 def _shown(value: Any) -> Any:
@@ -130,82 +130,92 @@ def _shown(value: Any) -> Any:
 
 
 def _shared_defaults(arguments: TrainingArguments) -> list[tuple[str, Any, Any]]:
-    """Of fields that both have and that hold their class's default: name, value, and the default of small-batch training."""
-    theirs = {one.name: one.default for one in fields(arguments)}
-    ours = {one.name: one.default for one in fields(SmallBatchArguments)}
-    held = [(name, getattr(arguments, name)) for name in SHARED]
-    # A default of None is replaced as arguments are made: TRL's bf16.
-    return [(name, value, ours[name]) for name, value in held if theirs[name] is None or value == theirs[name]]
+    """Name, value and small-batch default of the shared fields that hold their class's default."""
+    defaults = {entry.name: entry.default for entry in fields(arguments)}
+    small_batch_defaults = {entry.name: entry.default for entry in fields(SmallBatchArguments)}
+    values = [(name, getattr(arguments, name)) for name in SHARED]
+    # A default of None, such as TRL's bf16, is replaced when arguments are made.
+    return [
+        (name, value, small_batch_defaults[name])
+        for name, value in values
+        if defaults[name] is None or value == defaults[name]
+    ]
 
 
 def with_small_batch_arguments(
     trainer_class: type[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a trainer was called with, its arguments for training made into those of small-batch training.
+    """What a trainer was called with, with its training arguments converted to those of small-batch training.
 
     Args:
-        trainer_class: the mixin and the trainer beneath it.
+        trainer_class: made of the mixin and a trainer.
         args: of its `__init__`.
-        kwargs: likewise.
+        kwargs: of its `__init__`.
 
     Raises:
-        ArgumentError: if something that was set cannot be done.
+        ArgumentError: if a value that was set is not possible.
     """
-    place, expected = _arguments_of(trainer_class)
-    given = kwargs.get("args") if len(args) <= place else args[place]
-    if isinstance(given, SmallBatchArguments) and isinstance(given, expected):
+    position, expected = _arguments_of(trainer_class)
+    arguments = kwargs.get("args") if len(args) <= position else args[position]
+    if isinstance(arguments, SmallBatchArguments) and isinstance(arguments, expected):
         return args, kwargs
-    if given is None:
+    if arguments is None:
         made = small_batch(expected)()
-        logger.warning(f"No args were given: training as sbft.small_batch({expected.__name__})() says, into {made.output_dir}.")
-    elif isinstance(given, expected):
-        made = promoted(given)
-    elif isinstance(given, TrainingArguments):
-        made = _as(expected, given)
+        logger.warning(
+            f"No args were passed: training with sbft.small_batch({expected.__name__})(), to the folder {made.output_dir}."
+        )
+    elif isinstance(arguments, expected):
+        made = promoted(arguments)
+    elif isinstance(arguments, TrainingArguments):
+        made = _converted(arguments, expected)
     else:
         raise ArgumentError(
-            f"args is a {type(given).__name__}; expected a {expected.__name__}, or a sbft.small_batch({expected.__name__})."
+            f"args is a {type(arguments).__name__}; expected a {expected.__name__}, or a "
+            f"sbft.small_batch({expected.__name__})."
         )
-    if len(args) > place:
-        return (*args[:place], made, *args[place + 1 :]), kwargs
+    if len(args) > position:
+        return (*args[:position], made, *args[position + 1 :]), kwargs
     return args, {**kwargs, "args": made}
 
 
-def _as(expected: type[TrainingArguments], given: TrainingArguments) -> Any:
-    """Arguments of a more general class, as SFTTrainer takes them too: what they set, in the class that the trainer expects."""
-    names = {one.name for one in fields(small_batch(expected)) if one.init}
-    theirs = {one.name: one.default for one in fields(given)}
-    found = {name: value for name, value in vars(given).items() if name in names and value != theirs.get(name, value)}
-    # What has no default was made as the arguments were.
-    said = [name for name in found if theirs[name] is not None and theirs[name] is not MISSING]
-    if not isinstance(given, SmallBatchArguments):
-        left = {name for name, *_ in _shared_defaults(given)}
-        found = {name: value for name, value in found.items() if name not in left}
-        if found.keys() & {"gradient_accumulation_steps", "max_grad_norm"}:
-            found["gradient_release"] = False
-            said.append("gradient_release=False, which they need,")
-    made = small_batch(expected)(**found)
+def _converted(arguments: TrainingArguments, expected: type[TrainingArguments]) -> Any:
+    """Arguments of a more general class, which SFTTrainer also takes: the values that they set, in the expected class."""
+    names = {entry.name for entry in fields(small_batch(expected)) if entry.init}
+    defaults = {entry.name: entry.default for entry in fields(arguments)}
+    kept = {
+        name: value for name, value in vars(arguments).items() if name in names and value != defaults.get(name, value)
+    }
+    # Fields without a default were computed when the arguments were made.
+    described = [name for name in kept if defaults[name] is not None and defaults[name] is not MISSING]
+    if not isinstance(arguments, SmallBatchArguments):
+        at_default = {name for name, *_ in _shared_defaults(arguments)}
+        kept = {name: value for name, value in kept.items() if name not in at_default}
+        if kept.keys() & {"gradient_accumulation_steps", "max_grad_norm"}:
+            kept["gradient_release"] = False
+            described.append("gradient_release=False, which they need,")
+    made = small_batch(expected)(**kept)
     logger.warning(
-        f"args is a {type(given).__name__} and is taken as sbft.small_batch({expected.__name__}): what differs from its "
-        f"defaults ({', '.join(said) or 'nothing'}) is kept, all else is as in sbft.small_batch({expected.__name__})()."
+        f"args is a {type(arguments).__name__} and is converted to sbft.small_batch({expected.__name__}): values that differ "
+        f"from its defaults ({', '.join(described) or 'none'}) are kept, all others are those of "
+        f"sbft.small_batch({expected.__name__})()."
     )
     return made
 
 
 def _arguments_of(trainer_class: type[Any]) -> tuple[int, type[TrainingArguments]]:
-    """The place of `args` among a trainer's parameters, and the class that it is to be of."""
-    for one in trainer_class.__mro__:
-        init = vars(one).get("__init__")
+    """The position of `args` among a trainer's parameters, and the class that its annotation names."""
+    for base in trainer_class.__mro__:
+        init = vars(base).get("__init__")
         parameters = list(inspect.signature(init).parameters.values())[1:] if init is not None else []
-        for place, parameter in enumerate(parameters):
+        for position, parameter in enumerate(parameters):
             if parameter.name == "args" and parameter.kind is not parameter.VAR_POSITIONAL:
-                return place, _first_class(parameter.annotation)
+                return position, _first_class(parameter.annotation)
     return 1, TrainingArguments
 
 
 def _first_class(annotation: Any) -> type[TrainingArguments]:
-    """`DPOConfig` of `DPOConfig | None`."""
+    """The class of training arguments in an annotation, such as `DPOConfig` in `DPOConfig | None`."""
     is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
-    named = typing.get_args(annotation) if is_union else (annotation,)
-    classes = [one for one in named if isinstance(one, type) and issubclass(one, TrainingArguments)]
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    classes = [member for member in members if isinstance(member, type) and issubclass(member, TrainingArguments)]
     return classes[0] if classes else TrainingArguments

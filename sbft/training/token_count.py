@@ -1,4 +1,4 @@
-"""The token count that sbft's optimizers need, in a `transformers.Trainer` that knows nothing of it."""
+"""Counts the tokens that sbft's optimizers need in a plain `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class TokenCountCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Count from now on.
+        """Start to count.
 
         Raises:
-            ArgumentError: if the optimizer is none of sbft's, or releases gradients that the arguments need.
+            ArgumentError: if the optimizer is not from sbft, or releases gradients that the arguments need.
         """
         self._stop()
         if isinstance(args, SmallBatchArguments):
@@ -50,24 +50,25 @@ class TokenCountCallback(TrainerCallback):
                 f"TokenCountCallback counts for sbft's optimizers, and this Trainer's is {type(inner).__name__}. Pass one: "
                 "optimizers=(sbft.Adafactor(model.parameters()), None); or leave the callback out."
             )
-        needs = {
+        is_set = {
             "gradient_accumulation_steps": args.gradient_accumulation_steps > 1,
             "max_grad_norm": args.max_grad_norm > 0,
         }
-        needing = [f"{name}={getattr(args, name)}" for name, is_so in needs.items() if is_so]
-        if inner.releases_gradients and needing:
+        needing_gradients = [f"{name}={getattr(args, name)}" for name in is_set if is_set[name]]
+        if inner.releases_gradients and needing_gradients:
             raise ArgumentError(
-                f"{' and '.join(needing)} would have no effect: the optimizer releases its gradients within backward. Call "
-                "remove() on the handle of release_gradients(), or set max_grad_norm=0 and gradient_accumulation_steps=1."
+                f"{' and '.join(needing_gradients)} would have no effect: the optimizer releases its gradients within "
+                "backward. Call remove() on the handle of release_gradients(), or set max_grad_norm=0 and "
+                "gradient_accumulation_steps=1."
             )
         assert model is not None
-        inner.discard_step()  # tokens of a step that an error or an interrupt left half done
+        inner.discard_step()  # an error or an interrupt may have left one half done
         self._count = inner.count_tokens(model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count no longer."""
+        """Stop counting."""
         self._stop()
 
     def _stop(self) -> None:

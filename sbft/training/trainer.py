@@ -82,7 +82,7 @@ class SmallBatchMixin(
     model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._said: set[str] = set()
+        self._logged_warnings: set[str] = set()
         self._attached = contextlib.ExitStack()
         args, kwargs = with_small_batch_arguments(type(self), args, kwargs)
         with sharded_checkpoints_allowed((*args, *kwargs.values())):

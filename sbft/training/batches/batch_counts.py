@@ -1,7 +1,8 @@
-"""What the host knows without asking the device, since an answer comes only after all that was launched before.
+"""Counts the tokens and labels of batches on the host, before they are sent to the device.
 
-At batch size 1 a small model gives a GPU so little work that the loop around a step takes as long as the step. The two overlap
-where nothing between one backward and the next forward waits for the device.
+Reading a number from a GPU waits for all that was launched before. At batch size 1 a small model gives a GPU so little work
+that the loop around a step takes as long as the step. The two overlap if nothing between one backward and the next forward
+waits for the device.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from sbft.optim.counting import Count, count_of
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a batch.
+    """What a batch holds.
 
     Attributes:
-        tokens: padding aside.
+        tokens: without padding.
         labelled: whether every position has a label.
-        padded_right: whether padding lies behind all tokens of its row, and has no labels.
-        targets: labels, those of first tokens aside; None of a batch whose labels are not classes.
-        first: labels of the first tokens of rows, which only a model predicts that does not write from left to right.
+        padded_right: whether padding is behind all tokens of its row and has no labels.
+        targets: labels, without those of the first tokens of rows; None if the labels are not classes.
+        first: labels of the first tokens of rows. Models that predict the next token do not learn from them.
     """
 
     tokens: int
@@ -38,7 +39,7 @@ class Counts:
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> Counts:
-        """Counted now: of a batch that lies on a device, after a wait for it."""
+        """Count a batch now; for a batch on a device, this waits for the device."""
         tokens, mask, labels = count_of(batch).number, batch.get("attention_mask"), batch.get("labels")
         has_label = labels != IGNORED_LABEL if isinstance(labels, Tensor) else None
         labelled = has_label is not None and bool(has_label.all())
@@ -53,12 +54,14 @@ class Counts:
 
 
 class CountedBatch(dict[str, Any]):
-    """A batch that was counted while it lay on the host. Pinned, sent to a device or pickled it keeps its counts; a copy that
-    is made otherwise, and a batch that is changed, have none."""
+    """A batch that was counted while it was on the host.
+
+    It keeps its counts when it is pinned, sent to a device or pickled. Other copies, and a batch that was changed, have none.
+    """
 
     _counts: Counts | None = None
     _shapes: dict[str, Any] | None = None
-    # Once on a device: its values, and how often they had been written to.
+    # After it was sent to a device: its values, and the version of each at that time.
     _sent: dict[str, tuple[Any, int]] | None = None
 
     @classmethod
@@ -70,27 +73,27 @@ class CountedBatch(dict[str, Any]):
 
     @property
     def counts(self) -> Counts | None:
-        """None where there are none, or where they may no longer be true."""
+        """The counts; None if there are none or the batch was changed since."""
         if self._shapes != _shapes(self):
             return None
         if self._sent is not None and any(
-            one is not self._sent[name][0] or _version(one) != self._sent[name][1] for name, one in self.items()
+            value is not self._sent[name][0] or _version(value) != self._sent[name][1] for name, value in self.items()
         ):
             return None
         return self._counts
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> CountedBatch:
-        """The batch with its tensors on a device; accelerate's data loaders ask for it so."""
+        """The batch with its tensors on a device; accelerate's data loaders call this."""
         moved = CountedBatch(
-            {name: send_to_device(one, device, non_blocking=non_blocking) for name, one in self.items()}
+            {name: send_to_device(value, device, non_blocking=non_blocking) for name, value in self.items()}
         )
         moved._counts, moved._shapes = self.counts, self._shapes
-        moved._sent = {name: (one, _version(one)) for name, one in moved.items()}
+        moved._sent = {name: (value, _version(value)) for name, value in moved.items()}
         return moved
 
 
 def _shapes(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: one.shape if isinstance(one, Tensor) else None for name, one in batch.items()}
+    return {name: value.shape if isinstance(value, Tensor) else None for name, value in batch.items()}
 
 
 def _version(value: Any) -> int:
@@ -98,7 +101,7 @@ def _version(value: Any) -> int:
 
 
 class CountingCollator:
-    """A collator whose batches are counted, but for those that are no plain dictionary with a tensor `input_ids`.
+    """A collator that counts its batches if they are plain dictionaries with a tensor `input_ids`.
 
     Args:
         collate: as `DataLoader` takes it.
@@ -113,33 +116,41 @@ class CountingCollator:
         return CountedBatch.of(batch) if countable else batch
 
 
-def counts_of(batch: dict[str, Any], of: dict[str, Any] | None = None) -> Counts:
-    """Counts of a batch; where it has none of its own, those of the batch that it was made of without a change."""
-    for one in (batch, of):
-        known = one.counts if isinstance(one, CountedBatch) else None
-        if known is not None and _are_same(batch, one):
-            return known
+def counts_of(batch: dict[str, Any], source: dict[str, Any] | None = None) -> Counts:
+    """Counts of a batch: its own, or those of the batch that it was made from if it holds the same values, or new ones."""
+    for counted in (batch, source):
+        counts = counted.counts if isinstance(counted, CountedBatch) else None
+        if counts is not None and _are_same(batch, counted):
+            return counts
     return Counts.of(batch)
 
 
 def count_in(batch: Any) -> Count:
-    """Tokens, padding aside, or examples of a batch without them; of a batch without counts no more is counted."""
-    known = batch.counts if isinstance(batch, CountedBatch) else None
-    return count_of(batch) if known is None else Count(known.tokens, True)
+    """Tokens of a batch without padding, or examples if it holds no tokens."""
+    counts = batch.counts if isinstance(batch, CountedBatch) else None
+    return count_of(batch) if counts is None else Count(counts.tokens, True)
 
 
 def targets_of(batch: Any, *, of_next: bool = True) -> int | None:
-    """Labels that are predicted, `of_next` tokens or of the tokens themselves; None where there are none, or no classes."""
-    known = batch.counts if isinstance(batch, CountedBatch) else None
-    if known is not None:
-        targets, first = known.targets, known.first
+    """The number of labels that the model learns from.
+
+    Args:
+        batch: of any kind.
+        of_next: the model predicts next tokens, so that labels of the first tokens do not count.
+
+    Returns:
+        None if the batch has no labels, or they are not classes.
+    """
+    counts = batch.counts if isinstance(batch, CountedBatch) else None
+    if counts is not None:
+        targets, first = counts.targets, counts.first
     else:
         targets, first = _count_targets(batch) if isinstance(batch, Mapping) else (None, 0)
     return targets if targets is None or of_next else targets + first
 
 
 def labels_of(batches: Sequence[Any], *, of_next: bool = True) -> int | None:
-    """Those of several batches."""
+    """The sum of `targets_of` over several batches; None if it is None for any of them."""
     counted = [targets_of(batch, of_next=of_next) for batch in batches]
     return None if None in counted else sum(count for count in counted if count is not None)
 

@@ -1,4 +1,4 @@
-"""A batch that doubles while a run goes on: how large each step is, what is in it, and the learning rate that follows."""
+"""A batch that doubles during a run: how many examples each step has, which ones, and at what learning rate."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from sbft.errors import RecipeError
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Batch sizes that begin at `first` and double whenever `doubling_examples` more examples were seen.
+    """Batch sizes that begin at `first` and double after every `doubling_examples` further examples.
 
-    It counts in examples, so that the size of a step follows from the step's number alone, and a resumed run goes on where it
-    was cut off. Where all examples have the same length, as in pretraining, tokens are proportional to them.
+    It counts in examples, so that the size of a step follows from the step's number alone and a run can be resumed at any step.
+    If all examples have the same length, as in pretraining, tokens are proportional to examples.
     """
 
     first: int
     """Examples in the first step."""
     doubling_examples: int
     largest: int
-    """No step has more."""
+    """Examples in a step at most."""
 
     def size(self, seen: int) -> int:
-        """Examples in the step before which so many were seen."""
-        doublings = min(seen // self.doubling_examples, self.largest.bit_length())  # more would only be cut off
+        """Examples in a step, when `seen` examples came before it."""
+        doublings = min(seen // self.doubling_examples, self.largest.bit_length())  # more would exceed `largest` anyway
         return min(self.first << doublings, self.largest)
 
     def seen(self, steps: int) -> list[int]:
-        """Examples seen before each of so many steps, and after the last; `steps + 1` numbers."""
+        """Examples seen before each of the first `steps` steps, and after the last: `steps + 1` numbers."""
         seen = [0]
         for _ in range(steps):
             seen.append(seen[-1] + self.size(seen[-1]))
         return seen
 
     def steps(self, examples: int) -> int:
-        """Steps until at least so many examples were seen."""
+        """Steps until at least `examples` examples were seen."""
         steps = seen = 0
         while seen < examples:
             seen += self.size(seen)
@@ -52,14 +52,14 @@ class BatchSchedule:
 
 
 class ScheduledBatches(Sampler[list[int]]):
-    """Indices of the examples of every step of a run: all examples in random order, again and again.
+    """Indices of the examples in every step of a run: pass after pass over all examples, each in a random order.
 
-    A pass over the data does not end a batch, so that every step is as large as the schedule says. The order follows from the
-    seed alone.
+    A batch may hold the end of one pass and the beginning of the next, so that every step has the size in the schedule. The
+    order depends on the seed alone.
 
     Args:
-        count: examples there are.
-        schedule: of the batch.
+        count: examples in the data.
+        schedule: of the batch size.
         steps: of the run.
         seed: of the order.
     """
@@ -71,7 +71,7 @@ class ScheduledBatches(Sampler[list[int]]):
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        """A list for each step."""
+        """One list of indices per step."""
         indices = self._indices()
         seen = self._schedule.seen(self._steps)
         for begin, end in itertools.pairwise(seen):
@@ -86,24 +86,24 @@ class ScheduledBatches(Sampler[list[int]]):
 def rates_by_examples(
     optimizer: torch.optim.Optimizer, arguments: TrainingArguments, schedule: BatchSchedule, steps: int
 ) -> LambdaLR:
-    """The learning rate schedule that the arguments name, drawn over the examples seen in the place of the steps.
+    """The learning rate schedule that the arguments name, as a function of the examples seen instead of the steps.
 
-    A fractional `warmup_steps` is that part of the examples, a whole one the examples of as many first steps. With a batch
-    that never grows it is the usual schedule.
+    A `warmup_steps` below 1 is a share of the examples; otherwise the warm-up ends with the examples of that many steps. With a
+    batch that never grows it is the usual schedule.
 
     Raises:
-        RecipeError: if the schedule is none that a step's number decides.
+        RecipeError: if the schedule does not depend on the step's number alone.
     """
     seen = schedule.seen(steps)
     warmup = arguments.get_warmup_steps(seen[-1])
     if arguments.warmup_steps >= 1:
         warmup = seen[min(warmup, steps)]
-    settings: Any = arguments.lr_scheduler_kwargs  # a dict by now, whatever was given
-    # With the same rate: what it shall end at may be given in absolute terms.
-    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=optimizer.defaults["lr"])
+    settings: Any = arguments.lr_scheduler_kwargs  # transformers has parsed it to a dict
+    # It has the same rate, because some schedules have an absolute rate to end at.
+    placeholder = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=optimizer.defaults["lr"])
     by_examples = get_scheduler(
         arguments.lr_scheduler_type,
-        optimizer=stand_in,
+        optimizer=placeholder,
         num_warmup_steps=warmup,
         num_training_steps=seen[-1],
         scheduler_specific_kwargs=settings,
@@ -111,8 +111,8 @@ def rates_by_examples(
     if not isinstance(by_examples, LambdaLR):
         name = SchedulerType(arguments.lr_scheduler_type).value
         raise RecipeError(
-            f"lr_scheduler_type is {name}, which looks at more than how far the run is, and cannot follow a batch that "
-            "doubles. Take constant, linear or cosine, with a warm-up if wanted, or a constant batch."
+            f"lr_scheduler_type is {name}, which depends on more than the progress of the run, so it cannot follow a batch "
+            "that doubles. Use constant, linear or cosine, with or without a warm-up, or a constant batch size."
         )
     (rate,) = by_examples.lr_lambdas
     return LambdaLR(optimizer, lambda step: float(rate(seen[min(step, steps)])))

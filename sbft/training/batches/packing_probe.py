@@ -1,7 +1,7 @@
-"""Whether documents that are packed into one row see one another, asked of the model itself.
+"""Finds out by running the model whether documents that are packed into one row see one another.
 
-Each class of transformers decides for itself what it makes of positions that start again within a row: many keep documents
-apart, others take the row for one document, and a recurrent state always runs on. Nothing in a config says which.
+Each class in transformers handles positions that restart within a row in its own way. Many keep the documents apart, others
+treat the row as one document, and a recurrent state is always carried over. No config says which.
 """
 
 from __future__ import annotations
@@ -24,39 +24,43 @@ from sbft.training.peft_models import unwrap
 logger = logging.getLogger(__name__)
 
 NO_PACKING = "--set data.packing=false"
-# Longer than the kernels of convolutions (4 tokens), which reach over a document's first tokens alone.
+# Tokens of a document: more than the width of convolutions (4), so that these do not reach all of the second document.
 _TOKENS = 8
-# Batches that are looked at for documents: packed data is packed from its first row on.
-_LOOKED_AT = 8
+# Batches that are checked for packed documents, which packed data has from its first row on.
+_CHECKED_BATCHES = 8
 
 
 class CannotTell(Exception):
-    """A model cannot be asked what it does with packed rows; the message says why."""
+    """It cannot be found out what a model does with packed rows; the message says why."""
 
 
 def packing_leaks(model: Any, rows: int = 1) -> bool:
-    """Whether documents in a packed row of sbft's see one another in a loaded model, or in its class where it is sharded.
+    """Whether documents in a row that sbft has packed see one another. A sharded model is replaced by a miniature of its class.
+
+    Args:
+        model: a loaded model.
+        rows: of a batch.
 
     Raises:
         CannotTell: if it cannot be found out.
     """
     if not any(map(is_sharded, model.parameters())):
         try:
-            return sees_former_document(model, rows=rows)
+            return sees_previous_document(model, rows=rows)
         except CannotTell as error:
-            logger.debug(f"{error}; its class is asked in miniature")
+            logger.debug(f"{error}; a miniature of its class is tried")
     return packing_leaks_in(unwrap(model).config)  # type: ignore[arg-type]
 
 
 def packing_leaks_in(
     config: PreTrainedConfig, keys: Iterable[str] = ("position_ids",), *, rows: int = 1, trust_remote_code: bool = False
 ) -> bool:
-    """The same of the class of models that a config is of, with random weights in miniature.
+    """The same for the class of models that a config belongs to, tried on a miniature with random weights.
 
     Args:
         config: of the model.
-        keys: as in `sees_former_document`.
-        rows: likewise.
+        keys: as in `sees_previous_document`.
+        rows: as in `sees_previous_document`.
         trust_remote_code: run the Python code that comes with the checkpoint.
 
     Raises:
@@ -66,7 +70,7 @@ def packing_leaks_in(
     try:
         for model in miniatures(config, trust_remote_code=trust_remote_code, use_cache=False):
             try:
-                return sees_former_document(model, keys, rows=rows)
+                return sees_previous_document(model, keys, rows=rows)
             except CannotTell as error:
                 reason = str(error)
     except NoMiniature as error:
@@ -75,14 +79,14 @@ def packing_leaks_in(
 
 
 def refuse_leaking_rows(model: Any, rows: int = 1) -> None:
-    """Refuse to pack for a model in which documents of a row see one another.
+    """Refuse to pack for a model in which the documents of a row see one another.
 
     Args:
         model: as its trainer has it.
         rows: of a batch.
 
     Raises:
-        ModelError: if they do, or nobody can tell.
+        ModelError: if they do, or it cannot be found out.
     """
     name = type(unwrap(model)).__name__
     try:
@@ -90,61 +94,61 @@ def refuse_leaking_rows(model: Any, rows: int = 1) -> None:
     except CannotTell as error:
         raise ModelError(unknown_in_words(name, error)) from error
     if leaks:
-        raise ModelError(f"{leak_in_words(name)} {way_out()}")
+        raise ModelError(f"{leak_in_words(name)} {fix_in_words()}")
 
 
 def leak_in_words(name: str) -> str:
-    """What is wrong with packing for a class of models."""
+    """A sentence on what is wrong with packing for a class of models."""
     return (
-        f"data.packing is true, and {name} lets the documents that are packed into one row see one another: it would learn to "
-        "take each for the continuation of the one before."
+        f"data.packing is true, but {name} lets the documents that are packed into one row see one another. It would learn to "
+        "treat each as the continuation of the one before."
     )
 
 
 def unknown_in_words(name: str, error: CannotTell) -> str:
-    """That nobody can tell, and why."""
+    """A sentence on why it cannot be found out."""
     return (
-        f"data.packing is true, and whether {name} keeps the documents of a packed row apart cannot be found out ({error}). "
-        f"{way_out()}"
+        f"data.packing is true, but whether {name} keeps the documents of a packed row apart cannot be found out ({error}). "
+        f"{fix_in_words()}"
     )
 
 
-def way_out() -> str:
-    """What to type in the place of packing."""
+def fix_in_words() -> str:
+    """What to type instead of packing."""
     return f"Add {NO_PACKING}; rows of one example each train as well."
 
 
-def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *, rows: int = 1) -> bool:
-    """Whether what a model says of a document depends on the one before it in a packed row; runs it once on 16 tokens.
+def sees_previous_document(model: Any, keys: Iterable[str] = ("position_ids",), *, rows: int = 1) -> bool:
+    """Whether a model's logits for a document depend on the previous document in a packed row; runs it once on 16 tokens.
 
-    It is asked for the gradient of the second document's logits by the first one's embeddings, which is exactly zero where no
-    path leads from one to the other: unlike a difference of logits, it does not depend on how products are rounded.
+    The gradient of the second document's logits with respect to the first one's embeddings is exactly zero if no path connects
+    them. Unlike a difference of logits, it does not depend on how products are rounded.
 
     Args:
         model: a causal language model, or an adapter on one; its weights, gradients and mode stay as they are.
-        keys: what a batch holds beside its tokens; of these, `position_ids` come to the model only if its forward names them.
-        rows: of a batch; some attention takes no notice of documents where there are several.
+        keys: what a batch holds besides its tokens. `position_ids` are passed to the model only if its forward names them.
+        rows: of a batch; some attention implementations ignore the documents if there are several.
 
     Raises:
-        CannotTell: if it cannot be run so.
+        CannotTell: if the model cannot be run this way.
     """
     base: Any = unwrap(model)
     inputs = _two_documents(base, keys, min(rows, 2))
     embedding = base.get_input_embeddings()
     caught: list[Tensor] = []
 
-    def watch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def catch(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         caught.append(output.detach().requires_grad_())
-        return caught[0].clone()  # which a model may write to
+        return caught[0].clone()  # the model may write to it
 
-    handle = embedding.register_forward_hook(watch)
+    handle = embedding.register_forward_hook(catch)
     try:
         with left_as_it_was(base, training=False), torch.enable_grad():
             logits = base(**inputs).logits[0, _TOKENS:].float()
-            # The plain sum would have no gradient where what is summed is normalized.
+            # The plain sum of normalized logits would have no gradient.
             weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
             (gradient,) = torch.autograd.grad((logits * weights).sum(), caught[0])
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # the model's own code may raise anything
         raise CannotTell(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     finally:
         handle.remove()
@@ -154,79 +158,79 @@ def sees_former_document(model: Any, keys: Iterable[str] = ("position_ids",), *,
 
 
 def _two_documents(model: Any, keys: Iterable[str], rows: int) -> dict[str, Any]:
-    """A packed row as batches with these keys have it."""
+    """A batch of packed rows with two documents each, with those of `keys` that packed batches have."""
     weight = model.get_input_embeddings().weight
     ids = (torch.arange(2 * _TOKENS, device=weight.device) % weight.shape[0]).unsqueeze(0)
     bounds = torch.tensor([0, _TOKENS, 2 * _TOKENS], dtype=torch.int32, device=ids.device)
-    known: dict[str, Any] = {
+    possible: dict[str, Any] = {
         "position_ids": torch.arange(_TOKENS, device=ids.device).repeat(2).unsqueeze(0),
         "attention_mask": torch.ones_like(ids),
         "seq_idx": torch.arange(2, dtype=torch.int32, device=ids.device).repeat_interleave(_TOKENS).unsqueeze(0),
         **{f"cu_seq_lens_{side}": bounds for side in "qk"},
         **{f"max_length_{side}": _TOKENS for side in "qk"},
     }
-    inputs = {name: value for name, value in known.items() if name in keys}
+    inputs = {name: value for name, value in possible.items() if name in keys}
     if not takes_positions(model):
         inputs.pop("position_ids", None)
-    in_rows = {"input_ids": ids, **inputs}
+    one_row = {"input_ids": ids, **inputs}
     return {
         name: value.repeat(rows, 1) if isinstance(value, Tensor) and value.dim() == 2 else value
-        for name, value in in_rows.items()
+        for name, value in one_row.items()
     }
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the forward of a model names `position_ids`; a trainer drops columns that it does not name."""
+    """Whether a model's forward names `position_ids`; a trainer drops the columns that it does not name."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
 class PackedBatches:
-    """Looks into the first batches of a trainer, and warns once where they hold documents that the model mixes up."""
+    """Checks the first batches of a trainer, and warns once if they hold packed documents that see one another."""
 
     def __init__(self) -> None:
-        self._left = _LOOKED_AT
+        self._left = _CHECKED_BATCHES
 
     def look(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Look into one more batch, if there is anything left to find out."""
+        """Check one more batch, if it is among the first and there was no result yet."""
         if self._left == 0 or "position_ids" not in batch:
             return
         self._left -= 1
         positions, mask = batch["position_ids"], batch.get("attention_mask")
         if not _restart(positions) or (isinstance(mask, Tensor) and mask.dim() != 2):
-            return  # a mask of pairs of tokens says who sees whom
+            return  # a mask over pairs of tokens may keep documents apart
         self._left = 0
         name = type(unwrap(model)).__name__
         try:
-            leaks = _sees_former(model, batch.keys(), len(positions))
+            leaks = _sees_previous(model, batch.keys(), len(positions))
         except CannotTell as error:
             logger.warning(
-                f"The positions of a batch start again within its rows, as packed documents' do, and whether {name} keeps "
+                f"The positions of a batch restart within its rows, as with packed documents, but whether {name} keeps "
                 f"these apart cannot be found out: {error}."
             )
             return
         if leaks:
-            beside = ", because the batches hold an attention_mask too" if _is_to_blame(model, batch) else ""
+            because = ", because the batches also hold an attention_mask" if _mask_is_the_cause(model, batch) else ""
             logger.warning(
-                f"The positions of a batch start again within its rows, as packed documents' do, but {name} lets these "
-                f"documents see one another{beside}. Give it one document a row (packing=False, padding_free=False)"
-                f"{', or batches without the mask' if beside else ''}."
+                f"The positions of a batch restart within its rows, as with packed documents, but {name} lets these "
+                f"documents see one another{because}. Give it one document per row (packing=False, padding_free=False)"
+                f"{', or batches without the mask' if because else ''}."
             )
 
 
-def _sees_former(model: nn.Module, keys: Iterable[str], rows: int) -> bool:
-    """As `sees_former_document`; of a sharded model its class is asked, since the other processes may not be asking now."""
+def _sees_previous(model: nn.Module, keys: Iterable[str], rows: int) -> bool:
+    """As `sees_previous_document`; a sharded model is tried in miniature, since other processes may not take part now."""
     if any(map(is_sharded, model.parameters())):
         return packing_leaks_in(unwrap(model).config, keys, rows=rows)  # type: ignore[arg-type]
-    return sees_former_document(model, keys, rows=rows)
+    return sees_previous_document(model, keys, rows=rows)
 
 
 def warn_of_dropped_positions(model: nn.Module, examples: Any) -> None:
-    """Warn where a data set holds positions that a trainer takes out of it, because the model's forward names none."""
-    columns = getattr(examples, "column_names", None) or ()  # of `datasets`, whose columns alone a trainer takes out
+    """Warn if a data set holds positions that the trainer drops because the model's forward does not name them."""
+    columns = getattr(examples, "column_names", None) or ()  # a trainer drops columns of `datasets` only
     if "position_ids" in columns and not takes_positions(unwrap(model)):
         logger.warning(
             f"The training set has a column position_ids, which {type(unwrap(model)).__name__} does not take: if its rows are "
-            "packed, documents see one another. Give it one document a row."
+            "packed, documents see one another. Give it one document per row."
         )
 
 
@@ -234,10 +238,10 @@ def _restart(positions: Any) -> bool:
     return isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions[:, 1:] == 0).any())
 
 
-def _is_to_blame(model: nn.Module, batch: dict[str, Any]) -> bool:
-    """Whether a model keeps documents apart if it is given no mask of padding."""
+def _mask_is_the_cause(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Whether a model keeps documents apart if it is given no padding mask."""
     without = batch.keys() - {"attention_mask"}
     try:
-        return without != batch.keys() and not _sees_former(model, without, 1)
+        return without != batch.keys() and not _sees_previous(model, without, 1)
     except CannotTell:
         return False

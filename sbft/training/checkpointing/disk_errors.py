@@ -1,4 +1,4 @@
-"""What is said when the disk refuses: it is full, read-only, or broken."""
+"""Errors of a disk that is full, read-only or broken, in a sentence."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _REASONS = {
     errno.EPERM: "there is no permission to",
     errno.EIO: "the device answers with an input/output error",
 }
-# Errors that only writing meets.
+# Errors that only writing raises.
 FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# safetensors gives the number in words; torch.save says nothing but that its writer failed.
+# safetensors raises errors of its own with the number in the text; torch.save only says that its writer failed.
 _IN_WORDS = {f"os error {number})": reason for number, reason in _REASONS.items()}
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def refusal(error: BaseException) -> str | None:
-    """Why the disk refused, if that is what this error says."""
+    """Why the disk refused to write, if this error says so; else None."""
     if isinstance(error, OSError):
         return _REASONS.get(error.errno or 0)
-    said = str(error)
+    text = str(error)
     if isinstance(error, SafetensorError):
-        return next((reason for words, reason in _IN_WORDS.items() if words in said), None)
-    if isinstance(error, RuntimeError) and any(words in said for words in _TORCH_WRITER):
-        # What it cleans up after the failed write fails too, and is raised in its place.
+        return next((reason for words, reason in _IN_WORDS.items() if words in text), None)
+    if isinstance(error, RuntimeError) and any(words in text for words in _TORCH_WRITER):
+        # Its clean-up after the failed write fails too, and replaces the first error.
         before = error.__context__
         return (None if before is None else refusal(before)) or "writing failed, as it does where no space is left"
     return None
@@ -44,15 +44,15 @@ def refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def writing(what: str, folder: Path, *, takes_bytes: int | None = None) -> Iterator[None]:
-    """Around writes: what the disk refuses is said in a sentence.
+    """Around writes: turn errors of the disk into a sentence.
 
     Args:
-        what: is written, as a sentence begins.
-        folder: where; it exists, or its parent does.
-        takes_bytes: the room that it takes, if that is known.
+        what: is written; the beginning of the sentence.
+        folder: to which it is written; it exists, or its parent does.
+        takes_bytes: the space that it needs, if known.
 
     Raises:
-        DiskError: in place of what safetensors, torch or the system raise.
+        DiskError: instead of the errors that safetensors, torch or the system raise.
     """
     try:
         yield

@@ -1,8 +1,8 @@
-"""Checkpoints of a model that is sharded over processes: every rank writes its part, and any number of ranks go on from it.
+"""Checkpoints of a model that is sharded over processes: every rank writes its part, and any number of ranks can resume.
 
-The parts are safetensors files of `torch.distributed.checkpoint`, those of the weights in the checkpoint's folder, as
-transformers' `from_pretrained` takes them, and those of the optimizer's state in `optimizer`. No tensor is ever whole in
-one place, neither when it is written nor when it is read. A checkpoint of whole tensors can be gone on from too.
+The parts are safetensors files of `torch.distributed.checkpoint`. Those of the weights are in the checkpoint's folder, where
+transformers' `from_pretrained` can load them, and those of the optimizer's state are in `optimizer`. No tensor is gathered in
+one process, neither for writing nor for reading. A checkpoint of whole tensors can be resumed too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if torch.distributed.is_available():
     from torch.distributed.checkpoint.api import CheckpointException
 
 OPTIMIZER_FOLDER = "optimizer"
-# A file is in memory a second time while it is written.
+# While a file is written, memory holds a second copy of it.
 FILE_BYTES = 2**31
 
 if TYPE_CHECKING:
@@ -46,53 +46,53 @@ else:
 
 
 def in_parts(checkpoint: Path) -> bool:
-    """Whether the weights of a checkpoint are the parts that several ranks wrote."""
+    """Whether the weights of a checkpoint are parts that several ranks have written."""
     return any(checkpoint.glob(PARTS))
 
 
 def write_parts(tensors: Mapping[str, Tensor], folder: Path, *, file_bytes: int = FILE_BYTES) -> None:
-    """Write into a folder what of some tensors lies on each rank, synced; every rank has to ask.
+    """Write every rank's part of tensors to a folder, and wait until it is on the disk. All ranks have to call this.
 
     Args:
-        tensors: by name, the same on all ranks; of plain tensors, which all have, one rank writes each.
-        folder: to write into.
+        tensors: by names, which are the same on all ranks. A plain tensor, which all ranks have, is written by one of them.
+        folder: to write to.
         file_bytes: most bytes in one file, unless a single part is larger.
 
     Raises:
-        Exception: what the disk refused to any rank, on all of them.
+        Exception: on all ranks, the error that one of them got from the disk.
     """
     writer = HuggingFaceStorageWriter(str(folder), _files(tensors, file_bytes), save_distributed=True)
     try:
-        dcp.save({name: without_strides(one.detach()) for name, one in tensors.items()}, storage_writer=writer)
+        dcp.save({name: without_strides(tensor.detach()) for name, tensor in tensors.items()}, storage_writer=writer)
     except CheckpointException as error:
         raise _cause(error) from error
 
 
 def read_parts(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill tensors, in place, with what safetensors files hold of them, whole or in parts; every rank has to ask.
+    """Fill tensors in place from safetensors files that hold them whole or in parts. All ranks have to call this.
 
     Raises:
-        Exception: what went wrong on any rank, on all of them.
+        Exception: on all ranks, the error that one of them got.
     """
     alone = not torch.distributed.is_initialized()
-    read = {name: without_strides(one.detach()) for name, one in tensors.items()}
+    read = {name: without_strides(tensor.detach()) for name, tensor in tensors.items()}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of several, read by one
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process may read a checkpoint of several
             reader = HuggingFaceStorageReader(str(folder))
             dcp.load(read, storage_reader=reader, no_dist=alone)
     except CheckpointException as error:
         raise _cause(error) from error
     with torch.no_grad():
-        for name, one in tensors.items():
-            if local(read[name]).data_ptr() != local(one).data_ptr():
-                local(one).copy_(local(in_order_of(read[name], one)))
+        for name, tensor in tensors.items():
+            if local(read[name]).data_ptr() != local(tensor).data_ptr():
+                local(tensor).copy_(local(in_order_of(read[name], tensor)))
 
 
 def stored_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Shapes of the whole tensors, by name, that the safetensors files in a folder hold; reads their headers."""
+    """Shapes of the whole tensors in the safetensors files of a folder, by name. Only the headers are read."""
     stored: Any = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: one.size for name, one in stored.items()}
+    return {name: metadata.size for name, metadata in stored.items()}
 
 
 def save_weights(model: PreTrainedModel, folder: Path, *, main: bool) -> None:
@@ -101,36 +101,36 @@ def save_weights(model: PreTrainedModel, folder: Path, *, main: bool) -> None:
     if main:
         folder.mkdir(parents=True, exist_ok=True)
     write_parts(model.state_dict(), folder)
-    if main:  # what may fail comes last: the others wait for this process until the weights are written
+    if main:  # last, because it may fail, and the others wait for this process until the weights are written
         model.config.save_pretrained(folder)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Read every rank's part of a model's weights from the safetensors files of a checkpoint, whole or in parts.
+    """Read every rank's part of a model's weights from a checkpoint that holds them whole or in parts.
 
     Raises:
         ModelError: if the files lack a weight.
     """
     shard_again(model)
     stored = stored_shapes(folder)
-    found, lacking = {}, []
+    tensors, missing = {}, []
     for names, tensor in _by_tensor(model):
         name = next((name for name in names if name in stored), None)
         if name is not None:
-            found[name] = tensor
+            tensors[name] = tensor
         elif isinstance(tensor, nn.Parameter):
-            lacking.append(names[0])
-    if lacking:
+            missing.append(names[0])
+    if missing:
         raise ModelError(
-            f"The checkpoint {folder} lacks {len(lacking)} of the model's weights, the first {min(lacking)}."
+            f"The checkpoint {folder} lacks {len(missing)} of the model's weights, the first {min(missing)}."
         )
-    read_parts(found, folder)
+    read_parts(tensors, folder)
 
 
 def save_states(model: nn.Module, optimizer: TokenOptimizer, scheduler: Any, folder: Path, *, main: bool) -> None:
-    """Write every rank's part of an optimizer's state, and once its settings, its clock and the scheduler's state."""
+    """Write every rank's part of an optimizer's state; the main process adds its settings, its clock and the scheduler."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
         f"{names[parameter]}.{key}": value
@@ -145,7 +145,7 @@ def save_states(model: nn.Module, optimizer: TokenOptimizer, scheduler: Any, fol
 
 
 def load_states(model: nn.Module, optimizer: TokenOptimizer, scheduler: Any, folder: Path) -> None:
-    """What `save_states` has written, whatever the number of ranks was; each reads its part."""
+    """Read every rank's part of what `save_states` has written, with any number of ranks."""
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER_NAME, weights_only=True))
     scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
     if not (folder / OPTIMIZER_FOLDER).is_dir():
@@ -160,7 +160,7 @@ def load_states(model: nn.Module, optimizer: TokenOptimizer, scheduler: Any, fol
             continue
         made = optimizer.new_state(parameter)
         for key, shape in stored[name].items():
-            # What was an average then, and is none by the settings of now.
+            # An average that the current settings do not have.
             value = (
                 made[key]
                 if key in made
@@ -173,7 +173,7 @@ def load_states(model: nn.Module, optimizer: TokenOptimizer, scheduler: Any, fol
 
 
 class ShardedCheckpoints(_Base):
-    """Put between `WholeCheckpoints` and a `Trainer`: of a model that is sharded, checkpoints hold every rank's parts."""
+    """Put between `WholeCheckpoints` and a `Trainer`: checkpoints of a sharded model hold the parts of every rank."""
 
     args: Any
     model: Any
@@ -182,12 +182,12 @@ class ShardedCheckpoints(_Base):
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether the model's weights are spread over several processes."""
+        """Whether the model has weights that are sharded over several processes."""
         return any(is_sharded(parameter) for parameter in self.model.parameters())
 
     @property
     def _trains_shards(self) -> bool:
-        """Whether some of these are trained; an adapter on a sharded model is not itself sharded."""
+        """Whether weights that are trained are sharded; an adapter on a sharded model is not."""
         return trains_shards(self.model)
 
     @property
@@ -216,17 +216,17 @@ class ShardedCheckpoints(_Base):
             save_states(self.model, optimizer, self.lr_scheduler, Path(output_dir), main=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As in `Trainer`, which cannot load into a sharded model, nor what one has left."""
+        """As in `Trainer`, which can neither load into a sharded model nor read the checkpoint of one."""
         if self._trains_shards or in_parts(Path(resume_from_checkpoint)):
             load_weights(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As in `Trainer`, which looks for whole weights in a checkpoint: of parts, they are put together for it.
+        """As in `Trainer`, which expects whole weights in a checkpoint: they are put together from the parts.
 
         Raises:
-            DiskError: if there is no room for them beside the checkpoint.
+            DiskError: if there is no space for them beside the checkpoint.
         """
         if self._pushes_now() and in_parts(Path(checkpoint_folder)):
             with saved_whole(Path(str(self.args.output_dir))) as folder:
@@ -234,13 +234,13 @@ class ShardedCheckpoints(_Base):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _pushes_now(self) -> bool:
-        """Whether this rank pushes, and the trainer beneath will not pass over this push for one that is not done."""
+        """Whether this rank pushes, and `Trainer` will not skip this push because the one before is not done."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return False
         return self.args.hub_always_push or self.push_in_progress is None or bool(self.push_in_progress.is_done())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in `Trainer`; of the parts that several ranks wrote, each reads what it has to have."""
+        """As in `Trainer`; from parts that several ranks have written, each rank reads its own."""
         optimizer = self._token_optimizer
         if checkpoint is None or optimizer is None or not in_parts(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -248,7 +248,7 @@ class ShardedCheckpoints(_Base):
             load_states(self.model, optimizer, self.lr_scheduler, Path(checkpoint))
 
     def _load_best_model(self) -> None:
-        """As in `Trainer`, which cannot load into a sharded model, nor what one has left."""
+        """As in `Trainer`, which can neither load into a sharded model nor read the checkpoint of one."""
         best = Path(str(self.state.best_model_checkpoint))
         if self._trains_shards or in_parts(best):
             load_weights(self.model, best)
@@ -282,7 +282,7 @@ def sharded_checkpoints_allowed(passed: Iterable[Any]) -> Iterator[None]:
 
 
 def trains_shards(model: nn.Module) -> bool:
-    """Whether trained weights of a model are spread over several processes."""
+    """Whether a model has trained weights that are sharded over several processes."""
     return any(is_sharded(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -296,7 +296,7 @@ def _by_tensor(model: nn.Module) -> Iterable[tuple[list[str], Tensor]]:
 
 
 def _files(tensors: Mapping[str, Tensor], file_bytes: int) -> dict[str, int]:
-    """The number of the file, from 1, that a tensor goes into, by what of it lies here."""
+    """For each tensor the number of its file, from 1; this rank's parts fill the files one after the other."""
     number, filled = 1, 0
     files = {}
     for name, tensor in tensors.items():
@@ -309,5 +309,5 @@ def _files(tensors: Mapping[str, Tensor], file_bytes: int) -> dict[str, int]:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What a rank met; torch wraps it into what no `except Exception` catches."""
+    """The error of a rank. torch wraps it into a BaseException, which `except Exception` does not catch."""
     return next(iter(error.failures.values()))[0]

@@ -1,7 +1,8 @@
-"""Steps as CUDA graphs: forward, and backward with its updates, launched at once for all batches of one shape.
+"""Captures training steps as CUDA graphs, one for each shape of batches, and replays them.
 
-A small model at batch size 1 keeps a GPU busy for a tenth of the time that the host needs to launch its thousand kernels one by
-one. Forward and backward are two graphs, so that a loss that is not finite reaches no weight.
+With a small model at batch size 1, a GPU is busy for a tenth of the time that the host needs to launch the thousand kernels
+of a step one by one. Forward is one graph, and backward with the updates another, so that a loss that is not finite reaches
+no weight.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from sbft.optim.capture import CapturedUpdates
 
 Batch = dict[str, Any]
 WARM_UP = 3
-"""Steps before the first capture: libraries choose and load their kernels, and the optimizer makes its state."""
+"""Steps before the first capture, in which libraries load their kernels and the optimizer makes its state."""
 MOST_GRAPHS = 32
-"""A graph takes the driver some MiB."""
+"""Each takes some MiB in the driver."""
 
 
 class GraphedSteps:
-    """Runs steps; once some have run, captures those of a shape that ran before, and replays them from then on.
+    """Runs steps. After the first ones, it captures a step of a shape that ran before, and replays it from then on.
 
-    Call `forward`, look at the loss, then call `backward`, which also updates the weights, or `leave_out`. Graphs share their
-    memory: since one runs at a time, all take together little more than the largest. Once there are `MOST_GRAPHS`, steps of
-    further shapes run kernel by kernel.
+    Call `forward`, look at the loss, then call `backward`, which also updates the weights, or `leave_out`. The graphs share
+    their memory. Since only one runs at a time, all together take little more than the largest. After `MOST_GRAPHS` graphs,
+    steps of further shapes run kernel by kernel.
 
     Args:
-        optimizer: it releases its gradients, on one CUDA device.
-        loss_of: the loss of a batch, float32 of shape (), made without waiting for the device.
+        optimizer: releases its gradients, on one CUDA device.
+        loss_of: computes the loss of a batch, float32 of shape (), without waiting for the device.
 
     Raises:
         ValueError: if the optimizer's updates cannot be captured.
-        TrainingError: from `forward`, if the model's step cannot be.
+        TrainingError: from `forward`, if the model's step cannot be captured.
     """
 
     def __init__(self, optimizer: TokenOptimizer, loss_of: Callable[[Batch], Tensor]) -> None:
@@ -48,14 +49,15 @@ class GraphedSteps:
         self._graphs: dict[Hashable, _Graph] = {}
         self._made_for: object = None
         self._ran: Counter[Hashable] = Counter()  # steps of each shape that ran kernel by kernel
-        self._replayed: _Graph | None = None  # whose backward is next
-        self._waiting: tuple[Hashable, Tensor] | None = None  # the shape and the loss of a step that runs, likewise
+        # What `forward` ran last: a graph; or kernel by kernel a step of this shape and loss. Its backward is next.
+        self._replayed: _Graph | None = None
+        self._waiting: tuple[Hashable, Tensor] | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss, float32 of shape ().
 
         Args:
-            batch: of few shapes; what is no tensor is part of the shape, and hashable.
+            batch: of one of few shapes. Values that are not tensors are part of the shape and have to be hashable.
         """
         shape, self._waiting = _shape_of(batch), None
         if self._graphs and self._made_for != self._updates.circumstances():
@@ -72,7 +74,7 @@ class GraphedSteps:
         return loss.detach()
 
     def backward(self) -> None:
-        """Backward and updates of the step whose loss `forward` has returned last."""
+        """Run backward and updates of the step whose loss `forward` has returned last."""
         if self._replayed is not None:
             self._replayed.backward()
             return
@@ -81,10 +83,10 @@ class GraphedSteps:
             (shape, loss), self._waiting = self._waiting, None
             loss.backward()
         self._ran[shape] += 1
-        self._made_for = self._updates.circumstances()  # which updates written in torch, not in Triton, have changed
+        self._made_for = self._updates.circumstances()  # updates written in torch instead of Triton change it
 
     def leave_out(self) -> None:
-        """Forget the step whose loss `forward` has returned last; without its backward it has warmed nothing up."""
+        """Skip the step whose loss `forward` has returned last. Without a backward, it does not count as a first step."""
         self._waiting = None
 
     def _may_capture(self, shape: Hashable) -> bool:
@@ -104,10 +106,10 @@ class GraphedSteps:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            said = str(error).partition("\n")[0]
+            first_line = str(error).partition("\n")[0]
             raise TrainingError(
-                "cuda_graphs=True: this model's step cannot be captured, as none can that waits for the device, like that of "
-                f"experts which count their tokens. Set cuda_graphs=False. What torch says: {said}"
+                "cuda_graphs=True: this model's step cannot be captured. A captured step must not wait for the device, as "
+                f"models with experts do to count tokens. Set cuda_graphs=False. torch says: {first_line}"
             ) from error
 
     def _beside(self) -> AbstractContextManager[None]:
@@ -118,7 +120,7 @@ class _Graph:
     """A captured step.
 
     Attributes:
-        pool: where it allocates, with all others that were captured into it.
+        pool: of the memory that all graphs share.
     """
 
     def __init__(
@@ -131,23 +133,23 @@ class _Graph:
     ) -> None:
         self.pool = pool
         self._updates = updates
-        self._batch = {name: one.clone() if isinstance(one, Tensor) else one for name, one in batch.items()}
+        self._batch = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, such as those of a data loader, may go on.
-        how: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local", "pool": pool}
-        with torch.cuda.graph(self._forward, **how):
+        # With "thread_local", other threads, such as those of a data loader, can continue.
+        settings: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local", "pool": pool}
+        with torch.cuda.graph(self._forward, **settings):
             loss = loss_of(self._batch)
-        with torch.cuda.graph(self._backward, **how):
+        with torch.cuda.graph(self._backward, **settings):
             loss.backward()
         self._captured = updates.after_capture()
         self._loss = loss.detach()
 
     def forward(self, batch: Batch) -> Tensor:
-        for name, one in batch.items():
-            if isinstance(one, Tensor):
-                self._batch[name].copy_(one, non_blocking=True)
+        for name, value in batch.items():
+            if isinstance(value, Tensor):
+                self._batch[name].copy_(value, non_blocking=True)
         self._forward.replay()
-        self._updates.before_replay()  # now, since the host will wait for the loss, and the device then for backward
+        self._updates.before_replay()  # now, because later the host waits for the loss, and the device for backward
         return self._loss.clone()
 
     def backward(self) -> None:
@@ -156,7 +158,7 @@ class _Graph:
 
 
 class _Beside(AbstractContextManager[None]):
-    """On another stream: behind what was launched before, and before what is launched after."""
+    """Runs the block on another stream, after everything launched before it and before everything launched after it."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self._within = stream, torch.cuda.stream(stream)
@@ -172,5 +174,6 @@ class _Beside(AbstractContextManager[None]):
 
 def _shape_of(batch: Batch) -> Hashable:
     return tuple(
-        (name, one.shape, one.dtype) if isinstance(one, Tensor) else (name, one) for name, one in batch.items()
+        (name, value.shape, value.dtype) if isinstance(value, Tensor) else (name, value)
+        for name, value in batch.items()
     )

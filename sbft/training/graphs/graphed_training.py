@@ -1,4 +1,4 @@
-"""The trainer's part of steps as CUDA graphs: which batches a graph serves, and how they come to few shapes."""
+"""The trainer's part of CUDA graphs: which batches a graph can run, and how they are padded to few shapes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SMALLEST_STEP = 16
 
 
 class GraphedTraining(_Base):
-    """Put before a `Trainer`, by the mixin that has its loss: launches steps as graphs while `_graphed` is set."""
+    """Put behind `LogitsFreeLoss` and before a `Trainer`: runs steps as graphs while `_graphed` is set."""
 
     args: Any
     model: Any
@@ -50,15 +50,16 @@ class GraphedTraining(_Base):
     _statistics_row: Tensor | None = None
 
     def _start_graphs(self, optimizer: TokenOptimizer, head: Head | None) -> None:
-        """
+        """Run steps as graphs from now on.
+
         Raises:
-            ArgumentError: if a graph cannot hold steps of this training.
+            ArgumentError: if the steps of this training cannot be captured.
         """
         reason = self._why_not_graphed(head)
         if head is None or reason is not None:
-            raise ArgumentError(f"cuda_graphs=True does not go with this training: {reason}. Set cuda_graphs=False.")
+            raise ArgumentError(f"cuda_graphs=True does not work with this training: {reason}. Set cuda_graphs=False.")
 
-        # Where each graph leaves what TRL logs of its step.
+        # Each graph writes the metrics that TRL logs of its step here.
         self._statistics_row = row = None if self._metrics_of_sft() is None else torch.zeros(3, device=self.args.device)
 
         def loss_of(batch: dict[str, Any]) -> Tensor:
@@ -88,12 +89,12 @@ class GraphedTraining(_Base):
         self._whole_length = None
 
     def _why_not_graphed(self, head: Head | None) -> str | None:
-        """What of this training a captured step cannot hold, or would leave out; None if nothing."""
+        """What in this training cannot be captured, or would be left out; None if nothing."""
         reasons = {
             "its loss is another one (label_smoothing_factor, compute_loss_func, or a compute_loss of your own)": (
                 self._has_own_loss() or self._is_overridden("compute_loss")
             ),
-            "its loss is made from logits (of a model whose head is not understood, by Liger, or by TRL)": head is None,
+            "its loss is made from logits (of a model whose head is not a plain linear one, by Liger, or by TRL)": head is None,
             "it runs in several processes": self.accelerator.num_processes > 1,
             "it computes under autocast (mixed_precision of accelerate's launch config)": (
                 self.accelerator.mixed_precision != "no"
@@ -107,15 +108,13 @@ class GraphedTraining(_Base):
     def _graphed_forward(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor | None:
-        """The loss of a step, which `_graphed.backward` or `leave_out` has to follow; None for a batch that no graph takes."""
+        """The loss of a step, after which call `_graphed.backward` or `leave_out`; None for a batch that no graph can run."""
         assert self._graphed is not None
         batch = self._prepare_inputs(inputs)
         graphable = self._graphable(batch, inputs)
         if isinstance(graphable, str):
             if not self._warned_of_plain_step:
-                logger.warning(
-                    f"cuda_graphs=True, but batches like this one are launched kernel by kernel: {graphable}."
-                )
+                logger.warning(f"cuda_graphs=True, but batches like this one run kernel by kernel: {graphable}.")
             self._warned_of_plain_step = True
             return None
         if not model.training:
@@ -127,7 +126,7 @@ class GraphedTraining(_Base):
         return loss
 
     def _graphable(self, batch: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any] | str:
-        """A batch as graphs take it, made of `inputs` that may have been counted; or why none does."""
+        """The batch as a graph takes it, or why no graph can run it. `inputs` is what it was made from, and may be counted."""
         reason = why_plain_by_names(batch)
         if reason is not None:
             return reason
@@ -135,38 +134,38 @@ class GraphedTraining(_Base):
         if "attention_mask" not in batch and counts.labelled:
             if self._whole_length is None:
                 self._whole_length = length
-            if length == self._whole_length:  # as all are in pretraining
+            if length == self._whole_length:  # in pretraining all have the same length
                 return {"input_ids": batch["input_ids"], "labels": batch["labels"], "all_labelled": True}
-        return why_plain(counts, self._is_causal) or padded_on(batch, self._most_positions)
+        return why_plain(counts, self._is_causal) or padded_to_few_shapes(batch, self._most_positions)
 
 
 def why_plain_by_names(batch: dict[str, Any]) -> str | None:
-    """Why a step cannot be launched as a graph, by what its batch holds; None if it can."""
+    """Why no graph can run a batch with these names; None if one can."""
     if {"input_ids", "labels"} <= set(batch) <= {"input_ids", "labels", "attention_mask"}:
         return None
     return f"a graph takes input_ids, labels and an attention_mask, and this batch holds {', '.join(sorted(batch))}"
 
 
 def why_plain(counts: Counts, causal: bool) -> str | None:
-    """Likewise, by its padding."""
+    """Why no graph can run a batch with such padding; None if one can."""
     if not causal:
-        return "a graph pads on the right, and what lies there changes the model's other hidden states"
+        return "a graph pads on the right, and tokens there change the model's other hidden states"
     if not counts.padded_right:
-        return "a graph takes padding on the right alone, without labels, and this batch has some elsewhere"
+        return "a graph takes only padding on the right without labels, and this batch has padding elsewhere or with labels"
     return None
 
 
-def padded_on(batch: dict[str, Any], most: int | None = None) -> dict[str, Any]:
-    """A batch without its mask, its length one of few, so that the graph of one shape serves many batches.
+def padded_to_few_shapes(batch: dict[str, Any], most: int | None = None) -> dict[str, Any]:
+    """The batch without its mask, padded to one of few lengths, so that one graph can run many batches.
 
-    Padding on the right, behind all that has a label, needs no mask where no token sees what is behind it.
+    Padding on the right, behind all labels, needs no mask in a causal model.
 
     Args:
-        batch: `input_ids` and `labels`, int64 of shape (batch, length); perhaps an `attention_mask`.
+        batch: `input_ids` and `labels`, int64 of shape (batch, length), with or without an `attention_mask`.
         most: positions of the model.
 
     Returns:
-        `input_ids` and `labels`, longer by padding, and `all_labelled`, which says that not every position has a label.
+        The padded `input_ids` and `labels`, and `all_labelled`, False.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     more = padded_length(ids.shape[1], most) - ids.shape[1]
@@ -178,9 +177,9 @@ def padded_on(batch: dict[str, Any], most: int | None = None) -> dict[str, Any]:
 
 
 def padded_length(length: int, most: int | None = None) -> int:
-    """The next of few lengths: a multiple of 16, and above 128 of an eighth of the next power of two, four an octave.
+    """The next of few lengths: a multiple of 16, and above 128 of an eighth of the next power of two, four per octave.
 
-    Up to `most`, if the length itself is.
+    At most `most`, unless the length itself is larger.
     """
     step = _SMALLEST_STEP if length <= 1 else max(_SMALLEST_STEP, 2 ** (length - 1).bit_length() // 8)
     padded = -(-length // step) * step
@@ -189,25 +188,25 @@ def padded_length(length: int, most: int | None = None) -> int:
 
 @contextmanager
 def one_example_a_row() -> Iterator[None]:
-    """Has transformers take rows without given positions for one example each, which they are.
+    """Let transformers treat each row without positions as one example, which it is.
 
-    It looks, to learn whether examples are packed into a row, and waits for the device; while a stream is captured it cannot,
-    and makes a mask of all pairs of tokens to be safe, with which attention takes a slower kernel that rounds otherwise.
+    It would check whether examples are packed into a row, which waits for the device. During a capture it cannot wait, and to
+    be safe makes a mask of all pairs of tokens, with which attention uses a slower kernel that rounds differently.
     """
-    looks = masking_utils.find_packed_sequence_indices
+    original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = looks
+        masking_utils.find_packed_sequence_indices = original
 
 
 def is_causal(model: Any, head: Head) -> bool:
-    """Whether a token's hidden state is the same, bit for bit, whatever token comes behind it; runs the model twice."""
+    """Whether hidden states do not depend on later tokens, bit for bit; runs the model twice."""
     device = head.linear.weight.device
     with evaluating(model):
-        seen = [
+        states = [
             head.hidden_states(model, {"input_ids": torch.tensor([[1, 0, 1, last]], device=device), "use_cache": False})
             for last in (0, 1)
         ]
-    return torch.equal(seen[0][:, :3], seen[1][:, :3])
+    return torch.equal(states[0][:, :3], states[1][:, :3])

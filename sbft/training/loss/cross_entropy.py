@@ -1,11 +1,11 @@
 """Cross entropy of a linear head without its logits: never more than `PIECE_ELEMENTS` float32 logits exist at once.
 
-Where the logits of all rows fit in one piece (fine-tuning on completions), they are made once and their gradient is
-kept in the head's own dtype. Otherwise the vocabulary is cut into slices: forward keeps one number per row, and
-backward makes each slice again. Slices of the vocabulary, not of the rows, because a slice's weight gradient is then
-complete after one product: it needs no float32 accumulator of the head's size, and is not rounded once per chunk.
+If the logits of all rows fit into one piece (fine-tuning on completions), they are made once, and their gradient is kept in the
+head's own dtype. Otherwise the vocabulary is cut into slices: forward keeps one number per row, and backward makes each slice
+again. It is the vocabulary that is cut and not the rows, because the weight gradient of a slice is then complete after one
+product. It needs no float32 accumulator of the head's size and is not rounded once per chunk.
 
-torch 2.13's own `linear_cross_entropy` is not used: its chunked form takes 13 to 100 times as long on a CPU in bfloat16
+torch 2.13's own `linear_cross_entropy` is not used. Its chunked form takes 13 to 100 times as long on a CPU in bfloat16
 (49152 x 576, 1 to 40 rows) and 486 MiB instead of 54, and its plain form makes all logits.
 """
 
@@ -24,7 +24,7 @@ from sbft.native.device_type import device_type
 from sbft.native.huge_pages import in_huge_pages
 from sbft.training.loss.token_statistics import StatisticsOfSlices, TokenStatistics
 
-# 64 MiB of float32, 341 rows of a 49152-token vocabulary. One piece needs three products of the head's size and slices
+# 64 MiB of float32, 341 rows of a 49152-token vocabulary. One piece needs three products of the head's size, and slices need
 # four: 52 against 73 ms for 40 rows on two cores.
 PIECE_ELEMENTS = 2**24
 _SMALLEST_SLICE = 256
@@ -32,12 +32,12 @@ _SMALLEST_SLICE = 256
 
 @dataclass(frozen=True)
 class VocabularyPart:
-    """A rank's rows of a head whose vocabulary several ranks share."""
+    """One rank's rows of a head whose vocabulary is sharded over several ranks."""
 
     start: int
-    """Token id of the first."""
+    """Token id of the first row."""
     gather: Callable[[Tensor], Tensor]
-    """Of a tensor of shape (numbers, rows) on each rank makes one of shape (numbers, ranks, rows), the same on all."""
+    """Makes from a tensor of shape (numbers, rows) on each rank one of shape (numbers, ranks, rows), the same on all."""
     all_reduce: Callable[[Tensor], object]
     """Replaces a tensor by its sum over the ranks."""
 
@@ -56,23 +56,24 @@ def linear_cross_entropy(
     part: VocabularyPart | None = None,
     statistics: TokenStatistics | None = None,
 ) -> Tensor:
-    """Sum of the cross entropies of `softcap(scale * (hidden @ weight.T + bias))` against `labels`, over `num_items`.
+    """Sum of the cross entropies of `softcap(scale * (hidden @ weight.T + bias))` and `labels`, divided by `num_items`.
 
-    Products run in the dtype of `weight` (under autocast, in its dtype); everything from the logits on runs in float32.
+    Products are computed in the dtype of `weight` (under autocast, in its dtype), and everything after them in float32.
 
     Args:
-        hidden: (rows, hidden size), only rows that have a label, or `counted` says which.
+        hidden: (rows, hidden size), only rows that have a label; else `counted` says which have one.
         weight: (vocabulary, hidden size), the head.
         labels: (rows,) int64 in [0, vocabulary).
         bias: (vocabulary,), of the head.
-        num_items: divides the sum; the number of rows when None. A tensor of shape () causes no synchronisation.
+        num_items: divides the sum; None: the number of rows that count. A tensor of shape () causes no synchronisation.
         scale: the logits are multiplied by it.
-        softcap: the logits `x` become `softcap * tanh(x / softcap)`.
-        counted: (rows,) bool, where not all rows count; the others cost their logits all the same, and nobody waits to learn
-            how many there are. Their labels may be any.
-        piece_elements: most float32 logits to exist at once.
-        part: what of the vocabulary `weight` and `bias` are, where ranks share it; all give the same `hidden` and `labels`.
-        statistics: is filled in; it costs a few passes over the logits.
+        softcap: a logit `x` becomes `softcap * tanh(x / softcap)`.
+        counted: (rows,) bool, if not all rows count. The logits of the others are made too, so that the host need not wait to
+            learn how many there are. Their labels are ignored.
+        piece_elements: most float32 logits that exist at once.
+        part: which rows of the vocabulary `weight` and `bias` are, if it is sharded. `hidden` and `labels` are the same on all
+            ranks.
+        statistics: filled in, which costs a few passes over the logits.
 
     Returns:
         float32 of shape (); differentiable once with respect to `hidden`, `weight` and `bias`.
@@ -89,7 +90,7 @@ def linear_cross_entropy(
     if counted is not None:
         weight_of_row = counted.unsqueeze(1) * torch.as_tensor(weight_of_row, dtype=torch.float32)
         labels = labels.where(counted, 0)
-        hidden = hidden.masked_fill(~counted.unsqueeze(1), 0.0)  # or infinity there, times nothing, would be NaN
+        hidden = hidden.masked_fill(~counted.unsqueeze(1), 0.0)  # an infinite value there, times zero, would be NaN
     dtype = weight.dtype
     device = device_type(weight)
     if torch.is_autocast_enabled(device):
@@ -160,7 +161,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if gathered is not None:
                 gathered.join(log_sums, *rest)
         if hidden.device.type != "meta":
-            torch._assert_async((is_there == 1).all(), "a label is not in the vocabulary")  # nobody waits for the device
+            # Async, so that the host does not wait for the device.
+            torch._assert_async((is_there == 1).all(), "a label is not in the vocabulary")
         if gathered is not None:
             gathered.finish(log_sum)
         if needs_grad:
@@ -196,7 +198,7 @@ def _one_piece(
     needs_grad: bool,
     gathered: StatisticsOfSlices | None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and the gradient of the head's own output in its dtype (rows, vocabulary)."""
+    """The loss, and the gradient of the head's own output, (rows, vocabulary) in its dtype."""
     logits, tanh = _logits(hidden, weight, bias, 0, weight.shape[0], scale, softcap)
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
     index = labels.unsqueeze(1)
@@ -211,12 +213,13 @@ def _one_piece(
 
 
 def _total(losses: Tensor, weight_of_row: Tensor | float) -> Tensor:
-    """Sum of (rows, 1), times the weight that all rows have, or that each has."""
+    """The sum of losses (rows, 1), weighted with one number for all rows or one for each."""
     if isinstance(weight_of_row, Tensor) and weight_of_row.ndim == 2:
         return (losses * weight_of_row).sum()
     return losses.sum() * weight_of_row
 
 
+# Up to a row for so many columns the copy in `_weight_gradient` is faster.
 _WIDTH_PER_ROW = 11
 
 
@@ -224,7 +227,7 @@ def _weight_gradient(grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> Ten
     """`grad_logits.T @ hidden`, (vocabulary, hidden size)."""
     rows, hidden_size = hidden.shape
     if device_type(weight) == "cpu" and hidden.dtype == torch.bfloat16 and rows * _WIDTH_PER_ROW <= hidden_size:
-        # A product with a transposed view takes longer there than the copy and a plain one (one core, both: 49152 x 576
+        # A copy and a plain product are faster than a product with a transposed view (on one core, view and copy: 49152 x 576
         # with 40 rows 20 and 14 ms, with 192 rows 27 and 41; 32000 x 2048 with 128 rows 63 and 41).
         grad_logits = grad_logits.T.contiguous().T
     return torch.mm(grad_logits.T, hidden, out=in_huge_pages(torch.empty_like(weight)))
@@ -258,7 +261,7 @@ def _sliced_gradients(
 
 
 def _starts(weight: Tensor, size: int) -> Sequence[int]:
-    """Where slices of the vocabulary begin; on the meta device, where memory alone is of interest, only unlike ones."""
+    """The first rows of the slices; on the meta device, which only measures memory, one of each kind of slice is enough."""
     starts = range(0, weight.shape[0], size)
     return (*starts[:2], starts[-1]) if weight.device.type == "meta" and len(starts) > 3 else starts
 
@@ -266,11 +269,11 @@ def _starts(weight: Tensor, size: int) -> Sequence[int]:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, size: int, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of one slice as the loss sees them (float32, unless whole and untransformed); their tanh if capped."""
+    """Logits of one slice, transformed (in float32, unless whole and untransformed), and their tanh if they are capped."""
     part = slice(start, start + size)
     logits = F.linear(hidden, weight[part], None if bias is None else bias[part])
     if size >= weight.shape[0] and scale == 1.0 and softcap is None:
-        return logits, None  # log_softmax takes it to float32 without a copy of its own
+        return logits, None  # log_softmax casts to float32 without an extra copy
     logits = logits.float()
     if scale != 1.0:
         logits = logits * scale
@@ -281,14 +284,14 @@ def _logits(
 
 
 def _through_head(grad: Tensor, tanh: Tensor | None, factor: Tensor | float, scale: float) -> Tensor:
-    """In place: the gradient of the transformed logits becomes that of the head's own output, times `factor`."""
+    """Turn the gradient of the transformed logits, in place, into that of the head's own output, times `factor`."""
     if tanh is not None:
         grad.mul_(1 - tanh.square())
     return grad.mul_(factor * scale)
 
 
 def _labels_in_slice(labels: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """Column of each label, clamped into the slice, (rows, 1); and 1.0 where the label lies in the slice, else 0."""
+    """The column of each label, clamped into the slice, (rows, 1); and 1.0 for a label in the slice, else 0, (rows,)."""
     index = labels - start
     inside = ((index >= 0) & (index < size)).float()
     return index.clamp(0, size - 1).unsqueeze(1), inside

@@ -1,4 +1,4 @@
-"""The trainer's part of the loss without logits: where it may stand for the loss of the trainer and the model underneath."""
+"""The trainer's part of the loss without logits: it is used if it equals the loss of the trainer and the model."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# The functions that the loss without logits equals, by name: TRL need not be installed.
+# The functions whose loss equals the one without logits. They are known by name, because TRL need not be installed.
 _OF_TRAINER = ("transformers.trainer", "Trainer.compute_loss")
 _OF_SFT_TRAINER = ("trl.trainer.sft_trainer", "SFTTrainer.compute_loss")
-# What says which tokens there are, and which see which; how much each counts, labels alone say.
+# Inputs that say which tokens there are, and which attend to which. How much each token counts is up to the labels alone.
 _USUAL = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels", "shift_labels", "use_cache",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
 }  # fmt: skip
-_OF_OTHER_SENSES = ("pixel_", "image_", "video_", "mm_", "audio_", "input_features", "feature_", "second_per_grid")
+_OF_IMAGES_AND_SOUND = ("pixel_", "image_", "video_", "mm_", "audio_", "input_features", "feature_", "second_per_grid")
 
 
 class LogitsFreeLoss(_Base):
-    """Put before a `Trainer`: its loss is taken from hidden states, where that is what the trainer and its model would make.
+    """Put before a `Trainer`: computes the loss from hidden states, if the trainer and its model would compute the same loss.
 
-    All else is left to them, with one warning that says why.
+    Otherwise the loss is theirs, and one warning says why.
     """
 
     args: Any
@@ -47,7 +47,7 @@ class LogitsFreeLoss(_Base):
     _head: Head | None = None
     _head_made_from: Hashable = None
     _batches_tried: dict[frozenset[str], bool]
-    _said: set[str]
+    _logged_warnings: set[str]
     _sft_metrics: SftMetrics | None = None
 
     def compute_loss(
@@ -57,9 +57,9 @@ class LogitsFreeLoss(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss without logits, where it is the loss of the trainer underneath and nobody asks for the model's outputs."""
+        """The loss without logits, if it equals the trainer's own loss and the model's outputs are not asked for."""
         if return_outputs or not self._takes_logits_free_loss(inputs):
-            # Many a compute_loss takes the labels' number, which only training gives, by its name alone, or not at all.
+            # Some overridden compute_loss take num_items_in_batch by keyword only or not at all, and only training passes it.
             items = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **items)
         head = self._find_head()
@@ -77,7 +77,7 @@ class LogitsFreeLoss(_Base):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in `Trainer`; TRL's finds the metrics that it would have gathered itself."""
+        """As in `Trainer`; TRL's SFTTrainer gets the metrics that it would have gathered itself."""
         if self._sft_metrics is not None:
             self._sft_metrics.hand_over()
         super().log(logs, *args, **kwargs)
@@ -91,13 +91,13 @@ class LogitsFreeLoss(_Base):
         """`compute_loss` as it would be without this class."""
         classes = type(self).__mro__
         below = classes[classes.index(LogitsFreeLoss) + 1 :]
-        return next(vars(one)["compute_loss"] for one in below if "compute_loss" in vars(one))
+        return next(vars(base)["compute_loss"] for base in below if "compute_loss" in vars(base))
 
     def _takes_logits_free_loss(self, inputs: Any) -> bool:
         return _has_labels_of_tokens(inputs) and self._find_head() is not None and self._is_usual(inputs)
 
     def _has_own_loss(self) -> bool:
-        """Whether the trainer makes the loss of what a model gives it, or in another way than the usual ones."""
+        """Whether the trainer computes the loss from the model's outputs, or in another unusual way."""
         parallel = self.accelerator.parallelism_config
         return (
             self.label_smoother is not None
@@ -111,24 +111,24 @@ class LogitsFreeLoss(_Base):
         return _name(self._loss_below()) not in (_OF_TRAINER, _OF_SFT_TRAINER)
 
     def _find_head(self) -> Head | None:
-        """The model's head, sought once for each model; None, with a warning, where another loss has to do."""
+        """The model's head, which is looked for once for each model; None, with a warning, if another loss is needed."""
         made_from = (source_of_head(self.model), self._has_own_loss(), self.model_accepts_loss_kwargs)
         if made_from != self._head_made_from:
             self._batches_tried = {}
-            self._head = self._sought_head()
+            self._head = self._look_for_head()
             self._head_made_from = made_from
         return self._head
 
-    def _sought_head(self) -> Head | None:
-        # A loss that only TRL has, such as dft.
+    def _look_for_head(self) -> Head | None:
+        # A loss of TRL's own, such as dft.
         other_loss = vars(self.args).get("loss_type", "nll") != "nll"
-        # use_liger_kernel has put Liger's own fused loss into the model's forward.
+        # use_liger_kernel puts Liger's fused loss into the model's forward.
         model_loss = other_loss or self.args.torch_compile or self.args.use_liger_kernel
         if not self.args.logits_free_loss or model_loss:
             return None
         if self._has_its_own_compute_loss():
             self.warn_once(
-                f"The loss is that of {self._loss_below().__qualname__}, which the loss without logits does not stand for. "
+                f"The loss is that of {self._loss_below().__qualname__}, which the loss without logits does not replace. "
                 "If it makes the logits of all tokens, they cost memory."
             )
         if self._has_own_loss():
@@ -143,25 +143,25 @@ class LogitsFreeLoss(_Base):
         if not self._all_agree(head is not None):
             self.warn_once(
                 f"The loss of {type(self.model).__name__} is taken from the logits of all tokens, which costs memory: "
-                f"{reason or 'another process found it to be another one'}."
+                f"{reason or 'another process found that its own loss differs'}."
             )
             return None
         return head
 
     def _is_usual(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the loss without logits holds for a batch of such names; what is unusual is tried once.
+        """Whether the loss without logits holds for a batch with these inputs. A new set of unusual inputs is tried once.
 
-        Of several processes one alone may have such a batch, and a trial would wait for the others: then all take the model's
-        own loss.
+        With several processes, only one of them may have such a batch, and its trial would wait for the others. Then all use
+        the model's own loss.
         """
         unusual = frozenset(name for name, value in inputs.items() if value is not None and not _is_usual_name(name))
         if self.accelerator.num_processes > 1:
             if self._all_agree(not unusual):
                 return True
-            held = ", ".join(sorted(unusual)) or "what those of another process hold"
+            names = ", ".join(sorted(unusual)) or "further inputs, on another process,"
             self.warn_once(
-                f"The loss of batches that hold {held} is taken from the logits of all tokens, which costs memory: several "
-                "processes do not try whether the loss without them is the same."
+                f"The loss of batches that hold {names} is taken from the logits of all tokens, which costs memory: several "
+                "processes do not try whether the loss without logits is the same."
             )
             return False
         if not unusual:
@@ -182,20 +182,20 @@ class LogitsFreeLoss(_Base):
         return self._batches_tried[unusual]
 
     def _all_agree(self, is_so: bool) -> bool:
-        """Processes that share a model would wait for one another for ever if they took different losses."""
+        """Whether it is so on all processes: with different losses they would wait for one another forever."""
         if self.accelerator.num_processes == 1:
             return is_so
         return bool(self.accelerator.gather(torch.tensor([is_so], device=self.args.device)).all())
 
     def warn_once(self, message: str) -> None:
-        """Say something that holds for all of a trainer's life, however often it is found."""
-        if message not in self._said:
-            self._said.add(message)
+        """Log a warning, unless this trainer has logged the same one before."""
+        if message not in self._logged_warnings:
+            self._logged_warnings.add(message)
             logger.warning(message)
 
 
 def _is_usual_name(name: str) -> bool:
-    return name in _USUAL or (name.startswith(_OF_OTHER_SENSES) and "label" not in name and "weight" not in name)
+    return name in _USUAL or (name.startswith(_OF_IMAGES_AND_SOUND) and "label" not in name and "weight" not in name)
 
 
 def _has_labels_of_tokens(inputs: Any) -> bool:
@@ -206,5 +206,5 @@ def _has_labels_of_tokens(inputs: Any) -> bool:
 
 
 def _name(function: Callable[..., Any]) -> tuple[str, str]:
-    """Where a function was written; one that was put around another keeps its name, and is known by what it holds."""
+    """Module and name of a function; empty for a wrapper, which bears the name of the function that it wraps."""
     return ("", "") if hasattr(function, "__wrapped__") else (function.__module__, function.__qualname__)

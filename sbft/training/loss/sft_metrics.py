@@ -1,4 +1,4 @@
-"""What TRL's SFTTrainer logs of each batch, for batches whose loss it does not make."""
+"""The metrics that TRL's SFTTrainer logs, for batches whose loss it does not compute."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sbft.training.batches.batch_counts import count_in
 
 
 class SftMetrics:
-    """Gathers entropy, token accuracy and tokens of batches, and puts them where the trainer's `log` looks for them.
+    """Gathers entropy, token accuracy and tokens of batches, and hands them to the trainer's `log`.
 
-    TRL waits for the device and for the other ranks after each batch; here that is left until something is logged.
+    TRL waits for the device and for the other ranks after each batch; here both wait until something is logged.
 
     Args:
         trainer: an `SFTTrainer`.
@@ -24,15 +24,16 @@ class SftMetrics:
         self._batches: dict[str, list[tuple[Tensor, int]]] = {"train": [], "eval": []}
 
     def add(self, statistics: Tensor, inputs: dict[str, Any]) -> None:
-        """
+        """Add one batch.
+
         Args:
-            statistics: of a batch, as `TokenStatistics.row` gives them.
+            statistics: of a batch, as `TokenStatistics.row` returns them.
             inputs: the batch.
         """
         self._batches[self._mode()].append((statistics, count_in(inputs).number))
 
     def hand_over(self) -> None:
-        """All that was gathered in the mode that the model is in; every rank has to ask."""
+        """Hand over what was gathered in the model's current mode, training or evaluation. All ranks have to call this."""
         trainer, mode = self._trainer, self._mode()
         batches, self._batches[mode] = self._batches[mode], []
         if not batches:

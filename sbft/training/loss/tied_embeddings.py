@@ -1,4 +1,4 @@
-"""Input and output embeddings that are one tensor get one gradient table in backward, not three."""
+"""Tied input and output embeddings: backward makes one gradient table for them instead of three."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from sbft.training.peft_models import unwrap
 
 
 class TiedEmbedding:
-    """Adds a tied input embedding's gradient to the head's, row by row; a context manager, entered around training.
+    """Adds a tied input embedding's gradient to the head's, row by row; a context manager around training.
 
-    Autograd by itself makes the head's gradient, a second whole table for the few rows that the input embedding
-    touched, and a third for their sum (SmolLM2-135M on two cores at 40 tokens: 49 of 430 ms of backward, and twice
-    54 MiB). Here the head's gradient is held until the input embedding's arrives, which is sparse, and is added to
-    it in place.
+    Autograd makes the head's gradient, a second whole table for the few rows that the input embedding has used, and a third for
+    their sum (SmolLM2-135M on two cores at 40 tokens: 49 of 430 ms of backward, and twice 54 MiB). Here the head's gradient is
+    held until the input embedding's sparse gradient arrives, which is added to it in place.
 
-    Enter it before gradients are released: the hook that joins the two has to run before those that use the gradient.
+    Enter it before gradients are released: the hook that joins the two has to run before the hooks that use the gradient.
     """
 
     def __init__(self, model: nn.Module, head: Head) -> None:
@@ -29,8 +28,8 @@ class TiedEmbedding:
         self._embedding: nn.Embedding | None = None
         self._weight = weight
         self._head_weight: Tensor | None = None
-        # On a CPU only: elsewhere adding rows in place is not deterministic, and a resumed run would not end in the same bits.
-        # Exactly a Parameter: sharded and quantized tensors may not know sparse gradients.
+        # Only on a CPU: elsewhere adding rows in place is not deterministic, and a resumed run would not end in the same bits.
+        # Exactly a Parameter: sharded and quantized tensors may not support sparse gradients.
         if (
             weight.device.type == "cpu"
             and isinstance(embedding, nn.Embedding)
@@ -40,7 +39,7 @@ class TiedEmbedding:
             self._embedding = embedding
 
     def head_weight(self) -> Tensor:
-        """What the loss of one backward takes as the head's weight."""
+        """The tensor that the loss of one backward uses as the head's weight."""
         if self._embedding is None or not self._embedding.sparse or not self._weight.requires_grad:
             return self._weight
         self._head_weight = self._weight.detach().requires_grad_()
@@ -57,7 +56,7 @@ class TiedEmbedding:
         elif grad.is_sparse:
             # Not `head + sparse`: that copies the whole table first.
             param.grad = head.index_add_(0, grad._indices()[0], grad._values())
-        else:  # gradients of an earlier micro-batch are there already
+        else:  # it also holds the gradient of an earlier micro-batch
             grad.add_(head)
 
     def __enter__(self) -> TiedEmbedding:

@@ -1,4 +1,4 @@
-"""Finds a loss that jumps, and says what is the likely cause."""
+"""Detects a loss that jumps, and names the likely cause."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from sbft.optim.base import TokenOptimizer
 from sbft.tokens import FINE_TUNING_HALF_LIFE, beta_from_half_life, half_life_from_beta
 
-# A loss has jumped if the median of the recent steps lies that many spreads above the median of the steps before. At
-# batch size 1 a step's loss is that of one example, so neither a single loss nor a mean can be held against the others.
+# A loss has jumped if the median of the recent steps is `_Z_SCORE` spreads above the median of the steps before. At batch size
+# 1 a step's loss is that of one example, so neither a single loss nor a mean can be compared with the others.
 _RECENT_STEPS, _RECENT_STEPS_AT_MOST, _RECENT_TOKENS = 16, 64, 400
 _USUAL_STEPS, _USUAL_STEPS_AT_LEAST = 256, 32
 _Z_SCORE = 3.0
-# At the beginning there is nothing to compare with but the first losses, and the logarithm of the vocabulary's size, which
-# is the loss of a model that guesses. Fine-tuning begins well below it; SmolLM2-135M, driven to 1e-2 of Adafactor, rises
-# from 0.5 of it to a median of 0.83 in 16 steps.
+# At the beginning there are only the first losses to compare with, and the loss of a model that guesses, the logarithm of the
+# vocabulary's size. Fine-tuning begins well below it. SmolLM2-135M with Adafactor at a learning rate of 1e-2 rises from 0.5 of
+# it to a median of 0.83 in 16 steps.
 _FIRST_STEPS = 4
-_KNOWS_BELOW, _LOST_ABOVE = 0.6, 0.8
+_LEARNED_BELOW, _GUESSING_ABOVE = 0.6, 0.8
 
 
 @dataclass(frozen=True)
 class Jump:
-    """A loss that has jumped: from which step on, to what, and what it was held against."""
+    """A loss that has jumped: at which step, to what value, and what it was compared with."""
 
     step: int
     loss: float
@@ -34,15 +34,16 @@ class Jump:
 
 
 class LossWatch:
-    """Finds a loss that rises far out of what its own last steps make usual, and stays there.
+    """Detects a loss that rises far above its usual range and stays there.
 
-    The median of the last 16 steps or more (as many as hold 400 tokens, at most 64) is compared with the median of the up to
-    256 steps before. The spread is the larger of what the median absolute deviation and the 95th percentile say of a normal
-    distribution: the second keeps the losses of short answers, most near zero and some large, from looking like jumps.
-    A short past knows its own spread less well, and has to be exceeded further.
+    The median of the last 16 steps or more (as many as hold 400 tokens, at most 64) is compared with the median of up to 256
+    steps before. The spread is estimated from the median absolute deviation and from the 95th percentile, as for a normal
+    distribution, and the larger one counts. The percentile matters for short answers, whose losses are mostly near zero and
+    sometimes large: without it these would look like jumps. After few steps the spread is less certain, and the threshold is
+    higher.
 
     Args:
-        guess: loss of a model that guesses, the logarithm of the vocabulary's size; None where there is none.
+        guess: the loss of a model that guesses, the logarithm of the vocabulary's size; None if it has no vocabulary.
     """
 
     def __init__(self, guess: float | None = None) -> None:
@@ -52,7 +53,7 @@ class LossWatch:
 
     @property
     def first_loss(self) -> float | None:
-        """Median of the first losses; None before there are some."""
+        """Median of the first losses; None before there are enough."""
         return float(np.median(self._first)) if len(self._first) == _FIRST_STEPS else None
 
     @property
@@ -66,7 +67,7 @@ class LossWatch:
         return sum(tokens for *_, tokens in self._steps) / max(len(self._steps), 1)
 
     def add(self, step: int, loss: float, tokens: int) -> None:
-        """Take in the loss of one step, and the tokens in it; a loss that is not finite is left out."""
+        """Add the loss of one step and its number of tokens; a loss that is not finite is ignored."""
         if not math.isfinite(loss):
             return
         self._steps.append((step, loss, tokens))
@@ -74,33 +75,33 @@ class LossWatch:
             self._first.append(loss)
 
     def jump(self) -> Jump | None:
-        """The jump that the recent steps are, if they are one."""
+        """The jump in the recent steps, if there is one."""
         if len(self._steps) < _RECENT_STEPS:
             return None
         count = self._recent_count()
         losses = np.array([loss for _, loss, _ in self._steps])
         usual, recent = losses[:-count], losses[-count:]
-        found = float(np.median(recent))
+        current = float(np.median(recent))
         steps = [step for step, *_ in self._steps][-count:]
         if (
             self._guess is not None
-            and min(self._first) < _KNOWS_BELOW * self._guess < _LOST_ABOVE * self._guess < found
+            and min(self._first) < _LEARNED_BELOW * self._guess < _GUESSING_ABOVE * self._guess < current
         ):
-            against = f"the run began at {min(self._first):.2f}, and guessing among all tokens costs {self._guess:.2f}"
-            return Jump(steps[0], found, against)
+            comparison = f"the run began at {min(self._first):.2f}, and guessing among all tokens costs {self._guess:.2f}"
+            return Jump(steps[0], current, comparison)
         if len(usual) < _USUAL_STEPS_AT_LEAST:
             return None
         middle = float(np.median(usual))
         deviation = 1.4826 * float(np.median(np.abs(usual - middle)))
         upper = (float(np.quantile(usual, 0.95)) - middle) / 1.645
         spread = max(deviation, upper, 0.05 * abs(middle), 0.02)
-        needed = _Z_SCORE * (1 + 32 / len(usual))
-        z_score = (found - middle) / spread
-        if z_score < needed:
+        threshold = _Z_SCORE * (1 + 32 / len(usual))
+        z_score = (current - middle) / spread
+        if z_score < threshold:
             return None
-        onset = int(np.argmax(recent > middle + needed * spread))
-        against = f"{middle:.2f} was usual in the {len(usual)} steps before, robust z-score {z_score:.1f}"
-        return Jump(steps[onset], float(np.median(recent[onset:])), against)
+        onset = int(np.argmax(recent > middle + threshold * spread))
+        comparison = f"{middle:.2f} was usual in the {len(usual)} steps before, robust z-score {z_score:.1f}"
+        return Jump(steps[onset], float(np.median(recent[onset:])), comparison)
 
     def _recent_count(self) -> int:
         count = tokens = 0
@@ -112,34 +113,34 @@ class LossWatch:
 
 
 def message_of_jump(jump: Jump, optimizer: torch.optim.Optimizer, rate: float, tokens_per_step: float) -> str:
-    """What has jumped, why that may be, and what to set; `rate` is the peak learning rate."""
+    """What has jumped, the likely cause, and what to set; `rate` is the peak learning rate."""
     slower = f"lower learning_rate, which is {rate:g}, to {rate / 3:.1g}"
     beta2 = _fixed_beta2(optimizer)
     half_life = half_life_from_beta(beta2, tokens_per_step) if beta2 else math.inf
     if half_life < FINE_TUNING_HALF_LIFE / 10:
         if isinstance(optimizer, TokenOptimizer):
-            instead = (
+            fix = (
                 f"Leave beta2 out and set second_moment_half_life to {FINE_TUNING_HALF_LIFE:.0f} "
                 f"(in a recipe, optimizer: {{second_moment_half_life: {FINE_TUNING_HALF_LIFE:.0f}}})"
             )
         else:
             scaled = beta_from_half_life(FINE_TUNING_HALF_LIFE, tokens_per_step)
-            instead = f"Set adam_beta2 to {scaled:.5f} (in a recipe, optimizer: {{beta2: {scaled:.5f}}})"
-        likely = (
-            f"Likely cause: beta2 {beta2:g} at {tokens_per_step:.0f} tokens a step forgets half of the squared gradients "
-            f"within {half_life:.0f} tokens, so that the step size follows single examples. {instead}; or {slower}."
+            fix = f"Set adam_beta2 to {scaled:.5f} (in a recipe, optimizer: {{beta2: {scaled:.5f}}})"
+        cause = (
+            f"Likely cause: beta2 {beta2:g} at {tokens_per_step:.0f} tokens per step forgets half of the squared gradients "
+            f"within {half_life:.0f} tokens, so that the step size follows single examples. {fix}; or {slower}."
         )
     else:
-        likely = f"Likely cause: the learning rate is too high. Try again, and {slower}, or add warmup_steps."
+        cause = f"Likely cause: the learning rate is too high. Try again, and {slower}, or add warmup_steps."
     return (
-        f"The loss has jumped: from step {jump.step} on its median is {jump.loss:.2f} ({jump.compared_with}). {likely} "
-        f"If the rate has served well on data like these, look at the examples of step {jump.step} and after: damaged "
-        "ones, or another kind of data, show in the same way."
+        f"The loss has jumped: from step {jump.step} on its median is {jump.loss:.2f} ({jump.compared_with}). {cause} "
+        f"If this rate has worked on similar data, look at the examples from step {jump.step} on: damaged examples, or "
+        "another kind of data, look the same."
     )
 
 
 def _fixed_beta2(optimizer: torch.optim.Optimizer) -> float | None:
-    """The decay factor of the second moment per step; None where it is measured in tokens, or there is none."""
+    """The decay factor of the second moment per step; None if it is measured in tokens or does not exist."""
     group = optimizer.param_groups[0]
     if group.get("schedule") == "power":  # there beta2 is an exponent
         return None

@@ -1,4 +1,4 @@
-"""Samples how many weights a step changes, finds a run that changes none, and says what is the likely cause."""
+"""Samples how many weights a step changes, detects a run that changes none, and names the likely cause."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from transformers import PreTrainedModel
 from sbft.optim.base import TokenOptimizer
 from sbft.training.peft_models import unwrap
 
-# How movement is sampled: every so many steps, the larger half of so many weights of each of a few parameters.
+# Every `SAMPLE_EVERY` steps the larger half of `_CANDIDATES` weights of each of `_PARAMETERS` parameters is compared.
 SAMPLE_EVERY, SAMPLES = 4, 8
 _PARAMETERS, _CANDIDATES = 8, 1024
 _GOLDEN_RATIO = 0.6180339887498949
-# Share of the larger half of weights that one step changes, SmolLM2-135M at batch size 1. Rounded to nearest in bfloat16:
-# 0 of 160,000 at Adafactor's 3e-5 and 1e-4, 0.003 % at 3e-4, 0.8 % at 1e-3. Rounded stochastically: 0.26 % at 3e-5, 0.87 %
-# at 1e-4, in proportion to the rate and right in expectation however small, so only no change at all is a stall. In float32:
-# over 99 %. Of all weights, the nearest rounding of 1e-4 changes 2.2 %, always the same ones near zero.
+# The share of the larger half of weights that one step changes. SmolLM2-135M with Adafactor at batch size 1, bfloat16 rounded
+# to nearest: 0 of 160,000 at a rate of 3e-5 and 1e-4, 0.003 % at 3e-4, 0.8 % at 1e-3. Rounded stochastically: 0.26 % at 3e-5,
+# 0.87 % at 1e-4. That is proportional to the rate and correct in expectation however small, so only no change at all is a
+# stall. In float32: over 99 %. Of all weights, rounding to nearest at 1e-4 changes 2.2 %, always the same ones near zero.
 _STALLED_BELOW = 1e-3
-# A bfloat16 has 8 significant bits: its neighbours lie 2**-8 to 2**-7 of it away, and half of that is rounded off.
+# A bfloat16 has 8 significant bits: its neighbours differ by 2**-8 to 2**-7 of it, and half of that is rounded off.
 _HALF_SPACING = "0.2 to 0.4 %"
-# Their optimizers write bfloat16 weights rounded to the nearest.
+# Optimizers of these packages round bfloat16 weights to nearest.
 _ROUND_TO_NEAREST = ("torch", "transformers", "bitsandbytes")
 
 
 class MovementWatch:
     """Samples the share of weights whose bits one step changes, among the larger half of a few large parameters.
 
-    The larger half, because a weight near zero changes under any rounding. Word embeddings are left out where there is
-    anything else: most of their rows have no gradient in a step. Positions follow a fixed sequence: no random state.
+    It is the larger half, because weights near zero change under any rounding. Word embeddings are left out if there are
+    other parameters, because most of their rows have no gradient in a step. The positions follow a fixed sequence, so that
+    no random state is needed.
 
     Args:
-        model: as it is trained; its trainable parameters have their final values and places.
+        model: its trainable parameters are initialized and on their device.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -41,15 +42,15 @@ class MovementWatch:
         self.bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter, _ in self._sampled)
 
     def before_step(self) -> None:
-        """Keep the sampled weights as they are."""
+        """Copy the sampled weights."""
         self._before = [parameter.detach().take(positions) for parameter, positions in self._sampled]
 
     def discard(self) -> None:
-        """Forget what `before_step` kept."""
+        """Discard the copy."""
         self._before = None
 
     def after_step(self) -> Tensor | None:
-        """How many sampled weights have changed since `before_step`: shape (), on their device; None if nothing was kept."""
+        """How many sampled weights have changed since `before_step`: shape (), on their device; None without a copy."""
         before, self._before = self._before, None
         if not before:
             return None
@@ -62,31 +63,31 @@ class MovementWatch:
 
 
 def _large_parameters(model: nn.Module) -> list[Tensor]:
-    """Up to eight parameters of at least half the size of the largest, spread over the model."""
+    """Up to `_PARAMETERS` parameters of at least half the size of the largest, spread over the model."""
     inner = transformers_model(model)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = None if inner is None else inner.get_output_embeddings()
     if head is not None:
         embeddings.update(id(parameter) for parameter in head.parameters())
-    # Plain tensors alone: reading elements of a sharded one would have to be agreed on by all ranks.
+    # Only plain tensors: reading elements of a sharded one would need all ranks.
     trainable = [
         parameter
         for parameter in model.parameters()
         if parameter.requires_grad and parameter.is_floating_point() and type(parameter.detach()) is Tensor
     ]
-    chosen = [parameter for parameter in trainable if id(parameter) not in embeddings] or trainable
-    largest = max((parameter.numel() for parameter in chosen), default=0)
-    large = [parameter for parameter in chosen if 2 * parameter.numel() >= largest > 0]
+    candidates = [parameter for parameter in trainable if id(parameter) not in embeddings] or trainable
+    largest = max((parameter.numel() for parameter in candidates), default=0)
+    large = [parameter for parameter in candidates if 2 * parameter.numel() >= largest > 0]
     count = min(_PARAMETERS, len(large))
     return [large[i * len(large) // count] for i in range(count)]
 
 
 def _larger_half(parameter: Tensor) -> Tensor:
-    """Positions (int64, in the flattened parameter) of the larger half of some elements spread over it."""
+    """Positions (int64, in the flattened parameter) of the larger half of up to `_CANDIDATES` elements spread over it."""
     count = min(_CANDIDATES, parameter.numel())
     positions = torch.arange(count)
     if count < parameter.numel():
-        # Multiples of the golden ratio, modulo one: evenly spread, and in step with no row length.
+        # Multiples of the golden ratio, modulo one: evenly spread, and not aligned with any row length.
         spread = positions.double().add_(1.0).mul_(_GOLDEN_RATIO).remainder_(1.0)
         positions = spread.mul_(parameter.numel()).long()
     positions = positions.to(parameter.device)
@@ -99,32 +100,32 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel | None:
-    """The transformers model that `model` is or, with an adapter of PEFT, holds; None for any other."""
+    """The model, or the one inside a PEFT model, if it is a transformers model; else None."""
     inner = unwrap(model)
     return inner if isinstance(inner, PreTrainedModel) else None
 
 
 def is_stall(share: float, optimizer: torch.optim.Optimizer, bfloat16: bool) -> bool:
-    """Whether weights are stuck of which a step changes this share; it takes several samples to know the share."""
+    """Whether the weights are stuck if a step changes this share of them, on average over several samples."""
     return share == 0 or (share < _STALLED_BELOW and (not bfloat16 or _rounds_to_nearest(optimizer)))
 
 
 def _rounds_to_nearest(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is known that bfloat16 weights lose what is less than half the way to the next number."""
+    """Whether this optimizer is known to round bfloat16 weights to nearest."""
     if isinstance(optimizer, TokenOptimizer):
         return not any(group["stochastic_rounding"] for group in optimizer.param_groups)
     return type(optimizer).__module__.partition(".")[0] in _ROUND_TO_NEAREST
 
 
 def message_of_stall(share: float, step: int, optimizer: torch.optim.Optimizer, rate: float, bfloat16: bool) -> str:
-    """What does not move, why that may be, and what to set; `rate` is the peak learning rate."""
-    found = (
+    """What does not move, the likely cause, and what to set; `rate` is the peak learning rate."""
+    observation = (
         f"The weights hardly move: of those sampled (the larger half of some weights of the largest layers), a step "
-        f"changes {share:.2%}, as measured {SAMPLES} times up to step {step}."
+        f"changes {share:.2%}, measured {SAMPLES} times up to step {step}."
     )
     if isinstance(optimizer, TokenOptimizer) and optimizer.grad_norm is not None and not optimizer.grad_norm:
         cause = (
-            "Likely cause: the gradient is zero, because the loss does not depend on them. Look whether the examples "
+            "Likely cause: the gradient is zero, because the loss does not depend on them. Check whether the examples "
             "have labels other than -100, and whether the model's outputs are detached."
         )
     elif bfloat16 and _rounds_to_nearest(optimizer):
@@ -136,10 +137,10 @@ def message_of_stall(share: float, step: int, optimizer: torch.optim.Optimizer, 
             )
         else:
             cause = (
-                f"Likely cause: the weights are bfloat16 and {type(optimizer).__name__} rounds to the nearest, so {lost}. "
-                'Take an optimizer that rounds stochastically (token_optimizer="adafactor"; in a recipe, method: sbft), '
+                f"Likely cause: the weights are bfloat16 and {type(optimizer).__name__} rounds to nearest, so {lost}. "
+                'Use an optimizer that rounds stochastically (token_optimizer="adafactor"; in a recipe, method: sbft), '
                 "or load the model in float32 (in a recipe, dtype: float32)."
             )
     else:
         cause = f"Likely cause: learning_rate {rate:g} is too small. Raise it tenfold or more."
-    return f"{found} {cause}"
+    return f"{observation} {cause}"

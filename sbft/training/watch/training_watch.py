@@ -1,4 +1,4 @@
-"""Watches a run while it trains: a loss that jumps, and weights that no longer move, give one warning each."""
+"""Watches a run: warns once of a loss that jumps, and once of weights that no longer move."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from sbft.training.watch.movement import (
 
 logger = logging.getLogger(__name__)
 
-# Losses and counts stay on the device until they are fetched together: one wait for a GPU in so many steps.
+# Losses and counts stay on the device and are read together, so that the host waits for a GPU only once in so many steps.
 _READ_EVERY = 8
 
-# Of the first loss. Weights that moved, and stopped once the loss has come down so far, have learned what there was to learn:
-# small gradients make small updates. Weights that never moved are stuck even if it comes down: rounded to nearest at 1e-4 of
-# Adafactor, SmolLM2-135M loses 93 % of its movement, and what weights near zero can do still halves the loss in 30 steps.
+# As a share of the first loss. Weights that have moved and stop after the loss has fallen this far have learned what there was
+# to learn: small gradients make small updates. Weights that never moved are stuck even if the loss falls. With Adafactor at
+# 1e-4, rounded to nearest, SmolLM2-135M loses 93 % of its movement, but weights near zero alone still halve the loss in 30
+# steps.
 _LEARNED_BELOW = 0.5
 
 
 class TrainingWatch(TrainerCallback):
     """Warns once when the loss jumps and once when the weights no longer move, and names the likely cause.
 
-    It changes neither results nor random state. The trainer hands it the loss of every backward (`add_loss`) and says which
-    steps made no update (`leave_step_out`); `trainer.remove_callback(TrainingWatch)` turns it off. Only rank 0 watches, by
-    its own loss. A resumed run may warn again.
+    It changes neither results nor random state. The trainer passes it the loss of every backward (`add_loss`) and says which
+    steps made no update (`leave_step_out`). `trainer.remove_callback(TrainingWatch)` turns it off. Only rank 0 watches, and
+    only its own loss. A resumed run may warn again.
     """
 
     def __init__(self) -> None:
@@ -52,26 +53,26 @@ class TrainingWatch(TrainerCallback):
         self._tokens = 0
         self._left_out = False
         self._steps = 0
-        # Of every step since the last reading: its number, its tokens, its loss, and how many sampled weights changed.
+        # For every step since the last reading: its number, its tokens, its loss, and how many sampled weights it changed.
         self._unread: list[tuple[int, int, Tensor, Tensor | None]] = []
         self._changed: deque[int] = deque(maxlen=SAMPLES)
-        self._have_moved = began_at is not None  # a resumed run may have learned all there is
+        self._have_moved = began_at is not None  # a resumed run may already have learned everything
         self._warned_of_jump = self._warned_of_stall = False
 
-    # What the trainer tells
+    # Called by the trainer
 
     def add_loss(self, loss: Tensor, tokens: int) -> None:
-        """Add one backward's part of the open step's loss, a detached scalar; it is not read here.
+        """Add one backward's share of the current step's loss, which is not read here.
 
         Args:
-            loss: shape (), such that the parts of a step add up to its mean over tokens.
+            loss: shape (), detached; the shares of a step add up to its mean over tokens.
             tokens: of the whole step.
         """
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         self._tokens = tokens
 
     def leave_step_out(self) -> None:
-        """The open step changes no weight, on purpose."""
+        """The current step changes no weight, on purpose."""
         self._left_out = True
 
     # Events
@@ -84,7 +85,7 @@ class TrainingWatch(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Choose the weights to be sampled."""
+        """Choose the weights to sample."""
         assert model is not None
         logged = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]  # of a resumed run
         movement = MovementWatch(model) if state.is_world_process_zero else None
@@ -98,7 +99,7 @@ class TrainingWatch(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Keep sampled weights; before forward, since released gradients update within backward."""
+        """Copy the sampled weights before forward, since released gradients update them within backward."""
         self._step_loss, self._left_out = None, False
         if self._movement is None or self._warned_of_stall or self._steps % SAMPLE_EVERY:
             return
@@ -113,7 +114,7 @@ class TrainingWatch(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Compare them, and every few steps look at what has come together."""
+        """Compare them with the copy, and evaluate the results every few steps."""
         if self._movement is None or self._step_loss is None:
             return
         if self._left_out:
@@ -121,7 +122,7 @@ class TrainingWatch(TrainerCallback):
         else:
             self._steps += 1
             self._unread.append((state.global_step, self._tokens, self._step_loss, self._movement.after_step()))
-        # A step is left out rarely, and more of them may soon end the run.
+        # Steps are skipped rarely, and more of them may soon end the run.
         if self._left_out or len(self._unread) == _READ_EVERY:
             self._read(inner_optimizer(optimizer))
 
@@ -133,7 +134,7 @@ class TrainingWatch(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Look at the last steps too."""
+        """Evaluate the last steps too."""
         self._read(inner_optimizer(optimizer))
 
     def _read(self, optimizer: torch.optim.Optimizer) -> None:
@@ -185,6 +186,6 @@ def _peak_rate(optimizer: torch.optim.Optimizer) -> float:
 
 
 def _is_near_its_peak(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the learning rate is at least half of what its schedule starts from: warm-up and decay make small updates."""
+    """Whether the learning rate is at least half its peak. During warm-up and decay, updates are small."""
     rate, peak = max(float(group["lr"]) for group in optimizer.param_groups), _peak_rate(optimizer)
     return rate > 0 and 2 * rate >= peak

@@ -1,4 +1,4 @@
-"""What a trainer can be asked for is done or refused: arguments of any class, others' optimizers, searches and checkpoints."""
+"""Arguments of any class, passed optimizers, searches and checkpoints of other trainers work or are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_no_arguments_are_taken_for_the_defaults(tmp_path, caplog, monkeypatch):
     for given in ((), (None,)):
         trainer = SmallBatchTrainer(model(), *given, train_dataset=ROWS)
         assert type(trainer.args) is SmallBatchTrainingArguments and trainer.args.output_dir == "trainer_output"
-    assert len(warnings_of(caplog, "No args were given")) == 2
+    assert len(warnings_of(caplog, "No args were passed")) == 2
 
 
 @dataclass
@@ -187,7 +187,7 @@ def test_bfloat16_weights_under_anothers_optimizer_are_warned_of(tmp_path, caplo
     made = model(torch.bfloat16)
     trainer_class, given = _pass_in(made, "optimizers")
     trainer_class(made, arguments(tmp_path), train_dataset=ROWS, **given).train()
-    assert "rounded to the nearest" in warnings_of(caplog, "token_optimizer=None to say so")[0]
+    assert "rounded to nearest" in warnings_of(caplog, "token_optimizer=None to say so")[0]
     caplog.clear()
     trainer_class(made, arguments(tmp_path, token_optimizer=None), train_dataset=ROWS, **given).train()
     assert not warnings_of(caplog, "token_optimizer=None")

@@ -28,7 +28,7 @@ from sbft.planning.check.check_recipe import check
 from sbft.recipe import load_recipe, resolve
 from sbft.runs.run_recipe import run
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.batches.packing_probe import packing_leaks_in, refuse_leaking_rows, sees_former_document
+from sbft.training.batches.packing_probe import packing_leaks_in, refuse_leaking_rows, sees_previous_document
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import VOCABULARY, save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.training.test_trainer import assert_same, rows, weights
@@ -73,7 +73,7 @@ def test_a_loaded_model_tells_what_it_does_and_stays_as_it_is(make: Callable[[],
     model.config.use_cache = False  # as a trainer sets it
     model.get_output_embeddings().eval()  # someone may have frozen a part
     before, modes = weights(model), [module.training for module in model.modules()]
-    assert sees_former_document(model) is leaks
+    assert sees_previous_document(model) is leaks
     assert [module.training for module in model.modules()] == modes
     assert (change_of_second_document(model.eval()) > 1e-4) is leaks
     assert model.train().training and all(parameter.grad is None for parameter in model.parameters())
@@ -153,7 +153,7 @@ class Masking:
     ("make", "collator", "said"),
     [
         (tiny_model, DataCollatorWithFlattening(), None),
-        (tiny_model, Masking(), "LlamaForCausalLM lets these documents see one another, because the batches hold an attention"),
+        (tiny_model, Masking(), "LlamaForCausalLM lets these documents see one another, because the batches also hold"),
         (tiny_opt, DataCollatorWithFlattening(), "OPTForCausalLM lets these documents see one another. Give it one document"),
     ],
     ids=["right", "mask", "leaking"],
@@ -190,4 +190,4 @@ def test_the_miniature_of_a_composite_model_has_its_language_model(tmp_path: Pat
     assert loaded.config.get_text_config() is not loaded.config
     args = SmallBatchTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", cast_weights=False)
     SmallBatchTrainer(loaded, args)
-    assert not sees_former_document(loaded)
+    assert not sees_previous_document(loaded)

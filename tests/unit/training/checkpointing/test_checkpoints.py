@@ -55,7 +55,7 @@ def test_the_newest_is_taken_by_number_and_those_without_a_mark_are_named(tmp_pa
     assert sound_checkpoint(tmp_path) == (newest, {}) and os.readlink(tmp_path / "latest") == "checkpoint-10"
     (tmp_path / "checkpoint-12").mkdir()
     found, damaged = sound_checkpoint(tmp_path)
-    assert found == newest and damaged == {tmp_path / "checkpoint-12": "it was cut off while being written"}
+    assert found == newest and damaged == {tmp_path / "checkpoint-12": "it was not written completely"}
     assert find_checkpoint(tmp_path) == str(newest)
 
 

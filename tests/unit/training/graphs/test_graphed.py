@@ -77,8 +77,8 @@ def test_windows_stay_as_they_are_and_labelled_batches_of_other_lengths_are_padd
     [
         ("holds input_ids, labels, position_ids", {"input_ids": IDS, "labels": IDS, "position_ids": IDS}),
         ("holds input_ids$", {"input_ids": IDS}),
-        ("padding on the right alone", {"input_ids": IDS, "labels": PARTLY, "attention_mask": MASK.flip(1)}),
-        ("padding on the right alone", {"input_ids": IDS, "labels": IDS, "attention_mask": MASK}),
+        ("only padding on the right", {"input_ids": IDS, "labels": PARTLY, "attention_mask": MASK.flip(1)}),
+        ("only padding on the right", {"input_ids": IDS, "labels": IDS, "attention_mask": MASK}),
     ],
 )
 def test_batches_that_no_graph_takes(given: Any, reason: str, batch: dict[str, Tensor]) -> None:
@@ -89,7 +89,7 @@ def test_batches_that_no_graph_takes(given: Any, reason: str, batch: dict[str, T
 def test_a_model_that_is_not_causal_has_graphs_of_windows_alone() -> None:
     assert why_plain(Counts(6, True, True), causal=True) is None
     found = why_plain(Counts(6, False, True), causal=False)
-    assert found is not None and "changes the model's other hidden states" in found
+    assert found is not None and "change the model's other hidden states" in found
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

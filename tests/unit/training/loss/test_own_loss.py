@@ -155,21 +155,21 @@ T5: dict[str, Any] = {
     "decoder_start_token_id": 2, "pad_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
 OTHER_LOSSES: dict[str, tuple[Callable[[], Any], str]] = {
-    "a term": (lambda: of_class(WithAuxiliary), "another than the cross entropy"),
-    "a term in training": (lambda: of_class(WithAuxiliary, how="in training"), "another than the cross entropy"),
+    "a term": (lambda: of_class(WithAuxiliary), "is not the cross entropy of next tokens"),
+    "a term in training": (lambda: of_class(WithAuxiliary, how="in training"), "is not the cross entropy of next tokens"),
     "a term of zero": (lambda: of_class(WithAuxiliary, how="of zero"), "also trains second.weight and 1 more"),
     "labels as inputs": (lambda: of_class(OfInputs), "depends on the labels"),
     "two uses of the head": (lambda: of_class(TwiceThroughItsHead), "2 uses"),
-    "no loss of padding": (lambda: of_class(WithoutThePad), "another than the cross entropy"),
-    "a mean of means": (lambda: of_class(MeanOfRows), "another than the cross entropy"),
+    "no loss of padding": (lambda: of_class(WithoutThePad), "is not the cross entropy of next tokens"),
+    "a mean of means": (lambda: of_class(MeanOfRows), "is not the cross entropy of next tokens"),
     "a factor that is trained": (lambda: of_class(WithAFactor), "also trains factor"),
     "masked, not shifted": (
         lambda: XLMWithLMHeadModel(XLMConfig(vocab_size=64, emb_dim=32, n_layers=1, n_heads=4, pad_index=0)),
-        "another than the cross entropy",
+        "is not the cross entropy of next tokens",
     ),
     "shifted by the caller": (
         lambda: BartForCausalLM(BartConfig(**BART, is_decoder=True, is_encoder_decoder=False)),
-        "another than the cross entropy",
+        "is not the cross entropy of next tokens",
     ),
     "BART": (lambda: BartForConditionalGeneration(BartConfig(**BART)), "encoder-decoder"),
     "T5": (lambda: T5ForConditionalGeneration(T5Config(**T5)), "encoder-decoder"),
@@ -204,7 +204,7 @@ def test_all_of_such_a_model_is_trained(tmp_path: Path, how: str) -> None:
 
 def test_a_loss_that_ignores_the_number_it_is_given_is_not_replaced() -> None:
     model = of_class(MeanOfRows)
-    with pytest.raises(UnknownHead, match="another than"):
+    with pytest.raises(UnknownHead, match="is not the cross entropy"):
         find_head(model)
 
     class MeanOfAll(LLAMA):  # type: ignore[misc,valid-type]

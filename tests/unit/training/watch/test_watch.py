@@ -203,7 +203,7 @@ def test_an_optimizer_of_torch_that_rounds_to_nearest_is_named(
 ) -> None:
     make(tmp_path, token_optimizer=None, optim="adamw_torch", learning_rate=1e-7, gradient_release=False).train()
     (warning,) = warnings_of(caplog)
-    assert "AdamW rounds to the nearest" in warning and "dtype: float32" in warning
+    assert "AdamW rounds to nearest" in warning and "dtype: float32" in warning
 
 
 def test_a_zero_rate_a_warm_up_and_a_decay_to_zero_are_no_stall(
