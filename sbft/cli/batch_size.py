@@ -11,6 +11,7 @@ import typer
 from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import DataOption, MethodOption, ModelOption, RecipeArgument
 from sbft.cli.shared.starting import starting
+from sbft.native.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from sbft.planning.batch_size.search import BatchSizes
@@ -56,7 +57,6 @@ def batch_size(
             from rich.console import Console
 
             from sbft.planning.batch_size.search import find_batch_size
-            from sbft.planning.memory.usable import parse_bytes
 
         # The progress is no part of the JSON.
         console = Console(highlight=False, stderr=json_output)

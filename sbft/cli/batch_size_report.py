@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sbft.bench.report.style import BLUE, GREY, VERMILLION, figure, panels, settings
+from sbft.native.sizes import GIB, gib
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from sbft.planning.batch_size.curve import Timed
     from sbft.planning.batch_size.search import BatchSizes
 
-_GIB = 2**30
 # In the column of tokens, which is as wide.
 _NO_FIGURE = {"out of memory": "out of memory", "over the limit": "over limit", "would not fit": "not run"}
 
@@ -48,7 +50,7 @@ def _table(found: BatchSizes) -> Table:
             f"{1e3 * one.step_s:.{0 if one.step_s >= 0.1 else 1}f}",
             f"{one.tokens_per_s:,.0f}",
             f"{100 * one.tokens_per_s / best.tokens_per_s:.0f} %",
-            f"{one.peak_bytes / _GIB:.2f}",
+            f"{one.peak_bytes / GIB:.2f}",
         ]
         if with_flops:
             cells.append(_teraflops(one))
@@ -58,7 +60,7 @@ def _table(found: BatchSizes) -> Table:
         table.add_row(*cells, style="bold" if one == found.chosen else None)
     ending = found.curve.ending
     if ending.batch_size is not None:
-        needed = "" if ending.needed_bytes is None else f"{ending.needed_bytes / _GIB:.2f}"
+        needed = "" if ending.needed_bytes is None else f"{ending.needed_bytes / GIB:.2f}"
         about = "~" if ending.reason == "would not fit" else ""
         table.add_row(str(ending.batch_size), _NO_FIGURE[ending.reason], "", "", "", about + needed, style="dim")
     return table
@@ -89,8 +91,8 @@ def _may_rise(found: BatchSizes) -> bool:
 
 def _why_it_ended(found: BatchSizes) -> str:
     ending = found.curve.ending
-    limit = "" if found.limit_bytes is None else f"{found.limit_bytes / _GIB:.2f} GiB"
-    needed = 0.0 if ending.needed_bytes is None else ending.needed_bytes / _GIB
+    limit = "" if found.limit_bytes is None else gib(found.limit_bytes)
+    needed = gib(ending.needed_bytes or 0)
     higher = " A larger one may be faster still." if _may_rise(found) else ""
     return {
         "no gain": (
@@ -99,20 +101,12 @@ def _why_it_ended(found: BatchSizes) -> str:
         ),
         "largest": f"--max-batch-size ended the search.{higher}",
         "out of memory": f"At {ending.batch_size}, memory ran out.{higher}",
-        "over the limit": f"Batch size {ending.batch_size} took {needed:.2f} GiB, and {limit} is the limit.{higher}",
+        "over the limit": f"Batch size {ending.batch_size} took {needed}, and {limit} is the limit.{higher}",
         "would not fit": (
-            f"Batch size {ending.batch_size} was not run: it would need about {needed:.2f} GiB, and {limit} is the "
+            f"Batch size {ending.batch_size} was not run: it would need about {needed}, and {limit} is the "
             f"limit.{higher}"
         ),
     }[ending.reason]
-
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from sbft.planning.batch_size.search import BatchSizes
-
-_GIB = 2**30
 
 
 def draw_batch_sizes(found: BatchSizes, path: Path) -> None:
@@ -135,7 +129,7 @@ def draw_batch_sizes(found: BatchSizes, path: Path) -> None:
         speed.axhline(enough, color=GREY, linestyle="--", linewidth=1, label=f"{100 * found.share:g} % of the best")
         speed.legend(frameon=False, loc="lower right")
         speed.set(ylabel="tokens/s", title="throughput")
-        memory.plot(sizes, [one.peak_bytes / _GIB for one in timed], color=VERMILLION, marker="s", linewidth=1.4)
+        memory.plot(sizes, [one.peak_bytes / GIB for one in timed], color=VERMILLION, marker="s", linewidth=1.4)
         memory.set(ylabel="GiB", title="peak memory")
         _limit(found, memory)
         for axes in (speed, memory):
@@ -151,5 +145,5 @@ def draw_batch_sizes(found: BatchSizes, path: Path) -> None:
 def _limit(found: BatchSizes, axes: Axes) -> None:
     """The memory limit, where it was what ended the search."""
     if found.limit_bytes is not None and found.curve.ending.reason in ("over the limit", "would not fit"):
-        axes.axhline(found.limit_bytes / _GIB, color=GREY, linestyle="--", linewidth=1, label="limit")
+        axes.axhline(found.limit_bytes / GIB, color=GREY, linestyle="--", linewidth=1, label="limit")
         axes.legend(frameon=False, loc="center left")

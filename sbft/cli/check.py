@@ -19,6 +19,7 @@ from sbft.cli.shared.options import (
     TrustRemoteCodeOption,
 )
 from sbft.cli.shared.starting import starting
+from sbft.native.sizes import gib
 from sbft.recipe.methods import METHODS
 
 if TYPE_CHECKING:
@@ -100,7 +101,6 @@ def _for_people(found: Check) -> str:
 
 def _summary(found: Check) -> dict[str, str]:
     from sbft.native.memory import device_name
-    from sbft.planning.check.memory import gib
 
     chosen, report, length = found.prepared.recipe, found.prepared.report, found.length
     rows = "examples" if report.packed_into is None else "rows"

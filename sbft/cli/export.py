@@ -10,6 +10,7 @@ import typer
 from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import TrustRemoteCodeOption
 from sbft.cli.shared.starting import starting
+from sbft.native.sizes import mib, parse_bytes
 
 
 def export(
@@ -46,7 +47,6 @@ def export(
 
             quiet_libraries()
             from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
-            from sbft.planning.memory.usable import parse_bytes
 
         if as_lora is not None:
             settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
@@ -66,7 +66,7 @@ def export(
             values = ", with the 4-bit values it was trained on" if written.dequantized else ""
             print(f"The adapter is merged into {written.merged_into}{values}.")
         files = "1 file" if written.files == 1 else f"{written.files} files"
-        print(f"Written to {to}: {written.size_bytes / 2**20:.0f} MiB of weights in {files}.")
+        print(f"Written to {to}: {mib(written.size_bytes)} of weights in {files}.")
 
 
 def _refuse_contradictions(as_lora: int | None, no_eval: bool, max_shard_size: str | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sbft import __version__
 from sbft.errors import names_secret, without_secrets
 from sbft.native.compiling import CompilerMissing, find_compiler
+from sbft.native.sizes import gib
 from sbft.runs.record import PACKAGES, git_commit
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _gpu(number: int) -> str:
 
     properties = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
-    return f"{properties.name}, {properties.major}.{properties.minor}, {_gib(free)} of {_gib(total)} free"
+    return f"{properties.name}, {properties.major}.{properties.minor}, {gib(free, 1)} of {gib(total, 1)} free"
 
 
 def _instructions() -> str:
@@ -119,7 +120,7 @@ def _memory() -> str:
     from sbft.native.memory import available_bytes
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{_gib(total)}, of which a process can have {_gib(available_bytes('cpu'))} now"
+    return f"{gib(total, 1)}, of which a process can have {gib(available_bytes('cpu'), 1)} now"
 
 
 def _pool() -> str:
@@ -163,7 +164,3 @@ def _environment() -> str:
         if (name in _NAMES or name.startswith(_PREFIXES)) and not names_secret(name)
     }
     return " ".join(f"{name}={value}" for name, value in held.items()) or "nothing set that matters to sbft"
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

@@ -10,6 +10,7 @@ from sbft.cli.shared import completion
 from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import TrustRemoteCodeOption
 from sbft.cli.shared.starting import starting
+from sbft.native.sizes import GIB, parse_bytes
 from sbft.recipe.methods import METHODS
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def plan(
 
             from sbft.native.memory import available_bytes, type_of
             from sbft.planning.memory.fit import make_plan
-            from sbft.planning.memory.usable import parse_bytes
         chosen, left_out = _chosen(methods)
         device = "cuda" if gpu_memory is not None else type_of()
         memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
@@ -192,5 +192,5 @@ def _label(row: Row) -> str:
 
 
 def _gib(size_bytes: int) -> str:
-    size = size_bytes / 2**30
+    size = size_bytes / GIB
     return f"{size:.2f}" if size < 10 else f"{size:.1f}"

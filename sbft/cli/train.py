@@ -23,6 +23,7 @@ from sbft.cli.shared.options import (
     TrustRemoteCodeOption,
 )
 from sbft.cli.shared.starting import starting
+from sbft.native.sizes import gib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -131,13 +132,12 @@ def _summarize(console: Console, record: RunRecord, folder: str) -> None:
             table.add_row(name, "" if before is None else f"{before:.4g}", f"{value:.4g}")
         console.print()
         console.print(table)
-    memory = (record.peak_memory_bytes or 0) / 2**30
-    above = (record.memory.get("above_baseline") or 0) / 2**30
+    peak, above = gib(record.peak_memory_bytes or 0), gib(record.memory.get("above_baseline") or 0)
     kind = "allocated on the GPU" if record.memory_kind == "cuda_allocated" else "resident"
     speed = "" if record.tokens_per_s is None else f", {record.tokens_per_s:.0f} per s"
     console.print(
         f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s or 0:.0f} s{speed}. "
-        f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.",
+        f"Peak memory {peak} {kind}, {above} of it above the loaded model.",
         markup=False,
         soft_wrap=not console.is_terminal,
     )

@@ -13,6 +13,7 @@ import yaml
 from sbft.export.checkpoint import recipe_of, torch_dtype
 from sbft.export.low_rank import Extraction
 from sbft.models.load import BUILTIN, load_model, load_tokenizer
+from sbft.native.sizes import MIB, mib
 from sbft.runs.prepare import evaluation_rows, read_splits
 from sbft.runs.record import FILE_NAME, RunRecord, versions
 from sbft.runs.run_recipe import measure
@@ -168,4 +169,4 @@ def _percent(share: float) -> str:
 
 
 def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.0f} MiB" if size_bytes >= 10 * 2**20 else f"{size_bytes / 2**20:.1f} MiB"
+    return mib(size_bytes, 0 if size_bytes >= 10 * MIB else 1)

@@ -10,6 +10,7 @@ import yaml
 from sbft.errors import without_secrets
 from sbft.models.load import BUILTIN
 from sbft.models.scratch import is_scratch
+from sbft.native.sizes import gib
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import RunRecord
 
@@ -100,4 +101,4 @@ def _number(value: float | None) -> str:
 
 
 def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**30:.2f} GiB"
+    return "" if size is None else gib(size)

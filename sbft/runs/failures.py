@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from sbft.errors import DiskError, Interrupted, LostRankError, SbftError, TrainingError, signal_of
+from sbft.native.sizes import gib
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
 from sbft.runs.output_folder import RECIPE_FILE, RunFolder, is_fixed
@@ -214,7 +215,7 @@ def training_advice(
         "the activations": activations,
     }
     largest = max(parts, key=lambda part: parts[part])
-    figures = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in parts.items())
+    figures = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
     switch = next(
         (switches[part] for part in sorted(parts, key=lambda part: -parts[part]) if switches[part]), activations
     )

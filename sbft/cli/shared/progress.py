@@ -11,6 +11,7 @@ from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sbft.native.memory import current_peak_bytes
+from sbft.native.sizes import gib
 
 _REDRAW_EVERY_S = 0.2
 
@@ -99,7 +100,7 @@ class TrainingProgress(TrainerCallback):
         figures = [] if self._loss is None else [f"loss {self._loss:.3f}"]
         if self._tokens_per_s is not None:
             figures.append(f"{self._tokens_per_s:.0f} tokens/s")
-        figures += [f"peak {current_peak_bytes(args.device) / 2**30:.2f} GiB", f"{_clock(left)} left"]
+        figures += [f"peak {gib(current_peak_bytes(args.device))}", f"{_clock(left)} left"]
         return "  ".join(figures)
 
 

@@ -20,13 +20,14 @@ from typer.testing import CliRunner
 
 from sbft.cli.batch_size import batch_size
 from sbft.errors import RecipeError, TrainingError
+from sbft.native.sizes import parse_bytes
 from sbft.planning.batch_size.curve import Curve, Timed, expected_peak_bytes, search
 from sbft.planning.batch_size.flops import training_flops
 from sbft.planning.batch_size.peak_flops import peak_flops
 from sbft.planning.batch_size.scaled_recipe import batch_settings, scaled_rate
 from sbft.planning.batch_size.search import find_batch_size
 from sbft.planning.batch_size.step_timing import StepTimer, longest_examples
-from sbft.planning.memory.usable import parse_bytes, usable_bytes
+from sbft.planning.memory.usable import usable_bytes
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.runs.build import prepare_model
 from tests.tiny import tiny_model
