@@ -75,7 +75,7 @@ def evaluate(
 
             quiet_libraries()
             from sbft.cli.shared.load import load_for_use
-            from sbft.runs.run_recipe import measure
+            from sbft.runs.measurement import measure
 
         recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
         rows = _rows(recipe, data)

@@ -14,9 +14,9 @@ from sbft.export.checkpoint import recipe_of, torch_dtype
 from sbft.export.low_rank import Extraction
 from sbft.models.load import BUILTIN, load_model, load_tokenizer
 from sbft.native.sizes import MIB, mib
+from sbft.runs.measurement import measure
 from sbft.runs.prepare import evaluation_rows, read_splits
 from sbft.runs.record import FILE_NAME, RunRecord, versions
-from sbft.runs.run_recipe import measure
 
 REPORT_FILE = "export.json"
 SCHEMA = 1

@@ -18,9 +18,10 @@ from sbft.models.load import load_model, load_tokenizer
 from sbft.recipe import load_recipe, resolve
 from sbft.recipe.methods import METHODS
 from sbft.runs.build import prepare_model
+from sbft.runs.measurement import measure
 from sbft.runs.prepare import evaluation_rows, read_splits
 from sbft.runs.record import RunRecord
-from sbft.runs.run_recipe import measure, run
+from sbft.runs.run_recipe import run
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 from tests.tiny import save_tiny
 
