@@ -193,12 +193,12 @@ def _recipe_of(
 
 
 def _rows(recipe: Recipe, data: str | None) -> Dataset:
-    from sbft.data.sources import load_source
+    from sbft.data.sources import load_source, read_splits
     from sbft.errors import DataError
-    from sbft.runs.prepare import evaluation_rows, read_splits
+    from sbft.runs.prepare import evaluation_rows
 
     if data is None:
-        rows = evaluation_rows(read_splits(recipe))
+        rows = evaluation_rows(read_splits(recipe.data))
         if rows is None:
             raise DataError("The recipe of this run has no evaluation data. Type --data D.")
         return rows

@@ -6,13 +6,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sbft import metrics as metric_modules
 from sbft.data.collate import Collator, left_pad
-from sbft.data.format import encode_prompts, format_dataset, stop_tokens
+from sbft.data.format import encode_questions, format_rows, stop_tokens
 from sbft.data.rendering import Rendering
 from sbft.data.turns import THOUGHT_ENDS
 from sbft.errors import DataError
@@ -43,7 +42,7 @@ def generate_answers(
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, with a pad token.
-        prompts: token ids, as `encode_prompts` gives them.
+        prompts: token ids, as `sbft.data.encode_prompts` gives them.
         max_new_tokens: tokens of the longest answer; shorter ones end with the end token or the end of the turn.
         batch_size: prompts at once; prompts of like length go together.
 
@@ -98,16 +97,9 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    rendering: Rendering | None = None,
     *,
     metrics: list[str],
-    prompt: str = "prompt",
-    completion: str = "completion",
-    messages: str = "messages",
-    text: str = "text",
-    chat_template: bool = True,
-    system: str | None = None,
-    tools: str = "tools",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int = 1024,
     max_new_tokens: int = 16,
     batch_size: int = 16,
@@ -122,10 +114,10 @@ def evaluate(
         model: a causal language model.
         tokenizer: its tokenizer.
         rows: rows as `sbft.data.sources` loads them.
+        rendering: how rows become text; `Rendering()` if None.
         metrics: names of metrics that ship in `sbft.metrics`; they score generated answers, without their thoughts.
             label_accuracy may stand among them where there are labels.
-        prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs, max_length: as for
-            `format_dataset`.
+        max_length: tokens that a row is cut to.
         max_new_tokens: tokens of the longest answer.
         batch_size: rows at once.
         limit: only the first so many rows.
@@ -143,7 +135,7 @@ def evaluate(
         DataError: as `format_dataset` and `label_likelihoods`; an unknown metric; labels that do not hold a right
             answer; or metrics or labels for plain text, which has no right answer.
     """
-    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
+    rendering = rendering or Rendering()
     kind = rendering.kind(rows.column_names)
     scores = _checked(metrics, labels, kind)
     references = _references(rows, rendering, kind) if scores or labels else []
@@ -155,8 +147,7 @@ def evaluate(
         _check_references(references, words)
     _check_answered(references)
     rendering = rendering.thinking([rows], tokenizer)
-    columns: dict[str, Any] = {**rendering.__dict__}
-    formatted, _ = format_dataset(rows, tokenizer, max_length=max_length, **columns)
+    formatted, _ = format_rows(rows, tokenizer, rendering, max_length=max_length)
     result = evaluate_loss(model, formatted, Collator(pad_token(tokenizer)), batch_size=batch_size)
     if not scores and not words:
         return result
@@ -170,7 +161,7 @@ def evaluate(
         # It imports evaluate, and that scipy and more: over a second, which a run without answers is spared.
         from sbft.metrics.exact_match.exact_match import is_match
 
-        encoded = encode_prompts(rows, tokenizer, **columns)
+        encoded = encode_questions(rows, tokenizer, rendering)
         answers = generate_answers(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
         matching = options.get("exact_match", {})
         for row, answer in zip(predictions, answers, strict=True):
@@ -178,7 +169,7 @@ def evaluate(
         answers = [_after_thoughts(answer) for answer in answers]
     if words:
         likelihoods = label_likelihoods(
-            model, tokenizer, rows, words, max_length=max_length, batch_size=batch_size, **columns
+            model, tokenizer, rows, words, rendering, max_length=max_length, batch_size=batch_size
         )
         for row, of_labels in zip(predictions, likelihoods.tolist(), strict=True):
             row |= _chosen_label(row["reference"], words, of_labels)

@@ -61,10 +61,10 @@ def label_likelihoods(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset | Iterable[dict[str, Any]],
     labels: list[str],
+    rendering: Rendering | None = None,
     *,
     max_length: int = 1024,
     batch_size: int = 16,
-    **columns: Any,
 ) -> torch.Tensor:
     """Measures how likely the model finds each label as the answer to each prompt.
 
@@ -79,10 +79,10 @@ def label_likelihoods(
         tokenizer: its tokenizer, with a pad token.
         rows: rows with a prompt, or with messages, whose last answer the labels take the place of.
         labels: the answers to compare; each exactly as an answer stands in the data, white space and all.
+        rendering: how rows become text; `Rendering()` if None.
         max_length: tokens of the longest prompt with a label. Nothing is cut: a label without its end could not be
             compared.
         batch_size: prompts with a label at once, fewer where their logits would be large.
-        **columns: names of the columns, chat_template and so on, as for `encode_prompts`.
 
     Returns:
         Scores of shape (rows, labels), float64 on the CPU, in nats.
@@ -92,12 +92,12 @@ def label_likelihoods(
             or a prompt that with one of the labels is longer than `max_length`.
     """
     listed = list(rows)
-    rendering = Rendering(**columns).thinking([listed], tokenizer)  # one way for all rows
+    rendering = (rendering or Rendering()).thinking([listed], tokenizer)  # one way for all rows
     collator = Collator(pad_token(tokenizer))
     at_once = max(1, _CANDIDATES_AT_ONCE // len(labels))
     scores: list[float] = []
     for start in range(0, len(listed), at_once):
-        candidates = encode_answers(listed[start : start + at_once], tokenizer, labels, **rendering.__dict__)
+        candidates = encode_answers(listed[start : start + at_once], tokenizer, labels, rendering)
         _check_candidates(candidates, labels, max_length, start)
         scores += [-loss for loss in _summed_losses(model, candidates, collator, batch_size)]
     return torch.tensor(scores, dtype=torch.float64).view(len(listed), len(labels))

@@ -8,10 +8,11 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from sbft.data.format import format_dataset
+from sbft.data.format import format_rows
+from sbft.data.rendering import Rendering
 from sbft.data.windows import TokenWindows
 from sbft.errors import RecipeError
-from sbft.runs.prepare import Prepared, rendering
+from sbft.runs.prepare import Prepared
 
 
 class LogWhereEvaluated(TrainerCallback):
@@ -73,5 +74,6 @@ def held_out_examples(prepared: Prepared, part: str | None) -> Dataset | TokenWi
     limit = prepared.recipe.evaluation.limit
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
-    examples, _ = format_dataset(rows, prepared.tokenizer, **rendering(prepared.recipe))
+    data = prepared.recipe.data
+    examples, _ = format_rows(rows, prepared.tokenizer, Rendering.of(data), max_length=data.max_length)
     return examples

@@ -9,12 +9,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sbft.data.collate import Collator
+from sbft.data.rendering import Rendering
 from sbft.data.windows import TokenWindows
 from sbft.evaluation.generate import evaluate
 from sbft.evaluation.likelihood import evaluate_loss, pad_token
 from sbft.native.memory import PeakMemory
 from sbft.recipe import Recipe
-from sbft.runs.prepare import Prepared, evaluation_rows, rendering
+from sbft.runs.prepare import Prepared, evaluation_rows
 from sbft.runs.record import RunRecord
 
 
@@ -47,14 +48,15 @@ def measure(
         model,
         tokenizer,
         rows,
+        Rendering.of(recipe.data),
         metrics=settings.metrics,
         metric_options=settings.metric_options,
         labels=settings.labels,
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         limit=settings.limit,
+        max_length=recipe.data.max_length,
         predictions_path=predictions,
-        **rendering(recipe),
     )
 
 

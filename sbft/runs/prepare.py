@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sbft.data.format import FormatReport, format_dataset
+from sbft.data.format import FormatReport, format_rows
 from sbft.data.rendering import Rendering
-from sbft.data.sources import Splits, load_splits
+from sbft.data.sources import Splits, read_splits
 from sbft.data.windows import TokenSplits, TokenWindows
 from sbft.models.load import load_tokenizer
 from sbft.recipe import Recipe
@@ -60,18 +59,22 @@ def prepare(
     if is_pretraining(recipe.model_dump(exclude_none=True)):
         return _prepare_tokens(recipe, arguments, say)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    splits = read_splits(recipe)
+    splits = read_splits(recipe.data)
     _decide_thinking(recipe, splits, tokenizer)
-    examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
+    examples, report = format_rows(
+        splits.train,
+        tokenizer,
+        Rendering.of(recipe.data),
+        max_length=recipe.data.max_length,
+        packing=recipe.data.packing,
+    )
     return Prepared(recipe, arguments, tokenizer, splits, examples, report)
 
 
 def _decide_thinking(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes into the recipe whether the model thinks, so that whoever asks it later asks as in training."""
-    names = rendering(recipe)
-    del names["max_length"]
     parts = [part for part in (splits.train, splits.validation, splits.eval) if part is not None]
-    decided = Rendering(**names).thinking(parts, tokenizer).chat_template_kwargs
+    decided = Rendering.of(recipe.data).thinking(parts, tokenizer).chat_template_kwargs
     recipe.data.chat_template_kwargs = dict(decided or {})
 
 
@@ -80,44 +83,6 @@ def _prepare_tokens(recipe: Recipe, arguments: SmallBatchTrainingArguments, say:
     set_length(recipe, arguments, tokenizer)
     arguments.remove_unused_columns = False  # windows have none; the trainer would look for them in every batch
     return Prepared(recipe, arguments, tokenizer, splits, splits.train, report)
-
-
-def read_splits(recipe: Recipe) -> Splits:
-    """Training, validation and evaluation data of a resolved recipe.
-
-    Raises:
-        DataError: if they cannot be read, or a question of the evaluation is also in training.
-    """
-    data = recipe.data
-    return load_splits(
-        train=data.train,
-        validation=data.validation,
-        eval=data.eval,
-        train_split=data.train_split,
-        validation_split=data.validation_split,
-        eval_split=data.eval_split,
-        subset=data.subset,
-        train_size=data.train_size,
-        validation_size=data.validation_size,
-        eval_size=data.eval_size,
-        seed=data.seed,
-        options=data.options,
-        prompt=data.prompt,
-        completion=data.completion,
-        messages=data.messages,
-        text=data.text,
-        label_names=data.label_names,
-        allow_overlap=data.allow_overlap,
-    )
-
-
-def rendering(recipe: Recipe) -> dict[str, Any]:
-    """How a recipe's rows become token ids: keyword arguments of `format_dataset` and `evaluate`."""
-    data = recipe.data
-    names = (
-        "prompt", "completion", "messages", "text", "max_length", "chat_template", "system", "tools", "chat_template_kwargs"
-    )  # fmt: skip
-    return {name: getattr(data, name) for name in names}
 
 
 def evaluation_rows(splits: Splits | TokenSplits) -> Dataset | TokenWindows | None:

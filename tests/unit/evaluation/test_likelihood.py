@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from sbft.data.format import encode_answers, format_dataset
+from sbft.data.rendering import Rendering
 from sbft.errors import DataError
 from sbft.evaluation import likelihood
 from sbft.evaluation.generate import evaluate
@@ -69,7 +70,7 @@ def test_scores_are_minus_the_loss_that_training_on_the_label_would_begin_with()
         with torch.no_grad():
             loss = model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
         losses.append(-loss.item() * sum(label != -100 for label in row["labels"]))
-    scores = label_likelihoods(model, tokenizer, PROMPTS, LABELS, system="be brief")
+    scores = label_likelihoods(model, tokenizer, PROMPTS, LABELS, Rendering(system="be brief"))
     torch.testing.assert_close(scores.flatten(), torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
