@@ -13,7 +13,8 @@ import yaml
 from sbft.data.sources import read_splits
 from sbft.export.checkpoint import recipe_of, torch_dtype
 from sbft.export.low_rank import Extraction
-from sbft.models.load import BUILTIN, load_model, load_tokenizer
+from sbft.models.load import load_model, load_tokenizer
+from sbft.models.names import BUILTIN
 from sbft.native.sizes import MIB, mib
 from sbft.runs.measurement import measure
 from sbft.runs.prepare import evaluation_rows

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from sbft.errors import ExportError, ModelError
 from sbft.models.hub import hub_reachable
-from sbft.models.load import load_config, resolve
+from sbft.models.load import load_config
+from sbft.models.names import resolve
 from sbft.models.random_weights import is_random
 
 if TYPE_CHECKING:

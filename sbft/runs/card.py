@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from sbft.errors import without_secrets
-from sbft.models.load import BUILTIN
+from sbft.models.names import BUILTIN
 from sbft.models.scratch import is_scratch
 from sbft.native.sizes import gib
 from sbft.recipe.methods import METHODS

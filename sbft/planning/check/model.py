@@ -18,7 +18,8 @@ from sbft.data.rendering import Rendering
 from sbft.errors import DataError, ModelError, SbftError
 from sbft.models.hub import hub_reachable
 from sbft.models.limits import embedding_rows, position_limit, stated_positions
-from sbft.models.load import is_builtin, load_config, resolve
+from sbft.models.load import load_config
+from sbft.models.names import is_builtin, resolve
 from sbft.models.random_weights import is_random
 from sbft.models.scratch import is_scratch, scratch_config
 from sbft.planning.check.finding import Finding, Severity
