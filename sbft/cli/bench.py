@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.starting import starting
+from sbft.cli.shared.verb import verb
 
 if TYPE_CHECKING:
     from sbft.bench.schedule import Planned
     from sbft.bench.suite import Suite
 
 
+@verb
 def bench(
     suite: Annotated[
         str | None,
@@ -48,7 +49,6 @@ def bench(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the suite: seeds=[0]. Repeatable."),
     ] = None,
-    traceback: TracebackOption = False,
 ) -> None:
     """Compare methods: run a suite and write its report.
 
@@ -57,20 +57,19 @@ def bench(
     with starting():
         from sbft.bench.schedule import listing
         from sbft.bench.suite import find_suite, load_suite, uneven_grids
-    with shown_as_a_paragraph(traceback):
-        if suite is None:
-            _list_suites()
-            return
-        wanted = load_suite(suite, overrides)
-        folder = output_dir or Path("runs") / find_suite(suite).stem
-        _refuse_if_nothing_fits(wanted, folder, only or [])
-        if note := uneven_grids(wanted):
-            print(f"Note: {note}")
-        if dry_run:
-            print(listing(_wanted_runs(wanted, folder, only or [], retry), jobs or 1))
-            return
-        _run(wanted, folder, only or [], jobs, ray, retry)
-        _report(folder)
+    if suite is None:
+        _list_suites()
+        return
+    wanted = load_suite(suite, overrides)
+    folder = output_dir or Path("runs") / find_suite(suite).stem
+    _refuse_if_nothing_fits(wanted, folder, only or [])
+    if note := uneven_grids(wanted):
+        print(f"Note: {note}")
+    if dry_run:
+        print(listing(_wanted_runs(wanted, folder, only or [], retry), jobs or 1))
+        return
+    _run(wanted, folder, only or [], jobs, ray, retry)
+    _report(folder)
 
 
 def _list_suites() -> None:

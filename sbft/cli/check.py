@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbft.cli.shared.errors import USER_ERROR, TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.errors import USER_ERROR
 from sbft.cli.shared.options import (
     AllowPickleOption,
     DataOption,
@@ -18,7 +18,10 @@ from sbft.cli.shared.options import (
     SetOption,
     TrustRemoteCodeOption,
 )
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.recipe import recipe_of
+from sbft.cli.shared.starting import loading_libraries
+from sbft.cli.shared.verb import verb
+from sbft.errors import SbftError
 from sbft.native.sizes import gib
 from sbft.recipe.methods import METHODS
 
@@ -31,6 +34,7 @@ _LABEL = 10
 _TITLES = {"error": "Errors", "warning": "Warnings", "note": "Notes"}
 
 
+@verb
 def check(
     recipe: RecipeArgument = None,
     model: ModelOption = None,
@@ -42,7 +46,6 @@ def check(
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Check that a recipe is valid and fits, and how long it takes.
 
@@ -50,41 +53,31 @@ def check(
 
     Exit code: 0 if nothing is wrong, 1 for warnings, 2 for errors.
     """
-    with starting():
-        from sbft.recipe import load_recipe, resolve
-    with shown_as_a_paragraph(traceback):
-        from sbft.errors import SbftError
-
-        try:
-            chosen = resolve(
-                load_recipe(
-                    recipe,
-                    overrides,
-                    model=model,
-                    data=data,
-                    eval_data=eval_data,
-                    method=method,
-                    output_dir=output_dir,
-                    trust_remote_code=trust_remote_code or None,
-                    allow_pickle=allow_pickle or None,
-                )
-            )
-            with starting():
-                from sbft.cli.shared.quiet import quiet_libraries
-
-                quiet_libraries()
-                from sbft.planning.check import check_recipe as planning
-            found = planning.check(chosen)
-        except SbftError as error:
-            if not as_json:
-                raise
-            _print_json({"valid": False, "problems": str(error), "findings": []})
-            raise typer.Exit(USER_ERROR) from error
-        if as_json:
-            _print_json(_for_machines(found))
-        else:
-            print(_for_people(found))
-        raise typer.Exit(found.exit_code)
+    try:
+        settings = recipe_of(
+            recipe,
+            overrides,
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            method=method,
+            output_dir=output_dir,
+            trust_remote_code=trust_remote_code or None,
+            allow_pickle=allow_pickle or None,
+        )
+        with loading_libraries():
+            from sbft.planning.check import check_recipe as planning
+        result = planning.check(settings)
+    except SbftError as error:
+        if not as_json:
+            raise
+        _print_json({"valid": False, "problems": str(error), "findings": []})
+        raise typer.Exit(USER_ERROR) from error
+    if as_json:
+        _print_json(_for_machines(result))
+    else:
+        print(_for_people(result))
+    raise typer.Exit(result.exit_code)
 
 
 def _for_people(found: Check) -> str:

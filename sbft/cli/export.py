@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import TrustRemoteCodeOption
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.starting import loading_libraries, starting
+from sbft.cli.shared.verb import verb
+from sbft.errors import ExportError
 from sbft.native.sizes import mib, parse_bytes
 
 
+@verb
 def export(
     source: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, or one of its checkpoints.")],
     to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")],
@@ -33,45 +35,38 @@ def export(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate the adapter.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in DIR.")] = False,
     trust_remote_code: TrustRemoteCodeOption = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Write a trained model for other tools, or as an adapter.
 
     The result is plain safetensors; an adapter is merged into its base. With --as-lora, a LoRA adapter is extracted from a
     full fine-tuning.
     """
-    with shown_as_a_paragraph(traceback):
-        _refuse_contradictions(as_lora, no_eval, max_shard_size)
-        with starting():
-            from sbft.cli.shared.quiet import quiet_libraries
+    _refuse_contradictions(as_lora, no_eval, max_shard_size)
+    with loading_libraries():
+        from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
 
-            quiet_libraries()
-            from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
-
-        if as_lora is not None:
-            settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
-            _extract(source, to, as_lora, not no_eval, trust_remote_code, settings)
-            return
-        size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
-        written = export_model(
-            source,
-            to,
-            base=base,
-            dtype=dtype,
-            max_shard_bytes=size,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-        )
-        if written.merged_into is not None:
-            values = ", with the 4-bit values it was trained on" if written.dequantized else ""
-            print(f"The adapter is merged into {written.merged_into}{values}.")
-        files = "1 file" if written.files == 1 else f"{written.files} files"
-        print(f"Written to {to}: {mib(written.size_bytes)} of weights in {files}.")
+    if as_lora is not None:
+        settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
+        _extract(source, to, as_lora, not no_eval, trust_remote_code, settings)
+        return
+    size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
+    written = export_model(
+        source,
+        to,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=size,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    if written.merged_into is not None:
+        values = ", with the 4-bit values it was trained on" if written.dequantized else ""
+        print(f"The adapter is merged into {written.merged_into}{values}.")
+    files = "1 file" if written.files == 1 else f"{written.files} files"
+    print(f"Written to {to}: {mib(written.size_bytes)} of weights in {files}.")
 
 
 def _refuse_contradictions(as_lora: int | None, no_eval: bool, max_shard_size: str | None) -> None:
-    from sbft.errors import ExportError
-
     if as_lora is None and no_eval:
         raise ExportError(
             "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not measured again."

@@ -6,7 +6,6 @@ import sys
 import traceback as tracebacks
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import typer
 
@@ -16,9 +15,6 @@ from sbft.errors import Interrupted, LostRankError, SbftError, signal_of, withou
 
 USER_ERROR = 2
 FAULT = 1
-
-TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error was raised.")]
-
 
 @contextmanager
 def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:

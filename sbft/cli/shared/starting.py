@@ -23,6 +23,16 @@ def starting() -> Iterator[None]:
 
 
 @contextmanager
+def loading_libraries() -> Iterator[None]:
+    """The same around imports of torch, transformers and datasets, whose own notes and bars are off from then on."""
+    with starting():
+        from sbft.cli.shared.quiet import quiet_libraries
+
+        quiet_libraries()
+        yield
+
+
+@contextmanager
 def _ctrl_c_ends_at_once() -> Iterator[None]:
     """Ctrl-C says so in a paragraph and ends the process: inside an import it would come out as any error."""
     # Only the main thread may set handlers.
