@@ -150,7 +150,7 @@ def _memory_suffices(batch_size: int) -> Iterator[None]:
         smaller = (
             f"--batch-size {batch_size // 2}" if batch_size > 1 else "--limit N, shorter examples or a smaller model"
         )
-        raise DataError(f"Out of memory with {batch_size} examples at once. Try {smaller}.") from error
+        raise DataError(f"Out of memory with batches of {batch_size}. Try {smaller}.") from error
 
 
 def _recipe_of(

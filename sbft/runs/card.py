@@ -1,4 +1,4 @@
-"""The model card of a run: what it was made from, how, and what was measured."""
+"""The model card of a run: what it was trained from, how, and what was measured."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def write_card(record: RunRecord, folder: Path) -> Path:
     """Write `README.md`, with the metadata that model hubs read, into the folder of a run.
 
     Args:
-        record: of a run that ended well.
-        folder: where its model lies.
+        record: the record of a run with status `ok`.
+        folder: where its model is.
     """
     path = folder / "README.md"
     path.write_text(without_secrets(card(record)), encoding="utf-8")

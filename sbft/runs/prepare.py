@@ -1,4 +1,4 @@
-"""A resolved recipe with everything read that its training needs, the model aside."""
+"""Everything that a run needs before it loads its model: its recipe, its tokenizer and its data."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from sbft.training.arguments import SmallBatchTrainingArguments
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run has in hand before it loads its model."""
+    """What a run needs before it loads its model."""
 
     recipe: Recipe
     arguments: SmallBatchTrainingArguments
     tokenizer: PreTrainedTokenizerBase
     splits: Splits | TokenSplits
     examples: Dataset | TokenWindows
-    """Token ids and labels of the training data, as `sbft.data.format.format_dataset` makes them; or windows of tokens."""
+    """Token ids and labels of the training data, as `sbft.data.format.format_dataset` makes them, or windows of tokens."""
     report: FormatReport
 
     @property
     def pretrains(self) -> bool:
-        """Whether the examples are windows of tokens, of which each is learned."""
+        """Whether the examples are windows of tokens, every one of which is learned."""
         return isinstance(self.examples, TokenWindows)
 
 
@@ -48,8 +48,8 @@ def prepare(
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
-        arguments: of its training, where they are made already; pretraining's get their steps here.
-        say: told what takes long.
+        arguments: the training arguments, made from the recipe if None. In pretraining, their `max_steps` is set here.
+        say: called with a sentence before anything slow.
 
     Raises:
         SbftError: if anything is missing, cannot be read, or leaves nothing to train on.
@@ -72,7 +72,7 @@ def prepare(
 
 
 def _decide_thinking(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes into the recipe whether the model thinks, so that whoever asks it later asks as in training."""
+    """Write into the recipe whether the model thinks, so that it is prompted later as it was trained."""
     parts = [part for part in (splits.train, splits.validation, splits.eval) if part is not None]
     decided = Rendering.of(recipe.data).thinking(parts, tokenizer).chat_template_kwargs
     recipe.data.chat_template_kwargs = dict(decided or {})
@@ -81,10 +81,10 @@ def _decide_thinking(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokeni
 def _prepare_tokens(recipe: Recipe, arguments: SmallBatchTrainingArguments, say: Callable[[str], None]) -> Prepared:
     tokenizer, splits, report = load_tokens(recipe, say)
     set_length(recipe, arguments, tokenizer)
-    arguments.remove_unused_columns = False  # windows have none; the trainer would look for them in every batch
+    arguments.remove_unused_columns = False  # windows have no columns to remove
     return Prepared(recipe, arguments, tokenizer, splits, splits.train, report)
 
 
 def evaluation_rows(splits: Splits | TokenSplits) -> Dataset | TokenWindows | None:
-    """What the run is measured on: the evaluation data, or validation data where a recipe has only these."""
+    """What the run is measured on: the evaluation data, or the validation data if the recipe has no other."""
     return splits.eval if splits.eval is not None else splits.validation
