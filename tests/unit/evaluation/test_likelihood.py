@@ -119,7 +119,7 @@ def test_logits_are_made_for_labels_alone_and_stay_within_their_bounds(monkeypat
     assert sum(sizes) <= len(LABELS) * answer_tokens
     sizes.clear()
     monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 20 * 4 * 512)
-    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_ONCE", 12)
+    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_A_TIME", 12)
     bounded = label_likelihoods(model, tokenizer, prompts, LABELS)
     torch.testing.assert_close(bounded, expected, rtol=1e-5, atol=0)
     assert max(sizes) <= 20 and len(sizes) > len(prompts) * len(LABELS) * answer_tokens / 40
@@ -135,7 +135,7 @@ def test_nothing_is_cut() -> None:
 
 
 def test_the_row_that_is_too_long_is_numbered_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_ONCE", 2)
+    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_A_TIME", 2)
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "the lazy dog " * 9}]
     with pytest.raises(DataError, match="Row 3 of the evaluation data with the label 'no'"):
         label_likelihoods(tiny_model(), tiny_tokenizer(), rows, ["no", "yes"], max_length=25)
@@ -233,7 +233,7 @@ def test_a_model_that_has_diverged_chooses_no_label(tmp_path: Path) -> None:
     ("completions", "labels", "expected"),
     [
         (["yes", "no"], ["yes", "nope"], "row 2 of the evaluation data is 'no', .* not among the labels 'yes', 'nope'"),
-        (["yes", "No "], ["yes", "no"], "White space and case count: 'no' is another label"),
+        (["yes", "No "], ["yes", "no"], "White space and case matter: 'no' is a different label"),
         (["yes", None, "no"], "auto", "row 2 of the evaluation data is ''"),
         (["yes", "yes"], "auto", "only one answer, 'yes'; expected 2 to 50"),
         ([f"{i}" for i in range(51)], "auto", "51 different answers; expected 2 to 50"),
@@ -252,5 +252,5 @@ def test_label_accuracy_needs_labels_and_answers() -> None:
     with pytest.raises(DataError, match="label_accuracy needs labels.*evaluation.labels: auto"):
         evaluate(None, None, ROWS, metrics=["label_accuracy"])  # type: ignore[arg-type]
     texts = Dataset.from_list([{"text": "a"}])
-    with pytest.raises(DataError, match="no right answers for label_accuracy to count"):
+    with pytest.raises(DataError, match="no right answers that label_accuracy could score"):
         evaluate(None, None, texts, metrics=[], labels="auto")  # type: ignore[arg-type]
