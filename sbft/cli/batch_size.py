@@ -55,7 +55,7 @@ def batch_size(
 
     # With --json, stdout is for the JSON alone.
     console = Console(highlight=False, stderr=json_output)
-    found = find_batch_size(
+    result = find_batch_size(
         settings,
         share=share,
         largest=max_batch_size,
@@ -64,31 +64,31 @@ def batch_size(
         say=lambda line: console.print(line, style="dim", markup=False, soft_wrap=True),
     )
     folder = output_dir or Path("runs") / f"batch-size-{Path(recipe or settings.data.train).stem}"
-    lines = _written(found, folder)
+    lines = _written(result, folder)
     if json_output:
         import json
 
-        print(json.dumps({**found.to_dict(), "command": _command(found, recipe, flags, overrides)}))
+        print(json.dumps({**result.to_dict(), "command": _command(result, recipe, flags, overrides)}))
         return
     from sbft.cli.batch_size_report import print_batch_sizes
 
-    print_batch_sizes(console, found, _command(found, recipe, flags, overrides))
+    print_batch_sizes(console, result, _command(result, recipe, flags, overrides))
     print("\n".join(lines))
 
 
-def _command(found: BatchSizes, recipe: str | None, flags: dict[str, Any], overrides: list[str] | None) -> str:
+def _command(result: BatchSizes, recipe: str | None, flags: dict[str, Any], overrides: list[str] | None) -> str:
     """What the user typed, as a training command with the batch size that was found."""
     words = ["sbft", "train", *([] if recipe is None else [recipe])]
     for flag, value in flags.items():
         words += [] if value is None else [f"--{flag}", value]
-    new = found.settings.overrides
+    new = result.settings.overrides
     kept = [override for override in overrides or [] if override.partition("=")[0].strip() not in new]
     for override in [*kept, *(f"{key}={value}" for key, value in new.items())]:
         words += ["--set", override]
     return shlex.join(words)
 
 
-def _written(found: BatchSizes, folder: Path) -> list[str]:
+def _written(result: BatchSizes, folder: Path) -> list[str]:
     """Write the figures and their plot, replacing those of an earlier run; lines that say where."""
     import json
 
@@ -97,9 +97,9 @@ def _written(found: BatchSizes, folder: Path) -> list[str]:
 
     folder.mkdir(parents=True, exist_ok=True)
     figures, plot = folder / "batch-size.json", folder / "batch-size.png"
-    figures.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    figures.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     try:
-        draw_batch_sizes(found, plot)
+        draw_batch_sizes(result, plot)
     except ImportError as error:
         if error.name is None or not error.name.startswith("matplotlib"):
             raise

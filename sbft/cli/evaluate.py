@@ -65,7 +65,7 @@ def evaluate(
         {"--data": data, "--metric": metric, "--predictions": predictions},
         {"--harness-tasks": harness_tasks, "--chat-template": chat_template, "--output": output},
     )
-    # Before what the user has set, and after what a recipe that came with the model says.
+    # These override a recipe that came with the model. What the user sets comes last.
     overrides = [*asked_for(trust_remote_code, allow_pickle), *(overrides or [])]
     if harness is not None:
         settings = {"limit": limit, "batch_size": batch_size or 1, "chat_template": chat_template}
@@ -79,20 +79,20 @@ def evaluate(
     loaded, tokenizer = load_for_use(
         model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
     )
-    with _memory_suffices(recipe.evaluation.batch_size):
+    with _advice_if_out_of_memory(recipe.evaluation.batch_size):
         metrics = measure(recipe, loaded, tokenizer, rows, predictions)
     _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
 
 
 def _refuse_contradictions(harness: str | None, without: dict[str, Any], only_with: dict[str, Any]) -> None:
-    """Refuse options that belong to data of one's own beside `--harness`, and those of `--harness` without it."""
+    """Refuse options for the user's own data together with `--harness`, and options of `--harness` without it."""
     if harness is None:
-        if given := [option for option, value in only_with.items() if value]:
-            raise DataError(f"{' and '.join(given)} belongs to --harness TASKS, which is not given. Add it.")
+        if misplaced := [option for option, value in only_with.items() if value]:
+            raise DataError(f"{' and '.join(misplaced)} belongs to --harness TASKS, which is not given. Add it.")
         return
-    if given := [option for option, value in without.items() if value]:
+    if misplaced := [option for option, value in without.items() if value]:
         raise DataError(
-            f"{' and '.join(given)} cannot be given with --harness, whose tasks bring their own data and metrics. Type "
+            f"{' and '.join(misplaced)} cannot be given with --harness, whose tasks bring their own data and metrics. Type "
             "two commands, one for each."
         )
 
@@ -106,13 +106,13 @@ def _on_public_tasks(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure on tasks of lm-evaluation-harness, print what came out, and keep it beside the model."""
+    """Measure on tasks of lm-evaluation-harness, print the results, and save them in the model's folder."""
     with loading_libraries():
         from sbft.evaluation.harness import FILE_NAME, load_tasks, read, run_tasks, save
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        raise DataError("--harness names no task. Type, for example: --harness gsm8k,arc_easy")
+        raise DataError("--harness names no task. Type for example: --harness gsm8k,arc_easy")
     for change in overrides or []:
         if change.partition("=")[0].strip() not in ("dtype", "trust_remote_code", "allow_pickle"):
             raise DataError(
@@ -125,12 +125,12 @@ def _on_public_tasks(
     )
     destination = output or (Path(model) / FILE_NAME if Path(model).is_dir() else None)
     if destination is not None:
-        read(destination)  # refused now, not after hours
+        read(destination)  # to fail now, not after hours
     tasks = load_tasks(wanted, folder)
     loaded, tokenizer = load_for_use(
         model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
     )
-    with _memory_suffices(settings["batch_size"]):
+    with _advice_if_out_of_memory(settings["batch_size"]):
         results = run_tasks(loaded, tokenizer, tasks, **settings)
     if destination is not None:
         save(results, destination, model=model, dtype=str(recipe.dtype), **settings)
@@ -138,8 +138,8 @@ def _on_public_tasks(
 
 
 @contextmanager
-def _memory_suffices(batch_size: int) -> Iterator[None]:
-    """Says what to type where memory runs out."""
+def _advice_if_out_of_memory(batch_size: int) -> Iterator[None]:
+    """Say what to type if memory runs out."""
     from sbft.runs.failures import is_out_of_memory
 
     try:
@@ -161,7 +161,7 @@ def _recipe_of(
     batch_size: int | None,
     overrides: list[str] | None,
 ) -> Recipe:
-    """The recipe that the model was trained by, so that questions are put as in training; else the defaults."""
+    """The recipe that the model was trained by, so that it is prompted as in training; else the defaults."""
     saved = Path(model) / "recipe.yaml"
     changes = [*(overrides or [])]
     if metric:
@@ -173,7 +173,7 @@ def _recipe_of(
     if saved.is_file():
         return recipe_of(saved, changes)
     if data is None:
-        raise DataError(f"{model} is no folder of a run, so what to measure on is not known. Type --data D.")
+        raise DataError(f"{model} is no folder of a run, so there is no data to measure on. Add --data D.")
     return recipe_of(None, changes, model=model, data=data)
 
 
@@ -184,7 +184,7 @@ def _rows(recipe: Recipe, data: str | None) -> Dataset:
     if data is None:
         rows = evaluation_rows(read_splits(recipe.data))
         if rows is None:
-            raise DataError("The recipe of this run has no evaluation data. Type --data D.")
+            raise DataError("The recipe of this run has no evaluation data. Add --data D.")
         return rows
     generated = data.startswith("generated:")
     size = recipe.data.eval_size or (recipe.evaluation.limit or 100 if generated else None)

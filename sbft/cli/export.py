@@ -1,4 +1,4 @@
-"""`sbft export`: a trained model as other tools take it, whole or as a LoRA adapter."""
+"""`sbft export`: a trained model in the form that other tools read, whole or as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def export(
         typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in OUT names it."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float32 or float16; default: as the run has it.")
+        str | None, typer.Option(help="bfloat16, float32 or float16; default: that of the run.")
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest size of a file; default: 5GB.")
@@ -69,16 +69,16 @@ def export(
 def _refuse_contradictions(as_lora: int | None, no_eval: bool, max_shard_size: str | None) -> None:
     if as_lora is None and no_eval:
         raise ExportError(
-            "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not measured again."
+            "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not evaluated."
         )
     if as_lora is not None and max_shard_size is not None:
-        raise ExportError("--max-shard-size is for whole models; an adapter is one file. Leave it or --as-lora out.")
+        raise ExportError("--max-shard-size is for whole models; an adapter is one file. Leave out one of the two.")
 
 
 def _extract(
     source: Path, to: Path, rank: int, evaluate: bool, trust_remote_code: bool, settings: dict[str, Any]
 ) -> None:
-    """Write the adapter, then measure it, and keep beside it what came of both."""
+    """Write the adapter, measure it, and save a report in its folder."""
     with starting():
         from rich.console import Console
 
@@ -94,7 +94,7 @@ def _extract(
             **settings,
             progress=lambda name: status.update(f"Comparing {name}"),
         )
-        save_report(made, source, None)  # what was extracted is not lost to what goes wrong when it is measured
+        save_report(made, source, None)  # now, so that a failed measurement loses nothing
         metrics = None
         if evaluate:
             status.update("Measuring the adapter")

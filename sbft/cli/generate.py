@@ -1,4 +1,4 @@
-"""`sbft generate`: put one question to a model."""
+"""`sbft generate`: ask a model one question."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def generate(
     saved = Path(model) / "recipe.yaml"
     recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
     loaded, tokenizer = load_for_use(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    style = recipe.data
+    data = recipe.data
     encoded = encode_prompts(
         [{"prompt": prompt, "tools": None if tools is None else read_json(tools)}],
         tokenizer,
-        chat_template=style.chat_template,
-        system=style.system,
-        chat_template_kwargs=style.chat_template_kwargs,
+        chat_template=data.chat_template,
+        system=data.system,
+        chat_template_kwargs=data.chat_template_kwargs,
     )
     print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])

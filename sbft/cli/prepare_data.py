@@ -1,4 +1,4 @@
-"""`sbft prepare-data`: make the tokens of a pretraining recipe, so that a run only has to read them."""
+"""`sbft prepare-data`: tokenize the text of a pretraining recipe before it is trained on."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def ls() -> None:
 
 
 def _in_columns(name: str, text: str, column: int) -> str:
-    """One line; on a terminal as many as its width takes, where words would else be cut in two."""
+    """One line; on a terminal, wrapped at its width between words."""
     import shutil
     import textwrap
 
@@ -60,22 +60,22 @@ def show(
     if resolved:
         with starting():
             from sbft.recipe import load_recipe
-        print(_whole(load_recipe(name), name), end="")
+        print(_resolved_text(load_recipe(name), name), end="")
         return
     from sbft.recipe.draft import source_text
 
     print(source_text(name)[0], end="")
 
 
-def _whole(recipe: Recipe, source: str) -> str:
-    """Every setting as YAML, which runs as the recipe does; it begins, as recipes do, with the command."""
+def _resolved_text(recipe: Recipe, source: str) -> str:
+    """Every setting as YAML that runs like the recipe. It begins with the command, as recipes do."""
     from sbft.recipe import for_pretraining, resolve
     from sbft.recipe.pretraining import is_pretraining
 
     pretrains = is_pretraining(recipe.model_dump(exclude_unset=True))
     verb = "pretrain" if pretrains else "train"
-    whole = resolve(for_pretraining(recipe) if pretrains else recipe)
-    return f"# sbft {verb} {source}\n# All settings, with those that sbft {verb} fills in.\n\n{whole.to_yaml()}"
+    full = resolve(for_pretraining(recipe) if pretrains else recipe)
+    return f"# sbft {verb} {source}\n# All settings, with those that sbft {verb} fills in.\n\n{full.to_yaml()}"
 
 
 @app.command("cp")
@@ -95,7 +95,7 @@ def cp(
     text = recipe_text(name)
     target = destination / f"{name}.yaml" if destination.is_dir() else destination
     if target.exists():
-        raise RecipeError(f"{target} already exists. Type another name, or remove it first.")
+        raise RecipeError(f"{target} already exists. Choose another name, or remove it first.")
     if not target.parent.is_dir():
         raise RecipeError(f"There is no folder {target.parent}. Type: mkdir -p {target.parent}")
     target.write_text(text, encoding="utf-8")

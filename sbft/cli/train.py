@@ -1,4 +1,4 @@
-"""`sbft train`: fine-tune a model as a recipe, or the flags in its place, say."""
+"""`sbft train`: fine-tune a model as a recipe, or flags instead of one, say."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes
     console = Console(highlight=False, quiet=is_silent_rank())
     console.print(in_brief(recipe), style="dim", markup=False, soft_wrap=True)
     console.print(
-        f"All other settings are those of method {recipe.method}: {recipe.output_dir}/recipe.yaml will hold every one.",
+        f"All other settings are those of method {recipe.method}: {recipe.output_dir}/recipe.yaml will list every one.",
         markup=False,
         soft_wrap=not console.is_terminal,
     )

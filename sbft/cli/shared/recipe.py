@@ -21,7 +21,7 @@ def recipe_of(
         source: a YAML file, or the name of a recipe that ships with sbft; None if the flags say everything.
         overrides: `KEY=VALUE`, as `--set` takes them.
         pretraining: fill in the defaults of pretraining.
-        **flags: what stands in place of a recipe, as for `sbft.recipe.load_recipe`; None where it was not typed.
+        **flags: what is given instead of a recipe, as for `sbft.recipe.load_recipe`; None if it was not typed.
 
     Raises:
         RecipeError: if the recipe is not valid.

@@ -355,7 +355,7 @@ def test_the_command_prints_the_curve_the_answer_and_what_to_type(
     code, out, err = command(*given, "--max-batch-size", "2", "--seconds", "0")
     assert code == 0, err
     _, header, first, second, *_ = out[out.index("\n\n") :].split("\n", 1)[1].splitlines()
-    assert header.split("  ")[:2] == ["batch size", "tokens a step"] and "MFU" not in header
+    assert header.split("  ")[:2] == ["batch size", "tokens/step"] and "MFU" not in header
     assert (first.split()[0], second.split()[0]) == ("1", "2")
     kept = json.loads(Path("runs/batch-size-rows/batch-size.json").read_text())
     assert kept["batch_size"] in (1, 2) and f"Batch size {kept['batch_size']} is the " in out
