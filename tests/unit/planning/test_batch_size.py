@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from sbft.cli.batch_size import batch_size
-from sbft.errors import RecipeError, TrainingError
-from sbft.native.sizes import parse_bytes
+from sbft.errors import TrainingError
 from sbft.planning.batch_size.curve import Curve, Timed, expected_peak_bytes, search
 from sbft.planning.batch_size.flops import training_flops
 from sbft.planning.batch_size.peak_flops import peak_flops
@@ -139,17 +138,6 @@ def test_what_is_free_here_is_more_than_this_process_and_less_than_the_machine()
     found = usable_bytes(torch.device("cpu"))
     assert found is not None and 0 < found < total
     assert usable_bytes(torch.device("cuda")) is None
-
-
-@pytest.mark.parametrize(("text", "size"), [("20GiB", 20 * GIB), ("24 GB", 24 * 10**9), ("512MiB", GIB // 2)])
-def test_sizes_of_memory(text: str, size: int) -> None:
-    assert parse_bytes(text, "--memory-limit") == size
-
-
-@pytest.mark.parametrize("text", ["much", "-1GiB", "0", ""])
-def test_what_is_no_size_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match="--memory-limit is .*20GiB"):
-        parse_bytes(text, "--memory-limit")
 
 
 # Operations
