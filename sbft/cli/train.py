@@ -67,7 +67,7 @@ def train(
 
 
 def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes: int) -> None:
-    """Train as a resolved recipe says, and show the progress; with several processes, each of them does so."""
+    """Train as a resolved recipe says, in as many processes as are asked for, and show the progress."""
     if num_processes > 1:
         flags = [flag for flag, is_set in {"--resume": resume, "--overwrite": overwrite}.items() if is_set]
         raise typer.Exit(_train_in_parallel(recipe, flags, num_processes))

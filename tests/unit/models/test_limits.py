@@ -171,4 +171,4 @@ def test_what_is_evaluated_or_asked_is_refused_too_and_answers_end_where_positio
             evaluate_loss(model, [{"input_ids": ids[0], "labels": ids[0]}], Collator(2))
     assert not caplog.text
     assert len(generate_answers(model, tokenizer, [[5] * 28, [5] * 4], max_new_tokens=8)) == 2
-    assert "would not fit the model's 32 positions" in caplog.text
+    assert "does not fit the model's 32 positions" in caplog.text
