@@ -255,7 +255,7 @@ def test_what_is_no_whole_model_is_named(run: Path, tmp_path: Path) -> None:
     export_model(run, tmp_path / "many", max_shard_bytes=50_000)
     missing = sorted((tmp_path / "many").glob("*.safetensors"))[1]
     missing.unlink()
-    with pytest.raises(ModelError, match=f"names {missing.name}, which is not there"):
+    with pytest.raises(ModelError, match=f"names {missing.name}, which is missing"):
         export_model(tmp_path / "many", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
