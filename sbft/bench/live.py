@@ -16,11 +16,11 @@ from sbft.bench.running import Active
 from sbft.bench.runs import RateChoice, choose_rate, groups
 from sbft.bench.schedule import Planned, duration, predictions, time_left
 from sbft.bench.suite import Suite
+from sbft.native.sizes import gib
 from sbft.runs.record import RunRecord
 
 _REDRAW_EVERY_S = 0.5
 _LONGEST_REASON = 300
-_GIBIBYTE = 1 << 30
 
 
 class SuiteProgress:
@@ -149,5 +149,5 @@ def _result(record: RunRecord | None, elapsed_s: float) -> str:
         f"{name} {value:.4g}" for name, value in record.metrics.items() if value is not None and name != "perplexity"
     ]
     if record.peak_memory_bytes is not None:
-        figures.append(f"peak {record.peak_memory_bytes / _GIBIBYTE:.2f} GiB")
+        figures.append(f"peak {gib(record.peak_memory_bytes)}")
     return f"done in {duration(elapsed_s)}: {', '.join(figures)}"

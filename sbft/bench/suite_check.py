@@ -61,8 +61,8 @@ def data_problems(suite: Suite) -> list[str]:
 
     Test runs come hours after the validation runs that choose their rates: too late to hear of a misspelt file.
     """
+    from sbft.data.sources import read_splits
     from sbft.recipe.pretraining import is_pretraining
-    from sbft.runs.prepare import read_splits
     from sbft.runs.token_data import load_tokens
 
     found: dict[str, None] = {}
@@ -77,7 +77,7 @@ def data_problems(suite: Suite) -> list[str]:
             if is_pretraining(recipe.model_dump(exclude_none=True)):
                 load_tokens(recipe)  # prepared here on first use, not in the time of the first run
             else:
-                read_splits(recipe)
+                read_splits(recipe.data)
         except SbftError as error:
             found.setdefault(f"tasks.{run.task}.data: {error}")
     return list(found)

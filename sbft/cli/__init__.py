@@ -1,4 +1,4 @@
-"""The `sbft` command: one short file a verb, heavy imports inside the functions."""
+"""The `sbft` command: one file per verb, with heavy imports inside its functions."""
 
 from sbft.cli.shared.starting import end_at_once_on_ctrl_c
 

@@ -35,7 +35,7 @@ GROUPS = {
 
 
 class _Verbs(TyperGroup):
-    """Verbs in groups. Typer has them in its panels alone, which are drawn by rich and take twice the time."""
+    """Verbs in groups. Typer itself groups them only in panels drawn by rich, which take twice the time."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [name for names in GROUPS.values() for name in names]
@@ -44,13 +44,13 @@ class _Verbs(TyperGroup):
         width = max(map(len, self.commands))
         for title, names in GROUPS.items():
             with formatter.section(title):
-                # Padded, so that the summaries of all groups stand in one column.
+                # Padded, so that the summaries of all groups are aligned.
                 formatter.write_dl(
                     [(f"{name:<{width}}", self.commands[name].get_short_help_str(formatter.width)) for name in names]
                 )
 
 
-# Without markup the help is plain text, and does not load rich: `sbft --help` answers in half the time.
+# Without markup, the help is plain text and does not load rich: `sbft --help` takes half the time.
 app = typer.Typer(
     name="sbft",
     cls=_Verbs,

@@ -1,4 +1,4 @@
-"""`sbft bench`: make the runs of a suite, and their report."""
+"""`sbft bench`: run a suite, and write its report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.starting import starting
+from sbft.cli.shared.verb import verb
 
 if TYPE_CHECKING:
     from sbft.bench.schedule import Planned
     from sbft.bench.suite import Suite
 
 
+@verb
 def bench(
     suite: Annotated[
         str | None,
@@ -48,7 +49,6 @@ def bench(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the suite: seeds=[0]. Repeatable."),
     ] = None,
-    traceback: TracebackOption = False,
 ) -> None:
     """Compare methods: run a suite and write its report.
 
@@ -57,20 +57,19 @@ def bench(
     with starting():
         from sbft.bench.schedule import listing
         from sbft.bench.suite import find_suite, load_suite, uneven_grids
-    with shown_as_a_paragraph(traceback):
-        if suite is None:
-            _list_suites()
-            return
-        wanted = load_suite(suite, overrides)
-        folder = output_dir or Path("runs") / find_suite(suite).stem
-        _refuse_if_nothing_fits(wanted, folder, only or [])
-        if note := uneven_grids(wanted):
-            print(f"Note: {note}")
-        if dry_run:
-            print(listing(_wanted_runs(wanted, folder, only or [], retry), jobs or 1))
-            return
-        _run(wanted, folder, only or [], jobs, ray, retry)
-        _report(folder)
+    if suite is None:
+        _list_suites()
+        return
+    loaded = load_suite(suite, overrides)
+    folder = output_dir or Path("runs") / find_suite(suite).stem
+    _refuse_if_nothing_matches(loaded, folder, only or [])
+    if note := uneven_grids(loaded):
+        print(f"Note: {note}")
+    if dry_run:
+        print(listing(_wanted_runs(loaded, folder, only or [], retry), jobs or 1))
+        return
+    _run(loaded, folder, only or [], jobs, ray, retry)
+    _report(folder)
 
 
 def _list_suites() -> None:
@@ -83,28 +82,28 @@ def _list_suites() -> None:
     print("\nNext: sbft bench quick, or sbft bench paper-table --dry-run to see what it would run.")
 
 
-def _refuse_if_nothing_fits(suite: Suite, folder: Path, only: list[str]) -> None:
+def _refuse_if_nothing_matches(suite: Suite, folder: Path, only: list[str]) -> None:
     from sbft.bench.schedule import is_wanted, plan
     from sbft.errors import RecipeError
 
-    names = [one.name for one in plan(suite, folder)]
+    names = [run.name for run in plan(suite, folder)]
     for pattern in only:
         if not any(is_wanted(name, [pattern]) for name in names):
             raise RecipeError(
-                f"--only {pattern} fits no run. A run is called TASK/METHOD/lr=RATE/PHASE-seed=N; tasks are "
+                f"--only {pattern} matches no run. A run is called TASK/METHOD/lr=RATE/PHASE-seed=N; tasks are "
                 f"{', '.join(suite.tasks)}, methods {', '.join(suite.methods)}, phases validation and test. The first "
                 f"run is {names[0]}."
             )
 
 
 def _wanted_runs(suite: Suite, folder: Path, only: list[str], retry: bool) -> list[Planned]:
-    """The plan, where a run that failed and shall be made again is one to do."""
+    """The planned runs that `--only` selects. With `--retry`, failed runs are to do again."""
     from dataclasses import replace
 
     from sbft.bench.schedule import is_wanted, plan
 
-    planned = [one for one in plan(suite, folder) if is_wanted(one.name, only)]
-    return [replace(one, record=None) if retry and one.state == "failed" else one for one in planned]
+    planned = [run for run in plan(suite, folder) if is_wanted(run.name, only)]
+    return [replace(run, record=None) if retry and run.state == "failed" else run for run in planned]
 
 
 def _run(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: str | None, retry: bool) -> None:
@@ -112,20 +111,20 @@ def _run(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: str
     from sbft.bench.schedule import plan
 
     check_same(suite, folder, retry=retry)
-    if any(one.state == "to do" for one in _wanted_runs(suite, folder, only, retry)):
+    if any(run.state == "to do" for run in _wanted_runs(suite, folder, only, retry)):
         _make(suite, folder, only, jobs, ray, retry)
     else:
         prepare(suite, folder, retry=retry, only=only)
     planned = plan(suite, folder)
-    count = {state: sum(one.state == state for one in planned) for state in ("done", "failed", "to do")}
+    count = {state: sum(run.state == state for run in planned) for state in ("done", "failed", "to do")}
     runs = f"{len(planned)} run{'s' * (len(planned) != 1)}"
     print(f"{runs}: {count['done']} done, {count['failed']} failed, {count['to do']} to do.")
-    for reason in dict.fromkeys(one.hopeless for one in planned if one.hopeless is not None):
+    for reason in dict.fromkeys(run.hopeless for run in planned if run.hopeless is not None):
         print(reason)
     if count["to do"] and only:
-        print("Those to do are left out by --only, or wait for validation runs that are.")
+        print("Runs still to do are excluded by --only, or wait for validation runs that are.")
     if count["failed"]:
-        print("Type the same command with --retry to make the failed ones again.")
+        print("To repeat the failed runs, type the same command with --retry.")
 
 
 def _make(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: str | None, retry: bool) -> None:
@@ -140,7 +139,7 @@ def _make(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: st
     from sbft.bench.running import Place
     from sbft.bench.suite_check import check_recipes
 
-    # Before anything else: whether there is a cluster is known at once.
+    # First of all, because a missing cluster shows at once.
     with nullcontext() if ray is None else Cluster(ray, suite, folder, jobs) as cluster:
         gpus = check_recipes(suite)
         place: Place = cluster or ThisMachine(jobs or max(len(gpus), 1), gpus)

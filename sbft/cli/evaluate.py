@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
-from sbft.cli.shared.load import asked_for
+from sbft.cli.shared.load import asked_for, load_for_use
 from sbft.cli.shared.options import AllowPickleOption, TrustRemoteCodeOption
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.recipe import recipe_of
+from sbft.cli.shared.starting import loading_libraries
+from sbft.cli.shared.verb import verb
+from sbft.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from sbft.recipe import Recipe
 
 
+@verb
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
     data: Annotated[
@@ -52,52 +55,44 @@ def evaluate(
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Measure a model on your data, or on public tasks.
 
     What is measured: loss, perplexity, and metrics of the answers that the model generates.
     """
-    with shown_as_a_paragraph(traceback):
-        _refuse_contradictions(
-            harness,
-            {"--data": data, "--metric": metric, "--predictions": predictions},
-            {"--harness-tasks": harness_tasks, "--chat-template": chat_template, "--output": output},
-        )
-        # Before what the user has set, and after what a recipe that came with the model says.
-        overrides = [*asked_for(trust_remote_code, allow_pickle), *(overrides or [])]
-        if harness is not None:
-            settings = {"limit": limit, "batch_size": batch_size or 1, "chat_template": chat_template}
-            _on_public_tasks(model, harness, harness_tasks, overrides, settings, output, json_output)
-            return
-        with starting():
-            from sbft.cli.shared.quiet import quiet_libraries
+    _refuse_contradictions(
+        harness,
+        {"--data": data, "--metric": metric, "--predictions": predictions},
+        {"--harness-tasks": harness_tasks, "--chat-template": chat_template, "--output": output},
+    )
+    # These override a recipe that came with the model. What the user sets comes last.
+    overrides = [*asked_for(trust_remote_code, allow_pickle), *(overrides or [])]
+    if harness is not None:
+        settings = {"limit": limit, "batch_size": batch_size or 1, "chat_template": chat_template}
+        _on_public_tasks(model, harness, harness_tasks, overrides, settings, output, json_output)
+        return
+    with loading_libraries():
+        from sbft.runs.measurement import measure
 
-            quiet_libraries()
-            from sbft.cli.shared.load import load_for_use
-            from sbft.runs.run_recipe import measure
-
-        recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
-        rows = _rows(recipe, data)
-        loaded, tokenizer = load_for_use(
-            model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
-        )
-        with _memory_suffices(recipe.evaluation.batch_size):
-            metrics = measure(recipe, loaded, tokenizer, rows, predictions)
-        _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
+    recipe = _recipe_of(model, data, metric, limit, batch_size, overrides)
+    rows = _rows(recipe, data)
+    loaded, tokenizer = load_for_use(
+        model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
+    )
+    with _advice_if_out_of_memory(recipe.evaluation.batch_size):
+        metrics = measure(recipe, loaded, tokenizer, rows, predictions)
+    _print(metrics, min(len(rows), recipe.evaluation.limit or len(rows)), json_output)
 
 
 def _refuse_contradictions(harness: str | None, without: dict[str, Any], only_with: dict[str, Any]) -> None:
-    """Refuse options that belong to data of one's own beside `--harness`, and those of `--harness` without it."""
-    from sbft.errors import DataError
-
+    """Refuse options for the user's own data together with `--harness`, and options of `--harness` without it."""
     if harness is None:
-        if given := [option for option, value in only_with.items() if value]:
-            raise DataError(f"{' and '.join(given)} belongs to --harness TASKS, which is not given. Add it.")
+        if misplaced := [option for option, value in only_with.items() if value]:
+            raise DataError(f"{' and '.join(misplaced)} belongs to --harness TASKS, which is not given. Add it.")
         return
-    if given := [option for option, value in without.items() if value]:
+    if misplaced := [option for option, value in without.items() if value]:
         raise DataError(
-            f"{' and '.join(given)} cannot be given with --harness, whose tasks bring their own data and metrics. Type "
+            f"{' and '.join(misplaced)} cannot be given with --harness, whose tasks bring their own data and metrics. Type "
             "two commands, one for each."
         )
 
@@ -111,19 +106,13 @@ def _on_public_tasks(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure on tasks of lm-evaluation-harness, print what came out, and keep it beside the model."""
-    with starting():
-        from sbft.cli.shared.quiet import quiet_libraries
-
-        quiet_libraries()
-        from sbft.cli.shared.load import load_for_use
-        from sbft.errors import DataError
+    """Measure on tasks of lm-evaluation-harness, print the results, and save them in the model's folder."""
+    with loading_libraries():
         from sbft.evaluation.harness import FILE_NAME, load_tasks, read, run_tasks, save
-        from sbft.recipe import load_recipe, resolve
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        raise DataError("--harness names no task. Type, for example: --harness gsm8k,arc_easy")
+        raise DataError("--harness names no task. Type for example: --harness gsm8k,arc_easy")
     for change in overrides or []:
         if change.partition("=")[0].strip() not in ("dtype", "trust_remote_code", "allow_pickle"):
             raise DataError(
@@ -131,17 +120,17 @@ def _on_public_tasks(
                 "Only dtype, trust_remote_code and allow_pickle can be set."
             )
     saved = Path(model) / "recipe.yaml"
-    recipe = resolve(
-        load_recipe(saved, overrides) if saved.is_file() else load_recipe(None, overrides, model=model, data="none")
+    recipe = (
+        recipe_of(saved, overrides) if saved.is_file() else recipe_of(None, overrides, model=model, data="none")
     )
     destination = output or (Path(model) / FILE_NAME if Path(model).is_dir() else None)
     if destination is not None:
-        read(destination)  # refused now, not after hours
+        read(destination)  # to fail now, not after hours
     tasks = load_tasks(wanted, folder)
     loaded, tokenizer = load_for_use(
         model, str(recipe.dtype), trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle
     )
-    with _memory_suffices(settings["batch_size"]):
+    with _advice_if_out_of_memory(settings["batch_size"]):
         results = run_tasks(loaded, tokenizer, tasks, **settings)
     if destination is not None:
         save(results, destination, model=model, dtype=str(recipe.dtype), **settings)
@@ -149,9 +138,8 @@ def _on_public_tasks(
 
 
 @contextmanager
-def _memory_suffices(batch_size: int) -> Iterator[None]:
-    """Says what to type where memory runs out."""
-    from sbft.errors import DataError
+def _advice_if_out_of_memory(batch_size: int) -> Iterator[None]:
+    """Say what to type if memory runs out."""
     from sbft.runs.failures import is_out_of_memory
 
     try:
@@ -162,7 +150,7 @@ def _memory_suffices(batch_size: int) -> Iterator[None]:
         smaller = (
             f"--batch-size {batch_size // 2}" if batch_size > 1 else "--limit N, shorter examples or a smaller model"
         )
-        raise DataError(f"Out of memory with {batch_size} examples at once. Try {smaller}.") from error
+        raise DataError(f"Out of memory with batches of {batch_size}. Try {smaller}.") from error
 
 
 def _recipe_of(
@@ -173,10 +161,7 @@ def _recipe_of(
     batch_size: int | None,
     overrides: list[str] | None,
 ) -> Recipe:
-    """The recipe that the model was trained by, so that questions are put as in training; else the defaults."""
-    from sbft.errors import DataError
-    from sbft.recipe import load_recipe, resolve
-
+    """The recipe that the model was trained by, so that it is prompted as in training; else the defaults."""
     saved = Path(model) / "recipe.yaml"
     changes = [*(overrides or [])]
     if metric:
@@ -186,21 +171,20 @@ def _recipe_of(
     if batch_size:
         changes.append(f"evaluation.batch_size={batch_size}")
     if saved.is_file():
-        return resolve(load_recipe(saved, changes))
+        return recipe_of(saved, changes)
     if data is None:
-        raise DataError(f"{model} is no folder of a run, so what to measure on is not known. Type --data D.")
-    return resolve(load_recipe(None, changes, model=model, data=data))
+        raise DataError(f"{model} is no folder of a run, so there is no data to measure on. Add --data D.")
+    return recipe_of(None, changes, model=model, data=data)
 
 
 def _rows(recipe: Recipe, data: str | None) -> Dataset:
-    from sbft.data.sources import load_source
-    from sbft.errors import DataError
-    from sbft.runs.prepare import evaluation_rows, read_splits
+    from sbft.data.sources import load_source, read_splits
+    from sbft.runs.prepare import evaluation_rows
 
     if data is None:
-        rows = evaluation_rows(read_splits(recipe))
+        rows = evaluation_rows(read_splits(recipe.data))
         if rows is None:
-            raise DataError("The recipe of this run has no evaluation data. Type --data D.")
+            raise DataError("The recipe of this run has no evaluation data. Add --data D.")
         return rows
     generated = data.startswith("generated:")
     size = recipe.data.eval_size or (recipe.evaluation.limit or 100 if generated else None)

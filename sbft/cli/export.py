@@ -1,4 +1,4 @@
-"""`sbft export`: a trained model as other tools take it, whole or as a LoRA adapter."""
+"""`sbft export`: a trained model in the form that other tools read, whole or as a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import TrustRemoteCodeOption
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.starting import loading_libraries, starting
+from sbft.cli.shared.verb import verb
+from sbft.errors import ExportError
+from sbft.native.sizes import mib, parse_bytes
 
 
+@verb
 def export(
     source: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, or one of its checkpoints.")],
     to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")],
@@ -24,7 +27,7 @@ def export(
         typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in OUT names it."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float32 or float16; default: as the run has it.")
+        str | None, typer.Option(help="bfloat16, float32 or float16; default: that of the run.")
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest size of a file; default: 5GB.")
@@ -32,58 +35,50 @@ def export(
     no_eval: Annotated[bool, typer.Option("--no-eval", help="Do not evaluate the adapter.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is in DIR.")] = False,
     trust_remote_code: TrustRemoteCodeOption = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Write a trained model for other tools, or as an adapter.
 
     The result is plain safetensors; an adapter is merged into its base. With --as-lora, a LoRA adapter is extracted from a
     full fine-tuning.
     """
-    with shown_as_a_paragraph(traceback):
-        _refuse_contradictions(as_lora, no_eval, max_shard_size)
-        with starting():
-            from sbft.cli.shared.quiet import quiet_libraries
+    _refuse_contradictions(as_lora, no_eval, max_shard_size)
+    with loading_libraries():
+        from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
 
-            quiet_libraries()
-            from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
-            from sbft.planning.memory.usable import parse_bytes
-
-        if as_lora is not None:
-            settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
-            _extract(source, to, as_lora, not no_eval, trust_remote_code, settings)
-            return
-        size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
-        written = export_model(
-            source,
-            to,
-            base=base,
-            dtype=dtype,
-            max_shard_bytes=size,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-        )
-        if written.merged_into is not None:
-            values = ", with the 4-bit values it was trained on" if written.dequantized else ""
-            print(f"The adapter is merged into {written.merged_into}{values}.")
-        files = "1 file" if written.files == 1 else f"{written.files} files"
-        print(f"Written to {to}: {written.size_bytes / 2**20:.0f} MiB of weights in {files}.")
+    if as_lora is not None:
+        settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
+        _extract(source, to, as_lora, not no_eval, trust_remote_code, settings)
+        return
+    size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
+    written = export_model(
+        source,
+        to,
+        base=base,
+        dtype=dtype,
+        max_shard_bytes=size,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    if written.merged_into is not None:
+        values = ", with the 4-bit values it was trained on" if written.dequantized else ""
+        print(f"The adapter is merged into {written.merged_into}{values}.")
+    files = "1 file" if written.files == 1 else f"{written.files} files"
+    print(f"Written to {to}: {mib(written.size_bytes)} of weights in {files}.")
 
 
 def _refuse_contradictions(as_lora: int | None, no_eval: bool, max_shard_size: str | None) -> None:
-    from sbft.errors import ExportError
-
     if as_lora is None and no_eval:
         raise ExportError(
-            "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not measured again."
+            "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not evaluated."
         )
     if as_lora is not None and max_shard_size is not None:
-        raise ExportError("--max-shard-size is for whole models; an adapter is one file. Leave it or --as-lora out.")
+        raise ExportError("--max-shard-size is for whole models; an adapter is one file. Leave out one of the two.")
 
 
 def _extract(
     source: Path, to: Path, rank: int, evaluate: bool, trust_remote_code: bool, settings: dict[str, Any]
 ) -> None:
-    """Write the adapter, then measure it, and keep beside it what came of both."""
+    """Write the adapter, measure it, and save a report in its folder."""
     with starting():
         from rich.console import Console
 
@@ -99,7 +94,7 @@ def _extract(
             **settings,
             progress=lambda name: status.update(f"Comparing {name}"),
         )
-        save_report(made, source, None)  # what was extracted is not lost to what goes wrong when it is measured
+        save_report(made, source, None)  # now, so that a failed measurement loses nothing
         metrics = None
         if evaluate:
             status.update("Measuring the adapter")

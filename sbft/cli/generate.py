@@ -1,4 +1,4 @@
-"""`sbft generate`: put one question to a model."""
+"""`sbft generate`: ask a model one question."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.load import load_for_use
 from sbft.cli.shared.options import AllowPickleOption, TrustRemoteCodeOption
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.starting import loading_libraries
+from sbft.cli.shared.verb import verb
 
 
+@verb
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a run, any checkpoint, hub id, or builtin:NAME.")],
     prompt: Annotated[str, typer.Argument(help="What to ask the model.")],
@@ -21,32 +23,26 @@ def generate(
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Print a model's answer to a prompt.
 
     The prompt is formatted as in training. Decoding is greedy.
     """
-    with shown_as_a_paragraph(traceback):
-        with starting():
-            from sbft.cli.shared.quiet import quiet_libraries
+    with loading_libraries():
+        from sbft.data.files import read_json
+        from sbft.data.format import encode_prompts
+        from sbft.evaluation.generate import generate_answers
+        from sbft.recipe import load_recipe
 
-            quiet_libraries()
-            from sbft.cli.shared.load import load_for_use
-            from sbft.data.files import read_json
-            from sbft.data.format import encode_prompts
-            from sbft.evaluation.generate import generate_answers
-            from sbft.recipe import load_recipe
-
-        saved = Path(model) / "recipe.yaml"
-        recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
-        loaded, tokenizer = load_for_use(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        style = recipe.data
-        encoded = encode_prompts(
-            [{"prompt": prompt, "tools": None if tools is None else read_json(tools)}],
-            tokenizer,
-            chat_template=style.chat_template,
-            system=style.system,
-            chat_template_kwargs=style.chat_template_kwargs,
-        )
-        print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])
+    saved = Path(model) / "recipe.yaml"
+    recipe = load_recipe(saved) if saved.is_file() else load_recipe(None, model=model, data="none")
+    loaded, tokenizer = load_for_use(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    data = recipe.data
+    encoded = encode_prompts(
+        [{"prompt": prompt, "tools": None if tools is None else read_json(tools)}],
+        tokenizer,
+        chat_template=data.chat_template,
+        system=data.system,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+    print(generate_answers(loaded, tokenizer, encoded, max_new_tokens=max_new_tokens)[0])

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of a machine and of what is installed on it; never a password or a token."""
+"""What a bug report needs to know about a machine and its packages; never a password or a token."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sbft import __version__
 from sbft.errors import names_secret, without_secrets
 from sbft.native.compiling import CompilerMissing, find_compiler
+from sbft.native.sizes import gib
 from sbft.runs.record import PACKAGES, git_commit
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ _FURTHER_PACKAGES = (
     "ray",
 )  # fmt: skip
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
-"""Flags of /proc/cpuinfo by which matrix products in float32 and bfloat16 are fast or slow."""
+"""Flags of /proc/cpuinfo that make matrix products in float32 or bfloat16 fast."""
 _PREFIXES = (
     "SBFT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "LD_PRELOAD", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_",
     "PYTORCH_", "TORCH", "TRITON_", "ACCELERATE_", "FSDP_", "BNB_", "TRANSFORMERS_", "TOKENIZERS_",
@@ -37,20 +38,20 @@ _NAMES = {
 
 
 def installation() -> dict[str, str]:
-    """Each thing and what is to be said of it, in the order in which a reader asks."""
-    told = {"sbft": f"{__version__}, {_origin()}"}
-    told["python"] = f"{platform.python_version()} ({sys.executable})"
-    told["system"] = platform.platform()
-    told |= {package: _version(package) for package in (*PACKAGES[1:], *_FURTHER_PACKAGES)}
+    """Facts by name, in the order in which a reader asks for them."""
+    facts = {"sbft": f"{__version__}, {_origin()}"}
+    facts["python"] = f"{platform.python_version()} ({sys.executable})"
+    facts["system"] = platform.platform()
+    facts |= {package: _version(package) for package in (*PACKAGES[1:], *_FURTHER_PACKAGES)}
     try:
         import torch
     except (ImportError, OSError) as error:
-        told["device"] = f"not known, because torch cannot be imported: {error}"
+        facts["device"] = f"unknown, because torch cannot be imported: {error}"
     else:
-        told |= _of_torch(torch.device("cpu"))
-    told["C++ compiler"] = _compiler()
-    told["environment"] = _environment()
-    return told
+        facts |= _of_torch(torch.device("cpu"))
+    facts["C++ compiler"] = _compiler()
+    facts["environment"] = _environment()
+    return facts
 
 
 def _version(package: str) -> str:
@@ -70,21 +71,21 @@ def _of_torch(cpu: torch.device) -> dict[str, str]:
 
     from sbft.native.memory import device_name, type_of
 
-    told = {"device": device_name()}
+    facts = {"device": device_name()}
     if type_of() != "cpu":
-        told["CPU"] = device_name(cpu)
+        facts["CPU"] = device_name(cpu)
     if type_of() == "cuda":
         for number in range(torch.cuda.device_count()):
-            told[f"GPU {number}"] = _gpu(number)
-        told["GPU libraries"] = f"CUDA {torch.version.cuda}, HIP {torch.version.hip}, cuDNN {torch.backends.cudnn.version()}"
-    told["instructions"] = f"{torch.backends.cpu.get_cpu_capability()} is what torch uses; there are {_instructions()}"
-    told["threads"] = _threads()
-    told["memory"] = _memory()
-    told["memory pool"] = _pool()
-    told["kernels, CPU"] = _kernels(cpu)
+            facts[f"GPU {number}"] = _gpu(number)
+        facts["GPU libraries"] = f"CUDA {torch.version.cuda}, HIP {torch.version.hip}, cuDNN {torch.backends.cudnn.version()}"
+    facts["instructions"] = f"{torch.backends.cpu.get_cpu_capability()} is what torch uses; the CPU has {_instructions()}"
+    facts["threads"] = _threads()
+    facts["memory"] = _memory()
+    facts["memory pool"] = _pool()
+    facts["kernels, CPU"] = _kernels(cpu)
     if type_of() == "cuda":
-        told["kernels, GPU"] = _kernels(torch.device("cuda"))
-    return told
+        facts["kernels, GPU"] = _kernels(torch.device("cuda"))
+    return facts
 
 
 def _gpu(number: int) -> str:
@@ -92,7 +93,7 @@ def _gpu(number: int) -> str:
 
     properties = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
-    return f"{properties.name}, {properties.major}.{properties.minor}, {_gib(free)} of {_gib(total)} free"
+    return f"{properties.name}, {properties.major}.{properties.minor}, {gib(free, 1)} of {gib(total, 1)} free"
 
 
 def _instructions() -> str:
@@ -119,7 +120,7 @@ def _memory() -> str:
     from sbft.native.memory import available_bytes
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{_gib(total)}, of which a process can have {_gib(available_bytes('cpu'))} now"
+    return f"{gib(total, 1)}, of which a process can have {gib(available_bytes('cpu'), 1)} now"
 
 
 def _pool() -> str:
@@ -131,10 +132,10 @@ def _pool() -> str:
 
 
 def _kernels(device: torch.device) -> str:
-    """By what a parameter on this device would be updated. What is not compiled yet is compiled for that."""
+    """The kernels that would update a parameter on this device. They are compiled now if they are not yet."""
     from sbft.optim.kernels import backend_for, cpu, reference
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             backend = backend_for(device)
@@ -143,7 +144,7 @@ def _kernels(device: torch.device) -> str:
         compiled = cpu.library() is not None if backend is cpu else backend is not reference
     if compiled:
         return "compiled C++" if backend is cpu else f"Triton {_version('triton')}"
-    why = "; ".join(str(warning.message) for warning in said) or f"SBFT_KERNELS={os.environ.get('SBFT_KERNELS')}"
+    why = "; ".join(str(warning.message) for warning in caught) or f"SBFT_KERNELS={os.environ.get('SBFT_KERNELS')}"
     return f"plain torch ({why})"
 
 
@@ -163,7 +164,3 @@ def _environment() -> str:
         if (name in _NAMES or name.startswith(_PREFIXES)) and not names_secret(name)
     }
     return " ".join(f"{name}={value}" for name, value in held.items()) or "nothing set that matters to sbft"
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

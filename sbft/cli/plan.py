@@ -1,4 +1,4 @@
-"""`sbft plan`: what each method would need of memory, before anything is loaded."""
+"""`sbft plan`: how much memory each method would need, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import TrustRemoteCodeOption
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.starting import loading_libraries
+from sbft.cli.shared.verb import verb
+from sbft.errors import RecipeError
+from sbft.native.sizes import GIB, parse_bytes
 from sbft.recipe.methods import METHODS
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _HEADINGS = {
 }
 
 
+@verb
 def plan(
     model: Annotated[str, typer.Option(help="Hub id, local folder, builtin:NAME, or random:NAME for a known shape.")],
     gpu_memory: Annotated[
@@ -46,57 +49,50 @@ def plan(
     ] = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Predict each method's peak memory, and what fits.
 
     Only the model's config is read: no weights are needed. The prediction assumes that every token is learned.
     """
-    with shown_as_a_paragraph(traceback):
-        with starting():
-            from sbft.cli.shared.quiet import quiet_libraries
+    with loading_libraries():
+        from rich.console import Console
 
-            quiet_libraries()
-            from rich.console import Console
+        from sbft.native.memory import available_bytes, type_of
+        from sbft.planning.memory.fit import make_plan
+    planned, left_out = _methods_to_plan(methods)
+    device = "cuda" if gpu_memory is not None else type_of()
+    memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+    with Console(stderr=True).status("Planning") as status:
+        made = make_plan(
+            model,
+            sequence_length=sequence_length,
+            memory_bytes=memory,
+            device=device,
+            methods=planned,
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+            say=lambda method: status.update(f"Planning {method}"),
+        )
+    if as_json:
+        import json
 
-            from sbft.native.memory import available_bytes, type_of
-            from sbft.planning.memory.fit import make_plan
-            from sbft.planning.memory.usable import parse_bytes
-        chosen, left_out = _chosen(methods)
-        device = "cuda" if gpu_memory is not None else type_of()
-        memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-        with Console(stderr=True).status("Planning") as status:
-            made = make_plan(
-                model,
-                sequence_length=sequence_length,
-                memory_bytes=memory,
-                device=device,
-                methods=chosen,
-                batch_size=batch_size,
-                trust_remote_code=trust_remote_code,
-                say=lambda method: status.update(f"Planning {method}"),
-            )
-        if as_json:
-            import json
-
-            print(json.dumps(_for_machines(made), indent=1))
-        else:
-            _print_for_people(made)
-        if left_out:
-            Console(stderr=True, highlight=False).print(left_out, markup=False, soft_wrap=True)
+        print(json.dumps(_for_machines(made), indent=1))
+    else:
+        _print_for_people(made)
+    if left_out:
+        Console(stderr=True, highlight=False).print(left_out, markup=False, soft_wrap=True)
 
 
-def _chosen(methods: str | None) -> tuple[list[str], str | None]:
-    """The methods to plan; where none was named those that can be run here, and a line on the others, if any."""
-    from sbft.errors import RecipeError
+def _methods_to_plan(methods: str | None) -> tuple[list[str], str | None]:
+    """The methods to plan, and a line on those left out; if none was named, those whose packages are installed."""
     from sbft.recipe.wording import nearest
 
     if methods is None:
         usable = [name for name, method in METHODS.items() if not method.missing_packages]
-        others = [name for name in METHODS if name not in usable]
-        packages = sorted({package for name in others for package in METHODS[name].missing_packages})
-        line = f"Left out, for want of a package ({', '.join(packages)}): {', '.join(others)}." if others else None
-        return usable, line
+        left_out = [name for name in METHODS if name not in usable]
+        packages = sorted({package for name in left_out for package in METHODS[name].missing_packages})
+        line = f"Left out, because a package is missing ({', '.join(packages)}): {', '.join(left_out)}."
+        return usable, line if left_out else None
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         if name not in METHODS:
@@ -140,25 +136,25 @@ def _print_for_people(plan: Plan) -> None:
     if plan.note is not None:
         console.print(f"\n{plan.note}", markup=False, soft_wrap=True)
     console.print(
-        "\n+c: with gradient checkpointing, which computes activations again in backward. run: what the process takes beside "
-        "tensors. longest: tokens of the longest sequence that fits.",
+        "\n+c: with gradient checkpointing, which recomputes activations in backward. run: what the process itself needs, "
+        "beside tensors. longest: tokens of the longest sequence that fits.",
         markup=False,
         soft_wrap=True,
     )
     lines = [row.command for row in _to_type(plan)]
     if lines:
-        console.print("\nWhat fits, to type:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
+        console.print("\nCommands that fit:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
     else:
         console.print("\nNothing fits at this length.", markup=False)
 
 
 def _to_type(plan: Plan) -> list[Row]:
-    """Of each method that fits, the variant without checkpointing if that does, for it is faster."""
-    found: dict[str, Row] = {}
+    """For each method that fits, the variant without checkpointing if that one fits, because it is faster."""
+    fastest: dict[str, Row] = {}
     for row in plan.rows:
         if row.fits:
-            found.setdefault(row.method, row)
-    return list(found.values())
+            fastest.setdefault(row.method, row)
+    return list(fastest.values())
 
 
 def _for_machines(plan: Plan) -> dict[str, Any]:
@@ -192,5 +188,5 @@ def _label(row: Row) -> str:
 
 
 def _gib(size_bytes: int) -> str:
-    size = size_bytes / 2**30
+    size = size_bytes / GIB
     return f"{size:.2f}" if size < 10 else f"{size:.1f}"

@@ -1,4 +1,4 @@
-"""`sbft prepare-data`: make the tokens of a pretraining recipe, so that a run only has to read them."""
+"""`sbft prepare-data`: tokenize the text of a pretraining recipe before it is trained on."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated
 import typer
 
 from sbft.cli.pretrain import FreshModelOption, RecipeOfText, TextOption
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import SetOption
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.recipe import recipe_of
+from sbft.cli.shared.starting import loading_libraries
+from sbft.cli.shared.verb import verb
 
 
+@verb
 def prepare_data(
     recipe: RecipeOfText = None,
     model: FreshModelOption = None,
@@ -21,31 +23,24 @@ def prepare_data(
         Path | None, typer.Option("--to", metavar="DIR", help="Folder for the tokens; default: sbft's cache.")
     ] = None,
     overrides: SetOption = None,
-    traceback: TracebackOption = False,
 ) -> None:
     """Tokenize the text that a pretraining recipe trains on.
 
     Text from the hub is streamed until there are as many tokens as the recipe trains on. If it is interrupted, the same
     command continues, and the result is the same to the byte.
     """
-    with starting():
-        from sbft.recipe import for_pretraining, load_recipe, resolve
-    with shown_as_a_paragraph(traceback):
-        with starting():
-            from sbft.cli.shared.quiet import quiet_libraries
+    settings = recipe_of(recipe, overrides, pretraining=True, model=model, data=data)
+    with loading_libraries():
+        from rich.console import Console
 
-            quiet_libraries()
-            from rich.console import Console
-
-            from sbft.runs.token_data import prepare_data as prepare
-        console = Console(highlight=False)
-        chosen = resolve(for_pretraining(load_recipe(recipe, overrides, model=model, data=data)))
-        files = prepare(chosen, to, say=lambda line: console.print(line, markup=False, soft_wrap=True))
-        console.print(
-            f"{files.tokens['train']:,} tokens to train on and {files.tokens['validation']:,} for validation are in "
-            f"{files.folder}, with their tokenizer of {files.vocabulary:,} tokens.",
-            markup=False,
-            soft_wrap=True,
-        )
-        if to is not None:
-            console.print(f"Next: sbft pretrain RECIPE --data {files.folder}", markup=False, soft_wrap=True)
+        from sbft.runs.token_data import prepare_data as prepare
+    console = Console(highlight=False)
+    files = prepare(settings, to, say=lambda line: console.print(line, markup=False, soft_wrap=True))
+    console.print(
+        f"{files.tokens['train']:,} tokens to train on and {files.tokens['validation']:,} for validation are in "
+        f"{files.folder}, with their tokenizer of {files.vocabulary:,} tokens.",
+        markup=False,
+        soft_wrap=True,
+    )
+    if to is not None:
+        console.print(f"Next: sbft pretrain RECIPE --data {files.folder}", markup=False, soft_wrap=True)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.options import (
     MethodOption,
     OutputOption,
@@ -16,7 +15,9 @@ from sbft.cli.shared.options import (
     ResumeOption,
     SetOption,
 )
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.recipe import recipe_of
+from sbft.cli.shared.verb import verb
+from sbft.cli.train import train_recipe
 
 RecipeOfText = Annotated[
     str | None,
@@ -34,6 +35,7 @@ TextOption = Annotated[
 ]
 
 
+@verb
 def pretrain(
     recipe: RecipeOfText = None,
     model: FreshModelOption = None,
@@ -44,7 +46,6 @@ def pretrain(
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     num_processes: ProcessesOption = 1,
-    traceback: TracebackOption = False,
 ) -> None:
     """Train a fresh model, or a checkpoint further, on plain text.
 
@@ -53,11 +54,7 @@ def pretrain(
     Works as sbft train does, with the defaults of pretraining: 20 tokens per parameter, examples of 512 tokens, 5% of
     warm-up, then a cosine to zero, and a second moment with a half-life of 10 million tokens.
     """
-    with starting():
-        from sbft.recipe import for_pretraining, load_recipe, resolve
-    with shown_as_a_paragraph(traceback):
-        from sbft.cli.train import train_recipe
-
-        given = load_recipe(recipe, overrides, model=model, data=data, method=method, output_dir=output_dir)
-        chosen = resolve(for_pretraining(given))
-        train_recipe(chosen, resume=resume, overwrite=overwrite, num_processes=num_processes)
+    settings = recipe_of(
+        recipe, overrides, pretraining=True, model=model, data=data, method=method, output_dir=output_dir
+    )
+    train_recipe(settings, resume=resume, overwrite=overwrite, num_processes=num_processes)

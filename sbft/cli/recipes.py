@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.starting import starting
+from sbft.cli.shared.verb import verb
 
 if TYPE_CHECKING:
     from sbft.recipe import Recipe
@@ -33,7 +33,7 @@ def ls() -> None:
 
 
 def _in_columns(name: str, text: str, column: int) -> str:
-    """One line; on a terminal as many as its width takes, where words would else be cut in two."""
+    """One line; on a terminal, wrapped at its width between words."""
     import shutil
     import textwrap
 
@@ -44,6 +44,7 @@ def _in_columns(name: str, text: str, column: int) -> str:
 
 
 @app.command("show")
+@verb
 def show(
     name: Annotated[
         str,
@@ -54,51 +55,48 @@ def show(
     resolved: Annotated[
         bool, typer.Option("--resolved", help="All settings, with those that the method fills in.")
     ] = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Print a recipe, or with --resolved all of its settings."""
-    with shown_as_a_paragraph(traceback):
-        if resolved:
-            with starting():
-                from sbft.recipe import load_recipe
-            print(_whole(load_recipe(name), name), end="")
-            return
-        from sbft.recipe.draft import source_text
+    if resolved:
+        with starting():
+            from sbft.recipe import load_recipe
+        print(_resolved_text(load_recipe(name), name), end="")
+        return
+    from sbft.recipe.draft import source_text
 
-        print(source_text(name)[0], end="")
+    print(source_text(name)[0], end="")
 
 
-def _whole(recipe: Recipe, source: str) -> str:
-    """Every setting as YAML, which runs as the recipe does; it begins, as recipes do, with the command."""
+def _resolved_text(recipe: Recipe, source: str) -> str:
+    """Every setting as YAML that runs like the recipe. It begins with the command, as recipes do."""
     from sbft.recipe import for_pretraining, resolve
     from sbft.recipe.pretraining import is_pretraining
 
     pretrains = is_pretraining(recipe.model_dump(exclude_unset=True))
     verb = "pretrain" if pretrains else "train"
-    whole = resolve(for_pretraining(recipe) if pretrains else recipe)
-    return f"# sbft {verb} {source}\n# All settings, with those that sbft {verb} fills in.\n\n{whole.to_yaml()}"
+    full = resolve(for_pretraining(recipe) if pretrains else recipe)
+    return f"# sbft {verb} {source}\n# All settings, with those that sbft {verb} fills in.\n\n{full.to_yaml()}"
 
 
 @app.command("cp")
+@verb
 def cp(
     name: Annotated[str, typer.Argument(help="Name of a recipe.", autocompletion=completion.recipes)],
     destination: Annotated[Path, typer.Argument(metavar="DEST", help="File or folder to copy it to.")],
-    traceback: TracebackOption = False,
 ) -> None:
     """Copy a recipe to a file of your own.
 
     An existing file is never overwritten.
     """
-    with shown_as_a_paragraph(traceback):
-        from sbft.errors import RecipeError
-        from sbft.files import verb_of_recipe
-        from sbft.recipe.draft import recipe_text
+    from sbft.errors import RecipeError
+    from sbft.files import verb_of_recipe
+    from sbft.recipe.draft import recipe_text
 
-        text = recipe_text(name)
-        target = destination / f"{name}.yaml" if destination.is_dir() else destination
-        if target.exists():
-            raise RecipeError(f"{target} already exists. Type another name, or remove it first.")
-        if not target.parent.is_dir():
-            raise RecipeError(f"There is no folder {target.parent}. Type: mkdir -p {target.parent}")
-        target.write_text(text, encoding="utf-8")
-        print(f"Wrote {target}. Next: sbft {verb_of_recipe(name)} {target}")
+    text = recipe_text(name)
+    target = destination / f"{name}.yaml" if destination.is_dir() else destination
+    if target.exists():
+        raise RecipeError(f"{target} already exists. Choose another name, or remove it first.")
+    if not target.parent.is_dir():
+        raise RecipeError(f"There is no folder {target.parent}. Type: mkdir -p {target.parent}")
+    target.write_text(text, encoding="utf-8")
+    print(f"Wrote {target}. Next: sbft {verb_of_recipe(name)} {target}")

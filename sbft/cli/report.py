@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
+from sbft.cli.shared.verb import verb
 
 
+@verb
 def report(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a suite, or a folder of runs, each with its run.json.")
@@ -20,17 +21,15 @@ def report(
             metavar="DIR", help="Also write the suite's results to DIR, in the schema of PEFT's method comparison."
         ),
     ] = None,
-    traceback: TracebackOption = False,
 ) -> None:
     """Compare the runs in a folder, in tables and pictures.
 
     The table is printed. Table and pictures are saved in the folder.
     """
-    with shown_as_a_paragraph(traceback):
-        from sbft.bench.report import export_peft_json, write_report
+    from sbft.bench.report import export_peft_json, write_report
 
-        written = write_report(folder)
-        files = [*written.files, *([] if peft_json is None else export_peft_json(folder, peft_json))]
-        print(f"{written.text}\n\nWritten: {', '.join(map(str, files))}")
-        if written.warning is not None:
-            print(f"Warning: {written.warning}")
+    written = write_report(folder)
+    files = [*written.files, *([] if peft_json is None else export_peft_json(folder, peft_json))]
+    print(f"{written.text}\n\nWritten: {', '.join(map(str, files))}")
+    if written.warning is not None:
+        print(f"Warning: {written.warning}")

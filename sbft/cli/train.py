@@ -1,4 +1,4 @@
-"""`sbft train`: fine-tune a model as a recipe, or the flags in its place, say."""
+"""`sbft train`: fine-tune a model as a recipe, or flags instead of one, say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from sbft.cli.shared.errors import TracebackOption, shown_as_a_paragraph
 from sbft.cli.shared.launch import is_silent_rank
 from sbft.cli.shared.options import (
     AllowPickleOption,
@@ -22,7 +21,10 @@ from sbft.cli.shared.options import (
     SetOption,
     TrustRemoteCodeOption,
 )
-from sbft.cli.shared.starting import starting
+from sbft.cli.shared.recipe import recipe_of
+from sbft.cli.shared.starting import loading_libraries
+from sbft.cli.shared.verb import verb
+from sbft.native.sizes import gib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from sbft.runs.record import RunRecord
 
 
+@verb
 def train(
     recipe: RecipeArgument = None,
     model: ModelOption = None,
@@ -44,40 +47,31 @@ def train(
     num_processes: ProcessesOption = 1,
     trust_remote_code: TrustRemoteCodeOption = False,
     allow_pickle: AllowPickleOption = False,
-    traceback: TracebackOption = False,
 ) -> None:
     """Fine-tune a model on your data.
 
     Type sbft train RECIPE, or sbft train --model M --data D.
     """
-    with starting():
-        from sbft.recipe import load_recipe, resolve
-    with shown_as_a_paragraph(traceback):
-        chosen = resolve(
-            load_recipe(
-                recipe,
-                overrides,
-                model=model,
-                data=data,
-                eval_data=eval_data,
-                method=method,
-                output_dir=output_dir,
-                trust_remote_code=trust_remote_code or None,
-                allow_pickle=allow_pickle or None,
-            )
-        )
-        train_recipe(chosen, resume=resume, overwrite=overwrite, num_processes=num_processes)
+    settings = recipe_of(
+        recipe,
+        overrides,
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        method=method,
+        output_dir=output_dir,
+        trust_remote_code=trust_remote_code or None,
+        allow_pickle=allow_pickle or None,
+    )
+    train_recipe(settings, resume=resume, overwrite=overwrite, num_processes=num_processes)
 
 
-def train_recipe(chosen: Recipe, *, resume: bool, overwrite: bool, num_processes: int) -> None:
-    """Train as a resolved recipe says, and show how it goes; in other processes, where several are asked for."""
+def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes: int) -> None:
+    """Train as a resolved recipe says, in as many processes as are asked for, and show the progress."""
     if num_processes > 1:
-        flags = [flag for flag, given in {"--resume": resume, "--overwrite": overwrite}.items() if given]
-        raise typer.Exit(_train_in_parallel(chosen, flags, num_processes))
-    with starting():
-        from sbft.cli.shared.quiet import quiet_libraries
-
-        quiet_libraries()
+        flags = [flag for flag, is_set in {"--resume": resume, "--overwrite": overwrite}.items() if is_set]
+        raise typer.Exit(_train_in_parallel(recipe, flags, num_processes))
+    with loading_libraries():
         from rich.console import Console
 
         from sbft.cli.shared.progress import TrainingProgress
@@ -85,25 +79,25 @@ def train_recipe(chosen: Recipe, *, resume: bool, overwrite: bool, num_processes
         from sbft.runs.run_recipe import run
 
     console = Console(highlight=False, quiet=is_silent_rank())
-    console.print(in_brief(chosen), style="dim", markup=False, soft_wrap=True)
+    console.print(in_brief(recipe), style="dim", markup=False, soft_wrap=True)
     console.print(
-        f"All other settings are those of method {chosen.method}: {chosen.output_dir}/recipe.yaml will hold every one.",
+        f"All other settings are those of method {recipe.method}: {recipe.output_dir}/recipe.yaml will list every one.",
         markup=False,
         soft_wrap=not console.is_terminal,
     )
     progress = TrainingProgress(console)
     record = run(
-        chosen,
+        recipe,
         resume=resume,
         overwrite=overwrite,
         callbacks=[progress],
         say=lambda line: console.print(line, markup=False),
     )
-    _summarize(console, record, str(chosen.output_dir))
+    _summarize(console, record, str(recipe.output_dir))
 
 
 def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
-    """Check what can be checked, then train in several processes; their exit code."""
+    """Check what can be checked here, then train in several processes; returns their exit code."""
     import tempfile
     from pathlib import Path
 
@@ -112,13 +106,13 @@ def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
     from sbft.cli.shared.launch import launch
     from sbft.runs.processes import over_processes
 
-    recipe, said = over_processes(recipe, processes)
-    if said is not None:
-        Console(highlight=False).print(said, markup=False)
+    recipe, note = over_processes(recipe, processes)
+    if note is not None:
+        Console(highlight=False).print(note, markup=False)
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "recipe.yaml"
-        whole.write_text(recipe.to_yaml(), encoding="utf-8")
-        return launch(["train", str(whole), *flags], processes)
+        resolved = Path(folder) / "recipe.yaml"
+        resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+        return launch(["train", str(resolved), *flags], processes)
 
 
 def _summarize(console: Console, record: RunRecord, folder: str) -> None:
@@ -131,13 +125,12 @@ def _summarize(console: Console, record: RunRecord, folder: str) -> None:
             table.add_row(name, "" if before is None else f"{before:.4g}", f"{value:.4g}")
         console.print()
         console.print(table)
-    memory = (record.peak_memory_bytes or 0) / 2**30
-    above = (record.memory.get("above_baseline") or 0) / 2**30
+    peak, above = gib(record.peak_memory_bytes or 0), gib(record.memory.get("above_baseline") or 0)
     kind = "allocated on the GPU" if record.memory_kind == "cuda_allocated" else "resident"
     speed = "" if record.tokens_per_s is None else f", {record.tokens_per_s:.0f} per s"
     console.print(
         f"\n{record.steps} steps, {record.tokens} tokens in {record.train_s or 0:.0f} s{speed}. "
-        f"Peak memory {memory:.2f} GiB {kind}, {above:.2f} GiB of it above the loaded model.",
+        f"Peak memory {peak} {kind}, {above} of it above the loaded model.",
         markup=False,
         soft_wrap=not console.is_terminal,
     )

@@ -1,4 +1,4 @@
-"""`sbft version`: what to state in a bug report."""
+"""`sbft version`: what to put into a bug report."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def version(
     if verbose:
         with starting():
             from sbft.cli.installation import installation
-        told = installation()
-        width = max(map(len, told)) + 2
-        for name, text in told.items():
+        facts = installation()
+        width = max(map(len, facts)) + 2
+        for name, text in facts.items():
             print(f"{name:<{width}}{text}")
         return
     from sbft.runs.record import git_commit, versions

@@ -94,9 +94,21 @@ def format_dataset(
     Raises:
         DataError: no such columns, malformed messages, a chat template that loses some of them, or no example left.
     """
+    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
+    return format_rows(dataset, tokenizer, rendering, max_length=max_length, packing=packing)
+
+
+def format_rows(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
+    *,
+    max_length: int = 1024,
+    packing: bool = False,
+) -> tuple[Dataset, FormatReport]:
+    """The same as `format_dataset`, for settings that are already one object."""
     if max_length < 2:
         raise DataError(f"data.max_length is {max_length}; expected at least 2 tokens, or nothing can be predicted.")
-    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
     kind = rendering.kind(dataset.column_names)
     rendering = rendering.thinking([dataset], tokenizer)
     template = rendering.format_of(tokenizer)
@@ -161,6 +173,13 @@ def encode_prompts(
         DataError: no such columns, or malformed messages.
     """
     rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
+    return encode_questions(rows, tokenizer, rendering)
+
+
+def encode_questions(
+    rows: Dataset | Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
+) -> list[list[int]]:
+    """The same as `encode_prompts`, for settings that are already one object."""
     listed = list(rows)
     if not listed:
         return []
@@ -174,15 +193,7 @@ def encode_answers(
     rows: Dataset | Iterable[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     answers: list[str],
-    *,
-    prompt: str = "prompt",
-    completion: str = "completion",
-    messages: str = "messages",
-    text: str = "text",
-    chat_template: bool = True,
-    system: str | None = None,
-    tools: str = "tools",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    rendering: Rendering | None = None,
 ) -> list[dict[str, list[int]]]:
     """Tokenizes each row with each answer in place of its own, exactly as `format_dataset` does for training.
 
@@ -191,7 +202,7 @@ def encode_answers(
             replaced; its earlier ones have no labels here.
         tokenizer: the model's tokenizer.
         answers: what to put as the answer.
-        prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs: as for `format_dataset`.
+        rendering: how rows become text; `Rendering()` if None.
 
     Returns:
         `input_ids` and `labels` of the first row with each answer, then of the second row, and so on; nothing is cut.
@@ -199,8 +210,7 @@ def encode_answers(
     Raises:
         DataError: no such columns, malformed messages, plain text, a row without a question, or an empty answer.
     """
-    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
-    listed = list(rows)
+    rendering, listed = rendering or Rendering(), list(rows)
     if not listed:
         return []
     if blank := [answer for answer in answers if not answer.strip()]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from datasets import Dataset
@@ -16,6 +16,8 @@ from sbft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sbft.recipe.schema import DataConfig
 
 CONVERSATIONS = "conversations"
 """The column of ShareGPT's files."""
@@ -41,6 +43,11 @@ class Rendering:
     """Beside messages or a prompt: the functions that the assistant may call."""
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     """Variables of the chat template."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Rendering:
+        """The rendering that the `data` section of a recipe asks for."""
+        return cls(**{setting.name: getattr(data, setting.name) for setting in fields(cls)})
 
     def kind(self, columns: list[str]) -> str:
         """Says how rows with these columns are read: "completion", "messages" or "text".

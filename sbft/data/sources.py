@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,11 +15,11 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from sbft.data import generated
 from sbft.data.files import looks_like_file, read_file
 from sbft.data.labels import label_words
-from sbft.data.rendering import CONVERSATIONS, rows_of
+from sbft.data.overlap import normalized, questions, refuse_choice_on_test, refuse_overlap
 from sbft.data.tables import GrowingTable, dataset_of
-from sbft.data.turns import question_of
 from sbft.errors import DataError
 from sbft.models.hub import hub_reachable, hub_state, offline_if_unreachable
+from sbft.recipe.schema import DataConfig
 
 # A generated task is given up when this many rows in a row hold nothing new.
 _PATIENCE = 2_000
@@ -129,63 +129,73 @@ def load_splits(
             of the two with the other.
         MissingPackageError: as `load_source`.
     """
-    for name, size in (("train_size", train_size), ("validation_size", validation_size), ("eval_size", eval_size)):
-        _check_size(name, size)
-    columns = (prompt, messages, text)
-    if generated.is_generated(train) and {validation, eval} <= {None, train}:
-        for name, source, size in (("validation", validation, validation_size), ("eval", eval, eval_size)):
-            if source is not None and size is None:
-                raise DataError(
-                    f"The {name} data {source} is generated without end: set data.{name}_size to the number of rows."
-                )
-        return _generated_splits(
-            train,
-            train_size,
-            validation_size,
-            eval_size,
+    return read_splits(
+        DataConfig.model_construct(
+            train=train,
+            validation=validation,
+            eval=eval,
+            train_split=train_split,
+            validation_split=validation_split,
+            eval_split=eval_split,
+            subset=subset,
+            train_size=train_size,
+            validation_size=validation_size,
+            eval_size=eval_size,
             seed=seed,
-            options=options,
+            options=options or {},
+            prompt=prompt,
             completion=completion,
+            messages=messages,
+            text=text,
             label_names=label_names,
             allow_overlap=allow_overlap,
         )
-    given = {
-        "validation": (validation, validation_split, validation_size),
-        "eval": (eval, eval_split, eval_size),
+    )
+
+
+def read_splits(data: DataConfig) -> Splits:
+    """The same as `load_splits`, for the `data` section of a recipe."""
+    for part in ("train", "validation", "eval"):
+        _check_size(f"{part}_size", getattr(data, f"{part}_size"))
+    train, validation = data.train, data.validation
+    columns = (data.prompt, data.messages, data.text)
+    if generated.is_generated(train) and {validation, data.eval} <= {None, train}:
+        return _generated_splits(data)
+    held_out = {
+        "validation": (validation, data.validation_split, data.validation_size),
+        "eval": (data.eval, data.eval_split, data.eval_size),
     }
     shared: dict[str, Any] = {
-        "subset": subset,
-        "seed": seed,
-        "options": options,
-        "completion": completion,
-        "label_names": label_names,
+        name: getattr(data, name) for name in ("subset", "seed", "options", "completion", "label_names")
     }
-    places = [_place(source, part, split) for part, (source, split, _) in given.items()]
-    if validation is not None and not allow_overlap and places[0] == places[1]:
+    places = [_place(source, part, split) for part, (source, split, _) in held_out.items()]
+    if validation is not None and not data.allow_overlap and places[0] == places[1]:
         raise DataError(
             f"The validation and the evaluation data are both {validation}. A learning rate would be chosen on the data "
             "that it is then tested on: give one of them a source or split of its own, or set data.allow_overlap: true."
         )
-    held: dict[str, Dataset | None] = {
+    rows_of_part: dict[str, Dataset | None] = {
         part: None if source is None else load_source(source, split=_part(source, part, split), size=size, **shared)
-        for part, (source, split, size) in given.items()
+        for part, (source, split, size) in held_out.items()
     }
     # Split-off parts come out of all the rows there are, before the training rows are chosen among the rest.
-    whole_size = train_size if generated.is_generated(train) else None
-    rest = load_source(train, split=_part(train, "train", train_split), size=whole_size, **shared)
-    if not allow_overlap:
-        for part, rows in held.items():
+    whole_size = data.train_size if generated.is_generated(train) else None
+    rest = load_source(train, split=_part(train, "train", data.train_split), size=whole_size, **shared)
+    if not data.allow_overlap:
+        for part, rows in rows_of_part.items():
             if rows is not None:
-                _refuse_overlap(rest, rows, columns, part, str(given[part][0]))
-        if held["validation"] is not None and held["eval"] is not None:
-            _refuse_choice_on_test(held["validation"], held["eval"], columns, (str(validation), str(eval)))
+                refuse_overlap(rest, rows, columns, part, str(held_out[part][0]))
+        if rows_of_part["validation"] is not None and rows_of_part["eval"] is not None:
+            refuse_choice_on_test(
+                rows_of_part["validation"], rows_of_part["eval"], columns, (str(validation), str(data.eval))
+            )
     dropped = 0
     for part in ("eval", "validation"):
-        source, _, size = given[part]
+        source, _, size = held_out[part]
         if source is None and size:
-            held[part], rest, copies = _split_off(rest, size, seed, columns, part)
+            rows_of_part[part], rest, copies = _split_off(rest, size, data.seed, columns, part)
             dropped += copies
-    return Splits(_choose(rest, train_size, seed), held["validation"], held["eval"], dropped)
+    return Splits(_choose(rest, data.train_size, data.seed), rows_of_part["validation"], rows_of_part["eval"], dropped)
 
 
 def _place(source: str | None, part: str, split: str) -> tuple[str | None, str]:
@@ -200,34 +210,30 @@ def _part(source: str, part: str, split: str) -> str:
     return part if generated.is_generated(source) else split
 
 
-def _generated_splits(
-    source: str,
-    train_size: int | None,
-    validation_size: int | None,
-    eval_size: int | None,
-    *,
-    seed: int,
-    options: dict[str, Any] | None,
-    completion: str,
-    label_names: dict[str, str] | None,
-    allow_overlap: bool,
-) -> Splits:
-    if not train_size:
+def _generated_splits(data: DataConfig) -> Splits:
+    """All parts of one generated task."""
+    source = data.train
+    for part, wanted in (("validation", data.validation), ("eval", data.eval)):
+        if wanted is not None and getattr(data, f"{part}_size") is None:
+            raise DataError(
+                f"The {part} data {wanted} is generated without end: set data.{part}_size to the number of rows."
+            )
+    if not data.train_size:
         raise DataError(f"The data {source} is generated without end: set data.train_size to the number of rows.")
     seen: set[str] = set()
     dropped = 0
     parts: dict[str, Dataset | None] = {}
-    for part, size in (("eval", eval_size), ("validation", validation_size), ("train", train_size)):
+    for part, size in (("eval", data.eval_size), ("validation", data.validation_size), ("train", data.train_size)):
         if not size:
             parts[part] = None
             continue
-        rows = generated.rows(source, part=part, seed=seed, options=options)
-        drawn = _Drawn(f"{size} {part} rows of the task {source}", set() if allow_overlap else seen)
+        rows = generated.rows(source, part=part, seed=data.seed, options=data.options)
+        drawn = _Drawn(f"{size} {part} rows of the task {source}", set() if data.allow_overlap else seen)
         kept = _dataset(islice(drawn.without_seen(rows), size))
         dropped += drawn.dropped
         if part != "train":
             seen.update(questions(kept))
-        parts[part] = label_words(kept, completion, label_names, source)
+        parts[part] = label_words(kept, data.completion, data.label_names, source)
     assert parts["train"] is not None
     return Splits(parts["train"], parts["validation"], parts["eval"], dropped)
 
@@ -243,7 +249,7 @@ class _Drawn:
     def without_seen(self, rows: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
         kept = without_news = 0
         for row in rows:
-            if _normal(row["prompt"] if "prompt" in row else row["text"]) not in self._seen:
+            if normalized(row["prompt"] if "prompt" in row else row["text"]) not in self._seen:
                 kept, without_news = kept + 1, 0
                 yield row
                 continue
@@ -277,56 +283,6 @@ def _split_off(
             f"Give data.{part} a source of its own."
         )
     return taken, rest.select(keep), rest.num_rows - len(keep)
-
-
-def _refuse_overlap(train: Dataset, rows: Dataset, columns: tuple[str, ...], part: str, source: str) -> None:
-    if shared := _shared_questions(train, rows, columns):
-        raise DataError(
-            f"The {part} data {source} shares {shared} with the training data. A model that trained on its own test "
-            "proves nothing: take them out of one of the two, or set data.allow_overlap: true."
-        )
-
-
-def _refuse_choice_on_test(
-    validation: Dataset, eval: Dataset, columns: tuple[str, ...], sources: tuple[str, str]
-) -> None:
-    if shared := _shared_questions(validation, eval, columns):
-        raise DataError(
-            f"The validation data {sources[0]} shares {shared} with the evaluation data {sources[1]}. A learning rate "
-            "would be chosen on the data that it is then tested on: take them out of one of the two, or set "
-            "data.allow_overlap: true."
-        )
-
-
-def _shared_questions(first: Dataset, second: Dataset, columns: tuple[str, ...]) -> str | None:
-    """How many questions of the second are in the first too, and one of them; None if none is."""
-    # Of the second, the smaller one, all are held; the first passes by.
-    asked = dict.fromkeys(questions(second, columns))
-    shared = {question for question in questions(first, columns) if question in asked}
-    both = [question for question in asked if question in shared]
-    if not both:
-        return None
-    return f"{len(both)} question{'s' * (len(both) > 1)} (the first: {both[0][:120]!r})"
-
-
-def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> Iterator[str]:
-    """What each row asks, spaces and case made alike: its prompt, its turns before the first answer, or its text.
-
-    To the prompt of Alpaca's rows (`instruction`) belongs their `input`.
-    """
-    names = (*columns, CONVERSATIONS)
-    name = next((column for column in names if column in dataset.column_names), None)
-    if name is None:
-        return
-    joined = [column for column in ("input",) if name == "instruction" and column in dataset.column_names]
-    for row in rows_of(dataset, [name, *joined]):
-        value = row[name]
-        text = question_of(value) if isinstance(value, list) else "" if value is None else str(value)
-        yield _normal(" ".join([text, *(str(row[column] or "") for column in joined)]))
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.split()).casefold()
 
 
 def _check_size(name: str, size: int | None) -> None:

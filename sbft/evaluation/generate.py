@@ -1,4 +1,4 @@
-"""What a model is worth: the loss of right answers, the likeliest of several labels, and its own answers scored."""
+"""How good a model is: the loss of the right answers, the likeliest of several labels, and scores of generated answers."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sbft import metrics as metric_modules
 from sbft.data.collate import Collator, left_pad
-from sbft.data.format import encode_prompts, format_dataset, stop_tokens
+from sbft.data.format import encode_questions, format_rows, stop_tokens
 from sbft.data.rendering import Rendering
 from sbft.data.turns import THOUGHT_ENDS
 from sbft.errors import DataError
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 LABEL_ACCURACY = "label_accuracy"
 _MOST_LABELS = 50
-"""Different answers that are still taken for labels without being listed."""
+"""`labels: auto` accepts at most this many different answers as labels."""
 
 
 def generate_answers(
@@ -38,34 +37,34 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int = 16,
 ) -> list[str]:
-    """Lets the model answer, always with the likeliest token.
+    """Let the model answer prompts by greedy decoding.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, with a pad token.
-        prompts: token ids, as `encode_prompts` gives them.
-        max_new_tokens: tokens of the longest answer; shorter ones end with the end token or the end of the turn.
-        batch_size: prompts at once; prompts of like length go together.
+        prompts: token ids, as `sbft.data.encode_prompts` returns them.
+        max_new_tokens: tokens of the longest answer. An answer ends earlier with an end token, or the end of its turn.
+        batch_size: prompts per batch; prompts of similar length share one.
 
     Returns:
         The answers as text without special tokens, in the order of the prompts.
 
     Raises:
-        DataError: a prompt without any token.
-        ModelError: a prompt with a token that the model has no row for, or too long for its table of positions.
+        DataError: if a prompt is empty.
+        ModelError: if a token is not in the model's embedding, or a prompt is too long for its position table.
     """
     from transformers import GenerationConfig
 
     if not all(prompts):
-        raise DataError(f"Prompt {prompts.index([]) + 1} is empty, so that there is nothing to answer.")
+        raise DataError(f"Prompt {prompts.index([]) + 1} is empty, so there is nothing to answer.")
     refuse_what_does_not_fit(model, prompts, "a prompt", more=1)
     end = table_of_positions(model, max(map(len, prompts), default=0) + max_new_tokens)
     if end is not None:
         logger.warning(
-            f"Behind some prompts an answer of {max_new_tokens:,} tokens would not fit the model's {end:,} positions: it is "
-            "cut."
+            f"After some prompts, an answer of {max_new_tokens:,} tokens does not fit the model's {end:,} positions. It is "
+            "cut off."
         )
-    # Set outright, as generate() takes what is left open from the checkpoint, where it suits sampling.
+    # All set explicitly: generate() takes what is missing from the checkpoint, whose settings are for sampling.
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -82,14 +81,14 @@ def generate_answers(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = left_pad([prompts[index] for index in chosen], pad_token(tokenizer))
+            indices = order[start : start + batch_size]
+            batch = left_pad([prompts[index] for index in indices], pad_token(tokenizer))
             if end is not None:
-                settings.max_new_tokens = min(max_new_tokens, end - len(prompts[chosen[0]]))  # the longest of them
+                settings.max_new_tokens = min(max_new_tokens, end - len(prompts[indices[0]]))  # the longest one
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
             generator: Any = model
             written = generator.generate(**on_device, generation_config=settings)[:, batch["input_ids"].shape[1] :]
-            for index, text in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+            for index, text in zip(indices, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
                 answers[index] = text
     return answers
 
@@ -98,16 +97,9 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    rendering: Rendering | None = None,
     *,
     metrics: list[str],
-    prompt: str = "prompt",
-    completion: str = "completion",
-    messages: str = "messages",
-    text: str = "text",
-    chat_template: bool = True,
-    system: str | None = None,
-    tools: str = "tools",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_length: int = 1024,
     max_new_tokens: int = 16,
     batch_size: int = 16,
@@ -116,34 +108,34 @@ def evaluate(
     labels: list[str] | Literal["auto"] | None = None,
     predictions_path: str | Path | None = None,
 ) -> dict[str, float]:
-    """Measures a model on rows of text.
+    """Measure a model on rows of text.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         rows: rows as `sbft.data.sources` loads them.
-        metrics: names of metrics that ship in `sbft.metrics`; they score generated answers, without their thoughts.
-            label_accuracy may stand among them where there are labels.
-        prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs, max_length: as for
-            `format_dataset`.
+        rendering: how rows become text; `Rendering()` if None.
+        metrics: names of metrics in `sbft.metrics`. They score generated answers, without the reasoning before them.
+            label_accuracy may be among them if there are labels.
+        max_length: tokens that a row is cut to.
         max_new_tokens: tokens of the longest answer.
-        batch_size: rows at once.
-        limit: only the first so many rows.
-        metric_options: options of a metric by its name.
-        labels: the answers to choose from; the likeliest one is the model's (see `label_likelihoods`). "auto": the
-            different answers of all `rows`, whatever the limit.
-        predictions_path: where to write one JSON object a row: prompt and reference; prediction and exact_match where
-            answers are generated; label, label_match and log_probabilities where there are labels. Nothing is written
-            where there is neither.
+        batch_size: rows per batch.
+        limit: use only this many rows, the first ones.
+        metric_options: options of each metric, by its name.
+        labels: the answers to choose from; the model's choice is the likeliest (see `label_likelihoods`). "auto" takes the
+            different answers in all `rows`, whatever the limit.
+        predictions_path: where to write one JSON object per row: prompt and reference; prediction and exact_match if
+            answers are generated; label, label_match and log_probabilities if there are labels. Without either, nothing
+            is written.
 
     Returns:
-        "loss", "perplexity", "label_accuracy" where there are labels, and each metric by its name.
+        "loss", "perplexity", "label_accuracy" if there are labels, and each metric by its name.
 
     Raises:
-        DataError: as `format_dataset` and `label_likelihoods`; an unknown metric; labels that do not hold a right
-            answer; or metrics or labels for plain text, which has no right answer.
+        DataError: as from `format_dataset` and `label_likelihoods`; if a metric is unknown; if a right answer is not among
+            the labels; or if plain text, which has no right answers, is given metrics or labels.
     """
-    rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
+    rendering = rendering or Rendering()
     kind = rendering.kind(rows.column_names)
     scores = _checked(metrics, labels, kind)
     references = _references(rows, rendering, kind) if scores or labels else []
@@ -155,22 +147,21 @@ def evaluate(
         _check_references(references, words)
     _check_answered(references)
     rendering = rendering.thinking([rows], tokenizer)
-    columns: dict[str, Any] = {**rendering.__dict__}
-    formatted, _ = format_dataset(rows, tokenizer, max_length=max_length, **columns)
+    formatted, _ = format_rows(rows, tokenizer, rendering, max_length=max_length)
     result = evaluate_loss(model, formatted, Collator(pad_token(tokenizer)), batch_size=batch_size)
     if not scores and not words:
         return result
 
-    asked = [rendering.question_and_answer(row, kind)[0] for row in rows]
+    questions = [rendering.question_and_answer(row, kind)[0] for row in rows]
     predictions: list[dict[str, Any]] = [
-        {"prompt": question, "reference": reference} for question, reference in zip(asked, references, strict=True)
+        {"prompt": question, "reference": reference} for question, reference in zip(questions, references, strict=True)
     ]
     options = metric_options or {}
     if scores:
-        # It imports evaluate, and that scipy and more: over a second, which a run without answers is spared.
+        # Imports evaluate and scipy, which takes over a second: only where answers are scored.
         from sbft.metrics.exact_match.exact_match import is_match
 
-        encoded = encode_prompts(rows, tokenizer, **columns)
+        encoded = encode_questions(rows, tokenizer, rendering)
         answers = generate_answers(model, tokenizer, encoded, max_new_tokens=max_new_tokens, batch_size=batch_size)
         matching = options.get("exact_match", {})
         for row, answer in zip(predictions, answers, strict=True):
@@ -178,7 +169,7 @@ def evaluate(
         answers = [_after_thoughts(answer) for answer in answers]
     if words:
         likelihoods = label_likelihoods(
-            model, tokenizer, rows, words, max_length=max_length, batch_size=batch_size, **columns
+            model, tokenizer, rows, words, rendering, max_length=max_length, batch_size=batch_size
         )
         for row, of_labels in zip(predictions, likelihoods.tolist(), strict=True):
             row |= _chosen_label(row["reference"], words, of_labels)
@@ -191,18 +182,18 @@ def evaluate(
 
 
 def _checked(metrics: list[str], labels: list[str] | str | None, kind: str) -> list[str]:
-    """The metrics of generated answers among `metrics`, after a look at what this kind of data can be measured by."""
+    """The metrics among `metrics` that score generated answers, after a check that this kind of data has them."""
     scores = [name for name in metrics if name not in ("loss", "perplexity", LABEL_ACCURACY)]
     metric_modules.check(scores)
     if LABEL_ACCURACY in metrics and not labels:
         raise DataError(
             f"The metric {LABEL_ACCURACY} needs labels to choose from, and evaluation.labels is not set. List the "
-            "labels there, or set evaluation.labels: auto."
+            "labels in it, or set evaluation.labels: auto."
         )
     if kind == "text" and (scores or labels):
         counted = ", ".join([*scores, *([LABEL_ACCURACY] if labels else [])])
         raise DataError(
-            f"The evaluation data is plain text, which has no right answers for {counted} to count. Set "
+            f"The evaluation data is plain text, which has no right answers that {counted} could score. Set "
             "evaluation.metrics: [] and leave evaluation.labels out to measure the loss alone, or give data with "
             "prompts and completions."
         )
@@ -210,25 +201,25 @@ def _checked(metrics: list[str], labels: list[str] | str | None, kind: str) -> l
 
 
 def _references(rows: Dataset, rendering: Rendering, kind: str) -> list[str]:
-    """The right answer of each row; empty where a row has none."""
+    """The right answer of each row; empty if a row has none."""
     if kind == "completion":
         return ["" if answer is None else _after_thoughts(str(answer)) for answer in rows[rendering.completion]]
     return [_after_thoughts(rendering.question_and_answer(row, kind)[1]) for row in rows]
 
 
 def _after_thoughts(answer: str) -> str:
-    """What an answer says once it has thought, which is what metrics compare; all of one without thoughts."""
-    _, thoughts_end, said = answer.rpartition(THOUGHT_ENDS)
-    return said.strip() if thoughts_end else answer
+    """The part of an answer after its reasoning, which is what metrics compare; all of it if there is no reasoning."""
+    _, thoughts_end, conclusion = answer.rpartition(THOUGHT_ENDS)
+    return conclusion.strip() if thoughts_end else answer
 
 
 def _check_answered(references: list[str]) -> None:
-    """Refuses rows that have no right answer: nothing that a model says of them could be right."""
+    """Refuse rows without a right answer, which no model could get right."""
     unanswered = [number for number, reference in enumerate(references, start=1) if not reference.strip()]
     if unanswered:
         raise DataError(
             f"{len(unanswered)} of {len(references)} rows of the evaluation data have no right answer, the first of them "
-            f"row {unanswered[0]}. Leave them out, or set evaluation.metrics: [] to measure the loss alone."
+            f"row {unanswered[0]}. Remove them, or set evaluation.metrics: [] to measure the loss alone."
         )
 
 
@@ -243,11 +234,15 @@ def _label_words(labels: list[str] | str, references: list[str]) -> list[str]:
         return labels
     if labels != "auto":
         raise DataError(f"evaluation.labels is {labels!r}; expected a list of labels, or auto.")
-    found = sorted({reference for reference in references if reference.strip()})
-    if 2 <= len(found) <= _MOST_LABELS:
-        return found
+    answers = sorted({reference for reference in references if reference.strip()})
+    if 2 <= len(answers) <= _MOST_LABELS:
+        return answers
     count = (
-        f"{len(found)} different answers" if found[1:] else f"only one answer, {found[0]!r}" if found else "no answer"
+        f"{len(answers)} different answers"
+        if answers[1:]
+        else f"only one answer, {answers[0]!r}"
+        if answers
+        else "no answer"
     )
     raise DataError(
         f"evaluation.labels is auto, and the evaluation data has {count}; expected 2 to {_MOST_LABELS} labels to choose "
@@ -260,7 +255,7 @@ def _check_references(references: list[str], labels: list[str]) -> None:
         if reference in labels:
             continue
         alike = [label for label in labels if label.strip().casefold() == reference.strip().casefold()]
-        hint = f" White space and case count: {alike[0]!r} is another label." if alike else ""
+        hint = f" White space and case matter: {alike[0]!r} is a different label." if alike else ""
         raise DataError(
             f"The right answer of row {number} of the evaluation data is {reference!r}, which is not among the labels "
             f"{', '.join(map(repr, labels))}.{hint} Add it to evaluation.labels, correct the data, or name its values "
@@ -269,7 +264,7 @@ def _check_references(references: list[str], labels: list[str]) -> None:
 
 
 def _chosen_label(reference: str, labels: list[str], scores: list[float]) -> dict[str, Any]:
-    """What a row of predictions says of labels; none is chosen where the model's probabilities are no numbers."""
+    """The prediction among the labels; None if the model's probabilities are NaN."""
     chosen = None if any(map(math.isnan, scores)) else labels[scores.index(max(scores))]
     return {
         "label": chosen,

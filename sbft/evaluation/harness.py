@@ -1,4 +1,4 @@
-"""Public tasks: hands a loaded model to EleutherAI's lm-evaluation-harness, and keeps what it measures."""
+"""Public benchmarks: run a loaded model through EleutherAI's lm-evaluation-harness, and save the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FILE_NAME = "harness.json"
 
 LoadedTasks = list[Any]
-"""Tasks and groups of tasks, as the harness keeps them."""
+"""Tasks and groups of tasks, as the harness has them."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Score:
 
     metric: str
     filter: str
-    """How answers were read out of what the model wrote; "none": as they stand."""
+    """How answers were extracted from the model's output; "none" for the raw output."""
     value: float
     stderr: float | None
-    """Standard error over the examples, where the harness knows one."""
+    """Standard error over the examples; None if the harness gives none."""
     higher_is_better: bool | None
 
 
@@ -46,7 +46,7 @@ class TaskResult:
 
     task: str
     version: Any
-    """The task's own version: figures of different versions cannot be compared."""
+    """Version of the task: figures of different versions are not comparable."""
     shots: int | None
     """Solved examples in each prompt."""
     examples: int | None
@@ -55,15 +55,15 @@ class TaskResult:
 
 
 def load_tasks(names: list[str], folder: Path | None = None) -> LoadedTasks:
-    """Finds tasks by name and loads their data, before a model is loaded for them.
+    """Find tasks by name and load their data, so that mistakes show before a model is loaded.
 
     Args:
-        names: tasks, groups or tags of the harness, or patterns of them such as mmlu_*.
-        folder: a folder with YAML files of further tasks.
+        names: tasks, groups or tags of the harness, or patterns such as mmlu_*.
+        folder: a folder with YAML files of more tasks.
 
     Raises:
-        MissingPackageError: lm-evaluation-harness is not installed, or what a task needs besides it.
-        DataError: no such task, no such folder, or data that cannot be loaded.
+        MissingPackageError: if lm-evaluation-harness, or a package that a task needs, is not installed.
+        DataError: if there is no such task or folder, or its data cannot be loaded.
     """
     try:
         from lm_eval.tasks.manager import TaskManager  # since 0.4.12
@@ -76,15 +76,15 @@ def load_tasks(names: list[str], folder: Path | None = None) -> LoadedTasks:
         raise DataError(f"There is no folder {folder} of tasks. Give --harness-tasks a folder with YAML files.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=None if folder is None else str(folder))
-    chosen: dict[str, None] = {}
+    selected: dict[str, None] = {}
     for name in names:
         matched = manager.match_tasks([name])
         if not matched:
             raise _unknown_task(name, manager, folder)
-        chosen |= dict.fromkeys(matched)
+        selected |= dict.fromkeys(matched)
     try:
         with offline_if_unreachable():
-            loaded = manager.load(list(chosen))
+            loaded = manager.load(list(selected))
     except ImportError as error:
         raise MissingPackageError(
             f"A task among {', '.join(names)} needs a package that is not installed: {error}. Install it with pip."
@@ -105,19 +105,19 @@ def run_tasks(
     batch_size: int = 1,
     chat_template: bool = False,
 ) -> list[TaskResult]:
-    """Measures a model on tasks, each with the prompts, shots and metrics that the harness has for it.
+    """Measure a model on tasks, with the prompts, shots and metrics that the harness defines for each.
 
     Args:
-        model: a causal language model, on the device where it shall run; with a LoRA adapter or without.
+        model: a causal language model, with or without a LoRA adapter, on the device where it runs.
         tokenizer: its tokenizer.
-        tasks: as `load_tasks` gives them.
-        limit: only the first so many examples of each task: a try, not a result.
-        batch_size: examples at once.
-        chat_template: put questions as turns of a chat; published figures of base models are without.
+        tasks: as `load_tasks` returns them.
+        limit: use only this many examples of each task; for a quick look, not for a result.
+        batch_size: examples per batch.
+        chat_template: ask in the model's chat template; published figures of base models do not.
 
     Raises:
-        DataError: a task that the harness refuses to run, such as one that executes what the model writes; or a chat
-            template asked for that the tokenizer does not have.
+        DataError: if a task would execute code that the model writes, or the tokenizer lacks the chat template that was
+            asked for.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -126,7 +126,7 @@ def run_tasks(
     from sbft.evaluation.likelihood import evaluating
 
     if chat_template and not tokenizer.chat_template:
-        raise DataError("--chat-template was given, but the tokenizer has no chat template. Leave it out.")
+        raise DataError("--chat-template is given, but the tokenizer has no chat template. Leave it out.")
     for task in tasks:
         _refuse_unsafe(task)
     with evaluating(model):
@@ -134,7 +134,7 @@ def run_tasks(
         measured = simple_evaluate(
             wrapped,
             tasks=tasks,
-            task_manager=TaskManager(include_defaults=False),  # else it looks for all tasks once more, for seconds
+            task_manager=TaskManager(include_defaults=False),  # the default takes seconds to list all tasks again
             limit=limit,
             batch_size=batch_size,
             apply_chat_template=chat_template,
@@ -144,15 +144,15 @@ def run_tasks(
 
 
 def save(results: list[TaskResult], path: Path, **run: Any) -> None:
-    """Writes results as JSON, by task; those of other tasks that are in the file already stay.
+    """Write results as JSON, by task. Results of other tasks that are in the file stay there.
 
     Args:
-        results: as `run_tasks` gives them.
+        results: as `run_tasks` returns them.
         path: the file.
-        **run: what else to note beside each result, such as the limit.
+        **run: what else to save with each result, such as the limit.
 
     Raises:
-        DataError: the file is there and holds something else, or cannot be written.
+        DataError: if the file exists and holds something else, or cannot be written.
     """
     kept = read(path)
     noted = {
@@ -167,34 +167,36 @@ def save(results: list[TaskResult], path: Path, **run: Any) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What `save` has written; nothing where there is no file.
+    """What `save` has written; empty if there is no file.
 
     Raises:
-        DataError: the file holds something else, or cannot be written to.
+        DataError: if the file holds something else, or cannot be written to.
     """
     folder = path.absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise DataError(f"The results cannot be written to {path}. Type --output FILE with a folder that exists.")
+        raise DataError(
+            f"The results cannot be written to {path}. Type --output FILE, in a folder that exists and can be written."
+        )
     if not path.exists():
         return {}
     with suppress(OSError, ValueError):
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(kept, dict) and all(isinstance(one, dict) and "scores" in one for one in kept.values()):
+        if isinstance(kept, dict) and all(isinstance(result, dict) and "scores" in result for result in kept.values()):
             return kept
-    raise DataError(f"{path} is there and holds no results of the harness. Type --output with another file.")
+    raise DataError(f"{path} exists and holds no results of the harness. Choose another file with --output.")
 
 
 def _unknown_task(name: str, manager: Any, folder: Path | None) -> DataError:
     known = manager.all_tasks
-    near = difflib.get_close_matches(name, known, n=3) or [one for one in known if name.lower() in one.lower()][:3]
+    near = difflib.get_close_matches(name, known, n=3) or [task for task in known if name.lower() in task.lower()][:3]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     own = ""
     if folder is not None:
-        there = [one for one, entry in manager.task_index.items() if entry.yaml_path and folder in _parents(entry)]
-        own = f" {folder} has {', '.join(sorted(there)) or 'no task that can be read'}."
+        readable = [task for task, entry in manager.task_index.items() if entry.yaml_path and folder in _parents(entry)]
+        own = f" {folder} has {', '.join(sorted(readable)) or 'no task that can be read'}."
     return DataError(
-        f"lm-evaluation-harness {version('lm_eval')} has no task {name!r} (it has {len(known)} others).{hint}{own} "
-        "lm_eval ls tasks lists them."
+        f"lm-evaluation-harness {version('lm_eval')} has no task {name!r} among its {len(known)}.{hint}{own} "
+        "To list them, type: lm_eval ls tasks"
     )
 
 
@@ -204,23 +206,23 @@ def _parents(entry: Any) -> list[Path]:
 
 def _not_loaded(names: list[str], error: Exception) -> DataError:
     reason = " ".join(str(error).split())[:300]
-    told = f"The data of {', '.join(names)} could not be loaded"
+    failure = f"The data of {', '.join(names)} could not be loaded"
     if not hub_reachable():
         return DataError(
-            f"{told}: it is not in this machine's cache, or not whole, and {hub_state()} ({reason}). Run the same "
-            "command once where there is a hub, or give --harness-tasks a folder of tasks with local files."
+            f"{failure}: it is not, or not completely, in this machine's cache, and {hub_state()} ({reason}). Run the same "
+            "command once with a connection to the hub, or give --harness-tasks a folder of tasks with local files."
         )
-    return DataError(f"{told}: {type(error).__name__}: {reason}. Check the names, and the task's own YAML file.")
+    return DataError(f"{failure}: {type(error).__name__}: {reason}. Check the names, and the task's own YAML file.")
 
 
 def _refuse_unsafe(item: Any) -> None:
-    """Refuses tasks that run code which the model has written; `item` is a task or a group of them."""
+    """Refuse tasks that run code which the model writes; `item` is a task or a group of them."""
     tasks = item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]
     for task in tasks:
         if getattr(task, "UNSAFE_CODE", False):
             raise DataError(
-                f"The task {task.task_name} runs code that the model has written, which sbft does not do on your "
-                "machine. Leave it out, or use lm_eval itself, with --confirm_run_unsafe_code."
+                f"The task {task.task_name} runs code that the model writes, which sbft does not do on your "
+                "machine. Leave it out, or use lm_eval directly, with --confirm_run_unsafe_code."
             )
 
 
@@ -238,6 +240,6 @@ def _results(measured: dict[str, Any]) -> list[TaskResult]:
             scores.append(Score(metric, chosen_filter, float(value), stderr, better.get(metric)))
         examples = measured["n-samples"].get(task, {}).get("effective")
         shots = measured["n-shot"].get(task)
-        if scores:  # a group that takes no mean over its tasks has none
+        if scores:  # a group that has no mean over its tasks has no scores
             results.append(TaskResult(task, measured["versions"].get(task), shots, examples, scores))
     return results

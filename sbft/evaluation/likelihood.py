@@ -1,4 +1,4 @@
-"""How likely a model finds given words: the loss of right answers, and each of several labels as the answer."""
+"""How likely a model finds a text: the loss of the right answers, and the likelihood of each label as the answer."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOGITS_BYTES = 128 * 2**20
-"""Float32 logits that may exist at once. Long texts and large vocabularies are done in parts that fit."""
+"""Float32 logits that may exist at a time. Long texts and large vocabularies are processed in parts that fit."""
 
-_CANDIDATES_AT_ONCE = 4_096
-"""Prompts with a label that are tokenized before they are measured; like lengths among them go together."""
+_CANDIDATES_AT_A_TIME = 4_096
+"""Prompts with a label that are tokenized in one go; among them, similar lengths share a batch."""
 
 
 def evaluate_loss(
     model: PreTrainedModel, dataset: Dataset | Iterable[dict[str, Any]], collator: Collator, *, batch_size: int = 8
 ) -> dict[str, float]:
-    """Measures the mean cross entropy over all tokens with a label.
+    """Measure the mean cross entropy over all tokens with a label.
 
-    Logits are computed where a label is predicted and nowhere else, and summed up in float32.
+    Logits are computed only where a label is predicted. The loss is summed in float32.
 
     Args:
         model: a causal language model.
-        dataset: rows as `format_dataset` gives them, packed or not.
+        dataset: rows as `format_dataset` returns them, packed or not.
         collator: makes the batches.
-        batch_size: rows at once, fewer where their logits would be large.
+        batch_size: rows per batch; fewer if their logits would be large.
 
     Returns:
         "loss" in nats per token, and "perplexity", its exponential.
 
     Raises:
-        DataError: no token has a label.
+        DataError: if no token has a label.
     """
     rows = list(dataset)
     count = sum(len(_predicting(row["labels"])) for row in rows)
     if count == 0:
-        raise DataError("The evaluation data has no token with a label, so that there is no loss to measure.")
+        raise DataError("The evaluation data has no token with a label, so there is no loss to measure.")
     loss = math.fsum(_summed_losses(model, rows, collator, batch_size)) / count
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
@@ -61,43 +61,43 @@ def label_likelihoods(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset | Iterable[dict[str, Any]],
     labels: list[str],
+    rendering: Rendering | None = None,
     *,
     max_length: int = 1024,
     batch_size: int = 16,
-    **columns: Any,
 ) -> torch.Tensor:
-    """Measures how likely the model finds each label as the answer to each prompt.
+    """Measure how likely the model finds each label as the answer to each prompt.
 
-    A label's score is the sum of the log-probabilities of the tokens that training on it would learn, the token that
-    ends the turn or the text among them. That token keeps the comparison fair where one label begins another ("no" and
-    "not sure"): without it the longer one could never be likelier than the shorter.
+    A label's score is the sum of the log-probabilities of the tokens that training on it would learn. They include the
+    token that ends the turn or the text. It keeps the comparison fair if one label begins another ("no" and "not sure"):
+    without it, the longer one could never be likelier.
 
-    Every label is put after the whole prompt, so that a prompt costs as many forward passes as there are labels.
+    A prompt costs as many forward passes as there are labels.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, with a pad token.
-        rows: rows with a prompt, or with messages, whose last answer the labels take the place of.
-        labels: the answers to compare; each exactly as an answer stands in the data, white space and all.
-        max_length: tokens of the longest prompt with a label. Nothing is cut: a label without its end could not be
+        rows: rows with a prompt, or with messages, whose last answer is replaced by the labels.
+        labels: the answers to compare, each exactly as in the data, including white space.
+        rendering: how rows become text; `Rendering()` if None.
+        max_length: tokens of the longest prompt with a label. Longer ones are refused: a label that is cut off could not be
             compared.
-        batch_size: prompts with a label at once, fewer where their logits would be large.
-        **columns: names of the columns, chat_template and so on, as for `encode_prompts`.
+        batch_size: prompts with a label per batch; fewer if their logits would be large.
 
     Returns:
         Scores of shape (rows, labels), float64 on the CPU, in nats.
 
     Raises:
-        DataError: a label that is empty, or that the chat template renders like another one; rows that are plain text;
-            or a prompt that with one of the labels is longer than `max_length`.
+        DataError: if a label is empty, or the chat template renders two labels alike; if the rows are plain text; or if a
+            prompt with a label is longer than `max_length`.
     """
     listed = list(rows)
-    rendering = Rendering(**columns).thinking([listed], tokenizer)  # one way for all rows
+    rendering = (rendering or Rendering()).thinking([listed], tokenizer)  # the same for all rows
     collator = Collator(pad_token(tokenizer))
-    at_once = max(1, _CANDIDATES_AT_ONCE // len(labels))
+    rows_at_a_time = max(1, _CANDIDATES_AT_A_TIME // len(labels))
     scores: list[float] = []
-    for start in range(0, len(listed), at_once):
-        candidates = encode_answers(listed[start : start + at_once], tokenizer, labels, **rendering.__dict__)
+    for start in range(0, len(listed), rows_at_a_time):
+        candidates = encode_answers(listed[start : start + rows_at_a_time], tokenizer, labels, rendering)
         _check_candidates(candidates, labels, max_length, start)
         scores += [-loss for loss in _summed_losses(model, candidates, collator, batch_size)]
     return torch.tensor(scores, dtype=torch.float64).view(len(listed), len(labels))
@@ -105,15 +105,15 @@ def label_likelihoods(
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode afterwards."""
+    """Evaluation mode without gradients; afterwards the model is in its former mode."""
     was_training = model.training
     model.eval()
-    # generate() passes the head the last position of every prompt, strided; matmul would then copy the head's weight
-    # once for each of them: 2.8 GB for 50 prompts to a model of 135 million weights.
+    # generate() passes the head a strided view of each prompt's last position. For each of them, matmul would copy the
+    # head's weight: 2.8 GB for 50 prompts to a model of 135 million weights.
     head = model.get_output_embeddings()
     hook = None if head is None else head.register_forward_pre_hook(_contiguous_input)
     try:
-        # Not inference tensors: those that a model keeps for itself could not be trained with later.
+        # Not inference_mode: tensors that a model keeps could not be used in training later.
         with torch.no_grad(), spinning_while_alone(model.device):
             yield
     finally:
@@ -126,22 +126,22 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's pad token.
 
     Raises:
-        DataError: it has none.
+        DataError: if it has none.
     """
     if tokenizer.pad_token_id is None:
-        raise DataError("The tokenizer has no pad token; load it with sbft.models.load.load_tokenizer, which sees to one.")
+        raise DataError("The tokenizer has no pad token. Load it with sbft.models.load_tokenizer, which sets one.")
     return int(tokenizer.pad_token_id)
 
 
 def _check_candidates(candidates: list[dict[str, list[int]]], labels: list[str], max_length: int, before: int) -> None:
-    """Refuses what cannot be compared; `before` rows came before those of `candidates`."""
+    """Refuse what cannot be compared; `before` is the number of rows before those of `candidates`."""
     seen: dict[tuple[int, ...], str] = {}
     for label, candidate in zip(labels, candidates[: len(labels)], strict=True):
         ids = tuple(candidate["input_ids"])
         if ids in seen:
             raise DataError(
-                f"The labels {seen[ids]!r} and {label!r} are the same tokens once they are rendered, so that the model "
-                "cannot tell them apart. Leave one of them out of evaluation.labels."
+                f"The labels {seen[ids]!r} and {label!r} are the same tokens once they are rendered, so the model "
+                "cannot tell them apart. Remove one of them from evaluation.labels."
             )
         seen[ids] = label
     too_long = [index for index, candidate in enumerate(candidates) if len(candidate["input_ids"]) > max_length]
@@ -149,8 +149,8 @@ def _check_candidates(candidates: list[dict[str, list[int]]], labels: list[str],
         row, place = divmod(too_long[0], len(labels))
         raise DataError(
             f"Row {before + row + 1} of the evaluation data with the label {labels[place]!r} has "
-            f"{len(candidates[too_long[0]]['input_ids'])} tokens, and data.max_length is {max_length}: cut off, the "
-            "label could not be compared. Raise data.max_length, or take the long rows out of the evaluation data."
+            f"{len(candidates[too_long[0]]['input_ids'])} tokens, and data.max_length is {max_length}: a label that "
+            "is cut off cannot be compared. Raise data.max_length, or remove the long rows from the evaluation data."
         )
 
 
@@ -160,22 +160,22 @@ def _summed_losses(
     """The cross entropy of each row, summed over its labels."""
     losses = [0.0] * len(rows)
     limit = max(1, _LOGITS_BYTES // (4 * _vocabulary(model)))
-    if "position_ids" not in (rows[0] if rows else {}):  # of packed rows, which are longer than their documents
+    if "position_ids" not in (rows[0] if rows else {}):  # packed rows are longer than their documents
         refuse_what_does_not_fit(model, (row["input_ids"] for row in rows), "an example")
     with evaluating(model):
-        for chosen in _batches(rows, batch_size, limit):
-            batch = [rows[index] for index in chosen]
-            lone = batch[0]
-            if len(batch) == 1 and len(lone["input_ids"]) > limit and len(_predicting(lone["labels"])) > limit:
-                losses[chosen[0]] = sum(_loss_in_chunks(model, document, limit) for document in _documents(lone))
+        for indices in _batches(rows, batch_size, limit):
+            batch = [rows[index] for index in indices]
+            first = batch[0]
+            if len(batch) == 1 and len(first["input_ids"]) > limit and len(_predicting(first["labels"])) > limit:
+                losses[indices[0]] = sum(_loss_in_chunks(model, document, limit) for document in _documents(first))
                 continue
-            for index, loss in zip(chosen, _losses_of_batch(model, collator(batch)), strict=True):
+            for index, loss in zip(indices, _losses_of_batch(model, collator(batch)), strict=True):
                 losses[index] = loss
     return losses
 
 
 def _batches(rows: list[dict[str, Any]], batch_size: int, limit: int) -> Iterator[list[int]]:
-    """Rows of like length together, as many as `batch_size` and `limit` positions with logits allow."""
+    """Indices of rows in batches of similar length, of at most `batch_size` rows and `limit` positions with logits."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]), reverse=True)
     batch: list[int] = []
     positions: set[int] = set()
@@ -203,7 +203,7 @@ def _losses_of_batch(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> 
 
 
 def _loss_in_chunks(model: PreTrainedModel, row: dict[str, list[int]], limit: int) -> float:
-    """The same for one long row: a stretch of tokens after the other, the earlier ones' keys and values cached."""
+    """The same for one long row, in chunks of tokens; keys and values of the earlier chunks are cached."""
     ids = torch.tensor([row["input_ids"]], device=model.device)
     targets = torch.tensor([[*row["labels"][1:], IGNORED_LABEL]], device=model.device)
     total, cache = 0.0, None
@@ -237,7 +237,7 @@ def _predicting(labels: list[int]) -> list[int]:
 
 
 def _documents(row: dict[str, list[int]]) -> list[dict[str, list[int]]]:
-    """The documents of a packed row; the row itself where it is not packed."""
+    """The documents of a packed row; the row itself if it is not packed."""
     positions = row.get("position_ids", [0])
     starts = [index for index, position in enumerate(positions) if position == 0]
     ends = [*starts[1:], len(row["input_ids"])]
@@ -259,7 +259,7 @@ def _can_choose_logits(model: PreTrainedModel) -> bool:
 
 
 def _without_adapter(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, whose own signature says nothing."""
+    """The transformers model inside a PEFT wrapper, whose own signature hides the model's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sbft.models.load import resolve
+from sbft.models.names import resolve
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's, before the name of a module of the base model

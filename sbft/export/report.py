@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import yaml
 
+from sbft.data.sources import read_splits
 from sbft.export.checkpoint import recipe_of, torch_dtype
 from sbft.export.low_rank import Extraction
-from sbft.models.load import BUILTIN, load_model, load_tokenizer
-from sbft.runs.prepare import evaluation_rows, read_splits
+from sbft.models.load import load_model, load_tokenizer
+from sbft.models.names import BUILTIN
+from sbft.native.sizes import MIB, mib
+from sbft.runs.measurement import measure
+from sbft.runs.prepare import evaluation_rows
 from sbft.runs.record import FILE_NAME, RunRecord, versions
-from sbft.runs.run_recipe import measure
 
 REPORT_FILE = "export.json"
 SCHEMA = 1
@@ -47,7 +50,7 @@ def measure_adapter(made: Extraction, source: Path, *, trust_remote_code: bool =
     recipe = recipe_of(source)
     if recipe is None:
         return Metrics(why_not=f"{source} has no recipe.yaml that says on what")
-    rows = evaluation_rows(read_splits(recipe))
+    rows = evaluation_rows(read_splits(recipe.data))
     if rows is None:
         return Metrics(why_not="the run's recipe has no evaluation data")
     model = load_model(str(made.folder), dtype=torch_dtype(str(recipe.dtype)), trust_remote_code=trust_remote_code)
@@ -168,4 +171,4 @@ def _percent(share: float) -> str:
 
 
 def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.0f} MiB" if size_bytes >= 10 * 2**20 else f"{size_bytes / 2**20:.1f} MiB"
+    return mib(size_bytes, 0 if size_bytes >= 10 * MIB else 1)

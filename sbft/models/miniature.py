@@ -1,4 +1,4 @@
-"""A model's class in miniature: what its code does with positions and with packed rows is tried without its weights."""
+"""A model's class in miniature, to try what its code does with positions and packed rows without its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 _LAYERS, _VOCABULARY = 4, 64
 _HEADS, _HEAD_SIZE = 4, 16
 _WIDTH = _HEADS * _HEAD_SIZE
-# What a config may name, and the most that it shall be. What is smaller, or not there, stays.
+# Largest value of each setting in a miniature. Smaller values, and settings that a config lacks, stay as they are.
 _SMALL: dict[str, int] = {
     "hidden_size": _WIDTH, "num_attention_heads": _HEADS, "head_dim": _HEAD_SIZE, "intermediate_size": 2 * _WIDTH,
     "ffn_dim": 2 * _WIDTH, "word_embed_proj_dim": _WIDTH, "n_inner": 2 * _WIDTH, "embedding_size": _WIDTH,
@@ -24,26 +24,26 @@ _SMALL: dict[str, int] = {
     "vocab_size_per_layer_input": _VOCABULARY, "hidden_size_per_layer_input": _HEAD_SIZE, "laurel_rank": _HEAD_SIZE,
     "num_kv_shared_layers": 0, "linear_value_head_dim": _HEAD_SIZE, "lru_width": _WIDTH, "attention_hidden_size": _WIDTH,
 }  # fmt: skip
-# Parameters of a miniature whose widths cannot be made smaller.
+# Most parameters of a miniature whose widths cannot be reduced.
 _MOST_PARAMETERS = 100_000_000
 
 
 class NoMiniature(Exception):
-    """A class of models that cannot be made small without knowing more of it; the message says why."""
+    """A class of models that no miniature can be made of; the message says why."""
 
 
 def miniatures(
     config: PreTrainedConfig, *, trust_remote_code: bool = False, **settings: Any
 ) -> Iterator[PreTrainedModel]:
-    """Models of the class that a config is of, smaller first: with a few layers, a small vocabulary, random weights.
+    """Models of a config's class with few layers, a small vocabulary and random weights, the smallest first.
 
     Args:
-        config: of the model; stays as it is.
+        config: the model's config, which is not changed.
         trust_remote_code: run the Python code that comes with the checkpoint.
-        **settings: further settings of the config of its text.
+        **settings: further settings of its text config.
 
     Raises:
-        NoMiniature: after the last, or where none can be made.
+        NoMiniature: after the last one, or if none can be made.
     """
     reason = "it would be too large"
     for narrow in (True, False):
@@ -67,7 +67,7 @@ def _made(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        for parameter in model.parameters():  # what is made of zeros would hide what lies behind it
+        for parameter in model.parameters():  # zeros would hide the effect of later layers
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return model.eval()
 
@@ -92,13 +92,13 @@ def _small(config: PreTrainedConfig, narrow: bool, settings: dict[str, Any]) -> 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
-    return [config, *(part for one in inner for part in _parts(one))]
+    return [config, *(part for each in inner for part in _parts(each))]
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
-    """A setting by the name that most configs have for it; None where there is none.
+    """A setting by its usual name; None if the config lacks it.
 
-    Read where it lies: a setting that some layers have a value of their own for cannot be asked for.
+    It is read from `vars`, because a config refuses to return a setting that differs between layers.
     """
     return vars(config).get(type(config).attribute_map.get(name, name))
 
@@ -108,7 +108,7 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
 
 
 def _cut_layers(config: PreTrainedConfig) -> None:
-    """Keep the first layers, so many that each kind is among them where the config lists kinds."""
+    """Keep the first layers, enough that each kind is among them if the config lists kinds."""
     count = _value(config, "num_hidden_layers")
     if not isinstance(count, int):
         return
@@ -128,8 +128,8 @@ def _narrow(config: PreTrainedConfig) -> None:
     heads, groups = _value(config, "num_attention_heads"), _value(config, "num_key_value_heads")
     for name, most in _SMALL.items():
         value = _value(config, name)
-        if isinstance(value, list) and all(isinstance(one, int) for one in value):
-            _set(config, name, [min(one, most) for one in value])
+        if isinstance(value, list) and all(isinstance(size, int) for size in value):
+            _set(config, name, [min(size, most) for size in value])
         if isinstance(value, int) and not isinstance(value, bool) and value > most:
             _set(config, name, most)
     if isinstance(heads, int) and isinstance(groups, int):

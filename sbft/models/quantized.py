@@ -1,4 +1,4 @@
-"""Models whose weights are held in 4 bits by bitsandbytes: how they are loaded, and what they weigh."""
+"""Models whose weights bitsandbytes holds in 4 bits: how they are loaded, and how much memory they take."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
 
     Args:
         kind: "nf4": NormalFloat in blocks of 64, the blocks' scales quantized too (arXiv 2305.14314, section 3).
-        dtype: what products are computed in, and what all other weights are held in.
+        dtype: dtype of the matrix products, and of all other weights.
 
     PEFT's `prepare_model_for_kbit_training` is not called. It freezes the base, which the adapter does anyway; turns on
-    gradient checkpointing, which is a choice of its own; and casts norms, embeddings and head to float32. QLoRA's own
+    gradient checkpointing, which is a separate choice; and casts norms, embeddings and head to float32. QLoRA's own
     code casts embeddings and head back to bfloat16 and runs under autocast. Without autocast, norms in float32 would
     make every activation float32, at twice the memory; the frozen values would be the same.
     """
@@ -42,15 +42,15 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
 
 
 def check_bitsandbytes(what: str, device: torch.device, *, optimizer: bool) -> None:
-    """See whether bitsandbytes works here: its wheel may lack the library for this device.
+    """Check that bitsandbytes works here: its wheel may lack the library for this device.
 
     Args:
-        what: what needs it, the beginning of a sentence.
-        device: where it shall work.
-        optimizer: whether it is its 8-bit optimizer that is needed, and not its 4-bit weights.
+        what: what needs it, such as "Method qlora".
+        device: where it must work.
+        optimizer: whether the 8-bit optimizer is needed; else the 4-bit weights are.
 
     Raises:
-        MissingPackageError: if it does not.
+        MissingPackageError: if it does not work.
     """
 
     try:
@@ -64,7 +64,7 @@ def check_bitsandbytes(what: str, device: torch.device, *, optimizer: bool) -> N
         reason = " ".join(str(error).split())[:300]
         raise MissingPackageError(
             f"{what} needs the package bitsandbytes, which does not work on this machine's {device.type} device: {reason} "
-            "Install a version built for it, or take another method."
+            "Install a version built for it, or choose another method."
         ) from error
 
 
@@ -86,17 +86,17 @@ def _step_in_8_bits(device: torch.device) -> None:
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Keep the 4-bit weights of a model as they were loaded.
+    """Keep bitsandbytes from repacking the 4-bit weights of a model.
 
-    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks them for inference at the first forward in evaluation mode, for
-    good: a backward pass through them afterwards gives no gradient, and their scales are rounded once more.
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks them for inference, for good, at the first forward in evaluation
+    mode. After that a backward pass through them gives no gradient, and their scales have been rounded again.
     """
     for layer in _layers(model):
         layer.support_avx512bf16_for_cpu = False
 
 
 def scales_bytes(model: nn.Module) -> int:
-    """Bytes of what belongs to the 4-bit weights of a model beside its parameters and buffers."""
+    """Bytes of the scales of 4-bit weights, which are neither parameters nor buffers."""
     states = [layer.weight.quant_state for layer in _layers(model)]
     tensors = [
         tensor
@@ -113,12 +113,12 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def write_note(folder: Path, kind: Quantization) -> None:
-    """Say beside an adapter how the model under it was held, which PEFT's own config does not say."""
+    """Note in an adapter's folder how its base was quantized, which PEFT's own config does not say."""
     (folder / _NOTE).write_text(json.dumps({"quantization": kind}) + "\n", encoding="utf-8")
 
 
 def read_note(folder: Path) -> Quantization | None:
-    """How the model under the adapter in a folder was held when that was trained; None: not quantized."""
+    """How an adapter's base was quantized in training; None if it was not."""
     note = folder / _NOTE
     if not note.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Models of random weights, `random:NAME`: memory and speed can be measured on a shape without its checkpoint."""
+"""Models with random weights, `random:NAME`: to measure memory and speed of a shape without its checkpoint."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "max_position_embeddings": 2048,
     },
 }  # fmt: skip
-"""Settings of the transformers config of each model: those of SmolLM2, Llama 3, Qwen3 and Gemma 3 (its text) as published."""
+"""Settings of each model's transformers config. SmolLM2, Llama 3, Qwen3 and Gemma 3 (text) are as published."""
 
 
 def is_random(model: str) -> bool:
-    """Says whether a model is written `random:NAME`."""
+    """Whether a model is named `random:NAME`."""
     return model.startswith(PREFIX)
 
 
@@ -73,7 +73,7 @@ def random_config(model: str) -> PreTrainedConfig:
     """The transformers config of `random:NAME`; its special tokens are those of `byte_tokenizer`.
 
     Raises:
-        ModelError: there is no architecture of that name.
+        ModelError: if there is no architecture of that name.
     """
     from transformers import AutoConfig
 
@@ -81,20 +81,20 @@ def random_config(model: str) -> PreTrainedConfig:
     if name not in ARCHITECTURES:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
         hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
-        known = ", ".join(PREFIX + one for one in ARCHITECTURES)
-        raise ModelError(f"There is no model of random weights called {name!r}; there is: {known}.{hint}")
+        known = ", ".join(PREFIX + architecture for architecture in ARCHITECTURES)
+        raise ModelError(f"There is no model with random weights called {name!r}; there is: {known}.{hint}")
     tokens: dict[str, Any] = {"bos_token_id": _BYTES, "eos_token_id": _BYTES + 1, "pad_token_id": _BYTES + 2}
-    # The name is what an adapter keeps of its base.
+    # An adapter records its base by this name.
     return AutoConfig.for_model(**ARCHITECTURES[name], **tokens, name_or_path=PREFIX + name)
 
 
 def random_model(
     model: str, *, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """Makes a model of random weights in one dtype where it will be used, and nothing of it anywhere else.
+    """Make a model with random weights directly on its device, in one dtype.
 
-    The matrices are normal with deviation 0.02, the norms' weights 1, the biases 0. Each parameter has a generator of
-    its own, seeded by its name, so that the weights are the same every time on the same kind of device.
+    Matrices are normal with standard deviation 0.02, the norms' weights 1, biases 0. Each parameter has its own generator,
+    seeded by its name, so that a kind of device always gets the same weights.
 
     Args:
         model: `random:NAME`.
@@ -106,7 +106,7 @@ def random_model(
         The model in evaluation mode.
 
     Raises:
-        ModelError: there is no architecture of that name.
+        ModelError: if there is no architecture of that name.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -117,7 +117,7 @@ def random_model(
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    made.tie_weights()  # which no_init_weights leaves out, too
+    made.tie_weights()  # no_init_weights skips this too
     for name, parameter in made.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
@@ -134,12 +134,12 @@ def training_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         return torch.device("cpu")
-    # Several processes have each chosen theirs by now.
+    # Several processes have each selected theirs by now.
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for each of the 256 bytes, and for begin, end and padding; it needs no file."""
+    """A tokenizer with one token per byte, and tokens for begin, end and padding. It needs no file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

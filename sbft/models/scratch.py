@@ -1,7 +1,7 @@
 """Fresh models of named sizes, `scratch:NAME`, to be pretrained: the decoder of arXiv 2507.07101.
 
 Rotary positions, RMSNorm before each block and on queries and keys, an MLP of four times the width with GELU and without a
-gate, no biases, an output head of its own. Apertus is the transformers architecture that has all of these. As in the
+gate, no biases, an untied output head. Apertus is the transformers architecture that has all of these. As in the
 authors' code (github.com/martin-marek/batch-size, pretraining/model.py) the norms' scales are not trained.
 """
 
@@ -26,13 +26,13 @@ _OFFLINE_VOCABULARY = 2048
 
 @dataclass(frozen=True)
 class Size:
-    """The shape of a model; its name says how many parameters it has, one of its two embeddings counted."""
+    """The shape of a model. Its name says how many parameters it has, counting one of its two embeddings."""
 
     width: int
     layers: int
     head_size: int
     vocabulary: int
-    """Of the tokenizer that it is meant for; a run takes that of its data's tokenizer."""
+    """Vocabulary of the tokenizer that it is meant for. A run uses that of its data's tokenizer."""
 
 
 SIZES = {
@@ -43,12 +43,12 @@ SIZES = {
     "124m": Size(768, 12, 128, _GPT2_VOCABULARY),
     "1.3b": Size(2048, 24, 128, _GPT2_VOCABULARY),
 }
-"""Width, layers and heads of 128 of the last three are the paper's; smaller widths have smaller heads, so that there are
+"""The last three have the paper's widths, layers and heads of 128. Smaller widths have smaller heads, so that there are
 several."""
 
 
 def is_scratch(model: str) -> bool:
-    """Says whether a model is written `scratch:NAME`."""
+    """Whether a model is named `scratch:NAME`."""
     return model.startswith(PREFIX)
 
 
@@ -57,10 +57,10 @@ def scratch_config(model: str, tokenizer: PreTrainedTokenizerBase | None = None)
 
     Args:
         model: `scratch:NAME`.
-        tokenizer: of its data, whose vocabulary and special tokens it takes; None: a vocabulary of the size's own.
+        tokenizer: the tokenizer of the data, for vocabulary and special tokens; if None, the size's own vocabulary.
 
     Raises:
-        ModelError: there is no such size.
+        ModelError: if there is no such size.
     """
     from transformers import AutoConfig
 
@@ -97,23 +97,24 @@ def scratch_config(model: str, tokenizer: PreTrainedTokenizerBase | None = None)
 def scratch_model(
     model: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Makes a fresh model, initialized as in the paper's code: matrices uniform after Glorot, embeddings normal.
+    """Make a fresh model, initialized as in the paper's code: matrices uniform (Glorot), embeddings normal.
 
-    Queries, keys and values are one kernel there, for which Glorot's bound is lower; nothing is scaled by the depth. The
-    numbers are drawn on the CPU in float32, each parameter's by itself: a seed gives one model, whatever device and dtype.
+    There, queries, keys and values are one kernel, for which Glorot's bound is lower; nothing is scaled by the depth. The
+    numbers are drawn on the CPU in float32, separately for each parameter, so a seed gives the same model on every device
+    and in every dtype.
 
     Args:
         model: `scratch:NAME`.
-        tokenizer: of its data.
-        seed: of the weights.
-        dtype: of all weights.
+        tokenizer: the tokenizer of the data.
+        seed: seed of the weights.
+        dtype: dtype of all weights.
         device: where the weights are made.
 
     Returns:
         The model in evaluation mode; the scales of its norms are 1 and frozen.
 
     Raises:
-        ModelError: there is no such size.
+        ModelError: if there is no such size.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -141,8 +142,9 @@ def scratch_model(
 
 
 def counted_parameters(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
-    """Parameters of a model as a budget of tokens per parameter counts them: its matrices, the output head left out where it
-    has one of its own. For `scratch:NAME` they are the paper's 12 layers width^2 + vocabulary width.
+    """The parameters that a budget of tokens per parameter counts: the matrices, without an untied output head.
+
+    For `scratch:NAME` these are the paper's 12 layers width^2 + vocabulary width.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -162,13 +164,13 @@ def _size(model: str) -> Size:
     if name not in SIZES:
         near = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
-        known = ", ".join(PREFIX + one for one in SIZES)
+        known = ", ".join(PREFIX + size for size in SIZES)
         raise ModelError(f"There is no size of a fresh model called {name!r}; there is: {known}.{hint}")
     return SIZES[name]
 
 
 def _bound(name: str, size: Size) -> float | None:
-    """Largest weight of a matrix that is drawn uniformly; None of an embedding."""
+    """The bound of a matrix that is drawn uniformly; None for an embedding, which is not."""
     layer = name.rpartition(".weight")[0].rpartition(".")[2]
     heads, together = size.width // size.head_size, size.width + size.head_size
     fans = {

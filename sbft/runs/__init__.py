@@ -1,1 +1,1 @@
-"""What knows a recipe: how a run is built, prepared, recorded, and told as a whole in `run_recipe`."""
+"""How a recipe becomes a run. `run_recipe` tells the whole story; every other module is one part of it."""

@@ -96,15 +96,15 @@ def _current_name(name: str) -> str:
 def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """Load the model of a resolved recipe in the recipe's dtype, and make trainable what the recipe trains.
 
-    On a CPU this process takes its large tensors from `sbft.native.memory_pool` from then on, and keeps few compiled products.
+    On a CPU, this process then uses `sbft.native.memory_pool` for large tensors, and keeps few compiled matrix products.
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
-        tokenizer: of its data, which a fresh model takes its vocabulary from.
+        tokenizer: the tokenizer of the data; a fresh model gets its vocabulary.
 
     Raises:
-        ModelError: if it cannot be loaded, or has no layers that the recipe's adapter names, or no weights that its
-            `freeze` names, or none beside these.
+        ModelError: if it cannot be loaded, has none of the layers that the adapter names or of the weights that `freeze`
+            names, or has nothing left to train.
         MissingPackageError: if the method's package is not installed, or does not work on this machine.
     """
     method = METHODS[recipe.method]
@@ -132,15 +132,16 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _check_processes(recipe: Recipe) -> None:
-    """As many processes as the recipe shards the model over, or the library below would say so in its own terms."""
+    """Refuse any other number of processes than the recipe shards the model over."""
     if recipe.distributed is None:
         return
     wanted = math.prod(size or 1 for size in recipe.distributed.model_dump().values())
-    found = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if wanted != found:
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if wanted != processes:
         raise RecipeError(
-            f"distributed spreads the model over {wanted} processes, and there {'is' if found == 1 else 'are'} {found}. "
-            f"Add --num-processes {wanted}, or start as many with: torchrun --nproc-per-node {wanted} -m sbft train ..."
+            f"distributed spreads the model over {wanted} processes, and there {'is' if processes == 1 else 'are'} "
+            f"{processes}. Add --num-processes {wanted}, or start as many with: torchrun "
+            f"--nproc-per-node {wanted} -m sbft train ..."
         )
 
 
@@ -148,7 +149,8 @@ def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """Put a resolved recipe's adapter on a model, or freeze what its `freeze` names; the model is changed.
 
     Raises:
-        ModelError: if it has no layers that the adapter names, or no weights that `freeze` names, or none beside these.
+        ModelError: if it has none of the layers that the adapter names or of the weights that `freeze` names, or has nothing
+            left to train.
         MissingPackageError: if there is an adapter, and peft is not installed.
     """
     if recipe.lora is not None:
@@ -158,23 +160,23 @@ def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
 
 def _freeze(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Turn off the gradients of the weights that the recipe's `freeze` names; tied weights are one under both names."""
+    """Turn off the gradients of the weights that the recipe's `freeze` names; tied weights count under either name."""
     # Duplicates too: a tied output head has a name of its own.
     named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in recipe.freeze:
-        chosen = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
+        frozen = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
         if pattern == "embeddings":
-            chosen = _embeddings(model)
-        if not chosen:
+            frozen = _embeddings(model)
+        if not frozen:
             raise ModelError(
                 f"freeze names {pattern!r}, which is no parameter of {recipe.model}. Write embeddings, or a pattern of "
                 f"parameter names; the first is {next(iter(named))}, the last {list(named)[-1]}."
             )
-        for parameter in chosen:
+        for parameter in frozen:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise ModelError(
-            f"freeze is {recipe.freeze}, which leaves no weight of {recipe.model} to train. Take something out of it."
+            f"freeze is {recipe.freeze}, which leaves no weight of {recipe.model} to train. Remove something from it."
         )
 
 
@@ -192,7 +194,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, An
         ) from error
     targets = settings["target_modules"]
     if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():
-        targets = [targets]  # a name; PEFT takes a string for a pattern of the whole path
+        targets = [targets]  # a name; PEFT reads a string as a pattern for the whole path
     config = LoraConfig(
         r=settings["rank"],
         lora_alpha=settings["alpha"],

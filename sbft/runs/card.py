@@ -1,4 +1,4 @@
-"""The model card of a run: what it was made from, how, and what was measured."""
+"""The model card of a run: what it was trained from, how, and what was measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import yaml
 
 from sbft.errors import without_secrets
-from sbft.models.load import BUILTIN
+from sbft.models.names import BUILTIN
 from sbft.models.scratch import is_scratch
+from sbft.native.sizes import gib
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import RunRecord
 
@@ -20,8 +21,8 @@ def write_card(record: RunRecord, folder: Path) -> Path:
     """Write `README.md`, with the metadata that model hubs read, into the folder of a run.
 
     Args:
-        record: of a run that ended well.
-        folder: where its model lies.
+        record: the record of a run with status `ok`.
+        folder: where its model is.
     """
     path = folder / "README.md"
     path.write_text(without_secrets(card(record)), encoding="utf-8")
@@ -100,4 +101,4 @@ def _number(value: float | None) -> str:
 
 
 def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**30:.2f} GiB"
+    return "" if size is None else gib(size)

@@ -1,4 +1,4 @@
-"""How a run ends early: what its record says of it, and, when memory ran out, the switch that lowers it most."""
+"""How a run fails: what its record says, and what the user can do about it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from sbft.errors import DiskError, Interrupted, LostRankError, SbftError, TrainingError, signal_of
+from sbft.native.sizes import gib
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
 from sbft.runs.output_folder import RECIPE_FILE, RunFolder, is_fixed
@@ -31,85 +32,85 @@ class Stage:
 
     evaluating: bool = False
     within_training: bool = False
-    """Whether what is evaluated is the model as training has it at some step."""
+    """Whether the evaluation is one during training."""
     trained: bool = False
     """Whether training is over."""
     kept: bool = False
-    """Whether the trained model lies in the output folder."""
+    """Whether the trained model is in the output folder."""
 
 
 @contextmanager
 def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> Iterator[Stage]:
-    """Write into the record how the run ended early, and say what can be done about it.
+    """Record how the run failed, and raise an error that says what to do about it.
 
     Yields:
-        What the run says about how far it has come.
+        How far the run has come, which the run itself keeps up to date.
     """
     stage = Stage()
     try:
         yield stage
     except (Exception, KeyboardInterrupt) as error:
-        told = _told(error, recipe, record, output, stage)
-        if record.status == "unfinished":  # else it says more already
+        shown = _for_the_user(error, recipe, record, output, stage)
+        if record.status == "unfinished":  # otherwise it is more specific already
             record.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
         if is_out_of_memory(error):
             record.status = "oom"
-            # That a model does not fit is a result too, even before there is anything to train.
+            # A model that does not fit is a result too, even if it failed before training.
             if not output.open and not output.resume:
                 output.begin(recipe)
         kept = _what_is_kept(output) if stage.kept else ""
-        if kept and isinstance(told, SbftError):
-            told.args = (f"{told}{kept}",)
-        record.error = str(told) if isinstance(told, SbftError) else f"{type(told).__name__}: {told}{kept}"
-        # Before it has begun, a run leaves nothing behind.
+        if kept and isinstance(shown, SbftError):
+            shown.args = (f"{shown}{kept}",)
+        record.error = str(shown) if isinstance(shown, SbftError) else f"{type(shown).__name__}: {shown}{kept}"
+        # A run that has not begun leaves nothing behind.
         if output.open:
             _save_if_there_is_room(record, output)
-        if told is error:
+        if shown is error:
             raise
-        raise told from error
+        raise shown from error
 
 
-def _told(error: BaseException, recipe: Recipe, record: RunRecord, output: RunFolder, stage: Stage) -> BaseException:
-    """The error in sentences for the user; the error itself where sbft knows nothing to add."""
+def _for_the_user(error: BaseException, recipe: Recipe, record: RunRecord, output: RunFolder, stage: Stage) -> BaseException:
+    """The error in sentences for the user; the error itself if sbft has nothing to add."""
     if is_out_of_memory(error):
         advice = _out_of_memory(recipe, record, stage)
-        return TrainingError(advice.text + _where_to_go_on(record, output, stage, advice))
+        return TrainingError(advice.text + _where_to_resume(record, output, stage, advice))
     if isinstance(error, KeyboardInterrupt):
         return Interrupted(signal_of(error), _interrupted(record, output, stage))
     if isinstance(error, OSError) and error.errno in FULL_OR_READ_ONLY:
         error = DiskError(f"{error.filename or output.folder} could not be written: {refusal(error)}.")
     if isinstance(error, (DiskError, SavingError)):
-        return type(error)(f"{error}{_where_to_go_on(record, output, stage)}")
+        return type(error)(f"{error}{_where_to_resume(record, output, stage)}")
     lost = loss_of_a_rank(error, recipe.training.get("ddp_timeout", DEFAULT_TIMEOUT_S))
     if lost is not None:
-        return LostRankError(lost + _where_to_go_on(record, output, stage))
+        return LostRankError(lost + _where_to_resume(record, output, stage))
     return error
 
 
 def _save_if_there_is_room(record: RunRecord, output: RunFolder) -> None:
-    """What a full disk keeps the record from saying is said on the terminal."""
+    """Save the record; if the disk is full, warn on the terminal instead."""
     try:
         output.save(record)
     except DiskError as error:
         logger.warning(str(error))
 
 
-def _where_to_go_on(record: RunRecord, output: RunFolder, stage: Stage, advice: Advice | None = None) -> str:
-    """The checkpoint that a failure in training has left, and whether what was advised can be set for the rest of it."""
+def _where_to_resume(record: RunRecord, output: RunFolder, stage: Stage, advice: Advice | None = None) -> str:
+    """The checkpoint that a failed training left, and whether the advised setting can be changed when it is resumed."""
     checkpoint = find_checkpoint(output.folder) if output.open and not stage.trained else None
     if checkpoint is None:
         return ""
-    whole = f" The last checkpoint, {checkpoint}, is whole"
+    intact = f" The last checkpoint, {checkpoint}, is intact"
     if advice is None:
-        return f"{whole}. To resume from it, type: {resume_command(record, output)}"
+        return f"{intact}. To resume from it, type: {resume_command(record, output)}"
     key = advice.switch.partition("=")[0]
     if is_fixed(key):
-        return f"{whole}, but {key} cannot be changed half-way: a run with another begins anew."
-    return f"{whole}. To resume from it with that, type: {resume_command(record, output)} --set {advice.switch}"
+        return f"{intact}, but {key} cannot be changed in a resumed run: start a new one."
+    return f"{intact}. To resume from it with that, type: {resume_command(record, output)} --set {advice.switch}"
 
 
 def resume_command(record: RunRecord, output: RunFolder) -> str:
-    """What to type to go on with a run from its last checkpoint."""
+    """What to type to resume a run from its last checkpoint."""
     ranks = f" --num-processes {record.world_size}" if record.world_size > 1 else ""
     return f"sbft train {output.folder}/{RECIPE_FILE} --resume{ranks}"
 
@@ -125,7 +126,7 @@ def _interrupted(record: RunRecord, output: RunFolder, stage: Stage) -> str:
     checkpoint = find_checkpoint(output.folder) if output.open else None
     if checkpoint is not None:
         return f"; the last checkpoint is in {checkpoint}. To resume, type: {resume_command(record, output)}"
-    return ", with no checkpoint to go on from. Type the command again to start over."
+    return " before the first checkpoint. Type the command again to start over."
 
 
 def _out_of_memory(recipe: Recipe, record: RunRecord, stage: Stage) -> Advice:
@@ -138,42 +139,42 @@ def _out_of_memory(recipe: Recipe, record: RunRecord, stage: Stage) -> Advice:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do where memory ran out, or will."""
+    """What to do if memory ran out, or will."""
 
     part: str
-    """What takes the most of it, such as "the activations"."""
+    """What takes most of the memory, such as "the activations"."""
     switch: str
     """The setting that lowers the peak most: key=value, as `--set` takes it."""
     remedy: str
     """What to type, with what it costs."""
     text: str
-    """The whole of it in sentences."""
+    """All of this in sentences."""
 
 
 def evaluation_advice(recipe: Recipe, which: Literal["untrained", "half-trained", "trained"]) -> Advice:
-    """What to type when memory ran out while the model was measured.
+    """What to type if memory ran out while the model was evaluated.
 
     Args:
         recipe: the resolved recipe.
-        which: the model before, within or after training; measuring the untrained one can be left out.
+        which: the model before, during or after training; evaluating the untrained one can be skipped.
     """
     settings = recipe.evaluation
     size = settings.batch_size
     switch = (
         f"evaluation.batch_size={size // 2}" if size > 1 else f"data.max_length={max(recipe.data.max_length // 2, 1)}"
     )
-    others = ["--set evaluation.limit=N to evaluate on fewer examples"]
+    alternatives = ["--set evaluation.limit=N to evaluate on fewer examples"]
     if which == "untrained":
-        others.append("--set evaluation.before=false to skip this evaluation")
+        alternatives.append("--set evaluation.before=false to skip this evaluation")
     text = (
-        f"Out of memory while the {which} model was evaluated, {size} examples at once. To lower the peak most, add "
-        f"--set {switch}. Or add {', or '.join(others)}."
+        f"Out of memory while the {which} model was evaluated, {size} examples at a time. To lower the peak most, add "
+        f"--set {switch}. Or add {', or '.join(alternatives)}."
     )
     return Advice("the activations", switch, f"--set {switch}", text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory, of the device or of the machine, ran out."""
+    """Whether this error means that memory ran out, on the device or on the machine."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in _MESSAGES)
@@ -182,12 +183,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def training_advice(
     recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None, batch_size: int
 ) -> Advice:
-    """Which part was largest when memory ran out in training, and what to type.
+    """What to type if memory ran out in training: what lowers the largest part.
 
     Args:
         recipe: the resolved recipe.
-        memory: the parts of a run record: weights, gradients, optimizer_state, in bytes.
-        peak_bytes: the highest that was seen before memory ran out; None if unknown.
+        memory: bytes of weights, gradients and optimizer_state, as a run record has them.
+        peak_bytes: the highest peak seen before memory ran out; None if unknown.
         batch_size: examples in the step that failed, on this device.
     """
     parts = {
@@ -214,7 +215,7 @@ def training_advice(
         "the activations": activations,
     }
     largest = max(parts, key=lambda part: parts[part])
-    figures = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in parts.items())
+    figures = ", ".join(f"{part} {gib(size)}" for part, size in parts.items())
     switch = next(
         (switches[part] for part in sorted(parts, key=lambda part: -parts[part]) if switches[part]), activations
     )
@@ -222,7 +223,7 @@ def training_advice(
     if switch == activations:
         remedy += f" ({cost})"
     if largest == "the weights" and not switches[largest]:
-        remedy += " or take a smaller model"
+        remedy += " or choose a smaller model"
     text = (
         f"Out of memory. The largest part: {largest} (seen before it ran out: {figures}). "
         f"To lower the peak most, add {remedy}."

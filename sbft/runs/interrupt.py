@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between two steps: never in the middle of one, where only some parameters are already updated."""
+"""Ctrl-C and SIGTERM take effect between two steps: within a step, only some of the parameters are updated yet."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopBetweenSteps(TrainerCallback):
     """While entered, Ctrl-C and SIGTERM let the step end, save a checkpoint and stop; a second one stops at once.
 
-    Of several ranks, all stop after the same step as soon as one of them was told to.
+    With several ranks, all stop after the same step as soon as one of them gets the signal.
 
     Attributes:
-        signal: what this rank, or another, was told to stop by; 0 if by nothing.
+        signal: the signal that this rank or another got; 0 if none did.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class StopBetweenSteps(TrainerCallback):
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopBetweenSteps:
-        # Only the main thread may set handlers; a run inside another thread keeps its program's own.
+        # Only the main thread may set handlers. A run in another thread keeps those of its program.
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
@@ -43,11 +43,11 @@ class StopBetweenSteps(TrainerCallback):
 
     @property
     def requested(self) -> bool:
-        """Whether somebody told the run to stop."""
+        """Whether the run was asked to stop."""
         return self.signal != 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # Not `requested`: another rank may have told this one before its own signal came.
+        # Not `requested`, which another rank may have set before this one got its own signal.
         if self._heard:
             raise KeyboardInterrupt(number)
         self._heard, self.signal = True, number
@@ -56,12 +56,12 @@ class StopBetweenSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask the trainer for a checkpoint and an end, if a signal came during the step."""
-        # One that comes while the ranks agree is kept for the next step.
+        # A signal that comes while the ranks agree takes effect after the next step.
         if state.global_step < state.max_steps and (agreed := self._agreed(args)):
             self.signal = agreed
             control.should_save = True
             control.should_training_stop = True
-            # Where only the best are saved, the trainer would take the wish to save back after an evaluation.
+            # If only the best checkpoints are saved, an evaluation would clear should_save.
             if args.save_strategy == SaveStrategy.BEST:
                 control.should_evaluate = False
         return control
@@ -70,6 +70,6 @@ class StopBetweenSteps(TrainerCallback):
         """The signal that any rank was sent, 0 if none was."""
         if args.world_size == 1:
             return self.signal
-        asked = torch.tensor(self.signal, device=args.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return int(asked)
+        request = torch.tensor(self.signal, device=args.device)
+        torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX)
+        return int(request)

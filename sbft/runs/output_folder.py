@@ -1,4 +1,4 @@
-"""The output folder: whether a run may write there, and what it finds to go on from."""
+"""The output folder: whether a run may write there, and what there is to resume from."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from sbft.training.checkpointing.checkpoints import INCOMPLETE, find_checkpoint,
 from sbft.training.checkpointing.disk_errors import writing
 
 RECIPE_FILE = "recipe.yaml"
-# What is left where a run failed before it had trained anything: nobody misses it.
+# What a run leaves that failed before it had trained anything. It may be overwritten without asking.
 _FAILED_EARLY = {FILE_NAME, RECIPE_FILE, INCOMPLETE}
-# What a run cannot change half-way: other weights or other examples, or what a checkpoint brings back whatever the
-# recipe says.
+# What a resumed run cannot change: its weights, its examples, and what the checkpoint restores whatever the recipe says.
 _FIXED = (
     "model", "tokenizer", "method", "dtype", "data", "lora", "freeze", "optimizer", "training.seed", "training.learning_rate",
 )  # fmt: skip
 _FREE = ("optimizer.gradient_release",)
-# Where a recipe leaves it open, the run has written down what followed from its data.
+# If the recipe leaves it open, the run derives it from the data and writes it into the saved recipe.
 _DECIDED = "data.chat_template_kwargs.enable_thinking"
 
 
 def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix a run with what is there already. Changes nothing.
+    """Refuse to mix a run with what is in the folder already. Changes nothing.
 
     Raises:
-        TrainingError: if the folder is not empty, unless one of the two says what to do with that; if `overwrite`
-            would empty a folder that no run has made.
+        TrainingError: if the folder is not empty and neither option says what to do about it, or if `overwrite` would
+            empty a folder that no run has made.
     """
     if resume and overwrite:
-        raise TrainingError("--resume and --overwrite are both given: one goes on, one begins anew. Keep one.")
+        raise TrainingError("--resume and --overwrite are both given: one continues a run, the other starts over. Keep one.")
     _check_it_can_be_written(folder)
     if resume:
         return
@@ -51,18 +50,18 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if entries and not overwrite:
         again = " --resume to continue from its last checkpoint," if find_checkpoint(folder) else ""
         raise TrainingError(
-            f"The output folder {folder} exists and is not empty. Add{again} --overwrite to replace it, or type "
+            f"The output folder {folder} exists and is not empty. Add{again} --overwrite to replace it, or choose "
             "another --output-dir."
         )
     if entries and FILE_NAME not in entries:
         raise TrainingError(
-            f"--overwrite would remove everything in {folder}, which no run of sbft has made (it holds no "
-            f"{FILE_NAME}). Empty it yourself, or type another --output-dir."
+            f"--overwrite would remove everything in {folder}, which no run of sbft has made (there is no "
+            f"{FILE_NAME} in it). Empty it yourself, or choose another --output-dir."
         )
 
 
 def checkpoint_to_resume(folder: Path) -> tuple[Path, dict[Path, str]]:
-    """The newest sound checkpoint of the run in a folder, and what is wrong with each newer one. Changes nothing.
+    """The newest intact checkpoint in a folder, and what is wrong with each newer one. Changes nothing.
 
     Raises:
         TrainingError: if there is none.
@@ -70,13 +69,13 @@ def checkpoint_to_resume(folder: Path) -> tuple[Path, dict[Path, str]]:
     checkpoint, damaged = sound_checkpoint(folder)
     if checkpoint is not None:
         return checkpoint, damaged
-    found = "no checkpoint"
+    missing = "no checkpoint"
     if damaged:
         newest, reason = next(iter(damaged.items()))
-        found = f"no sound checkpoint ({newest.name}: {reason})"
-    begun = folder.is_dir() and {entry.name for entry in folder.iterdir()} - _FAILED_EARLY
-    way = "with --overwrite in place of" if begun else "without"
-    raise TrainingError(f"There is {found} in {folder}, so nothing to resume. Type the same command {way} --resume.")
+        missing = f"no intact checkpoint ({newest.name}: {reason})"
+    has_begun = folder.is_dir() and {entry.name for entry in folder.iterdir()} - _FAILED_EARLY
+    way = "with --overwrite instead of" if has_begun else "without"
+    raise TrainingError(f"There is {missing} in {folder}, so there is nothing to resume. Type the same command {way} --resume.")
 
 
 def _failed(folder: Path) -> bool:
@@ -84,25 +83,25 @@ def _failed(folder: Path) -> bool:
 
 
 def _check_it_can_be_written(folder: Path) -> None:
-    """Refuse a folder that cannot be made, before hours or a download have gone into what it shall hold."""
-    there = folder.absolute()
-    while not (there.exists() or there.is_symlink()):
-        there = there.parent
-    if not there.is_dir():
-        what = "is a file" if there == folder.absolute() else f"cannot be made, because {there} is no folder"
-        raise TrainingError(f"The output folder {folder} {what}. Type another --output-dir.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    """Refuse a folder that cannot be written, before a download or hours of training go into it."""
+    nearest = folder.absolute()
+    while not (nearest.exists() or nearest.is_symlink()):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        what = "is a file" if nearest == folder.absolute() else f"cannot be made, because {nearest} is no folder"
+        raise TrainingError(f"The output folder {folder} {what}. Choose another --output-dir.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise TrainingError(
-            f"The output folder {folder} cannot be written, because {there} gives no permission to. "
-            "Change that, or type another --output-dir."
+            f"The output folder {folder} cannot be written, because you have no permission to write to {nearest}. "
+            "Change that, or choose another --output-dir."
         )
 
 
 def check_nothing_needed_is_removed(folder: Path, recipe: Recipe) -> None:
-    """Refuse to empty a folder that holds what the run reads.
+    """Refuse to empty a folder that the run reads from.
 
     Raises:
-        TrainingError: if the model or the data lie in it.
+        TrainingError: if the model or the data are in it.
     """
     data = recipe.data
     sources = {
@@ -111,47 +110,47 @@ def check_nothing_needed_is_removed(folder: Path, recipe: Recipe) -> None:
         "data.validation": data.validation,
         "data.eval": data.eval,
     }
-    whole = folder.resolve()
+    emptied = folder.resolve()
     for key, source in sources.items():
         if source is None or not Path(source).exists():
             continue
         path = Path(source).resolve()
-        if path == whole or whole in path.parents:
+        if path == emptied or emptied in path.parents:
             raise TrainingError(
-                f"--overwrite would empty {folder}, in which {key} ({source}) lies. Type another --output-dir."
+                f"--overwrite would empty {folder}, and {key} ({source}) is in it. Choose another --output-dir."
             )
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on from the checkpoint of another run. Changes nothing.
+    """Refuse to resume from the checkpoint of another run. Changes nothing.
 
     Raises:
-        TrainingError: if the folder's recipe has another model, other data, or anything else that its checkpoint fixes.
+        TrainingError: if the folder's recipe has another model, other data, or anything else that must stay as it was.
     """
     path = folder / RECIPE_FILE
     if not path.is_file():
         return
-    former = _flat(_with_later_settings(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    wanted = _flat(yaml.safe_load(recipe.to_yaml()))
+    saved = _flat(_with_later_settings(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    new = _flat(yaml.safe_load(recipe.to_yaml()))
     differing = [
-        f"{key} (there {former.get(key)}, here {wanted.get(key)})"
-        for key in sorted(former.keys() | wanted.keys())
-        if former.get(key) != wanted.get(key) and is_fixed(key) and (key in wanted or key != _DECIDED)
+        f"{key} (there {saved.get(key)}, here {new.get(key)})"
+        for key in sorted(saved.keys() | new.keys())
+        if saved.get(key) != new.get(key) and is_fixed(key) and (key in new or key != _DECIDED)
     ]
     if differing:
         raise TrainingError(
-            f"The run in {folder} was begun with another recipe, so --resume would mix two: they differ in "
-            f"{', '.join(differing)}. To resume it, type: sbft train {path} --resume. To replace it, give "
-            "--overwrite in place of --resume."
+            f"The run in {folder} was started with another recipe, so --resume would mix two. They differ in "
+            f"{', '.join(differing)}. To resume it, type: sbft train {path} --resume. To replace it, type "
+            "--overwrite instead of --resume."
         )
 
 
 def _with_later_settings(written: Any) -> Any:
-    """A recipe that an earlier version has written, with the defaults of settings that it did not have."""
+    """A recipe that an earlier version wrote, with the defaults of settings that are new since."""
     try:
         return yaml.safe_load(Recipe.model_validate(written).to_yaml())
     except ValidationError:
-        return written  # its settings differ from any recipe of now, and are named
+        return written  # no valid recipe any more: the differing settings are named
 
 
 def is_fixed(key: str) -> bool:
@@ -171,7 +170,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _make_folder(folder: Path, *, empty: bool) -> None:
-    """Make the folder, and remove what is in it if it shall be empty."""
+    """Make the folder; with `empty`, remove what is in it."""
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir() if empty else ():
         if entry.is_dir() and not entry.is_symlink():
@@ -182,12 +181,12 @@ def _make_folder(folder: Path, *, empty: bool) -> None:
 
 @dataclass
 class RunFolder:
-    """The folder of a run, and whether the run has taken possession of it."""
+    """The folder of a run, and whether the run has begun to write there."""
 
     folder: Path
     resume: bool
     main: bool
-    """Whether this process, of several, writes."""
+    """Whether this process is the one, of several, that writes."""
     open: bool = False
 
     def begin(self, recipe: Recipe) -> None:
@@ -202,7 +201,7 @@ class RunFolder:
         """Write `run.json`.
 
         Raises:
-            DiskError: if the disk refuses; the former one stays.
+            DiskError: if it cannot be written; the previous one stays.
         """
         if self.main:
             with writing("The record of the run", self.folder):

@@ -1,18 +1,17 @@
-"""A resolved recipe with everything read that its training needs, the model aside."""
+"""Everything that a run needs before it loads its model: its recipe, its tokenizer and its data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sbft.data.format import FormatReport, format_dataset
+from sbft.data.format import FormatReport, format_rows
 from sbft.data.rendering import Rendering
-from sbft.data.sources import Splits, load_splits
+from sbft.data.sources import Splits, read_splits
 from sbft.data.windows import TokenSplits, TokenWindows
 from sbft.models.load import load_tokenizer
 from sbft.recipe import Recipe
@@ -24,19 +23,19 @@ from sbft.training.arguments import SmallBatchTrainingArguments
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run has in hand before it loads its model."""
+    """What a run needs before it loads its model."""
 
     recipe: Recipe
     arguments: SmallBatchTrainingArguments
     tokenizer: PreTrainedTokenizerBase
     splits: Splits | TokenSplits
     examples: Dataset | TokenWindows
-    """Token ids and labels of the training data, as `sbft.data.format.format_dataset` makes them; or windows of tokens."""
+    """Token ids and labels of the training data, as `sbft.data.format.format_dataset` makes them, or windows of tokens."""
     report: FormatReport
 
     @property
     def pretrains(self) -> bool:
-        """Whether the examples are windows of tokens, of which each is learned."""
+        """Whether the examples are windows of tokens, every one of which is learned."""
         return isinstance(self.examples, TokenWindows)
 
 
@@ -49,8 +48,8 @@ def prepare(
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
-        arguments: of its training, where they are made already; pretraining's get their steps here.
-        say: told what takes long.
+        arguments: the training arguments, made from the recipe if None. In pretraining, their `max_steps` is set here.
+        say: called with a sentence before anything slow.
 
     Raises:
         SbftError: if anything is missing, cannot be read, or leaves nothing to train on.
@@ -60,66 +59,32 @@ def prepare(
     if is_pretraining(recipe.model_dump(exclude_none=True)):
         return _prepare_tokens(recipe, arguments, say)
     tokenizer = load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    splits = read_splits(recipe)
+    splits = read_splits(recipe.data)
     _decide_thinking(recipe, splits, tokenizer)
-    examples, report = format_dataset(splits.train, tokenizer, **rendering(recipe), packing=recipe.data.packing)
+    examples, report = format_rows(
+        splits.train,
+        tokenizer,
+        Rendering.of(recipe.data),
+        max_length=recipe.data.max_length,
+        packing=recipe.data.packing,
+    )
     return Prepared(recipe, arguments, tokenizer, splits, examples, report)
 
 
 def _decide_thinking(recipe: Recipe, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes into the recipe whether the model thinks, so that whoever asks it later asks as in training."""
-    names = rendering(recipe)
-    del names["max_length"]
+    """Write into the recipe whether the model thinks, so that it is prompted later as it was trained."""
     parts = [part for part in (splits.train, splits.validation, splits.eval) if part is not None]
-    decided = Rendering(**names).thinking(parts, tokenizer).chat_template_kwargs
+    decided = Rendering.of(recipe.data).thinking(parts, tokenizer).chat_template_kwargs
     recipe.data.chat_template_kwargs = dict(decided or {})
 
 
 def _prepare_tokens(recipe: Recipe, arguments: SmallBatchTrainingArguments, say: Callable[[str], None]) -> Prepared:
     tokenizer, splits, report = load_tokens(recipe, say)
     set_length(recipe, arguments, tokenizer)
-    arguments.remove_unused_columns = False  # windows have none; the trainer would look for them in every batch
+    arguments.remove_unused_columns = False  # windows have no columns to remove
     return Prepared(recipe, arguments, tokenizer, splits, splits.train, report)
 
 
-def read_splits(recipe: Recipe) -> Splits:
-    """Training, validation and evaluation data of a resolved recipe.
-
-    Raises:
-        DataError: if they cannot be read, or a question of the evaluation is also in training.
-    """
-    data = recipe.data
-    return load_splits(
-        train=data.train,
-        validation=data.validation,
-        eval=data.eval,
-        train_split=data.train_split,
-        validation_split=data.validation_split,
-        eval_split=data.eval_split,
-        subset=data.subset,
-        train_size=data.train_size,
-        validation_size=data.validation_size,
-        eval_size=data.eval_size,
-        seed=data.seed,
-        options=data.options,
-        prompt=data.prompt,
-        completion=data.completion,
-        messages=data.messages,
-        text=data.text,
-        label_names=data.label_names,
-        allow_overlap=data.allow_overlap,
-    )
-
-
-def rendering(recipe: Recipe) -> dict[str, Any]:
-    """How a recipe's rows become token ids: keyword arguments of `format_dataset` and `evaluate`."""
-    data = recipe.data
-    names = (
-        "prompt", "completion", "messages", "text", "max_length", "chat_template", "system", "tools", "chat_template_kwargs"
-    )  # fmt: skip
-    return {name: getattr(data, name) for name in names}
-
-
 def evaluation_rows(splits: Splits | TokenSplits) -> Dataset | TokenWindows | None:
-    """What the run is measured on: the evaluation data, or validation data where a recipe has only these."""
+    """What the run is measured on: the evaluation data, or the validation data if the recipe has no other."""
     return splits.eval if splits.eval is not None else splits.validation

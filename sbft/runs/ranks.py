@@ -1,4 +1,4 @@
-"""Several processes of one run: how long they wait for one another, what they agree on, and how it shows that one is lost."""
+"""Several processes of one run: how long they wait for each other, what they agree on, and how the loss of one is noticed."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ import torch.distributed
 
 from sbft.errors import TrainingError
 
-# What gloo, whose errors are plain ones, names in each of them.
+# gloo raises plain RuntimeErrors; each of them mentions this.
 _GLOO = "gloo/"
-# Of transformers' TrainingArguments. A shorter one would strike while one rank writes a large checkpoint to a slow disk.
+# The default of transformers. A shorter timeout would expire while one rank writes a large checkpoint to a slow disk.
 DEFAULT_TIMEOUT_S = 1800
 
 
 def join_on_cpu(timeout_s: float) -> None:
-    """Join the other processes that the environment names, if it does, and wait for them at most so long at a time.
+    """Join the other processes, if the environment names any; each wait for them ends after `timeout_s` seconds.
 
-    transformers hands its `ddp_timeout` on for GPUs alone; on a CPU torch's half an hour would hold.
+    transformers passes its `ddp_timeout` on only for GPUs; on a CPU torch would use its own half an hour.
     """
-    named = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if named and not torch.distributed.is_initialized():
+    has_rank = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if has_rank and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
 
 
 def loss_of_a_rank(error: BaseException, timeout_s: float) -> str | None:
-    """Sentences on the process that this one has waited for in vain; None if the error says nothing of the kind.
+    """What to tell the user if this error means that another process is lost; None if it means something else.
 
     Args:
         error: what was raised.
         timeout_s: how long a process waits for the others, the recipe's `training.ddp_timeout`.
     """
-    said = str(error)
-    from_gloo = isinstance(error, RuntimeError) and _GLOO in said
+    message = str(error)
+    from_gloo = isinstance(error, RuntimeError) and _GLOO in message
     if not from_gloo and not isinstance(error, torch.distributed.DistError):
         return None
     here = f"Process {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
-    if "timed out" in said.lower() or "timeout" in said.lower():
+    if "timed out" in message.lower() or "timeout" in message.lower():
         return (
-            f"{here} has waited {timeout_s:.0f} s for the others in vain (training.ddp_timeout): one of them hangs, or the "
-            "network to it does. If one has work that takes longer, such as a checkpoint on a slow disk, raise it: --set "
+            f"{here} has waited {timeout_s:.0f} s for the others in vain (training.ddp_timeout): one of them, or the network, "
+            "hangs. If one has work that takes longer, such as a checkpoint on a slow disk, raise the timeout: --set "
             f"training.ddp_timeout={2 * timeout_s:.0f}."
         )
     return (
-        f"{here} has lost the connection to another, which has ended, crashed, or cannot be reached any more. What started "
-        "the processes says which, and why."
+        f"{here} has lost the connection to another, which has ended, crashed, or cannot be reached any more. The "
+        "launcher of the processes says which one, and why."
     )
 
 
 def check_agreed(checkpoint: Path | None) -> None:
-    """Compare the checkpoint that each process would go on from; every one has to ask.
+    """Check that all processes would resume from the same checkpoint. Every process must call this.
 
     Raises:
-        TrainingError: in all of them, if one would take another than the rest.
+        TrainingError: in all of them, if they differ.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
     own = "none" if checkpoint is None else checkpoint.name
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    if len(set(found)) > 1:
-        listed = ", ".join(f"process {rank} {name}" for rank, name in enumerate(found))
+    names: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(names, own)
+    if len(set(names)) > 1:
+        listed = ", ".join(f"process {rank} {name}" for rank, name in enumerate(names))
         raise TrainingError(
-            f"The processes would go on from different checkpoints: {listed}. Each has looked into its own output_dir and "
-            "passed over what it found damaged: put it on a disk that all nodes share, or copy one node's to the others."
+            f"The processes would resume from different checkpoints: {listed}. Each has looked into its own output_dir and "
+            "skipped damaged checkpoints: put output_dir on a disk that all nodes share, or copy one node's to the others."
         )

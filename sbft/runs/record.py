@@ -20,7 +20,7 @@ _READ = (1, 2)
 FILE_NAME = "run.json"
 _UNFINISHED_1 = "the run has not finished"
 _INTERRUPTED_1 = ("Stopped by Ctrl-C", "Stopped by SIGTERM")
-"""How the error of a record of schema 1 begins whose run has not finished, or was told to stop."""
+"""In schema 1, how the error of an unfinished run reads, and how that of an interrupted run begins."""
 PACKAGES = ("sbft", "torch", "transformers", "accelerate", "datasets", "peft", "bitsandbytes", "liger-kernel")
 
 
@@ -33,8 +33,8 @@ class RunRecord:
     dataset: str
     seed: int
     status: str = "unfinished"
-    """`ok`, `oom`, `error`, `unsupported` where the machine or a missing package forbids the method, `interrupted` where
-    somebody told the run to stop, `unfinished` while it is still going on, or was killed."""
+    """`ok`, `oom`, `error`, `unsupported` if the method needs another machine or a missing package, `interrupted` if somebody
+    stopped the run, `unfinished` while it is running, or after it was killed."""
     error: str | None = None
     device: str = ""
     dtype: str = ""
@@ -59,7 +59,7 @@ class RunRecord:
     """`cuda_allocated`, or `resident` on CPU."""
     memory: dict[str, int | None] = field(default_factory=dict)
     """weights, gradients, optimizer_state, baseline (held when the loop began), above_baseline, reserved_peak (CUDA),
-    pool_peak (CPU: the most that tensors of 64 KiB and more, weights among them, took at once; None without a pool),
+    pool_peak (CPU: the most that tensors of 64 KiB and more, including weights, took at one time; None without a pool),
     evaluation_peak, predicted_peak; in bytes."""
     step_s: dict[str, float | None] = field(default_factory=dict)
     optimizer_s: dict[str, float | None] = field(default_factory=dict)
@@ -127,12 +127,12 @@ class RunRecord:
 
     @property
     def is_result(self) -> bool:
-        """Whether the run came to an end of its own, good or bad."""
+        """Whether the run ended by itself, well or badly."""
         return self.status not in ("unfinished", "interrupted")
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Median and 90th percentile (nearest rank) of some durations; None of none."""
+    """Median and 90th percentile (nearest rank) of durations; None each if there are none."""
     if not seconds:
         return {"median": None, "p90": None}
     ordered = sorted(seconds)
@@ -142,22 +142,22 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of those installed packages that a result depends on."""
+    numbers = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            numbers[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that this sbft runs from, `-dirty` if changed since; None if it is no checkout."""
+    """Commit of the checkout that this sbft runs from, with `-dirty` if files changed; None if it is no checkout."""
     folder = Path(__file__).parent
     try:
         top = _git(folder, "rev-parse", "--show-toplevel")
-        # An installed sbft may lie inside somebody else's repository, in its virtual environment.
+        # An installed sbft may be inside somebody else's repository, in its virtual environment.
         if Path(top) != folder.parent.parent:
             return None
         commit = _git(folder, "rev-parse", "HEAD")
@@ -173,7 +173,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def _fit_to_keep(value: Any) -> Any:
-    """JSON has no NaN and no infinities: None stands for them. What an error quotes may hold a password or a token."""
+    """The value as JSON may keep it: None for NaN and infinities, and no passwords or tokens, which an error may quote."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):

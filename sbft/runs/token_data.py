@@ -1,4 +1,4 @@
-"""The tokens that a pretraining recipe trains on: found where they were prepared, or, offline, prepared on first use."""
+"""The tokens that a pretraining recipe trains on. Local text is tokenized on first use, text from the hub beforehand."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from sbft.training.arguments import SmallBatchTrainingArguments
 
 OFFLINE_TOKENIZER = f"{BPE}2048"
 HUB_TOKENIZER = "openai-community/gpt2"
-"""Tokenizers of a fresh model where its recipe names none, of local text and of data from the hub."""
-_CACHE_VERSION = 1  # raise it when the same text would give other files, so that nobody keeps older ones
+"""The tokenizers of a fresh model whose recipe names none, for local text and for data from the hub."""
+_CACHE_VERSION = 1  # raise it when the same text would give different files, so that older ones are not used
 _LOCK = ".lock"
 
 Say = Callable[[str], None]
@@ -44,13 +44,13 @@ Say = Callable[[str], None]
 def load_tokens(
     recipe: Recipe, say: Say = lambda line: None
 ) -> tuple[PreTrainedTokenizerBase, TokenSplits, FormatReport]:
-    """The tokenizer, the windows and their counts, of a resolved recipe of pretraining.
+    """The tokenizer, the windows and their counts, for a resolved pretraining recipe.
 
-    Local text and the standard library are prepared in sbft's cache on first use; a second process waits for the first.
+    Local text and the standard library are tokenized into sbft's cache on first use. A second process waits for the first.
 
     Raises:
-        SbftError: if the data cannot be read, or come from the hub and are not prepared, or have another tokenizer than the
-            checkpoint that is to be trained on with them.
+        SbftError: if the data cannot be read, come from the hub and are not prepared, or were tokenized for another
+            checkpoint than the one to train.
     """
     data = recipe.data
     _refuse_validation(recipe)
@@ -58,7 +58,7 @@ def load_tokens(
         files = read_token_files(data.train)
         if recipe.tokenizer is not None:
             raise DataError(
-                f"tokenizer is {recipe.tokenizer}, but the tokens in {data.train} have one with them. Leave it out."
+                f"tokenizer is {recipe.tokenizer}, but the tokens in {data.train} come with their own. Leave it out."
             )
     else:
         files = _cached(recipe, say)
@@ -78,7 +78,7 @@ def load_tokens(
 
 
 def set_length(recipe: Recipe, arguments: SmallBatchTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Set `max_steps` by the recipe's budget of tokens, unless the recipe gives it itself."""
+    """Set `max_steps` from the recipe's token budget, unless the recipe sets it."""
     budget = budget_tokens(recipe, tokenizer)
     if budget is None or arguments.max_steps > 0:
         return
@@ -91,7 +91,7 @@ def set_length(recipe: Recipe, arguments: SmallBatchTrainingArguments, tokenizer
 
 
 def budget_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that a recipe says to train on; None where it does not."""
+    """The number of tokens that a recipe trains on; None if it does not say."""
     if recipe.data.train_tokens is not None or recipe.data.tokens_per_parameter is None:
         return recipe.data.train_tokens
     if is_scratch(recipe.model):
@@ -103,26 +103,26 @@ def budget_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int | N
 
 
 def prepare_data(recipe: Recipe, folder: Path | None = None, say: Say = lambda line: None) -> TokenFiles:
-    """Make the token files of a resolved recipe, or go on with them where a former process was cut off.
+    """Make the token files of a resolved recipe, or finish what an interrupted process began.
 
     Args:
-        recipe: of pretraining.
-        folder: where they shall lie; in sbft's cache, where the recipe finds them by itself, when None.
-        say: told what is done and how far it is.
+        recipe: a pretraining recipe.
+        folder: where to put them; if None, in sbft's cache, where the recipe finds them.
+        say: called with a sentence about the progress.
 
     Raises:
-        SbftError: if the data or the tokenizer cannot be read, or another process is at work in the folder.
+        SbftError: if the data or the tokenizer cannot be read, or another process is writing to the folder.
     """
     source = recipe.data.train
     _refuse_validation(recipe)
     if is_token_folder(source):
         raise DataError(
-            f"{source} holds tokens already: there is nothing to prepare. Type sbft pretrain with the recipe."
+            f"{source} holds tokens already, so there is nothing to prepare. Type sbft pretrain with the recipe."
         )
     if folder is None:
         return _cached(recipe, say, stream=True)
     if is_token_folder(folder):
-        raise DataError(f"{folder} holds tokens already. Type another --to, or remove it first.")
+        raise DataError(f"{folder} holds tokens already. Choose another --to, or remove it first.")
     return _write(recipe, folder, say, wait=False)
 
 
@@ -137,7 +137,7 @@ def _refuse_validation(recipe: Recipe) -> None:
     local = not (data.train == PYTHON_SOURCES or is_token_folder(data.train) or is_from_hub(recipe))
     if data.validation is not None and not local:
         raise DataError(
-            f"data.validation is {data.validation}, but {data.train} has a validation part of its own. Leave it out."
+            f"data.validation is {data.validation}, but {data.train} comes with its own validation part. Leave it out."
         )
 
 
@@ -154,21 +154,21 @@ def _cached(recipe: Recipe, say: Say, *, stream: bool = False) -> TokenFiles:
 
 
 def _write(recipe: Recipe, folder: Path, say: Say, *, wait: bool) -> TokenFiles:
-    """Prepare into a folder that is this process's own meanwhile."""
+    """Prepare into a folder that this process has locked."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / _LOCK)
         with lock.acquire(timeout=-1 if wait else 0):
-            if is_token_folder(folder):  # another process has been quicker
+            if is_token_folder(folder):  # another process was faster
                 return read_token_files(folder)
             return _write_locked(recipe, folder, say)
     except Timeout as error:
-        raise DataError(f"Another process prepares tokens in {folder}. Wait for it, or type another --to.") from error
+        raise DataError(f"Another process is preparing tokens in {folder}. Wait for it, or choose another --to.") from error
     except OSError as error:
         raise DataError(
             f"The tokens of {recipe.data.train} cannot be written to {folder} ({error.strerror or error}). Free some space, or "
-            "name another folder: sbft prepare-data RECIPE --to DIR, or SBFT_CACHE for sbft's cache. What is written "
-            "until now is kept."
+            "name another folder: sbft prepare-data RECIPE --to DIR, or SBFT_CACHE for sbft's cache. What has been written "
+            "so far is kept."
         ) from error
 
 
@@ -183,7 +183,7 @@ def _write_locked(recipe: Recipe, folder: Path, say: Say) -> TokenFiles:
         assert isinstance(corpus, LocalCorpus)
         say(f"Training a tokenizer of {size:,} tokens on {recipe.data.train}, once")
         save_tokenizer(folder, lambda part: train_bpe(corpus.training_texts(), size).save_pretrained(part))
-    # As every later process will load it.
+    # Loaded as every later process loads it.
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -204,7 +204,7 @@ def _write_locked(recipe: Recipe, folder: Path, say: Say) -> TokenFiles:
 
 
 def budget_of_stream(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Training tokens to stream: the recipe's budget, or what its steps take; None, all there are, where it says neither."""
+    """Training tokens to stream: the recipe's budget, or as many as its steps need; None for all, if it sets neither."""
     budget = budget_tokens(recipe, tokenizer)
     training, steps = recipe.training, int(recipe.training.get("max_steps") or -1)
     if steps > 0:
@@ -218,7 +218,7 @@ def _corpus(recipe: Recipe) -> LocalCorpus | HubCorpus:
     if data.train == PYTHON_SOURCES:
         return python_sources()
     if data.train.startswith("builtin:"):
-        raise DataError(f"There is no built-in text {data.train!r}; there is: {PYTHON_SOURCES}.")
+        raise DataError(f"There is no built-in text {data.train!r}, only {PYTHON_SOURCES}.")
     if Path(data.train).expanduser().is_dir():
         raise DataError(
             f"The folder {data.train} holds no finished tokens. Name the folder that sbft prepare-data filled, or a text file."
@@ -229,27 +229,27 @@ def _corpus(recipe: Recipe) -> LocalCorpus | HubCorpus:
 
 
 def _key(recipe: Recipe) -> str:
-    """A digest of all that decides what the files hold."""
+    """A digest of everything that the content of the files depends on."""
     data = recipe.data
     name = _tokenizer_name(recipe)
     made_by = name if vocabulary_of(name) is not None else _digest_of(_checkpoint_tokenizer(recipe))
-    decides: list[object] = [_CACHE_VERSION, data.train, made_by]
+    inputs: list[object] = [_CACHE_VERSION, data.train, made_by]
     if is_from_hub(recipe):
-        # A stream has no end that is known beforehand: how much is taken of it is a part of what it is.
+        # A stream is cut after as many tokens as are asked for, so that number is one of the inputs.
         limit = budget_of_stream(recipe, _checkpoint_tokenizer(recipe))
-        decides += [data.subset or SUBSETS.get(data.train), data.train_split, data.text, limit]
+        inputs += [data.subset or SUBSETS.get(data.train), data.train_split, data.text, limit]
     else:
         corpus = _corpus(recipe)
         assert isinstance(corpus, LocalCorpus)
-        decides.append(corpus.content)
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+        inputs.append(corpus.content)
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
 def _digest_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    known = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token]
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token]
     if tokenizer.is_fast:
-        known.append(tokenizer.backend_tokenizer.to_str())
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+        content.append(tokenizer.backend_tokenizer.to_str())
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _tokenizer_name(recipe: Recipe) -> str:
@@ -262,14 +262,14 @@ def _checkpoint_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     name = _tokenizer_name(recipe)
     if vocabulary_of(name) is not None:
         raise DataError(
-            f"tokenizer is {name}, which is trained on local text, and {recipe.data.train} is streamed. Name a tokenizer that "
-            f"there is, such as {HUB_TOKENIZER}."
+            f"tokenizer is {name}, which is trained on local text, and {recipe.data.train} is streamed. Name an existing "
+            f"tokenizer, such as {HUB_TOKENIZER}."
         )
     return load_tokenizer(name, trust_remote_code=recipe.trust_remote_code)
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
-    """Texts to ids; words in a text that look like special tokens are plain text."""
+    """A function from texts to token ids; what looks like a special token in a text stays plain text."""
     if not tokenizer.is_fast:
         return lambda texts: [
             tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -279,7 +279,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    return lambda texts: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _stem(source: str) -> str:

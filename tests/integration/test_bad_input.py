@@ -174,19 +174,19 @@ def test_overwriting_the_folder_that_the_model_or_the_data_lie_in(refused: Any, 
     out = tmp_path / "out"
     save_tiny(out)
     RunRecord(method="sbft", model="m", dataset="d", seed=0, status="ok").save(out)
-    assert "in which model (" in refused("--overwrite", model=out)
+    assert ", and model (" in refused("--overwrite", model=out)
     link = tmp_path / "link"
     link.symlink_to(out)
-    assert "in which model (" in refused("--overwrite", model=link)
+    assert ", and model (" in refused("--overwrite", model=link)
     inside = out / "train.jsonl"
     inside.write_bytes(data.read_bytes())
-    assert "in which data.train (" in refused("--overwrite", data=inside)
+    assert ", and data.train (" in refused("--overwrite", data=inside)
 
 
 def test_nothing_to_resume(refused: Any, tmp_path: Path) -> None:
     assert "no checkpoint" in refused("--resume")
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
-    assert "no sound checkpoint (checkpoint-3: it was cut off" in refused("--resume")
+    assert "no intact checkpoint (checkpoint-3: it was cut off" in refused("--resume")
 
 
 # ---- what needs a process of its own -----------------------------------------------------------------------------

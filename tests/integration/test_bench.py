@@ -199,7 +199,7 @@ def test_a_pattern_that_fits_nothing_and_recipes_that_cannot_train_are_refused_b
     path = tmp_path / "sums.yaml"
     path.write_text(yaml.safe_dump(content))
     refused = CliRunner().invoke(app, ["bench", str(path), "--only", "sbtf", "--output-dir", str(tmp_path / "out")])
-    assert refused.exit_code == 2 and "--only sbtf fits no run" in refused.stderr and "lora, sbft" in refused.stderr
+    assert refused.exit_code == 2 and "--only sbtf matches no run" in refused.stderr and "lora, sbft" in refused.stderr
     wrong = ["--set", "training.warmup_stepps=1", "--output-dir", str(tmp_path / "out")]
     refused = CliRunner().invoke(app, ["bench", str(path), *wrong])
     assert refused.exit_code == 2 and "the nearest is warmup_steps" in refused.stderr

@@ -59,7 +59,7 @@ def test_it_prints_the_recipe_the_progress_the_result_and_the_next_command(train
     # What differs from the method's defaults, and where the rest is.
     brief, _, rest = printed.partition("All other settings are those of method sbft:")
     assert yaml.safe_load(brief)["training"] == {"num_train_epochs": 2, "learning_rate": 0.01, "logging_steps": 9}
-    assert "optimizer" not in brief and rest.lstrip().startswith(f"{out}/recipe.yaml will hold every one.")
+    assert "optimizer" not in brief and rest.lstrip().startswith(f"{out}/recipe.yaml will list every one.")
     assert "second_moment_half_life: 22" in (out / "recipe.yaml").read_text()
     lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["9/36", "18/36", "27/36", "36/36"]

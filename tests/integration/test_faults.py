@@ -129,12 +129,12 @@ def test_out_of_memory_names_the_switch_and_the_checkpoint_before_it_is_usable(
     said = str(told.value)
     if where == "evaluation":
         switch = "evaluation.batch_size=8"
-        assert said.startswith("Out of memory while the half-trained model was evaluated, 16 examples at once.")
+        assert said.startswith("Out of memory while the half-trained model was evaluated, 16 examples at a time.")
     else:
         switch = "training.gradient_checkpointing=true"
         assert said.startswith("Out of memory. The largest part: the activations")
     assert f"add --set {switch}" in said and said.endswith(
-        f"The last checkpoint, {out}/checkpoint-4, is whole. To resume from it with that, type: sbft train "
+        f"The last checkpoint, {out}/checkpoint-4, is intact. To resume from it with that, type: sbft train "
         f"{out}/recipe.yaml --resume --set {switch}"
     )
     assert RunRecord.load(out).status == "oom"
@@ -164,7 +164,7 @@ def test_a_disk_that_takes_no_more_is_said_and_the_run_goes_on_when_there_is_roo
     said = str(told.value)
     assert said.startswith(f"The checkpoint of step 4 could not be written to {out}: ") and " are free there" in said
     assert said.endswith(
-        f"The last checkpoint, {out}/checkpoint-2, is whole. To resume from it, type: sbft train {out}/recipe.yaml --resume"
+        f"The last checkpoint, {out}/checkpoint-2, is intact. To resume from it, type: sbft train {out}/recipe.yaml --resume"
     )
     assert RunRecord.load(out).error == said and sound_checkpoint(out) == (out / "checkpoint-2", {})
     run(recipe(out), resume=True)

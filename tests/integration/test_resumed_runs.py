@@ -132,7 +132,7 @@ def test_what_goes_wrong_after_training_does_not_cost_the_model(
             raise error
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr("sbft.runs.run_recipe.evaluate", second_fails)
+    monkeypatch.setattr("sbft.runs.measurement.evaluate", second_fails)
     out = tmp_path / "out"
     with pytest.raises((TrainingError, ValueError)):
         run(recipe("out", eval_data=str(data / "test.jsonl")))

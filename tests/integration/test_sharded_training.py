@@ -252,7 +252,7 @@ def test_four_processes_end_with_the_weights_of_one(name: str, models: Path, in_
 
 def test_a_model_that_cannot_be_cut_into_matrices_is_refused(in_two: dict[str, Any]) -> None:
     said = in_two["no plan"]
-    assert "cannot be spread by distributed.tp_size: transformers has no plan of how to cut a GPT2LMHeadModel" in said
+    assert "cannot be spread by distributed.tp_size: transformers has no plan for splitting a GPT2LMHeadModel" in said
     assert said.endswith("Leave it out, and write fsdp_size to shard its weights.")
 
 

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sbft.bench.report.comparison import Comparison, Row
-from sbft.bench.report.formats import GIBIBYTE, MEBIBYTE
 from sbft.bench.report.parts import names_of, parts_of_row
 from sbft.bench.report.statistics import Estimate, smoothed
 from sbft.bench.report.style import (
@@ -25,6 +24,7 @@ from sbft.bench.report.style import (
     short,
 )
 from sbft.bench.report.tables import metric_name
+from sbft.native.sizes import GIB, MIB
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -61,7 +61,7 @@ def draw_memory(comparison: Comparison, path: Path) -> bool:
 
 
 def _unit(highest: float) -> tuple[int, str]:
-    return (GIBIBYTE, "GiB") if highest >= GIBIBYTE else (MEBIBYTE, "MiB")
+    return (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
 
 
 def _stack(axes: Axes, measured: list[tuple[Row, dict[str, float]]], highest: float) -> None:
@@ -76,7 +76,7 @@ def _stack(axes: Axes, measured: list[tuple[Row, dict[str, float]]], highest: fl
         begin = [a + b for a, b in zip(begin, lengths, strict=True)]
     for place, total in zip(places, begin, strict=True):
         axes.text(
-            total + 0.008 * highest / size, place, f"{total:.{2 if size == GIBIBYTE else 0}f}", va="center", fontsize=9
+            total + 0.008 * highest / size, place, f"{total:.{2 if size == GIB else 0}f}", va="center", fontsize=9
         )
     axes.set(yticks=places, xlim=(0, 1.08 * highest / size), ylim=(-0.6, len(places) - 0.4))
     axes.set_yticklabels([short(row.variant) for row, _ in measured])

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterable
 
 from sbft.bench.report.statistics import Estimate
+from sbft.native.sizes import GIB, MIB
 
-GIBIBYTE, MEBIBYTE = 1 << 30, 1 << 20
 _LONGEST_REASON = 200
 _MINUS = "\N{MINUS SIGN}"
 _PROCESSOR = re.compile(r"(?P<name>.+), (?P<threads>\d+) (core|thread)s?")
@@ -27,14 +27,14 @@ def estimate(value: Estimate | None, scale: float = 1.0, digits: int = 1, signed
 
 def gibibytes(count: float | None) -> str:
     """Bytes as GiB without the unit."""
-    return "" if count is None else f"{count / GIBIBYTE:.2f}"
+    return "" if count is None else f"{count / GIB:.2f}"
 
 
 def mebibytes(count: float | None) -> str:
     """Bytes as MiB without the unit."""
     if count is None:
         return ""
-    return f"{count / MEBIBYTE:.{0 if count >= 100 * MEBIBYTE else 1}f}"
+    return f"{count / MIB:.{0 if count >= 100 * MIB else 1}f}"
 
 
 def milliseconds(seconds: float | None) -> str:

@@ -10,6 +10,7 @@ from sbft.bench.report.statistics import standard_error
 from sbft.bench.report.style import BLUE, ORANGE, literal
 from sbft.bench.report.tables import Table
 from sbft.errors import DataError
+from sbft.native.sizes import MIB, gib, mib
 from sbft.runs.record import FILE_NAME, RunRecord
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
@@ -52,8 +53,8 @@ def _row(name: str, record: RunRecord) -> list[str]:
         _share(record.metrics.get("exact_match"), examples),
         _number(record.metrics_before.get("loss")),
         _number(record.metrics.get("loss")),
-        "" if record.peak_memory_bytes is None else f"{formats.gibibytes(record.peak_memory_bytes)} GiB",
-        "" if above is None else f"{above / formats.MEBIBYTE:.0f} MiB",
+        "" if record.peak_memory_bytes is None else gib(record.peak_memory_bytes),
+        "" if above is None else mib(above),
         _milliseconds(record.step_s.get("median")),
         _milliseconds(record.optimizer_s.get("median")),
         f"{record.trainable_parameters / 1e6:.1f} of {record.parameters / 1e6:.1f} M",
@@ -118,7 +119,7 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     left.legend(
         loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.42 / (0.62 * len(names))), ncols=2, frameon=False, fontsize=9
     )
-    memory = [(r.memory.get("above_baseline") or 0) / formats.MEBIBYTE for r in records.values()]
+    memory = [(r.memory.get("above_baseline") or 0) / MIB for r in records.values()]
     right.barh(places, memory, 0.5, color=ORANGE)
     for place, value in zip(places, memory, strict=True):
         right.text(value + max(memory) * 0.02, place, f"{value:.0f}", va="center", fontsize=9)

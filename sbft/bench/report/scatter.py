@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sbft.bench.report.comparison import Comparison, Row
-from sbft.bench.report.formats import GIBIBYTE
 from sbft.bench.report.labels import Box, Named, place
 from sbft.bench.report.style import GREY, Look, figure, literal, looks, panels, settings, short
 from sbft.bench.report.tables import front, metric_name
+from sbft.native.sizes import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def _draw(axes: Axes, title: str, rows: list[Row], styles: dict[str, Look]) -> t
         score, memory, look = row.score, row.peak_bytes, styles[row.variant]
         assert score is not None and memory is not None
         error = scale * (score.standard_error or 0.0)
-        x, y = memory / GIBIBYTE, scale * score.mean
+        x, y = memory / GIB, scale * score.mean
         axes.errorbar(
             x,
             y,
@@ -88,7 +88,7 @@ def _limits(axes: Axes, points: list[Named]) -> None:
 
 def _draw_front(axes: Axes, rows: list[Row], scale: float) -> list[Box]:
     """Stairs: what can be had for so much memory; from the last of them on to the right."""
-    at = [(row.peak_bytes / GIBIBYTE, scale * row.score.mean) for row in rows if row.peak_bytes and row.score]
+    at = [(row.peak_bytes / GIB, scale * row.score.mean) for row in rows if row.peak_bytes and row.score]
     worst = axes.get_ylim()[0 if rows[0].is_share else 1]
     xs = [at[0][0], *(x for x, _ in at), axes.get_xlim()[1]]
     ys = [worst, *(y for _, y in at), at[-1][1]]

@@ -1,1 +1,1 @@
-"""What several verbs share: options, errors, processes, progress."""
+"""What the verbs share: options, errors, processes, progress."""

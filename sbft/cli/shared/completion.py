@@ -1,7 +1,7 @@
-"""What the shell offers where the name of a recipe, a suite or a method is expected.
+"""What the shell offers when the name of a recipe, a suite or a method is expected.
 
-A shell asks at every press of the tab key, in a process of its own, so nothing here imports more than names. Where nothing is
-returned, the shell completes the names of files by itself.
+Every press of the tab key starts a process, so this imports nothing heavy. If nothing is returned, the shell completes file
+names itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Offer = tuple[str, str]
 """A word, and a sentence on it, which zsh and fish show beside the word."""
 _YAML = (".yaml", ".yml")
 _LONGEST = 72
-"""Characters of such a sentence. Typer breaks one that is wider than the terminal, and fish takes the rest for a word."""
+"""Characters of such a sentence. Typer wraps what is wider than the terminal, and fish takes the second line for a word."""
 
 
 def recipes(incomplete: str) -> list[Offer]:
@@ -49,7 +49,7 @@ def methods(incomplete: str) -> list[Offer]:
 
 
 def lists_of_methods(incomplete: str) -> list[Offer]:
-    """Methods behind those that are listed already, with commas between them."""
+    """Methods after those that are already in a comma-separated list."""
     listed, comma, last = incomplete.rpartition(",")
     return [
         (f"{listed}{comma}{name}", summary) for name, summary in methods(last) if name not in listed.split(",")
@@ -66,19 +66,19 @@ def _in_short(sentence: str) -> str:
 
 def _with_files(shipped: list[Offer], incomplete: str) -> list[Offer]:
     offers = [*shipped, *((name, "") for name in _files(incomplete))]
-    # A shell puts a space behind the only offer; behind a folder that it completes by itself it does not.
+    # A shell adds a space after a single offer, but not after a folder that it completes itself.
     return [] if len(offers) == 1 and offers[0][0].endswith("/") else offers
 
 
 def _files(incomplete: str) -> Iterable[str]:
-    """YAML files, and the folders on the way to them once something is typed."""
+    """YAML files, and once something is typed, folders too."""
     above, slash, start = incomplete.rpartition("/")
     try:
         entries = sorted(Path(above + slash or ".").expanduser().iterdir())
     except OSError:
         return
     for entry in entries:
-        # A hidden file is asked for by its dot; bash inserts a word as it is, also one with a space in it.
+        # Hidden files only if a dot is typed. bash does not quote what it inserts, so nothing that needs quotes.
         hidden = entry.name.startswith(".") and not start
         if not entry.name.startswith(start) or hidden or shlex.quote(entry.name) != entry.name:
             continue

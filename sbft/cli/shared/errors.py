@@ -1,4 +1,4 @@
-"""How the command line shows a mistake: one red paragraph and exit code 2, the traceback only when asked for."""
+"""How the command line shows a mistake: one red paragraph and exit code 2, a traceback only on request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import sys
 import traceback as tracebacks
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import typer
 
@@ -17,13 +16,11 @@ from sbft.errors import Interrupted, LostRankError, SbftError, signal_of, withou
 USER_ERROR = 2
 FAULT = 1
 
-TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show where in the code an error was raised.")]
-
-
 @contextmanager
 def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
-    """Turn an error into a paragraph on stderr and an exit code: 2 if the user can mend it, 1 if sbft must, 130 or 143 if
-    somebody stopped it by Ctrl-C or SIGTERM.
+    """Turn an error into a paragraph on stderr and an exit code.
+
+    The code is 2 if the user can fix it, 1 if it may be a bug of sbft, and 130 or 143 after Ctrl-C or SIGTERM.
     """
     try:
         yield
@@ -31,7 +28,7 @@ def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
         _show(str(stopped), traceback)
         raise typer.Exit(stopped.exit_code) from stopped
     except LostRankError as error:
-        _show(str(error), traceback)  # and nothing for what started the processes, which asks for the cause
+        _show(str(error), traceback)  # not left for the launcher, which wants the cause
         raise typer.Exit(USER_ERROR) from error
     except SbftError as error:
         rank_errors.leave(without_secrets(str(error)))
@@ -42,13 +39,13 @@ def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
         _show(str(at_once), traceback)
         raise typer.Exit(at_once.exit_code) from interrupt
     except BrokenPipeError:
-        # The reader of the output, such as `head`, has gone: there is nobody left to tell.
+        # The reader of the output, such as `head`, is gone.
         sys.stderr.close()
         raise typer.Exit(FAULT) from None
     except Exception as error:
         if isinstance(error, typer.Exit):
             raise
-        hint = "" if traceback else " This may be a fault of sbft: type the same command with --traceback to see where."
+        hint = "" if traceback else " This may be a bug in sbft. To see where, type the same command with --traceback."
         rank_errors.leave(without_secrets(f"{type(error).__name__}: {error}"))
         _show(f"{type(error).__name__}: {error}.{hint}", traceback)
         raise typer.Exit(FAULT) from error
@@ -62,5 +59,5 @@ def _show(message: str, traceback: bool) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
-    # The output of a suite's run is kept, as its log.
+    # The output of a suite's run is kept as its log, so secrets are hidden.
     console.print(f"Error: {without_secrets(message)}", style="red", markup=False)

@@ -1,4 +1,4 @@
-"""One command in several processes of this machine, as `torchrun` starts them, but with one error instead of many."""
+"""One command in several processes on this machine: as with `torchrun`, but with one error instead of many."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import FrameType
 from sbft.cli.shared import rank_errors
 
 _POLL_S = 0.2
-# A rank that failed is often followed by the others for the same reason, of which one has yet to say it.
+# Often all ranks fail for the same reason, one after another. They get this long to say why.
 _PATIENCE_S = 5.0
 
 
@@ -27,24 +27,23 @@ def launch(arguments: list[str], processes: int) -> int:
         processes: how many.
 
     Returns:
-        The exit code of the rank that failed first, 0 if none did. When one fails, the others are ended; on Ctrl-C,
-        which reaches all of them, they are waited for, unless it comes twice. When this process is told to end
-        (SIGTERM), so are they, and they are waited for likewise.
+        The exit code of the rank that failed first, 0 if none did. When one fails, the others are ended. Ctrl-C reaches
+        all of them, and SIGTERM is passed on; then this process waits for them, until a second signal comes.
     """
-    told: list[int] = []
+    signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        # Raising here would lose a rank that is being started: it would run on.
-        told.append(number)
+        # Raising here could lose a rank that is being started, which would keep running.
+        signals.append(number)
 
     former = signal.signal(signal.SIGTERM, note)
     try:
-        return _launch(arguments, processes, told)
+        return _launch(arguments, processes, signals)
     finally:
         signal.signal(signal.SIGTERM, former)
 
 
-def _launch(arguments: list[str], processes: int, told: Sequence[int]) -> int:
+def _launch(arguments: list[str], processes: int, signals: Sequence[int]) -> int:
     import tempfile
 
     with socket.socket() as free:
@@ -59,7 +58,7 @@ def _launch(arguments: list[str], processes: int, told: Sequence[int]) -> int:
             for rank in range(processes):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), rank_errors.VARIABLE: str(errors[rank])}
                 ranks.append(start_rank(arguments, {**threads, **os.environ, **common, **own}))
-            return _wait(ranks, errors, told)
+            return _wait(ranks, errors, signals)
         finally:
             _end(ranks)
 
@@ -69,32 +68,32 @@ def start_rank(arguments: list[str], environment: dict[str, str]) -> subprocess.
     return subprocess.Popen([sys.executable, "-m", "sbft", *arguments], env=environment)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = (), told: Sequence[int] = ()) -> int:
-    """The exit code, once all have ended, or one has failed and the others had time to end of themselves.
+def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = (), signals: Sequence[int] = ()) -> int:
+    """The exit code, once all ranks have ended, or one has failed and the others had time to end by themselves.
 
     Args:
-        ranks: the processes.
-        errors: the files in which each leaves why it failed.
-        told: grows when this process is told to end.
+        ranks: their processes.
+        errors: the files in which each rank leaves why it failed.
+        signals: grows when this process gets SIGTERM.
 
     Raises:
-        KeyboardInterrupt: if that, or Ctrl-C, comes twice.
+        KeyboardInterrupt: if a second SIGTERM or Ctrl-C comes.
     """
     interrupted = ended = False
     patience = _PATIENCE_S
     first: int | None = None
     while True:
         try:
-            if told and not ended:
+            if signals and not ended:
                 interrupted = ended = True
                 for process in ranks:
                     process.terminate()
-            if len(told) > 1:
-                raise KeyboardInterrupt(told[-1])
+            if len(signals) > 1:
+                raise KeyboardInterrupt(signals[-1])
             codes = [process.poll() for process in ranks]
             if first is None:
                 failed = [rank for rank, code in enumerate(codes) if code]
-                # Of two that ended between two looks, the one that a signal ended is the cause, and the other lost it.
+                # If two ended since the last poll, the one that a signal ended is the cause, and the other lost it.
                 first = min(failed, key=lambda rank: (codes[rank] or 0) > 0, default=None)
             if None not in codes or (first is not None and patience <= 0):
                 if first is None:
@@ -102,60 +101,60 @@ def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = (), tol
                 code = codes[first] or 0
                 if not interrupted:
                     _tell(first, codes, [rank_errors.left(file) for file in errors])
-                # A signal that ended a rank comes as its negative number; shells add 128 to it.
+                # Popen gives a signal as its negative number; shells add 128 to the number.
                 return code if code > 0 else 128 - code
             time.sleep(_POLL_S)
-            # A rank that stops on Ctrl-C ends with a code too, while another still writes the checkpoint.
+            # On Ctrl-C too a rank ends with a code, while another still writes the checkpoint.
             if first is not None and not interrupted:
                 patience -= _POLL_S
         except KeyboardInterrupt:
-            # On Ctrl-C the terminal has told the ranks too: they end their step, save, and stop.
+            # The terminal sends Ctrl-C to the ranks too. They end their step, save, and stop.
             if interrupted:
                 raise
             interrupted = True
 
 
 def _tell(first: int, codes: list[int | None], errors: list[str | None]) -> None:
-    """Say which rank failed first, and why, unless it has said so itself.
+    """Print which rank failed first, and why, unless rank 0 has said so itself.
 
     Args:
         first: that rank.
-        codes: of all ranks: the exit code, minus the signal that ended it, None while it runs.
-        errors: what each has left for this.
+        codes: for each rank its exit code, or minus the signal that ended it; None while it runs.
+        errors: what each rank has left; None if nothing.
     """
     code, reason = codes[first] or 0, errors[first] if errors else None
     which = f"Process {first} of {len(codes)}"
     if code < 0:
-        memory = ", as the kernel does where memory runs out" if -code == signal.SIGKILL else ""
-        # Rank 0 says from which checkpoint, if it has outlived the other.
+        memory = ", as the kernel does when memory runs out" if -code == signal.SIGKILL else ""
+        # If rank 0 has outlived this one, it names the checkpoint.
         way = " If there is a checkpoint, the same command with --resume continues from it."
         name = signal.Signals(-code).name
-        said = f"{which} was ended by signal {-code} ({name}){memory}.{'' if first != 0 and codes[0] else way}"
+        message = f"{which} was ended by signal {-code} ({name}){memory}.{'' if first != 0 and codes[0] else way}"
     elif first == 0 or (code, reason) == (codes[0], errors[0] if errors else None):
         return  # rank 0 has said why
     else:
-        said = f"{which} failed (exit code {code})." if reason is None else f"{which} failed: {reason}"
-    print(f"Error: {said}", file=sys.stderr)
+        message = f"{which} failed (exit code {code})." if reason is None else f"{which} failed: {reason}"
+    print(f"Error: {message}", file=sys.stderr)
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """End those that still run, first by asking."""
+    """End those that still run: by SIGTERM, then by SIGKILL."""
     for process in ranks:
         process.terminate()
     for process in ranks:
         try:
             process.wait(_PATIENCE_S)
         except subprocess.TimeoutExpired:
-            # It waits for another rank inside a library, where no signal handler of Python's is called.
+            # It waits for another rank inside a library, where Python's signal handlers are not called.
             process.kill()
             process.wait()
 
 
 def is_silent_rank() -> bool:
-    """Whether this process is one of several and not the one that speaks."""
+    """Whether this process is one of several and not the one that prints."""
     return os.environ.get("RANK", "0") != "0"
 
 
 def is_silent_in_errors() -> bool:
-    """Whether another process of this machine says what went wrong; one of each node does, where the cause may lie."""
+    """Whether another process on this machine prints errors. One per node does, because the cause may be local."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0"

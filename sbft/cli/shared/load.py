@@ -1,4 +1,4 @@
-"""A model on the best device there is, to be asked rather than trained."""
+"""A model on the best available device, for inference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def load_for_use(
     name: str, dtype: str = "bfloat16", *, trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; on a CPU with the pool and the few compiled products that it is trained with.
+    """Load a model and its tokenizer. On a CPU, memory pool and matrix products are set up as in training.
 
     Args:
         name: folder of a run (LoRA adapters too), any checkpoint, hub id, or builtin:NAME.
@@ -36,11 +36,11 @@ def load_for_use(
         name, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     ).eval()
     if torch.accelerator.is_available():
-        # transformers types `to` by its wrapper, which takes no device.
+        # In transformers, the type of `to` is that of a wrapper that takes no device.
         torch.nn.Module.to(model, torch.accelerator.current_accelerator())
     return model, tokenizer
 
 
 def asked_for(trust_remote_code: bool, allow_pickle: bool) -> list[str]:
-    """Overrides of a recipe that came with a model: what runs a stranger's code is for the user to say, not for it."""
+    """Overrides of a recipe that came with a model: only the user, not the recipe, may allow a stranger's code."""
     return [f"trust_remote_code={str(trust_remote_code).lower()}", f"allow_pickle={str(allow_pickle).lower()}"]

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs take, the recipe and the flags in its place."""
+"""Arguments and options that several verbs share: the recipe, and the flags instead of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The progress of training on the terminal: a bar, or a line every so often where the output is no terminal."""
+"""The progress of training: a bar on a terminal, else a line per logged step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sbft.native.memory import current_peak_bytes
+from sbft.native.sizes import gib
 
 _REDRAW_EVERY_S = 0.2
 
@@ -36,10 +37,10 @@ class TrainingProgress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._began, self._first_step, self._loss = time.perf_counter(), state.global_step, None
-        # The clock of a resumed run starts at the checkpoint's tokens, which nobody has told yet.
+        # -1: a resumed run starts at the checkpoint's token count, which is not known yet.
         self._tokens, self._tokens_per_s = (0 if state.global_step == 0 else -1, self._began), None
         if self._console.is_terminal:
-            # The bar takes what the figures leave of the line: of 80 columns, about ten.
+            # The bar gets what the figures leave of the line: about ten of 80 columns.
             columns = (
                 BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -50,7 +51,7 @@ class TrainingProgress(TrainerCallback):
             self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move the bar on."""
+        """Advance the bar."""
         now = time.perf_counter()
         if self._bar is not None and (now - self._drawn > _REDRAW_EVERY_S or state.global_step == state.max_steps):
             self._drawn = now
@@ -64,7 +65,7 @@ class TrainingProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take over the loss; where there is no bar, print a line."""
+        """Note the loss; without a bar, print a line."""
         if not state.is_world_process_zero or logs is None or "loss" not in logs:
             return
         self._loss = logs["loss"]
@@ -80,7 +81,7 @@ class TrainingProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back; harmless when there is no bar."""
+        """Remove the bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -99,7 +100,7 @@ class TrainingProgress(TrainerCallback):
         figures = [] if self._loss is None else [f"loss {self._loss:.3f}"]
         if self._tokens_per_s is not None:
             figures.append(f"{self._tokens_per_s:.0f} tokens/s")
-        figures += [f"peak {current_peak_bytes(args.device) / 2**30:.2f} GiB", f"{_clock(left)} left"]
+        figures += [f"peak {gib(current_peak_bytes(args.device))}", f"{_clock(left)} left"]
         return "  ".join(figures)
 
 

@@ -1,4 +1,4 @@
-"""Keeps what the libraries below say of themselves off the terminal, up to their errors."""
+"""Keep the messages of libraries off the terminal, except errors."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import logging
 import warnings
 
 _NOISY_IMPORTS = ("bitsandbytes", "torchao", "torch.utils._pytree")
-"""Loggers of packages that transformers and PEFT import where they find them, and that tell what they lack."""
+"""Loggers of packages that transformers and PEFT import if present, and that report what they lack."""
 
 
 def quiet_imports() -> None:
-    """No notes from packages that are imported along and not used; to be called before transformers is imported."""
+    """Silence packages that are imported but not used. Call this before transformers is imported."""
     for name in _NOISY_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    # PEFT asks the model by the name that transformers has given up.
+    # PEFT still uses the name that transformers has deprecated.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # FSDP2 over tensor parallelism, for each kind of module; models that are trained so end in the weights of one process.
+    # FSDP2 over tensor parallelism warns for each kind of module. Such models do train to the weights of one process.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 
 
 def quiet_libraries() -> None:
-    """No bars and no notes from transformers, datasets and the hub's client: sbft says what happens."""
+    """Turn off bars and notes of transformers, datasets and the hub's client: sbft says what happens."""
     import datasets
     import huggingface_hub.utils
     import transformers

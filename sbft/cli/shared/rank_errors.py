@@ -1,6 +1,6 @@
-"""What went wrong in one of several processes, left in a file for what started it.
+"""What went wrong in one of several processes, left in a file for its launcher.
 
-torchrun gives each process the name of such a file and shows what lies in it; `sbft train --num-processes` does the same.
+torchrun gives each process the name of such a file and shows its content; `sbft train --num-processes` does the same.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
 def leave(message: str) -> None:
-    """Write down why this process fails, if somebody asked for it."""
+    """Write down why this process fails, if the launcher asked for it."""
     file = os.environ.get(VARIABLE)
     if file is None:
         return
     try:
         Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
     except OSError:
-        return  # a full disk may be what is told of
+        return  # the error may be a full disk
 
 
 def left(file: Path) -> str | None:
-    """What a process has written; None if it has not."""
+    """What a process has written; None if nothing."""
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["message"])
     except (OSError, ValueError):

@@ -12,6 +12,7 @@ from sbft.data.format import FormatReport
 from sbft.data.windows import TokenWindows
 from sbft.errors import TrainingError
 from sbft.native.memory import device_name, model_bytes
+from sbft.native.sizes import gib
 from sbft.planning.batch_size.curve import Curve, Timed, search
 from sbft.planning.batch_size.peak_flops import peak_flops
 from sbft.planning.batch_size.scaled_recipe import BatchSettings, batch_settings
@@ -141,7 +142,7 @@ def _nothing_ran(recipe: Recipe, curve: Curve, weights_bytes: int, limit_bytes: 
     needed = curve.ending.needed_bytes
     if needed is not None and limit_bytes is not None:
         return (
-            f"Batch size 1 takes {needed / 2**30:.2f} GiB, more than the {limit_bytes / 2**30:.2f} GiB that it may take. "
+            f"Batch size 1 takes {gib(needed)}, more than the {gib(limit_bytes)} that it may take. "
             "Raise --memory-limit, or add --set data.max_length=N for shorter examples."
         )
     return f"Batch size 1 does not fit. {training_advice(recipe, {'weights': weights_bytes}, None, 1).text}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sbft.data.sources import read_splits
 from sbft.errors import SbftError, TrainingError
 from sbft.models.load import load_tokenizer
 from sbft.models.scratch import is_scratch, scratch_config
@@ -23,7 +24,7 @@ from sbft.recipe import Recipe
 from sbft.recipe.pretraining import is_pretraining
 from sbft.runs.build import training_arguments
 from sbft.runs.output_folder import check_output_folder
-from sbft.runs.prepare import Prepared, prepare, read_splits
+from sbft.runs.prepare import Prepared, prepare
 
 CHECKS: tuple[Callable[[Prepared], Finding | None], ...] = (*SETTINGS_CHECKS, *PROCESSOR_CHECKS, *EXAMPLES_CHECKS)
 _NOT_SHARDED = (
@@ -133,7 +134,7 @@ def _problems(recipe: Recipe) -> list[str]:
     readers: tuple[Callable[[], object], ...] = (
         lambda: training_arguments(recipe, Path(str(recipe.output_dir))),
         lambda: load_tokenizer(recipe.model, trust_remote_code=recipe.trust_remote_code),
-        lambda: read_splits(recipe),
+        lambda: read_splits(recipe.data),
     )
     problems = []
     for read in readers:

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from sbft.data.collate import IGNORED_LABEL
-from sbft.data.format import Rendering, format_dataset
-from sbft.data.sources import questions
+from sbft.data.format import Rendering, format_rows
+from sbft.data.overlap import questions
 from sbft.planning.check.finding import Finding
-from sbft.runs.prepare import Prepared, rendering
+from sbft.runs.prepare import Prepared
 
 _AT_ONCE = 1_000
 _NO_LIMIT = 2**31 - 1
@@ -31,8 +31,8 @@ def truncated(prepared: Prepared) -> Finding | None:
         return None
     told = [f"{_count(report.truncated, 'example')} cut off at {limit} tokens"] if report.truncated else []
     told += [f"{_count(report.dropped, 'example')} left out"] if report.dropped else []
-    _, whole = format_dataset(
-        prepared.splits.train, prepared.tokenizer, **{**rendering(prepared.recipe), "max_length": _NO_LIMIT}
+    _, whole = format_rows(
+        prepared.splits.train, prepared.tokenizer, Rendering.of(prepared.recipe.data), max_length=_NO_LIMIT
     )
     context = prepared.tokenizer.model_max_length
     mend = f"--set data.max_length={whole.longest}"
@@ -300,18 +300,12 @@ def _asks_for_begin(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _kind(prepared: Prepared) -> str:
     assert isinstance(prepared.splits.train, Dataset)
-    return _rendering(prepared).kind(prepared.splits.train.column_names)
+    return Rendering.of(prepared.recipe.data).kind(prepared.splits.train.column_names)
 
 
 def _renders(prepared: Prepared) -> bool:
     """Whether the examples are rendered by the chat template."""
-    return _rendering(prepared).uses_template(_kind(prepared), prepared.tokenizer)
-
-
-def _rendering(prepared: Prepared) -> Rendering:
-    names = rendering(prepared.recipe)
-    del names["max_length"]
-    return Rendering(**names)
+    return Rendering.of(prepared.recipe.data).uses_template(_kind(prepared), prepared.tokenizer)
 
 
 def _count(count: int, noun: str) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedConfig
 
+from sbft.native.sizes import gib
 from sbft.planning.check.finding import Finding
 from sbft.planning.memory.fit import SURE, does_it_fit
 from sbft.planning.memory.predict import Prediction
@@ -56,8 +57,3 @@ def fit(prepared: Prepared, prediction: Prediction, available_bytes: int) -> Fin
         f"{sizes}{'' if over else f', less than {100 * (1 - SURE):.0f} % more, by which the prediction may be off'}.",
         advice.remedy,
     )
-
-
-def gib(size_bytes: int) -> str:
-    """A size for people."""
-    return f"{size_bytes / 2**30:.2f} GiB"

@@ -13,15 +13,17 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from sbft.data.format import encode_prompts, format_dataset
+from sbft.data.format import encode_questions, format_rows
+from sbft.data.rendering import Rendering
 from sbft.errors import DataError, ModelError, SbftError
 from sbft.models.hub import hub_reachable
 from sbft.models.limits import embedding_rows, position_limit, stated_positions
-from sbft.models.load import is_builtin, load_config, resolve
+from sbft.models.load import load_config
+from sbft.models.names import is_builtin, resolve
 from sbft.models.random_weights import is_random
 from sbft.models.scratch import is_scratch, scratch_config
 from sbft.planning.check.finding import Finding, Severity
-from sbft.runs.prepare import Prepared, evaluation_rows, rendering
+from sbft.runs.prepare import Prepared, evaluation_rows
 from sbft.training.batches.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
 from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving
 from sbft.training.generation_config import repaired
@@ -84,11 +86,11 @@ class Known:
         """What the evaluation gives the model; takes as long as to make tokens of its rows."""
         if self.evaluated is None:
             return Asked()
-        how = rendering(self.prepared.recipe)
+        data, tokenizer = self.prepared.recipe.data, self.prepared.tokenizer
+        rendering = Rendering.of(data)
         try:
-            examples, report = format_dataset(self.evaluated, self.prepared.tokenizer, **how)
-            del how["max_length"]
-            prompts = encode_prompts(self.evaluated, self.prepared.tokenizer, **how) if self.answer else []
+            examples, report = format_rows(self.evaluated, tokenizer, rendering, max_length=data.max_length)
+            prompts = encode_questions(self.evaluated, tokenizer, rendering) if self.answer else []
         except DataError:
             return Asked()  # which the evaluation says
         return Asked(_largest(examples), report.longest, max(map(len, prompts), default=0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sbft.errors import DiskError
+from sbft.native.sizes import GIB, gib, mib
 
 _REASONS = {
     errno.ENOSPC: "no space is left there",
@@ -67,10 +68,10 @@ def _room(folder: Path, takes_bytes: int | None) -> str:
     there = folder.absolute()
     while not there.exists():
         there = there.parent
-    free = f" {_mebibytes(shutil.disk_usage(there).free)} are free there"
-    needed = "" if takes_bytes is None else f", and {_mebibytes(takes_bytes)} are needed"
+    free = f" {_size(shutil.disk_usage(there).free)} are free there"
+    needed = "" if takes_bytes is None else f", and {_size(takes_bytes)} are needed"
     return f"{free}{needed}."
 
 
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+def _size(size_bytes: int) -> str:
+    return gib(size_bytes, 1) if size_bytes >= GIB else mib(size_bytes, 1)

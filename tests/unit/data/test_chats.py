@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sbft.data.files import read_file
 from sbft.data.format import encode_answers, encode_prompts, format_dataset
-from sbft.data.sources import questions
+from sbft.data.overlap import questions
 from sbft.errors import DataError
 from tests.tiny import BOS, CHATML, CHATML_WITHOUT_MARKERS, EOS, tiny_tokenizer
 

@@ -10,6 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sbft.data.format import encode_answers, encode_prompts, format_dataset, stop_tokens
+from sbft.data.rendering import Rendering
 from sbft.errors import DataError
 from tests.tiny import BOS, CHATML, CHATML_WITHOUT_MARKERS, EOS, tiny_tokenizer
 
@@ -142,9 +143,10 @@ def test_answers_are_put_token_for_token_as_in_training(template: str | None) ->
     for tokenizer in (tiny_tokenizer(template), with_bos()):
         rows = [{"prompt": row["prompt"], "completion": answer} for row in ROWS for answer in answers]
         trained, _ = format_dataset(Dataset.from_list(rows), tokenizer, system="be brief")
-        put = encode_answers(Dataset.from_list(ROWS), tokenizer, answers, system="be brief")
+        rendering = Rendering(system="be brief")
+        put = encode_answers(Dataset.from_list(ROWS), tokenizer, answers, rendering)
         assert put == trained.to_list()
-        assert put == encode_answers([{"prompt": row["prompt"]} for row in ROWS], tokenizer, answers, system="be brief")
+        assert put == encode_answers([{"prompt": row["prompt"]} for row in ROWS], tokenizer, answers, rendering)
 
 
 def test_only_the_last_answer_of_a_conversation_is_replaced() -> None:

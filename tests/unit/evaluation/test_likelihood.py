@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from sbft.data.format import encode_answers, format_dataset
+from sbft.data.rendering import Rendering
 from sbft.errors import DataError
 from sbft.evaluation import likelihood
 from sbft.evaluation.generate import evaluate
@@ -69,7 +70,7 @@ def test_scores_are_minus_the_loss_that_training_on_the_label_would_begin_with()
         with torch.no_grad():
             loss = model(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]])).loss
         losses.append(-loss.item() * sum(label != -100 for label in row["labels"]))
-    scores = label_likelihoods(model, tokenizer, PROMPTS, LABELS, system="be brief")
+    scores = label_likelihoods(model, tokenizer, PROMPTS, LABELS, Rendering(system="be brief"))
     torch.testing.assert_close(scores.flatten(), torch.tensor(losses, dtype=torch.float64), rtol=1e-5, atol=0)
 
 
@@ -118,7 +119,7 @@ def test_logits_are_made_for_labels_alone_and_stay_within_their_bounds(monkeypat
     assert sum(sizes) <= len(LABELS) * answer_tokens
     sizes.clear()
     monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 20 * 4 * 512)
-    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_ONCE", 12)
+    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_A_TIME", 12)
     bounded = label_likelihoods(model, tokenizer, prompts, LABELS)
     torch.testing.assert_close(bounded, expected, rtol=1e-5, atol=0)
     assert max(sizes) <= 20 and len(sizes) > len(prompts) * len(LABELS) * answer_tokens / 40
@@ -134,7 +135,7 @@ def test_nothing_is_cut() -> None:
 
 
 def test_the_row_that_is_too_long_is_numbered_over_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_ONCE", 2)
+    monkeypatch.setattr(likelihood, "_CANDIDATES_AT_A_TIME", 2)
     rows = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "the lazy dog " * 9}]
     with pytest.raises(DataError, match="Row 3 of the evaluation data with the label 'no'"):
         label_likelihoods(tiny_model(), tiny_tokenizer(), rows, ["no", "yes"], max_length=25)
@@ -232,7 +233,7 @@ def test_a_model_that_has_diverged_chooses_no_label(tmp_path: Path) -> None:
     ("completions", "labels", "expected"),
     [
         (["yes", "no"], ["yes", "nope"], "row 2 of the evaluation data is 'no', .* not among the labels 'yes', 'nope'"),
-        (["yes", "No "], ["yes", "no"], "White space and case count: 'no' is another label"),
+        (["yes", "No "], ["yes", "no"], "White space and case matter: 'no' is a different label"),
         (["yes", None, "no"], "auto", "row 2 of the evaluation data is ''"),
         (["yes", "yes"], "auto", "only one answer, 'yes'; expected 2 to 50"),
         ([f"{i}" for i in range(51)], "auto", "51 different answers; expected 2 to 50"),
@@ -251,5 +252,5 @@ def test_label_accuracy_needs_labels_and_answers() -> None:
     with pytest.raises(DataError, match="label_accuracy needs labels.*evaluation.labels: auto"):
         evaluate(None, None, ROWS, metrics=["label_accuracy"])  # type: ignore[arg-type]
     texts = Dataset.from_list([{"text": "a"}])
-    with pytest.raises(DataError, match="no right answers for label_accuracy to count"):
+    with pytest.raises(DataError, match="no right answers that label_accuracy could score"):
         evaluate(None, None, texts, metrics=[], labels="auto")  # type: ignore[arg-type]

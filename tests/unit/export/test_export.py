@@ -250,12 +250,12 @@ def test_what_is_no_whole_model_is_named(run: Path, tmp_path: Path) -> None:
     content = (cut / "model.safetensors").read_bytes()
     for part in (content[:-1], content[:100], b"x"):
         (cut / "model.safetensors").write_bytes(part)
-        with pytest.raises(ModelError, match="no whole safetensors file"):
+        with pytest.raises(ModelError, match="no complete safetensors file"):
             export_model(cut, tmp_path / "out")
     export_model(run, tmp_path / "many", max_shard_bytes=50_000)
     missing = sorted((tmp_path / "many").glob("*.safetensors"))[1]
     missing.unlink()
-    with pytest.raises(ModelError, match=f"names {missing.name}, which is not there"):
+    with pytest.raises(ModelError, match=f"names {missing.name}, which is missing"):
         export_model(tmp_path / "many", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -12,9 +12,9 @@ import torch
 
 from sbft.data.chat import ends_of_turns
 from sbft.errors import MissingPackageError, ModelError
-from sbft.models import builtin, hub
-from sbft.models import load as models
-from sbft.models.load import load_config, load_model, load_tokenizer, missing_for_sharding, resolve
+from sbft.models import builtin, hub, names
+from sbft.models.load import load_config, load_model, load_tokenizer, missing_for_sharding
+from sbft.models.names import resolve
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 BUILTIN = "builtin:smollm2-135m"
@@ -87,7 +87,7 @@ def test_the_built_in_model_writes_english() -> None:
 @needs_builtin
 def test_a_second_use_converts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve(BUILTIN)
-    monkeypatch.setattr(models, "convert", lambda *args, **kwargs: pytest.fail("converted again"))
+    monkeypatch.setattr(names, "convert", lambda *args, **kwargs: pytest.fail("converted again"))
     assert resolve(BUILTIN) == folder
 
 

@@ -110,7 +110,7 @@ def test_what_there_is_not_is_said() -> None:
         ModelError, match=r"no size of a fresh model called '1mb'.*scratch:30m.* Did you mean scratch:1m\?"
     ):
         scratch_config("scratch:1mb")
-    with pytest.raises(ModelError, match="has the tokenizer of the data"):
+    with pytest.raises(ModelError, match="its tokenizer comes with the data"):
         load_tokenizer("scratch:1m")
     with pytest.raises(ModelError, match="is fresh: it knows nothing"):
         load_model("scratch:1m", dtype=torch.float32)

@@ -114,7 +114,7 @@ def test_methods_whose_package_is_missing_are_left_out_with_a_line(monkeypatch: 
     assert shown.exit_code == 0, shown.output
     planned = {row["method"] for row in json.loads(shown.stdout)["rows"]}
     assert {"sbft", "adam", "hf-adafactor"} <= planned and not {"adam8bit", "qlora"} & planned
-    assert "Left out, for want of a package (bitsandbytes): adam8bit, qlora." in shown.stderr
+    assert "Left out, because a package is missing (bitsandbytes): adam8bit, qlora." in shown.stderr
 
 
 def test_this_machine_is_planned_for_where_no_gpu_is_named() -> None:

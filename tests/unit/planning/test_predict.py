@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaModel, MixtralConfig, PreTrainedConfig
 
-import sbft.models.load
+import sbft.models.names
 from sbft.errors import ModelError
 from sbft.models.load import load_config
 from sbft.models.quantized import scales_bytes
@@ -307,9 +307,9 @@ def test_a_builtin_config_needs_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the weights were asked for")
 
-    monkeypatch.setattr(sbft.models.load, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(sbft.models.load, "find_gguf", never)
-    monkeypatch.setattr(sbft.models.load, "convert", never)
+    monkeypatch.setattr(sbft.models.names, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(sbft.models.names, "find_gguf", never)
+    monkeypatch.setattr(sbft.models.names, "convert", never)
     config = load_config("builtin:smollm2-135m")
     model = skeleton(resolved(), config)
     assert model.num_parameters() == 134_515_008 and not list(tmp_path.iterdir())

@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from sbft.data.sources import read_splits
 from sbft.errors import MissingPackageError, ModelError
 from sbft.models.load import load_model, load_tokenizer
 from sbft.recipe import load_recipe, resolve
 from sbft.recipe.methods import METHODS
 from sbft.runs.build import prepare_model
-from sbft.runs.prepare import evaluation_rows, read_splits
+from sbft.runs.measurement import measure
+from sbft.runs.prepare import evaluation_rows
 from sbft.runs.record import RunRecord
-from sbft.runs.run_recipe import measure, run
+from sbft.runs.run_recipe import run
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 from tests.tiny import save_tiny
 
@@ -128,7 +130,7 @@ def test_every_method_trains_and_saves_what_it_measured(
     assert (record.total_s or 0) > (record.train_s or 0) + (record.eval_s or 0) > 0
 
     recipe = resolve(load_recipe(out / "recipe.yaml"))
-    rows = evaluation_rows(read_splits(recipe))
+    rows = evaluation_rows(read_splits(recipe.data))
     assert rows is not None
     loaded = load_model(str(out), dtype=torch.float32 if method.startswith("adam-") else torch.bfloat16)
     again = measure(recipe, loaded, load_tokenizer(str(out)), rows)

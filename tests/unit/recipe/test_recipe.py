@@ -364,11 +364,11 @@ def test_gradient_checkpointing_is_said_by_its_current_name(wanted: bool, tmp_pa
 
 
 def test_the_recipe_for_text_takes_a_file_of_few_paragraphs(tmp_path: Path) -> None:
-    from sbft.runs.prepare import read_splits
+    from sbft.data.sources import read_splits
 
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(f"Paragraph {number}." for number in range(20)))
-    assert read_splits(resolve(load_recipe("text", data=str(book)))).train.num_rows == 20
+    assert read_splits(resolve(load_recipe("text", data=str(book))).data).train.num_rows == 20
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_questions_and_answers_are_not_text(make: Make, tmp_path: Path) -> None:
         DataError, match="no column 'text' with text to pretrain on; its columns are 'prompt', 'completion'"
     ):
         prepare(make(f"data.train={path}"))
-    with pytest.raises(DataError, match="no built-in text 'builtin:perl'; there is: builtin:python-stdlib"):
+    with pytest.raises(DataError, match="no built-in text 'builtin:perl', only builtin:python-stdlib"):
         prepare(make("data.train=builtin:perl"))
 
 
@@ -257,7 +257,7 @@ def test_of_two_that_need_the_tokens_at_once_one_makes_them(
     assert first == second and trained == [300]
     to = tmp_path / "to"
     to.mkdir()
-    with FileLock(to / ".lock"), pytest.raises(DataError, match="Another process prepares tokens in"):
+    with FileLock(to / ".lock"), pytest.raises(DataError, match="Another process is preparing tokens in"):
         prepare_data(recipe, to)
 
 
@@ -269,7 +269,7 @@ def test_a_checkpoint_goes_on_with_its_own_tokenizer(make: Make, tiny_dir: Path,
     assert is_token_folder(other.folder)
     with pytest.raises(DataError, match=r"made by the tokenizer bpe:300, which is not that of"):
         prepare(make("tokenizer=null", f"data.train={other.folder}", model=str(tiny_dir)))
-    with pytest.raises(DataError, match="tokenizer is bpe:300, but the tokens in .* have one with them"):
+    with pytest.raises(DataError, match="tokenizer is bpe:300, but the tokens in .* come with their own"):
         prepare(make(f"data.train={other.folder}"))
     assert len(prepare(make("tokenizer=null", f"data.train={other.folder}")).examples) == other.tokens[TRAIN] // LENGTH
 
