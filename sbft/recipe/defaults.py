@@ -7,13 +7,9 @@ from typing import Any
 
 from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import has_budget
+from sbft.recipe.settings import RIVALS
 
-EXCLUSIVE = [
-    ("optimizer", "second_moment_half_life", "beta2"),
-    ("optimizer", "first_moment_half_life", "beta1"),
-    ("optimizer", "momentum_half_life", "momentum"),
-    ("training", "max_steps", "num_train_epochs"),
-]
+EXCLUSIVE = (*RIVALS, ("training", "max_steps", "num_train_epochs"))
 """Section and the two keys of it that say the same thing in two ways: giving one drops the default of the other."""
 
 

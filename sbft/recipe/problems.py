@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from sbft import metrics
-from sbft.errors import holds_secret, how_to_install
-from sbft.recipe.defaults import EXCLUSIVE, complete
+from sbft.errors import holds_secret
+from sbft.recipe.contradictions import contradictions, given_twice
 from sbft.recipe.draft import Draft, Key
-from sbft.recipe.methods import METHODS, OF_WHOLE_MATRICES, Method
-from sbft.recipe.pretraining import problems_of_pretraining
-from sbft.recipe.schema import (
-    BatchScheduleConfig,
-    DataConfig,
-    DistributedConfig,
-    EvaluationConfig,
-    LoraConfig,
-    OptimizerConfig,
-    Recipe,
-)
-from sbft.recipe.training_keys import RANGES, REPORTERS, reporters, training_problem, training_types
+from sbft.recipe.methods import METHODS
+from sbft.recipe.schema import SECTIONS, Recipe
+from sbft.recipe.training_keys import RANGES, training_problem, training_types
 from sbft.recipe.wording import closest, nearest, shown
-
-SECTIONS: dict[str, type[BaseModel]] = {
-    "data": DataConfig,
-    "optimizer": OptimizerConfig,
-    "lora": LoraConfig,
-    "distributed": DistributedConfig,
-    "batch_schedule": BatchScheduleConfig,
-    "evaluation": EvaluationConfig,
-}
 
 _EXAMPLES = {
     "data": "train: my.jsonl",
@@ -47,12 +28,6 @@ _EXAMPLES = {
 }
 """One key and value of each section, to show how it is written."""
 
-_DEFAULTS = {
-    section: {
-        name: field.get_default(call_default_factory=True) for name, field in SECTIONS[section].model_fields.items()
-    }
-    for section in ("data", "evaluation")
-}
 _OF_LABELS = "label_accuracy"
 _LARGEST, _SMALLEST = 2**63 - 1, -(2**63)
 _QUOTE = "quote words such as 'yes' and 'no', which YAML takes for true and false"
@@ -70,56 +45,76 @@ _EXPECTED: dict[Key, str] = {
 
 
 def find_problems(draft: Draft) -> list[str]:
-    """One sentence for each thing that is wrong: where it stands, the key, what was expected."""
+    """One sentence for each thing that is wrong: where it is, the key, what was expected."""
     problems = list(draft.problems)
     bad_keys: set[Key] = set()
 
-    def add(key: Key, text: str) -> None:
-        bad_keys.add(key)
-        problems.append(f"{draft.origin(key)}: {'.'.join(key)} {text}")
+    def add(found: Iterable[tuple[Key, str]]) -> None:
+        for key, text in found:
+            bad_keys.add(key)
+            problems.append(f"{draft.origin(key)}: {'.'.join(key)} {text}")
 
     content = draft.content
+    add(_schema_problems(content))
+    add(_unusable_values(content, bad_keys))
+    add(_training_problems(content.get("training"), bad_keys))
+    method = content.get("method", "sbft")
+    if ("method",) not in bad_keys and isinstance(method, str) and method not in METHODS:
+        add([(("method",), f"is {shown(method)}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}.")])
+    clean = _without(content, bad_keys)
+    add(_metric_problems(clean.get("evaluation", {})))
+    add(given_twice(clean))
+    if ("method",) not in bad_keys:
+        add(contradictions(clean, method))
+    return problems
+
+
+def _schema_problems(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
+    """The first problem of each key that is unknown, missing or of another type."""
     try:
         Recipe.model_validate(content)
     except ValidationError as error:
         details = [(_key(detail["loc"]), detail) for detail in error.errors()]
         misspelt = {_meant(key) for key, detail in details if detail["type"] == "extra_forbidden"}
+        reported: set[Key] = set()
         for key, detail in details:
-            if key not in bad_keys and not (detail["type"] == "missing" and key in misspelt):
-                add(key, _schema_problem(key, detail))
+            if key not in reported and not (detail["type"] == "missing" and key in misspelt):
+                reported.add(key)
+                yield key, _schema_problem(key, detail)
+
+
+def _unusable_values(content: dict[str, Any], bad_keys: set[Key]) -> Iterator[tuple[Key, str]]:
     for key, value, told in _unusable(_without(content, bad_keys), ()):
-        in_range = isinstance(value, float) and key[:1] == ("training",) and key[-1] in RANGES  # which says more below
+        # What the training section says of a number's range says more.
+        in_range = isinstance(value, float) and key[:1] == ("training",) and key[-1] in RANGES
         if key not in bad_keys and not in_range:
-            add(key, f"holds {shown(value)}, {told}")
-    training = content.get("training")
+            yield key, f"holds {shown(value)}, {told}"
+
+
+def _training_problems(training: Any, bad_keys: set[Key]) -> Iterator[tuple[Key, str]]:
     homes = {name: name for name in Recipe.model_fields} | {
         name: f"{section}.{name}" for section, model in reversed(SECTIONS.items()) for name in model.model_fields
     }
     for name, value in (training if isinstance(training, dict) else {}).items():
-        if ("training", str(name)) not in bad_keys and (text := training_problem(str(name), value, homes)):
-            add(("training", str(name)), text)
-    method = content.get("method", "sbft")
-    if ("method",) not in bad_keys and isinstance(method, str) and method not in METHODS:
-        add(("method",), f"is {shown(method)}, expected one of {', '.join(METHODS)}{nearest(method, METHODS)}.")
-    clean = _without(content, bad_keys)
+        key = ("training", str(name))
+        if key not in bad_keys and (text := training_problem(str(name), value, homes)):
+            yield key, text
+
+
+def _metric_problems(evaluation: dict[str, Any]) -> Iterator[tuple[Key, str]]:
     measured = [*metrics.available(), _OF_LABELS, "loss", "perplexity"]
-    for name in clean.get("evaluation", {}).get("metrics", []):
+    names = evaluation.get("metrics", [])
+    for name in names:
         if name not in measured:
-            add(
+            yield (
                 ("evaluation", "metrics"),
                 f"names {shown(name)}, expected some of {', '.join(measured)}{nearest(name, measured)}.",
             )
-    if _OF_LABELS in clean.get("evaluation", {}).get("metrics", []) and not clean["evaluation"].get("labels"):
-        add(
+    if _OF_LABELS in names and not evaluation.get("labels"):
+        yield (
             ("evaluation", "metrics"),
             f"names {_OF_LABELS}, which needs labels to choose from. Write evaluation.labels: auto, or list them there.",
         )
-    for key, text in _said_twice(clean):
-        add(key, text)
-    if ("method",) not in bad_keys:
-        for key, text in _contradictions(clean, method):
-            add(key, text)
-    return problems
 
 
 def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
@@ -216,138 +211,3 @@ def _unknown_key(key: Key) -> str:
     if name in training_types():
         return f"is not a key here; write training.{name}."
     return f"is no key of a recipe; expected one of {', '.join(fields)}."
-
-
-def _said_twice(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
-    for section, one, other in EXCLUSIVE:
-        given = content.get(section, {})
-        if given.get(one) is not None and given.get(other) is not None and given.get(one) != -1:
-            yield (section, other), f"and {section}.{one} are both given, and say the same thing in two ways. Keep one."
-    optimizer = content.get("optimizer", {})
-    if optimizer.get("schedule") == "power" and optimizer.get("second_moment_half_life") is not None:
-        yield (
-            ("optimizer", "second_moment_half_life"),
-            "is given, but optimizer.schedule power has none. Leave it out, or write schedule: half_life.",
-        )
-
-
-def _contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, str]]:
-    method = METHODS[name]
-    for missing in method.missing_packages:
-        yield (
-            ("method",),
-            f"is {name}, which needs the package {missing}. " + how_to_install(f"'sbft[{method.packages[missing]}]'"),
-        )
-    for name_of_one in reporters(content.get("training", {}).get("report_to")):
-        package = REPORTERS.get(name_of_one)
-        if package is not None and importlib.util.find_spec(package) is None:
-            yield (
-                ("training", "report_to"),
-                f"is {name_of_one}, whose package is not installed. Type: pip install {package}",
-            )
-    for key, value in content.get("optimizer", {}).items():
-        if value is not None and key not in method.settings:
-            users = [other for other in METHODS if key in METHODS[other].settings]
-            yield (
-                ("optimizer", key),
-                f"means nothing to the optimizer of method {name}. Leave it out, or take a method that has it: "
-                f"{', '.join(users)}.",
-            )
-    if content.get("lora") is not None and method.lora_defaults is None:
-        yield (
-            ("lora",),
-            f"is given, but method {name} trains all weights. Leave it out, or write method: lora or method: qlora.",
-        )
-    if method.lora_defaults is not None:
-        yield from _sharding_under_an_adapter(content, name, method)
-    if (schedule := content.get("batch_schedule")) is not None:
-        yield from _schedule_contradictions(schedule, content, method)
-    if content.get("distributed") is not None and method.optimizer in OF_WHOLE_MATRICES:
-        yield (
-            ("distributed",),
-            f"is given, but method {name} works on whole matrices, which sharding would cut. Leave it out, or write method: "
-            "sbft.",
-        )
-    if content.get("freeze") and method.lora_defaults is not None:
-        yield (
-            ("freeze",),
-            f"is given, but method {name} trains an adapter, and none of the model's own weights. Leave it out, or take "
-            f"a method that trains them: {', '.join(one for one in METHODS if METHODS[one].lora_defaults is None)}.",
-        )
-    yield from problems_of_pretraining(content, _DEFAULTS)
-    if isinstance(content.get("data", {}).get("train"), str):
-        whole = complete(content)
-        yield from _release_contradictions(whole, name)
-        yield from _unused_first_moment(whole["optimizer"])
-
-
-def _sharding_under_an_adapter(content: dict[str, Any], name: str, method: Method) -> Iterator[tuple[Key, str]]:
-    sizes = content.get("distributed")
-    if sizes is None:
-        return
-    if method.quantization is not None:
-        yield (
-            ("distributed",),
-            f"is given, but method {name} holds the model in 4 bits, which are not sharded. Leave it out: --num-processes then "
-            "replicates the model; or write method: lora.",
-        )
-        return
-    if (sizes.get("tp_size") or 1) > 1:
-        yield (
-            ("distributed", "tp_size"),
-            f"is {sizes['tp_size']}, but method {name} trains an adapter, which lies on whole matrices. Leave it out, and "
-            "write fsdp_size to shard the model under the adapter.",
-        )
-    if (content.get("lora") or {}).get("dora"):
-        yield (
-            ("lora", "dora"),
-            "is true together with distributed, but DoRA goes by the norms of whole matrices. Leave one of them out.",
-        )
-
-
-def _schedule_contradictions(
-    schedule: dict[str, Any], content: dict[str, Any], method: Method
-) -> Iterator[tuple[Key, str]]:
-    training = {**method.defaults()["training"], **content.get("training", {})}
-    first, accumulated = int(training["per_device_train_batch_size"]), int(training["gradient_accumulation_steps"])
-    if schedule.get("largest") is not None and int(schedule["largest"]) < first:
-        yield (
-            ("batch_schedule", "largest"),
-            f"is {schedule['largest']}, less than the first batch, training.per_device_train_batch_size {first}.",
-        )
-    if accumulated > 1:
-        yield (
-            ("batch_schedule",),
-            f"makes the batch larger itself, and training.gradient_accumulation_steps is {accumulated}. Write 1.",
-        )
-    if content.get("distributed") is not None:
-        yield ("batch_schedule",), "is given with distributed, and works in one process. Leave out one of them."
-
-
-def _unused_first_moment(optimizer: dict[str, Any]) -> Iterator[tuple[Key, str]]:
-    for key in ("beta1", "first_moment_half_life"):
-        if optimizer.get("rest_optimizer") == "adafactor" and optimizer.get(key) is not None:
-            yield (
-                ("optimizer", key),
-                "is given, but optimizer.rest_optimizer is adafactor, which has no first moment. Leave it out, or write "
-                "rest_optimizer: adamw.",
-            )
-
-
-def _release_contradictions(whole: dict[str, Any], name: str) -> Iterator[tuple[Key, str]]:
-    if not whole["optimizer"].get("gradient_release"):
-        return
-    steps, norm = whole["training"].get("gradient_accumulation_steps", 1), whole["training"].get("max_grad_norm", 0)
-    off = "write optimizer.gradient_release: false, which holds all gradients at once"
-    if int(steps) > 1:
-        yield (
-            ("training", "gradient_accumulation_steps"),
-            f"is {steps}, but method {name} releases each gradient during the backward pass, so that there is nothing "
-            f"to accumulate. Write 1 (small batches need no accumulation), or {off}.",
-        )
-    if float(norm or 0) > 0:
-        yield (
-            ("training", "max_grad_norm"),
-            f"is {norm}, but clipping by the global norm needs all gradients at once, and method {name} releases each "
-            f"during the backward pass. Write 0 (Adafactor clips each update by itself), or {off}.",
-        )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import types
 import typing
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from sbft.recipe.settings import Range, settings_in
 from sbft.recipe.wording import nearest, shown
 
 ELSEWHERE = {
     "output_dir": "write output_dir at the top of the recipe",
     "optim": "the method decides the optimizer; write `method:` at the top of the recipe",
     "optim_args": "write the settings under `optimizer:`",
-    "adam_beta1": "write optimizer.beta1",
-    "adam_beta2": "write optimizer.beta2",
-    "adam_epsilon": "write optimizer.eps",
-    "weight_decay": "write optimizer.weight_decay",
+    **{
+        setting.transformers_argument: f"write optimizer.{name}"
+        for name, setting in settings_in("optimizer").items()
+        if setting.transformers_argument
+    },
     "bf16": "write dtype at the top of the recipe",
     "fp16": "float16 overflows above 65504 and needs a loss scaler, which gradient release cannot use; write "
     "dtype: bfloat16 at the top of the recipe",
@@ -56,48 +57,24 @@ REPORTERS = {
 LARGEST_SEED = 2**32 - 1  # NumPy's generator, which transformers seeds too, takes 32 bits
 
 
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    lowest: float
-    highest: float = math.inf
-    above: bool = False
-    """Whether the value must be greater than `lowest`, not only as great."""
-    off: float | None = None
-    """A value outside of the range that means: not set."""
-
-    def holds(self, value: float) -> bool:
-        if value == self.off:
-            return True
-        enough = value > self.lowest if self.above else value >= self.lowest
-        return math.isfinite(value) and enough and value <= self.highest
-
-    def expected(self, value: float) -> str:
-        """What would be right in the place of a value that is not."""
-        if value > self.highest:
-            return f"a number from {self.lowest:g} to {self.highest:.0f}"
-        return f"a finite number {'greater than' if self.above else 'of at least'} {self.lowest:g}"
-
-
 # More steps than any run makes; beyond about 1e15, what is counted in floating point goes wrong.
 _MOST_STEPS = 10**12
-_LARGEST_BATCH = 2**31 - 1
 _MOST_WORKERS = 4096
 
 RANGES = {
-    "learning_rate": _Range(0),
-    "per_device_train_batch_size": _Range(1, _LARGEST_BATCH),
-    "gradient_accumulation_steps": _Range(1, _LARGEST_BATCH),
-    "num_train_epochs": _Range(0, 10**6, above=True),
-    "max_steps": _Range(1, _MOST_STEPS, off=-1),
-    "warmup_steps": _Range(0, _MOST_STEPS),
-    "max_grad_norm": _Range(0),
-    "logging_steps": _Range(0, _MOST_STEPS, above=True),
-    "save_steps": _Range(0, _MOST_STEPS, above=True),
-    "save_total_limit": _Range(1, _MOST_STEPS),
-    "dataloader_num_workers": _Range(0, _MOST_WORKERS),
-    "seed": _Range(0, LARGEST_SEED),
-    "data_seed": _Range(0, LARGEST_SEED),
+    **{name: setting.domain for name, setting in settings_in("training").items() if isinstance(setting.domain, Range)},
+    "num_train_epochs": Range(0, 10**6, above=True),
+    "max_steps": Range(1, _MOST_STEPS, off=-1),
+    "warmup_steps": Range(0, _MOST_STEPS),
+    "max_grad_norm": Range(0),
+    "logging_steps": Range(0, _MOST_STEPS, above=True),
+    "save_steps": Range(0, _MOST_STEPS, above=True),
+    "save_total_limit": Range(1, _MOST_STEPS),
+    "dataloader_num_workers": Range(0, _MOST_WORKERS),
+    "seed": Range(0, LARGEST_SEED),
+    "data_seed": Range(0, LARGEST_SEED),
 }
+"""The numbers that a key of the section may be, beyond what its type says."""
 
 
 def training_types() -> dict[str, Any]:

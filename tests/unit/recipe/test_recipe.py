@@ -10,9 +10,10 @@ import yaml
 from sbft.errors import RecipeError
 from sbft.recipe import Recipe, load_recipe, recipe_names, recipe_text, resolve
 from sbft.recipe.draft import read_yaml
-from sbft.recipe.methods import METHODS, OPTIMIZER_SETTINGS
+from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import is_pretraining
 from sbft.recipe.schema import OptimizerConfig
+from sbft.recipe.settings import OPTIMIZER_KEYS
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 
 MINIMAL = {"model": "some-model", "data": {"train": "my.jsonl"}}
@@ -55,7 +56,7 @@ def test_every_method_resolves_and_a_saved_recipe_resolves_to_itself(method: str
 
 
 def test_every_optimizer_key_of_the_schema_belongs_to_some_optimizer() -> None:
-    assert set(OptimizerConfig.model_fields) == set().union(*OPTIMIZER_SETTINGS.values())
+    assert set(OptimizerConfig.model_fields) == set().union(*OPTIMIZER_KEYS.values())
 
 
 def test_the_file_wins_over_the_method_flags_over_the_file_and_set_over_flags(tmp_path: Path) -> None:
