@@ -1,4 +1,4 @@
-"""Everything that is wrong with a recipe, found in one go: unknown keys, wrong types, contradictions."""
+"""Everything that is wrong with a recipe, reported at once: unknown keys, wrong types, contradictions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _EXPECTED: dict[Key, str] = {
     ("data", "eval"): "a file, a hub id, or generated:NAME",
     ("evaluation", "labels"): f"auto, or a list of two or more different words such as [good, bad]; {_QUOTE}",
 }
-"""What keys are like whose type alone says too little."""
+"""What is expected of keys whose type alone says too little."""
 
 
 def find_problems(draft: Draft) -> list[str]:
@@ -84,11 +84,11 @@ def _schema_problems(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _unusable_values(content: dict[str, Any], bad_keys: set[Key]) -> Iterator[tuple[Key, str]]:
-    for key, value, told in _unusable(_without(content, bad_keys), ()):
-        # What the training section says of a number's range says more.
-        in_range = isinstance(value, float) and key[:1] == ("training",) and key[-1] in RANGES
-        if key not in bad_keys and not in_range:
-            yield key, f"holds {shown(value)}, {told}"
+    for key, value, reason in _unusable(_without(content, bad_keys), ()):
+        # A number in the training section that has a range gets a message of its own, which says more.
+        has_range = isinstance(value, float) and key[:1] == ("training",) and key[-1] in RANGES
+        if key not in bad_keys and not has_range:
+            yield key, f"holds {shown(value)}, {reason}"
 
 
 def _training_problems(training: Any, bad_keys: set[Key]) -> Iterator[tuple[Key, str]]:
@@ -118,7 +118,7 @@ def _metric_problems(evaluation: dict[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
-    """Values anywhere in a recipe that no file can be named by, no text can hold, or no computer counts with."""
+    """Key, value and reason for each value that is wrong wherever it is: broken text, secrets, bytes, numbers too large."""
     if isinstance(value, dict):
         for name, inner in value.items():
             deeper = (*key, str(name)) if len(key) < 2 else key
@@ -128,16 +128,16 @@ def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
         for inner in value:
             yield from _unusable(inner, key)
     elif isinstance(value, str) and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-        yield key, value, "in which a character is none: NUL, or half of one. Take it out."
+        yield key, value, "which has a character that no text has: NUL, or half of a pair of surrogates. Remove it."
     elif isinstance(value, str) and holds_secret(value):
         yield (
             key,
             value,
-            "a password or a token, which the run's record and model card would show. Take it out: type `hf auth login`, or "
+            "a password or a token, which the run's record and model card would show. Remove it: type `hf auth login`, or "
             "set an environment variable such as HF_TOKEN.",
         )
     elif isinstance(value, bytes):
-        yield key, value, "expected text in the place of bytes."
+        yield key, value, "expected text instead of bytes."
     elif isinstance(value, float) and not math.isfinite(value):
         yield key, value, "expected a finite number."
     elif isinstance(value, int) and not _SMALLEST <= value <= _LARGEST:
@@ -145,7 +145,7 @@ def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
 
 
 def _without(content: dict[str, Any], bad: set[Key]) -> dict[str, Any]:
-    """The content with all keys left out that are already reported, and sections that are none."""
+    """The content without the keys that are already reported, and without empty sections."""
     clean: dict[str, Any] = {}
     for name, value in content.items():
         if (name,) in bad or (value is None and name in {*SECTIONS, "training"}):
@@ -157,12 +157,12 @@ def _without(content: dict[str, Any], bad: set[Key]) -> dict[str, Any]:
 
 
 def _key(location: tuple[int | str, ...]) -> Key:
-    # Locations inside a list or a union carry indices and type names, which are no keys.
+    # Locations inside a list or a union have indices and type names in them, which are not keys.
     return tuple(str(part) for part in location)[: 2 if location[0] in SECTIONS else 1]
 
 
 def _meant(key: Key) -> Key:
-    """The key that a misspelt one most likely stands for."""
+    """The key that a misspelt one is closest to."""
     *path, name = key
     fields = SECTIONS[path[0]].model_fields if path else Recipe.model_fields
     return (*path, closest(name, fields) or name)
@@ -172,7 +172,7 @@ def _schema_problem(key: Key, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return _unknown_key(key)
     if detail["type"] == "invalid_key":
-        return "is no word, expected keys that are: put it in quotation marks, or take it out."
+        return "is not text, and a key has to be: put it in quotation marks, or remove it."
     if detail["type"] == "missing":
         return "is missing: " + {
             ("model",): "write which model to train, such as `model: builtin:smollm2-135m`, or type --model M.",
@@ -203,7 +203,7 @@ def _unknown_key(key: Key) -> str:
     fields = SECTIONS[path[0]].model_fields if path else Recipe.model_fields
     homes = [section for section, model in SECTIONS.items() if name in model.model_fields]
     if name in Recipe.model_fields:
-        return "is no key of this section; it stands at the top of the recipe."
+        return "is not a key of this section; it belongs at the top of the recipe."
     if homes:
         return f"is not a key here; write {homes[0]}.{name}."
     if near := nearest(name, fields):

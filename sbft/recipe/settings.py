@@ -71,9 +71,9 @@ class Setting:
     help: str
     """One sentence, true of a recipe's key and of the trainer's argument."""
     optimizers: tuple[str, ...] = ()
-    """The optimizers under which it means something, in the order of `OPTIMIZERS` and `TRANSFORMERS_OPTIMIZERS`."""
+    """The optimizers that it has an effect with, in the order of `OPTIMIZERS` and `TRANSFORMERS_OPTIMIZERS`."""
     rival: str | None = None
-    """The setting that says the same thing in another way. Of a pair, the first names the second."""
+    """The setting that sets the same thing in another way. Of a pair, the first names the second."""
     of_trainer: bool = False
     """Whether the trainer reads it, and no optimizer."""
     section: str | None = "optimizer"
@@ -100,7 +100,7 @@ class Setting:
 
     @property
     def token_optimizers(self) -> tuple[str, ...]:
-        """Those of `OPTIMIZERS` under which it means something."""
+        """Those of `OPTIMIZERS` that it has an effect with."""
         return tuple(name for name in OPTIMIZERS if name in self.optimizers)
 
     @property
@@ -244,7 +244,7 @@ SETTINGS = (
         "lr_scheduler_type", str, None, "Course of the learning rate, such as constant, linear or cosine.",
         of_trainer=True, section="training", default="constant",
     ),
-    # What it may be, transformers says; a recipe takes less (`sbft.recipe.training_keys`).
+    # transformers takes any number here. What a recipe takes is in `sbft.recipe.training_keys`.
     Setting(
         "max_grad_norm", float, None, "Clip the global gradient norm to this; requires gradients that are not released.",
         of_trainer=True, section="training", default=0.0,
@@ -266,10 +266,10 @@ SETTINGS = (
 """In the order in which a resolved recipe has them."""
 
 ARGUMENTS = {setting.trainer_name: setting for setting in SETTINGS}
-"""The same by their names among the trainer's arguments."""
+"""The settings by their names among the trainer's arguments."""
 
 RIVALS = tuple((str(setting.section), setting.name, setting.rival) for setting in SETTINGS if setting.rival)
-"""The section of a recipe, and two keys of it that say the same thing in two ways."""
+"""A section of a recipe, and two of its keys that set the same thing in two ways."""
 
 
 def settings_in(section: str) -> dict[str, Setting]:
@@ -281,4 +281,4 @@ OPTIMIZER_KEYS = {
     optimizer: frozenset(name for name, setting in settings_in("optimizer").items() if optimizer in setting.optimizers)
     for optimizer in _ALL
 }
-"""The keys of a recipe's `optimizer` section that mean something to each optimizer."""
+"""The keys of a recipe's `optimizer` section that have an effect with each optimizer."""

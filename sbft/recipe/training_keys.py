@@ -1,4 +1,4 @@
-"""What is wrong with one key of a recipe's `training` section, whose names and types are those of TrainingArguments."""
+"""What is wrong with a key of a recipe's `training` section, whose names and types are those of TrainingArguments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ELSEWHERE = {
     "do_predict": "write `evaluation:`",
     "disable_tqdm": "sbft draws its own progress bar, and plain lines where the output is no terminal; leave it out",
 }
-"""Names of TrainingArguments that a recipe says in another place, or that sbft sets itself, and why."""
+"""Arguments of TrainingArguments that a recipe sets elsewhere or not at all, and what to do instead."""
 
 REPORTERS = {
     "azure_ml": "azureml",
@@ -52,12 +52,12 @@ REPORTERS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""Where losses can be sent, and the package that each needs."""
+"""Services that losses can be sent to, and the package that each requires."""
 
 LARGEST_SEED = 2**32 - 1  # NumPy's generator, which transformers seeds too, takes 32 bits
 
 
-# More steps than any run makes; beyond about 1e15, what is counted in floating point goes wrong.
+# More steps than any run makes; above about 1e15, counting in floating point goes wrong.
 _MOST_STEPS = 10**12
 _MOST_WORKERS = 4096
 
@@ -78,7 +78,7 @@ RANGES = {
 
 
 def training_types() -> dict[str, Any]:
-    """Names of TrainingArguments and their types. Imports transformers, hence torch: seconds."""
+    """Names of TrainingArguments and their types. This imports transformers and torch, which takes seconds."""
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
@@ -91,7 +91,7 @@ def training_problem(name: str, value: Any, homes: dict[str, str]) -> str | None
     Args:
         name: the key.
         value: what the recipe gives it.
-        homes: names that belong in another place of the recipe, and their whole names there.
+        homes: names that belong elsewhere in the recipe, and their full names there.
     """
     if name in ELSEWHERE:
         return f"cannot be set here: {ELSEWHERE[name]}."
@@ -118,20 +118,20 @@ def reporters(value: Any) -> list[str]:
 
 def _reporter_problem(value: Any) -> str | None:
     names = ["none", "all", *REPORTERS]
-    if not isinstance(value, str | list | None) or not all(isinstance(one, str) for one in reporters(value)):
+    if not isinstance(value, str | list | None) or not all(isinstance(name, str) for name in reporters(value)):
         return f"is {shown(value)}, expected one of {', '.join(names)}, or a list of them."
-    for one in reporters(value):
-        if one not in names:
-            return f"is {shown(one)}, expected one of {', '.join(names)}{nearest(one, names)}."
+    for name in reporters(value):
+        if name not in names:
+            return f"is {shown(name)}, expected one of {', '.join(names)}{nearest(name, names)}."
     return None
 
 
 def _mismatch(hint: Any, value: Any) -> str | None:
-    """What a value of this type would look like, if `value` is none."""
+    """What was expected, if `value` is not of this type."""
     members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
     choices = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
     if choices and value is not None and not isinstance(value, list):
-        # Written as "enum or str" there: any string would pass, and fail late.
+        # Declared as "enum or str": any string would pass here, and fail later.
         values = [str(choice.value) for choice in choices[0]]
         return None if str(value) in values else f"one of {', '.join(values)}{nearest(str(value), values)}"
     try:

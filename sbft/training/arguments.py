@@ -1,4 +1,4 @@
-"""What `SmallBatchTrainer` can be told beyond what transformers' own `TrainingArguments` hold."""
+"""The arguments of `SmallBatchTrainer`: transformers' `TrainingArguments`, and the settings of small-batch training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _TRANSFORMERS_ONLY = {
 
 
 class ArgumentError(RecipeError, ValueError):
-    """Training arguments are out of their domain, or contradict one another."""
+    """Training arguments are out of their domain, or contradict each other."""
 
 
 def _as_number(value: Any) -> float:
@@ -69,7 +69,7 @@ def _setting(name: str) -> Any:
 
 @dataclass
 class SmallBatchArguments:
-    """The fields and defaults of small-batch training; to be put before a subclass of `TrainingArguments`.
+    """The fields and defaults of small-batch training; put it before a subclass of `TrainingArguments`.
 
     With TRL: `sbft.small_batch(trl.SFTConfig)`.
 
@@ -115,20 +115,20 @@ class SmallBatchArguments:
     def __post_init__(self) -> None:
         self._check_small_batch()
         if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
+            self.dataloader_pin_memory = False  # nothing to pin memory for, and torch would warn
         super().__post_init__()  # type: ignore[misc]
         self._check_checkpointing()
-        self._refuse_their_settings()
+        self._refuse_settings_of_transformers()
 
     def check(self) -> None:
-        """Refuse what contradicts itself; for arguments that were changed since they were made.
+        """Check the arguments again, after changes.
 
         Raises:
-            ArgumentError: if something does.
+            ArgumentError: if the fields contradict one another.
         """
         self._check_small_batch()
         self._check_checkpointing()
-        self._refuse_their_settings()
+        self._refuse_settings_of_transformers()
 
     @classmethod
     def for_pretraining(cls, **settings: Any) -> Self:
@@ -147,11 +147,11 @@ class SmallBatchArguments:
 
     @property
     def releases_gradients(self) -> bool:
-        """Whether gradients are released in backward: asked for, and a token optimizer that can."""
+        """Whether gradients are released in backward, which requires a token optimizer."""
         return self.gradient_release and self.token_optimizer is not None
 
     def given_optimizer_settings(self) -> dict[str, Any]:
-        """Settings of the token optimizer that are not left to it, by the names of these arguments."""
+        """Settings that were given for the token optimizer, by the names of these arguments."""
         values = {name: getattr(self, name) for name in _SPECIAL}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -203,7 +203,7 @@ class SmallBatchArguments:
 
     @property
     def batch_schedule(self) -> BatchSchedule | None:
-        """How the batch grows; None where it does not."""
+        """How the batch grows; None if it does not."""
         if self.batch_doubling_examples is None or self.largest_batch_size is None:
             return None
         return BatchSchedule(self.per_device_train_batch_size, self.batch_doubling_examples, self.largest_batch_size)
@@ -259,17 +259,17 @@ class SmallBatchArguments:
                     f"to {' or '.join(optimizers)}."
                 )
 
-    def _refuse_their_settings(self) -> None:
+    def _refuse_settings_of_transformers(self) -> None:
         if self.token_optimizer is None:
             return
-        defaults = {one.name: one.default for one in fields(self)}
-        for name, ours in _TRANSFORMERS_ONLY.items():
+        defaults = {argument.name: argument.default for argument in fields(self)}
+        for name, replacement in _TRANSFORMERS_ONLY.items():
             value = getattr(self, name)
             if value != defaults[name]:
                 optim = OptimizerNames(self.optim).value  # type: ignore[attr-defined]
                 raise ArgumentError(
                     f"{name}={optim if name == 'optim' else repr(value)} is for transformers' own optimizers, and "
-                    f"token_optimizer={self.token_optimizer!r} trains with one of sbft's. Set {ours} in its place; or "
+                    f"token_optimizer={self.token_optimizer!r} trains with one of sbft's. Set {replacement} in its place; or "
                     f"token_optimizer=None to train with optim={optim}, as in a plain Trainer."
                 )
 
@@ -306,7 +306,7 @@ class SmallBatchArguments:
 
     @property
     def checkpoints_activations(self) -> bool:
-        """Whether backward runs parts of forward again."""
+        """Whether backward repeats parts of forward."""
         return any(vars(self).get(name) for name in ("activation_checkpointing", "gradient_checkpointing"))
 
     def _check_checkpointing(self) -> None:

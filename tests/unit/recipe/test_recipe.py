@@ -375,10 +375,10 @@ def test_the_recipe_for_text_takes_a_file_of_few_paragraphs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ('data.system="a\\0b"', "in which a character is none"),
+        ('data.system="a\\0b"', "a character that no text has"),
         ("data.seed=99999999999999999999", "a number of at most 9,223,372,036,854,775,807"),
         ("data.options.x=.nan", "expected a finite number"),
-        ("method=!!binary ''", "expected text in the place of bytes"),
+        ("method=!!binary ''", "expected text instead of bytes"),
         (f"training.learning_rate={'9' * 400}", "a number of at most 9,223"),
         ("training.neftune_noise_alpha=.inf", "expected a finite number"),
         ("training.max_steps=10000000000000", "from 1 to 1000000000000"),
@@ -399,7 +399,7 @@ def test_a_value_that_nothing_can_use_is_one_of_the_problems(override: str, said
         ("model: !!python/object:os.system {}\n", "line 1, column 8 is not valid YAML: found a tag"),
         ("model: 2026-13-45\n", "a number or a date that is none"),
         ("? [a]\n: b\n", "a list or a mapping in the place of a key"),
-        ("1: b\n", "1 is no word, expected keys that are"),
+        ("1: b\n", "1 is not text, and a key has to be"),
         ("model: \x07\n", "found the character"),
         (f"model: {'9' * 5_000}\n", "a number or a date that is none"),
     ],
