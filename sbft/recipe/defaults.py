@@ -7,32 +7,28 @@ from typing import Any
 
 from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import has_budget
+from sbft.recipe.settings import RIVALS
 
-EXCLUSIVE = [
-    ("optimizer", "second_moment_half_life", "beta2"),
-    ("optimizer", "first_moment_half_life", "beta1"),
-    ("optimizer", "momentum_half_life", "momentum"),
-    ("training", "max_steps", "num_train_epochs"),
-]
-"""Section and the two keys of it that say the same thing in two ways: giving one drops the default of the other."""
+EXCLUSIVE = (*RIVALS, ("training", "max_steps", "num_train_epochs"))
+"""A section and two of its keys that set the same thing in two ways. Giving one drops the default of the other."""
 
 
 def complete(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a recipe with its method's defaults where it says nothing."""
+    """The content of a recipe, completed with its method's defaults."""
     method = METHODS[content.get("method", "sbft")]
     whole = method.defaults()
-    for section, one, other in EXCLUSIVE:
-        given = content.get(section) or {}
-        for key, rival in ((one, other), (other, one)):
-            unset = given.get(key) is None or (key == "max_steps" and given[key] == -1)
+    for section, first, second in EXCLUSIVE:
+        values = content.get(section) or {}
+        for key, rival in ((first, second), (second, first)):
+            unset = values.get(key) is None or (key == "max_steps" and values[key] == -1)
             if not unset:
                 whole[section].pop(rival, None)
     if has_budget(content):
         whole["training"].pop("num_train_epochs", None)
     merged = {**whole, **content}
     for section in whole:
-        given = {key: value for key, value in (content.get(section) or {}).items() if value is not None}
-        merged[section] = {**whole[section], **given}
+        values = {key: value for key, value in (content.get(section) or {}).items() if value is not None}
+        merged[section] = {**whole[section], **values}
     if merged.get("dtype") is None:
         merged["dtype"] = method.dtype
     if merged["dtype"] == "float32" and "stochastic_rounding" in merged["optimizer"]:

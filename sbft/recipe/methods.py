@@ -1,7 +1,7 @@
 """What each compared method is: plain data, read by the recipe, the run, and whoever only wants to list them.
 
-This lies beside the recipe and not in `training/`, because a recipe cannot be checked without knowing its method, and
-checking one must need neither torch nor anything above it.
+This is beside the recipe and not in `training/`: checking a recipe requires its method, and must require neither torch nor
+anything above the recipe.
 """
 
 from __future__ import annotations
@@ -10,33 +10,8 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sbft.recipe.settings import OPTIMIZER_KEYS
 from sbft.tokens import FINE_TUNING_HALF_LIFE
-
-_SECOND_MOMENT = frozenset({"second_moment_half_life", "beta2", "eps", "weight_decay"})
-_FIRST_MOMENT = frozenset({"first_moment_half_life", "beta1"})
-_ANY = frozenset({"max_skipped_steps", "logits_free_loss"})
-_OURS = frozenset({"stochastic_rounding", "gradient_release", "cuda_graphs", "seed"}) | _ANY
-_ADAFACTOR = frozenset({"schedule", "relative_step", "clip_threshold"})
-_OF_MATRICES = frozenset({"rest_optimizer", "rest_lr_ratio"}) | _SECOND_MOMENT | _FIRST_MOMENT | _OURS
-_OTHERS_ADAM = frozenset({"beta1", "beta2", "eps", "weight_decay"}) | _ANY
-
-OPTIMIZER_SETTINGS: dict[str, frozenset[str]] = {
-    "adafactor": _SECOND_MOMENT | _OURS | _ADAFACTOR | {"min_dim_size_to_factor"},
-    "adamw": _SECOND_MOMENT | _FIRST_MOMENT | _OURS,
-    "sgd": frozenset({"momentum", "momentum_half_life", "weight_decay"}) | _OURS,
-    "muon": frozenset({"momentum", "momentum_half_life", "nesterov", "adjust_lr_fn", "newton_schulz_dtype"})
-    | _OF_MATRICES,
-    "sinkgd": frozenset({"sinkhorn_iterations"}) | _OF_MATRICES,
-    "row_adafactor": _SECOND_MOMENT | _OURS | _ADAFACTOR,
-    "torch_adamw": _OTHERS_ADAM,
-    "bitsandbytes_adamw8bit": _OTHERS_ADAM,
-    # transformers' Trainer hands its Adafactor a learning rate and the weight decay alone.
-    "transformers_adafactor": frozenset({"weight_decay"}) | _ANY,
-}
-"""The keys of a recipe's `optimizer` section that each optimizer understands."""
-
-OF_WHOLE_MATRICES = frozenset({"muon", "sinkgd"})
-"""Optimizers that a model cannot be sharded under."""
 
 _TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 1,
@@ -57,8 +32,7 @@ class Method:
 
     summary: str
     optimizer: str
-    """`adafactor`, `adamw`, `sgd`, `muon`, `sinkgd` or `row_adafactor` of sbft, or one that transformers' Trainer makes:
-    `torch_adamw`, `bitsandbytes_adamw8bit`, `transformers_adafactor`."""
+    """One of `sbft.recipe.settings.OPTIMIZERS`, or of the `TRANSFORMERS_OPTIMIZERS` there."""
     learning_rate: float
     dtype: str
     optimizer_defaults: dict[str, Any]
@@ -78,7 +52,7 @@ class Method:
     @property
     def settings(self) -> frozenset[str]:
         """The keys of the recipe's `optimizer` section that mean something to this method."""
-        return OPTIMIZER_SETTINGS[self.optimizer]
+        return OPTIMIZER_KEYS[self.optimizer]
 
     def defaults(self) -> dict[str, dict[str, Any]]:
         """The sections of a recipe that naming this method stands for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -15,7 +16,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     StringConstraints,
+    create_model,
 )
+
+from sbft.recipe.settings import Setting, settings_in
 
 _Word = Annotated[str, StringConstraints(pattern=r"\S")]
 
@@ -33,6 +37,27 @@ def _text_keys(names: Any) -> Any:
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+def _made_of(section: str) -> Any:
+    """A section with a field for each setting that `sbft.recipe.settings` has in it."""
+    fields: dict[str, Any] = {name: _field_of(setting) for name, setting in settings_in(section).items()}
+    return create_model(section, __base__=_Section, **fields)
+
+
+def _field_of(setting: Setting) -> tuple[Any, Any]:
+    kind: Any = FiniteFloat if setting.type is float else setting.type
+    limits: dict[str, Any] = {}
+    if isinstance(setting.domain, tuple):
+        kind = Literal[setting.domain]
+    elif setting.domain is not None:
+        domain = setting.domain
+        limits["gt" if domain.above else "ge"] = domain.lowest
+        if math.isfinite(domain.highest):
+            limits["lt" if domain.below else "le"] = domain.highest
+    if setting.required:
+        return kind, Field(description=setting.help, **limits)
+    return kind | None, Field(None, description=setting.help, **limits)
 
 
 class DataConfig(_Section):
@@ -93,57 +118,8 @@ class DataConfig(_Section):
     """Seed of shuffling, splitting and generated tasks."""
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(_made_of("optimizer")):  # type: ignore[misc]
     """The optimizer's settings. A key that is left out takes the method's value."""
-
-    second_moment_half_life: FiniteFloat | None = Field(None, gt=0)
-    """Half-life of the second moment, in tokens."""
-    beta2: FiniteFloat | None = Field(None, ge=0, lt=1)
-    """Fixed decay of the second moment per step, instead of a half-life; with schedule power, its exponent."""
-    first_moment_half_life: FiniteFloat | None = Field(None, gt=0)
-    """Half-life of AdamW's first moment, in tokens; with Muon and SinkGD, that of their AdamW."""
-    beta1: FiniteFloat | None = Field(None, ge=0, lt=1)
-    """Fixed decay of AdamW's first moment per step, instead of a half-life."""
-    momentum_half_life: FiniteFloat | None = Field(None, gt=0)
-    """Half-life of SGD's and Muon's momentum, in tokens."""
-    momentum: FiniteFloat | None = Field(None, ge=0, lt=1)
-    """Fixed decay of SGD's and Muon's momentum per step, instead of a half-life; 0 means none (Muon: spectral descent)."""
-    nesterov: bool | None = None
-    """Use Nesterov momentum in Muon."""
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | None = None
-    """How Muon adapts the learning rate to a matrix's shape, as in torch.optim.Muon."""
-    newton_schulz_dtype: Literal["bfloat16", "float32"] | None = None
-    """dtype in which Muon orthogonalizes a matrix."""
-    sinkhorn_iterations: PositiveInt | None = None
-    """How many times SinkGD scales the rows and columns of a gradient."""
-    rest_optimizer: Literal["adamw", "adafactor"] | None = None
-    """Optimizer for what Muon and SinkGD do not handle: embeddings, output head and vectors."""
-    rest_lr_ratio: FiniteFloat | None = Field(None, gt=0)
-    """Learning rate of rest_optimizer, as a multiple of the rate for matrices."""
-    schedule: Literal["half_life", "power"] | None = None
-    """How Adafactor's second moment decays: per token, or classically by 1 - step ** -0.8."""
-    relative_step: bool | None = None
-    """Scale Adafactor's step by each parameter's RMS."""
-    clip_threshold: FiniteFloat | None = Field(None, gt=0)
-    """Largest RMS of one Adafactor update before the learning rate."""
-    min_dim_size_to_factor: PositiveInt | None = None
-    """Adafactor factors the second moment of matrices whose shorter side is at least this; default: 128."""
-    eps: FiniteFloat | None = Field(None, gt=0)
-    """Keeps divisions by small second moments finite."""
-    weight_decay: FiniteFloat | None = Field(None, ge=0)
-    """Decoupled weight decay."""
-    stochastic_rounding: bool | None = None
-    """Round new bfloat16 weights stochastically. If false, they are rounded to nearest, which loses small updates."""
-    gradient_release: bool | None = None
-    """Update each parameter inside the backward pass and free its gradient."""
-    cuda_graphs: bool | None = None
-    """On a GPU, launch whole training steps at once (CUDA graphs); for small models."""
-    max_skipped_steps: PositiveInt | None = None
-    """Stop after this many steps in a row whose loss is not finite."""
-    logits_free_loss: bool | None = None
-    """Compute the loss without holding the logits of all tokens in memory."""
-    seed: NonNegativeInt | None = None
-    """Seed of stochastic rounding; default: training.seed."""
 
 
 class LoraConfig(_Section):
@@ -175,14 +151,9 @@ class DistributedConfig(_Section):
     product of the three."""
 
 
-class BatchScheduleConfig(_Section):
+class BatchScheduleConfig(_made_of("batch_schedule")):  # type: ignore[misc]
     """A batch that doubles during the run, starting at training.per_device_train_batch_size. The learning rate follows the
     examples seen; half-lives in tokens need no change."""
-
-    doubling_examples: PositiveInt
-    """The batch doubles each time this many more examples were seen; in pretraining an example has data.max_length tokens."""
-    largest: PositiveInt
-    """Largest batch, in examples per step."""
 
 
 class EvaluationConfig(_Section):
@@ -251,6 +222,17 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The recipe as the file that would load it again."""
         return as_yaml(self.model_dump(mode="json", exclude_none=True))
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "lora": LoraConfig,
+    "distributed": DistributedConfig,
+    "batch_schedule": BatchScheduleConfig,
+    "evaluation": EvaluationConfig,
+}
+"""The sections of a recipe, but for `training`, whose keys are those of TrainingArguments."""
 
 
 def as_yaml(content: dict[str, Any]) -> str:

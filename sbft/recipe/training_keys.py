@@ -1,26 +1,27 @@
-"""What is wrong with one key of a recipe's `training` section, whose names and types are those of TrainingArguments."""
+"""What is wrong with a key of a recipe's `training` section, whose names and types are those of TrainingArguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 import types
 import typing
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from sbft.recipe.settings import Range, settings_in
 from sbft.recipe.wording import nearest, shown
 
 ELSEWHERE = {
     "output_dir": "write output_dir at the top of the recipe",
     "optim": "the method decides the optimizer; write `method:` at the top of the recipe",
     "optim_args": "write the settings under `optimizer:`",
-    "adam_beta1": "write optimizer.beta1",
-    "adam_beta2": "write optimizer.beta2",
-    "adam_epsilon": "write optimizer.eps",
-    "weight_decay": "write optimizer.weight_decay",
+    **{
+        setting.transformers_argument: f"write optimizer.{name}"
+        for name, setting in settings_in("optimizer").items()
+        if setting.transformers_argument
+    },
     "bf16": "write dtype at the top of the recipe",
     "fp16": "float16 overflows above 65504 and needs a loss scaler, which gradient release cannot use; write "
     "dtype: bfloat16 at the top of the recipe",
@@ -34,7 +35,7 @@ ELSEWHERE = {
     "do_predict": "write `evaluation:`",
     "disable_tqdm": "sbft draws its own progress bar, and plain lines where the output is no terminal; leave it out",
 }
-"""Names of TrainingArguments that a recipe says in another place, or that sbft sets itself, and why."""
+"""Arguments of TrainingArguments that a recipe sets elsewhere or not at all, and what to do instead."""
 
 REPORTERS = {
     "azure_ml": "azureml",
@@ -51,57 +52,33 @@ REPORTERS = {
     "trackio": "trackio",
     "wandb": "wandb",
 }
-"""Where losses can be sent, and the package that each needs."""
+"""Services that losses can be sent to, and the package that each requires."""
 
 LARGEST_SEED = 2**32 - 1  # NumPy's generator, which transformers seeds too, takes 32 bits
 
 
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    lowest: float
-    highest: float = math.inf
-    above: bool = False
-    """Whether the value must be greater than `lowest`, not only as great."""
-    off: float | None = None
-    """A value outside of the range that means: not set."""
-
-    def holds(self, value: float) -> bool:
-        if value == self.off:
-            return True
-        enough = value > self.lowest if self.above else value >= self.lowest
-        return math.isfinite(value) and enough and value <= self.highest
-
-    def expected(self, value: float) -> str:
-        """What would be right in the place of a value that is not."""
-        if value > self.highest:
-            return f"a number from {self.lowest:g} to {self.highest:.0f}"
-        return f"a finite number {'greater than' if self.above else 'of at least'} {self.lowest:g}"
-
-
-# More steps than any run makes; beyond about 1e15, what is counted in floating point goes wrong.
+# More steps than any run makes; above about 1e15, counting in floating point goes wrong.
 _MOST_STEPS = 10**12
-_LARGEST_BATCH = 2**31 - 1
 _MOST_WORKERS = 4096
 
 RANGES = {
-    "learning_rate": _Range(0),
-    "per_device_train_batch_size": _Range(1, _LARGEST_BATCH),
-    "gradient_accumulation_steps": _Range(1, _LARGEST_BATCH),
-    "num_train_epochs": _Range(0, 10**6, above=True),
-    "max_steps": _Range(1, _MOST_STEPS, off=-1),
-    "warmup_steps": _Range(0, _MOST_STEPS),
-    "max_grad_norm": _Range(0),
-    "logging_steps": _Range(0, _MOST_STEPS, above=True),
-    "save_steps": _Range(0, _MOST_STEPS, above=True),
-    "save_total_limit": _Range(1, _MOST_STEPS),
-    "dataloader_num_workers": _Range(0, _MOST_WORKERS),
-    "seed": _Range(0, LARGEST_SEED),
-    "data_seed": _Range(0, LARGEST_SEED),
+    **{name: setting.domain for name, setting in settings_in("training").items() if isinstance(setting.domain, Range)},
+    "num_train_epochs": Range(0, 10**6, above=True),
+    "max_steps": Range(1, _MOST_STEPS, off=-1),
+    "warmup_steps": Range(0, _MOST_STEPS),
+    "max_grad_norm": Range(0),
+    "logging_steps": Range(0, _MOST_STEPS, above=True),
+    "save_steps": Range(0, _MOST_STEPS, above=True),
+    "save_total_limit": Range(1, _MOST_STEPS),
+    "dataloader_num_workers": Range(0, _MOST_WORKERS),
+    "seed": Range(0, LARGEST_SEED),
+    "data_seed": Range(0, LARGEST_SEED),
 }
+"""The numbers that a key of the section may be, beyond what its type says."""
 
 
 def training_types() -> dict[str, Any]:
-    """Names of TrainingArguments and their types. Imports transformers, hence torch: seconds."""
+    """Names of TrainingArguments and their types. This imports transformers and torch, which takes seconds."""
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
@@ -114,7 +91,7 @@ def training_problem(name: str, value: Any, homes: dict[str, str]) -> str | None
     Args:
         name: the key.
         value: what the recipe gives it.
-        homes: names that belong in another place of the recipe, and their whole names there.
+        homes: names that belong elsewhere in the recipe, and their full names there.
     """
     if name in ELSEWHERE:
         return f"cannot be set here: {ELSEWHERE[name]}."
@@ -141,20 +118,20 @@ def reporters(value: Any) -> list[str]:
 
 def _reporter_problem(value: Any) -> str | None:
     names = ["none", "all", *REPORTERS]
-    if not isinstance(value, str | list | None) or not all(isinstance(one, str) for one in reporters(value)):
+    if not isinstance(value, str | list | None) or not all(isinstance(name, str) for name in reporters(value)):
         return f"is {shown(value)}, expected one of {', '.join(names)}, or a list of them."
-    for one in reporters(value):
-        if one not in names:
-            return f"is {shown(one)}, expected one of {', '.join(names)}{nearest(one, names)}."
+    for name in reporters(value):
+        if name not in names:
+            return f"is {shown(name)}, expected one of {', '.join(names)}{nearest(name, names)}."
     return None
 
 
 def _mismatch(hint: Any, value: Any) -> str | None:
-    """What a value of this type would look like, if `value` is none."""
+    """What was expected, if `value` is not of this type."""
     members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
     choices = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
     if choices and value is not None and not isinstance(value, list):
-        # Written as "enum or str" there: any string would pass, and fail late.
+        # Declared as "enum or str": any string would pass here, and fail later.
         values = [str(choice.value) for choice in choices[0]]
         return None if str(value) in values else f"one of {', '.join(values)}{nearest(str(value), values)}"
     try:

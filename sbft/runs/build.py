@@ -21,6 +21,7 @@ from sbft.native.memory_pool import use_pool
 from sbft.native.onednn_products import keep_few_products
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS, Method
+from sbft.recipe.settings import settings_in
 from sbft.runs.ranks import DEFAULT_TIMEOUT_S, join_on_cpu
 from sbft.training.arguments import SmallBatchTrainingArguments
 
@@ -36,8 +37,6 @@ _OPTIM = {
     "bitsandbytes_adamw8bit": "adamw_bnb_8bit",
     "transformers_adafactor": "adafactor",
 }
-_TRAINERS_NAMES = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
-_OUR_NAMES = {"eps": "optimizer_eps", "seed": "rounding_seed"}
 
 
 def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingArguments:
@@ -51,14 +50,20 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
         RecipeError: if transformers refuses the arguments.
     """
     optimizer = METHODS[recipe.method].optimizer
-    settings = recipe.optimizer.model_dump(exclude_none=True)
     if optimizer in _OPTIM:
         chosen: dict[str, Any] = {"token_optimizer": None, "optim": _OPTIM[optimizer]}
-        names = _TRAINERS_NAMES
     else:
         chosen = {"token_optimizer": optimizer}
-        names = _OUR_NAMES
-    chosen.update({names.get(key, key): value for key, value in settings.items()})
+    for section in ("optimizer", "batch_schedule"):
+        values = getattr(recipe, section)
+        if values is not None:
+            settings = settings_in(section)
+            chosen.update(
+                {
+                    settings[key].argument_for(optimizer): value
+                    for key, value in values.model_dump(exclude_none=True).items()
+                }
+            )
     # Said outright, because several processes on a CPU find one another only then.
     chosen["use_cpu"] = not torch.accelerator.is_available()
     # The model is loaded in the recipe's dtype, which may be float32.
@@ -66,9 +71,6 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     # All weights take part in every step; searching for those that do not would cost time, and a warning.
     chosen["ddp_find_unused_parameters"] = False
     chosen.update({_current_name(name): value for name, value in recipe.training.items()})
-    if recipe.batch_schedule is not None:
-        chosen["batch_doubling_examples"] = recipe.batch_schedule.doubling_examples
-        chosen["largest_batch_size"] = recipe.batch_schedule.largest
     if chosen["use_cpu"] and chosen.get("ddp_backend") in (None, "gloo"):
         join_on_cpu(chosen.get("ddp_timeout", DEFAULT_TIMEOUT_S))
     try:

@@ -1,4 +1,4 @@
-"""What `SmallBatchTrainer` can be told beyond what transformers' own `TrainingArguments` hold."""
+"""The arguments of `SmallBatchTrainer`: transformers' `TrainingArguments`, and the settings of small-batch training."""
 
 from __future__ import annotations
 
@@ -14,59 +14,62 @@ from transformers.training_args import OptimizerNames
 
 from sbft.errors import RecipeError
 from sbft.recipe.pretraining import PRETRAINING
+from sbft.recipe.settings import ARGUMENTS, OPTIMIZERS, RIVALS, Range, Setting
 from sbft.training.batches.batch_schedule import BatchSchedule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-OPTIMIZERS = ("adafactor", "adamw", "sgd", "muon", "sinkgd", "row_adafactor")
-_OF_MATRICES = ("muon", "sinkgd")
-_ADAFACTORS = ("adafactor", "row_adafactor")
-_WITH_SECOND_MOMENT = ("adafactor", "adamw", "muon", "sinkgd", "row_adafactor")
-# Settings that only some optimizers have: the optimizers, and the keyword of theirs.
-_SETTINGS = {
-    "second_moment_half_life": (_WITH_SECOND_MOMENT, "second_moment_half_life"),
-    "beta2": (_WITH_SECOND_MOMENT, "beta2"),
-    "first_moment_half_life": (("adamw", *_OF_MATRICES), "first_moment_half_life"),
-    "beta1": (("adamw", *_OF_MATRICES), "beta1"),
-    "momentum_half_life": (("sgd", "muon"), "momentum_half_life"),
-    "momentum": (("sgd", "muon"), "momentum"),
-    "schedule": (_ADAFACTORS, "schedule"),
-    "relative_step": (_ADAFACTORS, "relative_step"),
-    "clip_threshold": (_ADAFACTORS, "clip_threshold"),
-    "min_dim_size_to_factor": (("adafactor",), "min_dim_size_to_factor"),
-    "optimizer_eps": (_WITH_SECOND_MOMENT, "eps"),
-    "nesterov": (("muon",), "nesterov"),
-    "adjust_lr_fn": (("muon",), "adjust_lr_fn"),
-    "newton_schulz_dtype": (("muon",), "newton_schulz_dtype"),
-    "sinkhorn_iterations": (("sinkgd",), "sinkhorn_iterations"),
-    "rest_optimizer": (_OF_MATRICES, "rest_optimizer"),
-    "rest_lr_ratio": (_OF_MATRICES, "rest_lr_ratio"),
+# The weight decay, an argument of transformers' own, is a setting of the groups of parameters.
+_KEYWORDS = {
+    name: setting for name, setting in ARGUMENTS.items() if setting.is_keyword and not setting.is_transformers_own
 }
-_PAIRS = (
-    ("second_moment_half_life", "beta2"),
-    ("first_moment_half_life", "beta1"),
-    ("momentum_half_life", "momentum"),
-)
+"""Arguments that are keywords of optimizers."""
+_SPECIAL = {name: setting for name, setting in _KEYWORDS.items() if setting.token_optimizers != OPTIMIZERS}
+"""Those that some of sbft's optimizers have and others do not."""
+_OF_TRAINER = {name: setting for name, setting in ARGUMENTS.items() if setting.of_trainer}
 
-# Fields that only transformers' own optimizers read, and what sbft has in their place.
-_OF_THEIR_OPTIMIZERS = {
+
+def _replacement(setting: Setting) -> str:
+    """What to set in the place of an argument of transformers that has the same meaning, and for which optimizers."""
+    names = [setting.trainer_name, *(first for _, first, second in RIVALS if second == setting.name)]
+    *optimizers, last = setting.token_optimizers
+    return f"{' or '.join(names)} (of {', '.join(optimizers)} and {last})"
+
+
+_TRANSFORMERS_ONLY = {
     "optim": "token_optimizer",
     "optim_args": "the optimizer's settings, such as second_moment_half_life or optimizer_eps,",
     "optim_target_modules": "an adapter, or frozen weights,",
-    "adam_beta1": "beta1 or first_moment_half_life (of adamw, muon and sinkgd)",
-    "adam_beta2": "beta2 or second_moment_half_life",
-    "adam_epsilon": "optimizer_eps",
+    **{
+        setting.transformers_argument: _replacement(setting)
+        for setting in _SPECIAL.values()
+        if setting.transformers_argument
+    },
 }
+"""Arguments that only transformers' own optimizers read, and what to set in their place."""
 
 
 class ArgumentError(RecipeError, ValueError):
-    """Training arguments are out of their domain, or contradict one another."""
+    """Training arguments are out of their domain, or contradict each other."""
+
+
+def _as_number(value: Any) -> float:
+    """A value as a number, which text may stand for; NaN if it does not."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _setting(name: str) -> Any:
+    """A field with the default and the help that `sbft.recipe.settings` has for it."""
+    return field(default=ARGUMENTS[name].default, metadata={"help": ARGUMENTS[name].help})
 
 
 @dataclass
 class SmallBatchArguments:
-    """The fields and defaults of small-batch training; to be put before a subclass of `TrainingArguments`.
+    """The fields and defaults of small-batch training; put it before a subclass of `TrainingArguments`.
 
     With TRL: `sbft.small_batch(trl.SFTConfig)`.
 
@@ -74,188 +77,92 @@ class SmallBatchArguments:
         ArgumentError: if the fields contradict one another.
     """
 
-    token_optimizer: str | None = field(
-        default="adafactor",
-        metadata={
-            "help": "adafactor, adamw, sgd, muon, sinkgd or row_adafactor of sbft; None for whatever `optim` says, as in a "
-            "plain Trainer."
-        },
-    )
-    second_moment_half_life: float | None = field(
-        default=None, metadata={"help": "Tokens after which a squared gradient weighs one half."}
-    )
-    beta2: float | None = field(
-        default=None, metadata={"help": "Decay factor of the second moment per step, in place of a half-life."}
-    )
-    first_moment_half_life: float | None = field(
-        default=None, metadata={"help": "AdamW: tokens after which a gradient weighs one half."}
-    )
-    beta1: float | None = field(
-        default=None, metadata={"help": "AdamW: decay factor of the first moment per step, in place of a half-life."}
-    )
-    momentum_half_life: float | None = field(
-        default=None, metadata={"help": "SGD and Muon: tokens after which a gradient in the momentum weighs one half."}
-    )
-    momentum: float | None = field(
-        default=None, metadata={"help": "SGD and Muon: decay factor of the momentum per step, in place of a half-life."}
-    )
-    schedule: str | None = field(
-        default=None, metadata={"help": "Adafactor: half_life, or power for its own schedule 1 - step ** -beta2."}
-    )
-    relative_step: bool | None = field(
-        default=None, metadata={"help": "Adafactor: multiply the step by the weight's RMS (its default)."}
-    )
-    clip_threshold: float | None = field(
-        default=None, metadata={"help": "Adafactor: largest RMS of an update before scaling."}
-    )
-    min_dim_size_to_factor: int | None = field(
-        default=None,
-        metadata={"help": "Adafactor: the second moment of a matrix with a shorter side is kept whole; 128 when None."},
-    )
-    optimizer_eps: float | None = field(
-        default=None, metadata={"help": "eps of the token optimizer; its own default when None."}
-    )
-    nesterov: bool | None = field(
-        default=None, metadata={"help": "Muon: mix the momentum with the gradient as far as it will be (its default)."}
-    )
-    adjust_lr_fn: str | None = field(
-        default=None,
-        metadata={"help": "Muon: how a matrix's rate follows from its shape, match_rms_adamw or original."},
-    )
-    newton_schulz_dtype: str | None = field(
-        default=None, metadata={"help": "Muon: what matrices are orthogonalized in, bfloat16 or float32."}
-    )
-    sinkhorn_iterations: int | None = field(
-        default=None, metadata={"help": "SinkGD: how often a gradient's rows and columns are scaled."}
-    )
-    rest_optimizer: str | None = field(
-        default=None,
-        metadata={"help": "Muon and SinkGD: optimizer of embeddings, output head and vectors, adamw or adafactor."},
-    )
-    rest_lr_ratio: float | None = field(
-        default=None, metadata={"help": "Muon and SinkGD: learning rate of these, as a multiple of the matrices'."}
-    )
-    stochastic_rounding: bool = field(
-        default=True, metadata={"help": "Round bfloat16 weights stochastically, so that small updates are not lost."}
-    )
-    rounding_seed: int | None = field(default=None, metadata={"help": "Seed of the rounding noise; `seed` when None."})
-    cast_weights: bool = field(
-        default=True,
-        metadata={"help": "With stochastic rounding, cast a float32 model to bfloat16 before training."},
-    )
-    gradient_release: bool = field(
-        default=True,
-        metadata={"help": "Update each parameter within backward and free its gradient. Only with a token optimizer."},
-    )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={
-            "help": "On a GPU, launch whole steps at once (CUDA graphs): for models so small that launching their kernels is "
-            "what takes the time. Batches of other than pretraining are padded on to one of few lengths, each captured when it "
-            "comes again, and logits are made of all positions, not of those with a label alone. "
-            "A resumed run ends in the same bits in float32 only."
-        },
-    )
-    max_skipped_steps: int = field(
-        default=20,
-        metadata={"help": "Stop with an error after this many steps in a row whose loss was not finite."},
-    )
-    logits_free_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Take the loss from hidden states at labels, without logits of all tokens, wherever that is the model's "
-            "and the trainer's own loss, which is tried on a few tokens; elsewhere one warning says why it is not. False: "
-            "always the loss of the trainer underneath. With use_liger_kernel=True the loss is Liger's fused one."
-        },
-    )
+    token_optimizer: str | None = _setting("token_optimizer")
+    second_moment_half_life: float | None = _setting("second_moment_half_life")
+    beta2: float | None = _setting("beta2")
+    first_moment_half_life: float | None = _setting("first_moment_half_life")
+    beta1: float | None = _setting("beta1")
+    momentum_half_life: float | None = _setting("momentum_half_life")
+    momentum: float | None = _setting("momentum")
+    schedule: str | None = _setting("schedule")
+    relative_step: bool | None = _setting("relative_step")
+    clip_threshold: float | None = _setting("clip_threshold")
+    min_dim_size_to_factor: int | None = _setting("min_dim_size_to_factor")
+    optimizer_eps: float | None = _setting("optimizer_eps")
+    nesterov: bool | None = _setting("nesterov")
+    adjust_lr_fn: str | None = _setting("adjust_lr_fn")
+    newton_schulz_dtype: str | None = _setting("newton_schulz_dtype")
+    sinkhorn_iterations: int | None = _setting("sinkhorn_iterations")
+    rest_optimizer: str | None = _setting("rest_optimizer")
+    rest_lr_ratio: float | None = _setting("rest_lr_ratio")
+    stochastic_rounding: bool = _setting("stochastic_rounding")
+    rounding_seed: int | None = _setting("rounding_seed")
+    cast_weights: bool = _setting("cast_weights")
+    gradient_release: bool = _setting("gradient_release")
+    cuda_graphs: bool = _setting("cuda_graphs")
+    max_skipped_steps: int = _setting("max_skipped_steps")
+    logits_free_loss: bool = _setting("logits_free_loss")
 
-    per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Examples in a step on each device. Small is as good: averages count tokens."}
-    )
-    batch_doubling_examples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Double the batch whenever so many more examples were seen, up to `largest_batch_size`. The learning rate "
-            "then follows the examples, not the steps."
-        },
-    )
-    largest_batch_size: int | None = field(
-        default=None, metadata={"help": "Examples in a step at most, with batch_doubling_examples."}
-    )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Backward passes per update. Needs `gradient_release=False`."}
-    )
-    learning_rate: float = field(
-        default=1e-4, metadata={"help": "Peak learning rate; with relative steps a relative change per step."}
-    )
-    lr_scheduler_type: SchedulerType | str = field(
-        default="constant", metadata={"help": "Learning rate schedule: constant, cosine, linear, ..."}
-    )
-    max_grad_norm: float = field(
-        default=0.0, metadata={"help": "Clip the global gradient norm to this. Needs `gradient_release=False`."}
-    )
-    bf16: bool = field(
-        default=False,
-        metadata={"help": "Autocast to bfloat16. Not needed where the weights are bfloat16, which is the default."},
-    )
+    per_device_train_batch_size: int = _setting("per_device_train_batch_size")
+    batch_doubling_examples: int | None = _setting("batch_doubling_examples")
+    largest_batch_size: int | None = _setting("largest_batch_size")
+    gradient_accumulation_steps: int = _setting("gradient_accumulation_steps")
+    learning_rate: float = _setting("learning_rate")
+    lr_scheduler_type: SchedulerType | str = _setting("lr_scheduler_type")
+    max_grad_norm: float = _setting("max_grad_norm")
+    bf16: bool = _setting("bf16")
 
     def __post_init__(self) -> None:
         self._check_small_batch()
         if not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # there is nothing to pin for, and torch would warn
+            self.dataloader_pin_memory = False  # nothing to pin memory for, and torch would warn
         super().__post_init__()  # type: ignore[misc]
         self._check_checkpointing()
-        self._refuse_their_settings()
+        self._refuse_settings_of_transformers()
 
     def check(self) -> None:
-        """Refuse what contradicts itself; for arguments that were changed since they were made.
+        """Check the arguments again, after changes.
 
         Raises:
-            ArgumentError: if something does.
+            ArgumentError: if the fields contradict one another.
         """
         self._check_small_batch()
         self._check_checkpointing()
-        self._refuse_their_settings()
+        self._refuse_settings_of_transformers()
 
     @classmethod
     def for_pretraining(cls, **settings: Any) -> Self:
-        """Arguments with what pretraining wants where `settings` do not say: cosine decay after 5% warm-up, and a second
-        moment whose half-life is 10 million tokens (arXiv 2507.07101, section 4).
+        """Arguments with the defaults of pretraining: cosine decay after 5% warm-up, and a second moment whose half-life is
+        10 million tokens (arXiv 2507.07101, section 4).
+
+        Args:
+            **settings: replace these defaults.
         """
         defaults = dict(PRETRAINING["training"])
-        given = settings.get("beta2") is not None or settings.get("schedule") == "power"
-        if not given and settings.get("token_optimizer", "adafactor") in _WITH_SECOND_MOMENT:
+        has_own_decay = settings.get("beta2") is not None or settings.get("schedule") == "power"
+        with_second_moment = ARGUMENTS["second_moment_half_life"].token_optimizers
+        if not has_own_decay and settings.get("token_optimizer", "adafactor") in with_second_moment:
             defaults.update(PRETRAINING["optimizer"])
         return cls(**{**defaults, **settings})
 
     @property
     def releases_gradients(self) -> bool:
-        """Whether gradients are released in backward: asked for, and a token optimizer that can."""
+        """Whether gradients are released in backward, which requires a token optimizer."""
         return self.gradient_release and self.token_optimizer is not None
 
     def given_optimizer_settings(self) -> dict[str, Any]:
-        """Settings of the token optimizer that are not left to it, by the names of these arguments."""
-        found = {name: getattr(self, name) for name in _SETTINGS}
-        return {name: value for name, value in found.items() if value is not None}
+        """Settings that were given for the token optimizer, by the names of these arguments."""
+        values = {name: getattr(self, name) for name in _SPECIAL}
+        return {name: value for name, value in values.items() if value is not None}
 
     def token_optimizer_settings(self) -> dict[str, Any]:
-        """Keyword arguments of the token optimizer, the parameters aside."""
-        chosen = {keyword: getattr(self, name) for name, (_, keyword) in _SETTINGS.items()}
-        settings = {keyword: value for keyword, value in chosen.items() if value is not None}
-        seed = self.rounding_seed
-        return {
-            "lr": self.learning_rate,
-            "stochastic_rounding": self.stochastic_rounding,
-            "seed": self.seed if seed is None else seed,  # type: ignore[attr-defined]
-            **settings,
-        }
+        """Keyword arguments of the token optimizer, except for the parameters."""
+        values = {setting.name: getattr(self, name) for name, setting in _KEYWORDS.items()}
+        given = {keyword: value for keyword, value in values.items() if value is not None}
+        return {"lr": self.learning_rate, "seed": self.seed, **given}  # type: ignore[attr-defined]
 
     def _check_small_batch(self) -> None:
-        rate = float(self.learning_rate)
-        if not (rate >= 0 and math.isfinite(rate)):
-            raise ArgumentError(f"learning_rate is {self.learning_rate!r}; expected a finite number of at least 0.")
-        if self.max_skipped_steps < 1:
-            raise ArgumentError(f"max_skipped_steps is {self.max_skipped_steps}; expected at least 1.")
+        self._check_domains()
         if self.fp16:  # type: ignore[attr-defined]
             raise ArgumentError(
                 "fp16=True is not supported: float16 needs a loss scaler, whose skipped and rescaled steps break both "
@@ -282,7 +189,7 @@ class SmallBatchArguments:
                 "the optimizer that `optim` names."
             )
         self._refuse_settings(f"token_optimizer is {self.token_optimizer}")
-        for half_life, beta in _PAIRS:
+        for _, half_life, beta in RIVALS:
             values = getattr(self, half_life), getattr(self, beta)
             if None not in values:
                 raise ArgumentError(
@@ -296,7 +203,7 @@ class SmallBatchArguments:
 
     @property
     def batch_schedule(self) -> BatchSchedule | None:
-        """How the batch grows; None where it does not."""
+        """How the batch grows; None if it does not."""
         if self.batch_doubling_examples is None or self.largest_batch_size is None:
             return None
         return BatchSchedule(self.per_device_train_batch_size, self.batch_doubling_examples, self.largest_batch_size)
@@ -312,8 +219,6 @@ class SmallBatchArguments:
             raise ArgumentError(
                 f"{given} is given without {missing}, and a batch that doubles needs both. Set both, or none."
             )
-        if doubling < 1:
-            raise ArgumentError(f"batch_doubling_examples is {doubling}; expected at least 1.")
         if largest < self.per_device_train_batch_size:
             raise ArgumentError(
                 f"largest_batch_size is {largest}, less than the first batch, per_device_train_batch_size "
@@ -335,25 +240,36 @@ class SmallBatchArguments:
                 f"{self.gradient_accumulation_steps}. Set it to 1."
             )
 
+    def _check_domains(self) -> None:
+        """Refuse numbers that the trainer cannot train with. The optimizer checks its own settings when it is made."""
+        for name, setting in _OF_TRAINER.items():
+            value = getattr(self, name)
+            if not isinstance(setting.domain, Range) or (value is None and setting.default is None):
+                continue
+            number = _as_number(value)
+            if not setting.domain.holds(number):
+                raise ArgumentError(f"{name} is {value!r}; expected {setting.domain.expected(number)}.")
+
     def _refuse_settings(self, why: str) -> None:
-        for name, (optimizers, _) in _SETTINGS.items():
-            if getattr(self, name) is not None and self.token_optimizer not in optimizers:
+        for name, value in self.given_optimizer_settings().items():
+            optimizers = _SPECIAL[name].token_optimizers
+            if self.token_optimizer not in optimizers:
                 raise ArgumentError(
-                    f"{name}={getattr(self, name)!r} has no effect, because {why}. Remove it, or set token_optimizer "
+                    f"{name}={value!r} has no effect, because {why}. Remove it, or set token_optimizer "
                     f"to {' or '.join(optimizers)}."
                 )
 
-    def _refuse_their_settings(self) -> None:
+    def _refuse_settings_of_transformers(self) -> None:
         if self.token_optimizer is None:
             return
-        defaults = {one.name: one.default for one in fields(self)}
-        for name, ours in _OF_THEIR_OPTIMIZERS.items():
+        defaults = {argument.name: argument.default for argument in fields(self)}
+        for name, replacement in _TRANSFORMERS_ONLY.items():
             value = getattr(self, name)
             if value != defaults[name]:
                 optim = OptimizerNames(self.optim).value  # type: ignore[attr-defined]
                 raise ArgumentError(
                     f"{name}={optim if name == 'optim' else repr(value)} is for transformers' own optimizers, and "
-                    f"token_optimizer={self.token_optimizer!r} trains with one of sbft's. Set {ours} in its place; or "
+                    f"token_optimizer={self.token_optimizer!r} trains with one of sbft's. Set {replacement} in its place; or "
                     f"token_optimizer=None to train with optim={optim}, as in a plain Trainer."
                 )
 
@@ -390,7 +306,7 @@ class SmallBatchArguments:
 
     @property
     def checkpoints_activations(self) -> bool:
-        """Whether backward runs parts of forward again."""
+        """Whether backward repeats parts of forward."""
         return any(vars(self).get(name) for name in ("activation_checkpointing", "gradient_checkpointing"))
 
     def _check_checkpointing(self) -> None:

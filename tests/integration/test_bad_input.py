@@ -90,7 +90,7 @@ def test_float16(refused: Any) -> None:
 
 
 def test_missing_package(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbft.recipe.problems.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sbft.recipe.contradictions.importlib.util.find_spec", lambda name: None)
     assert "scripts/setup.sh" in refused("--method", "lora")
 
 

@@ -14,9 +14,10 @@ from sbft.optim.base import TokenOptimizer
 from sbft.optim.matrix import MatrixOptimizer
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
+from sbft.recipe.settings import settings_in
 from sbft.training.token_optimizers import TOKEN_OPTIMIZERS, parameter_groups
 
-_OF_THE_TRAINER = {"gradient_release", "cuda_graphs", "max_skipped_steps", "logits_free_loss"}
+_OF_TRAINER = {name for name, setting in settings_in("optimizer").items() if setting.of_trainer}
 # Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.
 _SMALLEST_IN_8_BITS, _BLOCK = 4096, 256
 
@@ -79,7 +80,7 @@ class PlannedOptimizer:
             self._update_in_plain_torch()
 
     def _make_ours(self, model: PreTrainedModel) -> TokenOptimizer:
-        settings = self._settings.model_dump(exclude_none=True, exclude=_OF_THE_TRAINER)
+        settings = self._settings.model_dump(exclude_none=True, exclude=_OF_TRAINER)
         kind = TOKEN_OPTIMIZERS[self._name]
         optimizer = kind(parameter_groups(model, kind), **settings)
         optimizer.tokens_per_step = 1

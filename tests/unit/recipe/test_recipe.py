@@ -10,9 +10,10 @@ import yaml
 from sbft.errors import RecipeError
 from sbft.recipe import Recipe, load_recipe, recipe_names, recipe_text, resolve
 from sbft.recipe.draft import read_yaml
-from sbft.recipe.methods import METHODS, OPTIMIZER_SETTINGS
+from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import is_pretraining
 from sbft.recipe.schema import OptimizerConfig
+from sbft.recipe.settings import OPTIMIZER_KEYS
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 
 MINIMAL = {"model": "some-model", "data": {"train": "my.jsonl"}}
@@ -55,7 +56,7 @@ def test_every_method_resolves_and_a_saved_recipe_resolves_to_itself(method: str
 
 
 def test_every_optimizer_key_of_the_schema_belongs_to_some_optimizer() -> None:
-    assert set(OptimizerConfig.model_fields) == set().union(*OPTIMIZER_SETTINGS.values())
+    assert set(OptimizerConfig.model_fields) == set().union(*OPTIMIZER_KEYS.values())
 
 
 def test_the_file_wins_over_the_method_flags_over_the_file_and_set_over_flags(tmp_path: Path) -> None:
@@ -374,10 +375,10 @@ def test_the_recipe_for_text_takes_a_file_of_few_paragraphs(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ('data.system="a\\0b"', "in which a character is none"),
+        ('data.system="a\\0b"', "a character that no text has"),
         ("data.seed=99999999999999999999", "a number of at most 9,223,372,036,854,775,807"),
         ("data.options.x=.nan", "expected a finite number"),
-        ("method=!!binary ''", "expected text in the place of bytes"),
+        ("method=!!binary ''", "expected text instead of bytes"),
         (f"training.learning_rate={'9' * 400}", "a number of at most 9,223"),
         ("training.neftune_noise_alpha=.inf", "expected a finite number"),
         ("training.max_steps=10000000000000", "from 1 to 1000000000000"),
@@ -398,7 +399,7 @@ def test_a_value_that_nothing_can_use_is_one_of_the_problems(override: str, said
         ("model: !!python/object:os.system {}\n", "line 1, column 8 is not valid YAML: found a tag"),
         ("model: 2026-13-45\n", "a number or a date that is none"),
         ("? [a]\n: b\n", "a list or a mapping in the place of a key"),
-        ("1: b\n", "1 is no word, expected keys that are"),
+        ("1: b\n", "1 is not text, and a key has to be"),
         ("model: \x07\n", "found the character"),
         (f"model: {'9' * 5_000}\n", "a number or a date that is none"),
     ],

@@ -1,4 +1,4 @@
-"""docs/recipes.md: its tables are the schema's keys, and its examples are recipes.
+"""docs/recipes.md and docs/reference.md: their tables are those of the schema and of the settings; examples are recipes.
 
     python -m tests.unit.recipe.test_recipe_page
 
@@ -8,6 +8,7 @@ writes the tables anew.
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ from pydantic import BaseModel
 
 from sbft.recipe import load_recipe
 from sbft.recipe.draft import read_yaml
-from sbft.recipe.problems import SECTIONS
-from sbft.recipe.schema import Recipe
+from sbft.recipe.schema import SECTIONS, Recipe
 from sbft.recipe.training_keys import training_types
+from sbft.training.arguments import SmallBatchArguments
 
 PAGE = Path(__file__).parents[3] / "docs" / "recipes.md"
+REFERENCE = PAGE.with_name("reference.md")
 
 
 def table(section: type[BaseModel]) -> str:
@@ -41,18 +43,32 @@ def tables() -> dict[str, str]:
     return {name: table(section) for name, section in {"top": Recipe, **SECTIONS}.items()}
 
 
-def with_tables(text: str) -> str:
-    for name, rows in tables().items():
+def table_of_arguments() -> str:
+    """The fields of SmallBatchArguments, their defaults and what they mean."""
+    lines = ["| argument | default | meaning |", "|---|---|---|"]
+    for field in fields(SmallBatchArguments):
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help'].rstrip('.')} |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str, rows_by_name: dict[str, str]) -> str:
+    for name, rows in rows_by_name.items():
         begin, end = f"<!-- {name}: begin -->", "<!-- end -->"
         before, after = text.split(begin)
         text = f"{before}{begin}\n\n{rows}\n\n{end}{after.split(end, 1)[1]}"
     return text
 
 
-def test_the_tables_are_those_of_the_schema() -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    assert with_tables(text) == text, "type python -m tests.unit.recipe.test_recipe_page"
-    assert not re.search(r"\|  \|$", text, re.MULTILINE), "a key of the schema has no docstring"
+def pages() -> dict[Path, str]:
+    """Both pages as they should be."""
+    tables_of_page = {PAGE: tables(), REFERENCE: {"arguments": table_of_arguments()}}
+    return {page: with_tables(page.read_text(encoding="utf-8"), rows) for page, rows in tables_of_page.items()}
+
+
+def test_the_tables_are_those_of_the_schema_and_of_the_settings() -> None:
+    for page, text in pages().items():
+        assert page.read_text(encoding="utf-8") == text, "type python -m tests.unit.recipe.test_recipe_page"
+        assert not re.search(r"\|  \|$", text, re.MULTILINE), f"{page.name}: a key has no sentence"
 
 
 def test_the_settings_of_training_exist() -> None:
@@ -70,4 +86,5 @@ def test_its_examples_are_recipes(text: str, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")
