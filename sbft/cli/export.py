@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,11 @@ from sbft.cli.shared.starting import loading_libraries, starting
 from sbft.cli.shared.verb import verb
 from sbft.errors import ExportError
 from sbft.native.sizes import mib, parse_bytes
+
+if TYPE_CHECKING:
+    from sbft.export.checkpoint import Export
+
+FORMATS = ("safetensors", "gguf")
 
 
 @verb
@@ -26,8 +31,11 @@ def export(
         str | None,
         typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in OUT names it."),
     ] = None,
+    file_format: Annotated[
+        str, typer.Option("--format", help="safetensors, or gguf for llama.cpp and Ollama.")
+    ] = "safetensors",
     dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float32 or float16; default: that of the run.")
+        str | None, typer.Option(help="bfloat16, float32, float16, or q8_0 (gguf); default: that of the run.")
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Largest size of a file; default: 5GB.")
@@ -38,16 +46,20 @@ def export(
 ) -> None:
     """Write a trained model for other tools, or as an adapter.
 
-    The result is plain safetensors; an adapter is merged into its base. With --as-lora, a LoRA adapter is extracted from a
-    full fine-tuning.
+    The result is plain safetensors, or one GGUF file; an adapter is merged into its base. With --as-lora, a LoRA adapter is
+    extracted from a full fine-tuning.
     """
-    _refuse_contradictions(as_lora, no_eval, max_shard_size)
+    _refuse_contradictions(file_format, as_lora, no_eval, max_shard_size)
     with loading_libraries():
         from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
+        from sbft.export.gguf_file import export_gguf
 
     if as_lora is not None:
         settings = {"base": base, "dtype": dtype, "overwrite": overwrite}
         _extract(source, to, as_lora, not no_eval, trust_remote_code, settings)
+        return
+    if file_format == "gguf":
+        _print_written(export_gguf(source, to, base=base, dtype=dtype, overwrite=overwrite))
         return
     size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
     written = export_model(
@@ -59,14 +71,25 @@ def export(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
+    _print_written(written)
+
+
+def _print_written(written: Export) -> None:
     if written.merged_into is not None:
         values = ", with the 4-bit values it was trained on" if written.dequantized else ""
         print(f"The adapter is merged into {written.merged_into}{values}.")
     files = "1 file" if written.files == 1 else f"{written.files} files"
-    print(f"Written to {to}: {mib(written.size_bytes)} of weights in {files}.")
+    print(f"Written to {written.folder}: {mib(written.size_bytes)} of weights in {files}.")
 
 
-def _refuse_contradictions(as_lora: int | None, no_eval: bool, max_shard_size: str | None) -> None:
+def _refuse_contradictions(
+    file_format: str, as_lora: int | None, no_eval: bool, max_shard_size: str | None
+) -> None:
+    if file_format not in FORMATS:
+        raise ExportError(f"--format is {file_format!r}, expected one of {', '.join(FORMATS)}.")
+    if file_format == "gguf" and (as_lora is not None or max_shard_size is not None):
+        flag = "--as-lora" if as_lora is not None else "--max-shard-size"
+        raise ExportError(f"--format gguf writes a whole model in one file, so {flag} cannot be given with it.")
     if as_lora is None and no_eval:
         raise ExportError(
             "--no-eval belongs to --as-lora RANK, which is not given: a whole model is not evaluated."

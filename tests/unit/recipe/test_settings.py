@@ -31,7 +31,7 @@ from sbft.recipe.settings import (
     settings_in,
 )
 from sbft.training.arguments import SmallBatchArguments, SmallBatchTrainingArguments
-from sbft.training.trainer import TOKEN_OPTIMIZERS
+from sbft.training.token_optimizers import TOKEN_OPTIMIZERS
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""A trained model as one GGUF file, which llama.cpp, Ollama and LM Studio run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from sbft.errors import ExportError, MissingPackageError, ModelError, how_to_install
+from sbft.export.checkpoint import (
+    GENERATION_FILE,
+    Export,
+    check_destination,
+    check_source,
+    export_model,
+    is_adapter,
+    new_folder,
+)
+from sbft.export.gguf_model import architecture_of, named_tensors, rope_factors, write_hyperparameters
+from sbft.export.gguf_tokenizer import write_tokenizer
+from sbft.models.load import load_config, load_tokenizer
+from sbft.models.tensor_files import TensorFiles
+from sbft.recipe.wording import nearest
+
+TYPES = ("bfloat16", "float32", "float16", "q8_0")
+"""What the matrices of a model can be written in. Norms and biases are always float32."""
+_Q8_0_BLOCK = 32
+_CHUNK_ROWS = 4_096
+
+
+def export_gguf(
+    source: Path,
+    destination: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write a trained model as a GGUF file, its tokenizer and chat template included.
+
+    Tensors are read, converted and written one at a time; an adapter is merged into its base first.
+
+    Args:
+        source: folder of a run, one of its checkpoints, or any folder of a checkpoint; LoRA adapters too.
+        destination: the folder to make, for `model-DTYPE.gguf`. It appears when the file is written.
+        base: the model under an adapter, as in `export_model`.
+        dtype: one of `TYPES`; None: bfloat16, or float32 for a model in float32, or float16.
+        overwrite: replace a model that is at the destination.
+
+    Raises:
+        SbftError: if there is no model, or sbft does not know how llama.cpp would run it.
+    """
+    _import_gguf()
+    check_source(source)
+    if dtype is not None and dtype not in TYPES:
+        raise ExportError(f"--dtype is {dtype!r}, expected one of {', '.join(TYPES)}{nearest(dtype, TYPES)}.")
+    check_destination(destination, overwrite=overwrite, needed=[source])
+    if not is_adapter(source) and base is not None:
+        raise ExportError(f"{source} holds a whole model, which needs no base. Leave --base out.")
+    with _whole_model(source, base, dtype) as (folder, merged):
+        config = load_config(str(folder))
+        kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
+        with new_folder(destination) as made:
+            size_bytes = _write(folder, config, kind, made / f"model-{kind}.gguf")
+    return Export(
+        destination, size_bytes, 1, merged.merged_into if merged else None, merged.dequantized if merged else False
+    )
+
+
+def _import_gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError("Writing GGUF needs the package gguf. " + how_to_install("'sbft[gguf]'")) from error
+    return gguf
+
+
+@contextmanager
+def _whole_model(source: Path, base: str | None, dtype: str | None) -> Iterator[tuple[Path, Export | None]]:
+    """A folder with all weights of a model: the source, or its adapter merged, for a while."""
+    if not is_adapter(source):
+        yield source, None
+        return
+    with tempfile.TemporaryDirectory(prefix="sbft-merged-") as folder:
+        merged = export_model(source, Path(folder) / "model", base=base, dtype=None if dtype == "q8_0" else dtype)
+        yield merged.folder, merged
+
+
+def _write(folder: Path, config: PreTrainedConfig, kind: str, file: Path) -> int:
+    """Write the file, and return the bytes of all tensors in it."""
+    gguf = _import_gguf()
+    if getattr(config, "quantization_config", None) is not None:
+        raise ExportError(f"The weights in {folder} are quantized. Export the model that they were made from.")
+    architecture = architecture_of(config)
+    tensors = TensorFiles(folder)
+    named = named_tensors(list(tensors), config, architecture)
+    tokenizer = load_tokenizer(str(folder))
+    embedding = next((entry.source for entry in named if entry.name == "token_embd.weight"), None)
+    if embedding is None:
+        raise ModelError(f"The model in {folder} has no input embedding.")
+    generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_FILE).is_file() else None
+
+    writer = gguf.GGUFWriter(file, architecture.name)
+    writer.add_type("model")
+    writer.add_name(folder.resolve().name)
+    file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write_hyperparameters(writer, config)
+    write_tokenizer(writer, tokenizer, generation, tensors.shape(embedding)[0])
+
+    factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
+    total = 0
+    types = {entry.name: _type_of(tensors.shape(entry.source), kind) for entry in named}
+    for entry in named:
+        shape = tensors.shape(entry.source)
+        bytes_shape = gguf.quant_shape_to_byte_shape(shape, types[entry.name])
+        size = int(np.prod(bytes_shape))
+        writer.add_tensor_info(entry.name, bytes_shape, np.dtype(np.uint8), size, types[entry.name])
+        total += size
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors.numpy())
+        for entry in named:
+            writer.write_tensor_data(_encode(entry.transform(tensors.read(entry.source)), types[entry.name]))
+    finally:
+        writer.close()
+    return total
+
+
+def _type_of(shape: tuple[int, ...], kind: str) -> Any:
+    """How a tensor is stored: matrices in the type that was asked for, unless its blocks do not divide their rows."""
+    types = _import_gguf().GGMLQuantizationType
+    if len(shape) < 2:
+        return types.F32
+    if kind == "q8_0":
+        return types.Q8_0 if shape[-1] % _Q8_0_BLOCK == 0 else types.BF16
+    return {"float32": types.F32, "float16": types.F16, "bfloat16": types.BF16}[kind]
+
+
+def _encode(tensor: Tensor, kind: Any) -> NDArray[np.uint8]:
+    """The bytes of a tensor in a GGUF type, of shape (..., bytes of a row)."""
+    gguf = _import_gguf()
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if kind.name in dtypes:
+        cast = tensor.to(dtypes[kind.name]).contiguous()
+        encoded: NDArray[np.uint8] = cast.view(torch.uint8).numpy()
+        return encoded
+    rows = [gguf.quantize(part.float().numpy(), kind) for part in tensor.split(_CHUNK_ROWS)]
+    encoded = np.concatenate(rows)
+    return encoded
