@@ -204,6 +204,8 @@ def _crossing(known: dict[int, int], memory_bytes: int) -> float:
     slope = slopes[0] - bend * (others[0] - x)
     rest = memory_bytes - known[x]
     root = slope**2 + 4 * bend * rest
+    if slope <= 0 and rest < 0:
+        return 0.0  # no length is short enough, unless the shortest is
     if slope <= 0 or root < 0:
         return x * 2 if rest > 0 else x / 2
     return x + 2 * rest / (slope + math.sqrt(root))

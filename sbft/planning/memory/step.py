@@ -121,7 +121,7 @@ class _Simulation:
         if not self.releases:
             for parameter in self.trainable:
                 self.trace.label(self.optimizer.make_state(parameter), "optimizer_state")
-            self.optimizer.update()
+            self.optimizer.update(self.trace)
         for parameter in self.trainable:
             parameter.grad = None
 
@@ -145,7 +145,7 @@ class _Simulation:
                 self.trace.phase = ("backward", layer)
             if self.releases:
                 self.trace.label(self.optimizer.make_state(parameter), "optimizer_state")
-                self.optimizer.update_one(parameter)
+                self.optimizer.update_one(parameter, self.trace)
                 parameter.grad = None
 
         for name, parameter in self.model.named_parameters():
