@@ -19,7 +19,7 @@ from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.recipe.methods import METHODS
 
 SURE = 0.95
-"""A prediction over this share of the memory may be too low by as much as is left."""
+"""A prediction above this share of the memory is called tight: its error may be larger than what is left."""
 _MULTIPLE = 16  # of tokens, that the collator pads to
 _CLOSE_ENOUGH = 0.02
 _CURVES = 12
@@ -94,7 +94,7 @@ def make_plan(
         methods: names of `sbft.recipe.methods.METHODS`; those of adapters are left out for a fresh model.
         batch_size: examples in a forward pass; the method's own when None.
         trust_remote_code: run the Python code that comes with the model.
-        say: told the method that comes next.
+        say: called with the name of each method before it is planned.
 
     Raises:
         SbftError: if the model is not found.
@@ -114,7 +114,10 @@ def make_plan(
             settings += ["trust_remote_code=true"] if trust_remote_code else []
             recipe = resolve(load_recipe(None, settings, model=model, data=data, method=method))
             command = " ".join(
-                [f"sbft {verb} --model {model} --data {data} --method {method}", *(f"--set {one}" for one in settings)]
+                [
+                    f"sbft {verb} --model {model} --data {data} --method {method}",
+                    *(f"--set {setting}" for setting in settings),
+                ]
             )
             rows.append(_row(recipe, config, sequence_length, memory_bytes, device, checkpointing, command))
     return Plan(model, device, memory_bytes, sequence_length, rows, _left_out(config))
@@ -146,8 +149,10 @@ def _row(
         heap_ratio = prediction.heap_ratio
 
         def needed(tokens: int) -> int:
-            found = predict_recipe(recipe, longest=tokens, device=device, config=config, heap_ratio=heap_ratio)
-            return found.needed_bytes
+            prediction_at_length = predict_recipe(
+                recipe, longest=tokens, device=device, config=config, heap_ratio=heap_ratio
+            )
+            return prediction_at_length.needed_bytes
 
         at_most = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
         known = {sequence_length: prediction.needed_bytes}
@@ -168,7 +173,7 @@ def longest_that_fits(
         needed: bytes for so many tokens: the highest of the needs of some phases, each of which grows with the tokens or
             with their square.
         memory_bytes: what there is.
-        at_most: the most tokens that come into question.
+        at_most: the longest sequence considered.
         known: needs that are known already, by tokens.
     """
     known = dict(known or {})
@@ -183,7 +188,7 @@ def longest_that_fits(
         guess = min(int(crossing), high - 1)
         if guess < at_most:
             guess = guess // _MULTIPLE * _MULTIPLE
-            # A little apart from what is known, so that every try tells something.
+            # Apart from the known lengths, so that every try narrows the range.
             guess = min(max(min(guess, high - step), low + step if low else _MULTIPLE), at_most)
         if guess in known:
             return low or None
@@ -192,18 +197,23 @@ def longest_that_fits(
 
 
 def _crossing(known: dict[int, int], memory_bytes: int) -> float:
-    """Where the need would reach the memory, by the parabola through the three known lengths whose need is the nearest: the
-    need of every phase is such a one."""
+    """The length at which the need would reach the memory.
+
+    It is read off the parabola through the three known lengths whose needs are nearest, because the need of every phase is a
+    parabola.
+    """
     nearest = sorted(known, key=lambda tokens: abs(known[tokens] - memory_bytes))[:3]
     if len(nearest) < 2:
         tokens = nearest[0] if nearest else _MULTIPLE
         return tokens * 2 if known.get(tokens, 0) <= memory_bytes else tokens / 2
-    x, *others = nearest
-    slopes = [(known[other] - known[x]) / (other - x) for other in others]
-    bend = 0.0 if len(others) == 1 else (slopes[1] - slopes[0]) / (others[1] - others[0])
-    slope = slopes[0] - bend * (others[0] - x)
+    x, *neighbours = nearest
+    slopes = [(known[tokens] - known[x]) / (tokens - x) for tokens in neighbours]
+    bend = 0.0 if len(neighbours) == 1 else (slopes[1] - slopes[0]) / (neighbours[1] - neighbours[0])
+    slope = slopes[0] - bend * (neighbours[0] - x)
     rest = memory_bytes - known[x]
     root = slope**2 + 4 * bend * rest
+    if slope <= 0 and rest < 0:
+        return 0.0  # no length is short enough, unless the shortest is
     if slope <= 0 or root < 0:
         return x * 2 if rest > 0 else x / 2
     return x + 2 * rest / (slope + math.sqrt(root))

@@ -12,6 +12,7 @@ from transformers.optimization import Adafactor as TransformersAdafactor
 
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.matrix import MatrixOptimizer
+from sbft.planning.memory.trace import AllocationTrace
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
 from sbft.recipe.settings import settings_in
@@ -42,6 +43,8 @@ class PlannedOptimizer:
             if isinstance(module, nn.Embedding) and module.weight is not None
         }
         self._ours = self._make_ours(model) if self._name in TOKEN_OPTIMIZERS else None
+        groups = [] if self._ours is None else self._ours.param_groups
+        self._group_of = {parameter: number for number, group in enumerate(groups) for parameter in group["params"]}
         # As transformers' Trainer makes it.
         self._transformers: Any = (
             TransformersAdafactor(self._parameters, lr=1e-5, scale_parameter=False, relative_step=False)
@@ -63,19 +66,30 @@ class PlannedOptimizer:
             kept = self._adam[parameter]
         return [tensor for tensor in kept if isinstance(tensor, Tensor)]
 
-    def update_one(self, parameter: Tensor) -> None:
-        """What the update of one parameter allocates beside its state, its gradient being there."""
-        if isinstance(self._ours, MatrixOptimizer) and parameter.grad is not None:
-            for _ in self._ours.directions(parameter, parameter.grad, torch.ones((), dtype=torch.bool)):
+    def update_one(self, parameter: Tensor, trace: AllocationTrace) -> None:
+        """Allocate what the update of one parameter takes beside its state; its gradient is there."""
+        optimizer, grad = self._ours, parameter.grad
+        if not isinstance(optimizer, MatrixOptimizer) or grad is None:
+            return
+
+        def run() -> None:
+            for _ in optimizer.directions(parameter, grad, torch.ones((), dtype=torch.bool)):
                 pass
 
-    def update(self) -> None:
-        """What the update of all parameters allocates beside their state, the gradients being there."""
+        alike = (parameter.shape, parameter.dtype, grad.dtype, grad.stride(), self._group_of[parameter])
+        trace.replay((self._name, self._settings.model_dump_json(), alike), run)
+
+    def update(self, trace: AllocationTrace) -> None:
+        """Allocate what the update of all parameters takes beside their state; the gradients are there."""
         if self._transformers is not None:
-            self._transformers.step()
+            if self._device == "cpu":  # its second step replaces tensors of its first
+                self._transformers.step()
+            else:
+                alike = tuple((parameter.shape, parameter.dtype) for parameter in self._parameters)
+                trace.replay((self._name, alike), self._transformers.step)
         elif self._ours is not None:
             for parameter in self._parameters:
-                self.update_one(parameter)
+                self.update_one(parameter, trace)
         elif self._name == "bitsandbytes_adamw8bit" and self._device == "cpu":
             self._update_in_plain_torch()
 

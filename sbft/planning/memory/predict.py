@@ -116,9 +116,9 @@ def predict_recipe(
 def _step(
     recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, *, whole: bool
 ) -> TracedStep:
-    """A step of the whole model, from those of two models with fewer layers where its layers repeat themselves.
+    """A step of the whole model, extrapolated from two models with fewer layers where its layers are alike.
 
-    A heap has to be seen whole: what it loses to gaps does not grow evenly from layer to layer.
+    A heap is traced with all layers: what it loses to gaps does not grow evenly from layer to layer.
     """
     layers = config.get_text_config().num_hidden_layers
     short, long = (layers, layers) if whole else _few_layers(recipe, config)
@@ -141,7 +141,7 @@ def _step(
 
 
 def _few_layers(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int]:
-    """Two numbers of layers by which a step of all of them can be told; the second is all where it cannot."""
+    """Two numbers of layers from which a step of the whole model can be extrapolated; both are all layers where it cannot."""
     layers = config.get_text_config().num_hidden_layers
     period = _period(recipe, config)
     alike = all(pattern == "embeddings" for pattern in recipe.freeze)
@@ -162,10 +162,9 @@ def _period(recipe: Recipe, config: PreTrainedConfig) -> int | None:
 
 
 def _extrapolated(short: TracedStep, long: TracedStep, short_layers: int, long_layers: int, layers: int) -> TracedStep:
-    """Along a straight line: of what is held when a given layer from the bottom or from the top is worked on, each layer
-    more adds the same, its weights, gradients, states and activations.
+    """Extrapolate linearly: each further layer adds the same weights, gradients, states and activations to every phase.
 
-    Between those layers of the two models there are others, which hold more than neither end.
+    A phase of a layer is counted from the bottom or from the top. The layers between hold no more than those at the ends.
     """
     ends = short_layers // 2
     first, second = _by_end(short.phases, short_layers, ends), _by_end(long.phases, long_layers, ends)
@@ -184,13 +183,13 @@ def _line(short: int, long: int, short_layers: int, long_layers: int, layers: in
 
 def _by_end(phases: dict[Phase, Counter[str]], layers: int, ends: int) -> dict[Phase, Counter[str]]:
     """The phases of the first and the last layers, the latter counted from the last, as -1; those between left out."""
-    found = {}
+    by_end = {}
     for (name, layer), held in phases.items():
         if layer is None or layer < ends:
-            found[name, layer] = held
+            by_end[name, layer] = held
         elif layer >= layers - ends:
-            found[name, layer - layers] = held
-    return found
+            by_end[name, layer - layers] = held
+    return by_end
 
 
 def _shape(recipe: Recipe, longest: int, padded: bool | None, labelled: int | None) -> StepShape:

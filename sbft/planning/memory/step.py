@@ -103,15 +103,15 @@ class _Simulation:
         self._hook_parameters()
         head = self._head()
         begin = 0
-        # What the first step leaves behind, a heap does not forget.
+        # A heap still holds what the first step left behind.
         for _ in range(1 if trace.heap is None else 2):
             begin = trace.events
             self._step(head)
-        found = trace.peaks(begin)
-        found.pop(BUILD, None)
+        phases = trace.peaks(begin)
+        phases.pop(BUILD, None)
         of_head = sum(phase in (LOSS[0], LOSS_BACKWARD[0]) for phase in trace.products.values())
         heap_bytes = None if trace.heap is None else trace.heap.peak_bytes
-        return TracedStep(found, heap_bytes, len(trace.products) - of_head, of_head)
+        return TracedStep(phases, heap_bytes, len(trace.products) - of_head, of_head)
 
     def _step(self, head: Head | None) -> None:
         passes = 1 if self.recipe.training["gradient_accumulation_steps"] == 1 else 2
@@ -122,7 +122,7 @@ class _Simulation:
         if not self.releases:
             for parameter in self.trainable:
                 self.trace.label(self.optimizer.make_state(parameter), "optimizer_state")
-            self.optimizer.update()
+            self.optimizer.update(self.trace)
         for parameter in self.trainable:
             parameter.grad = None
 
@@ -146,7 +146,7 @@ class _Simulation:
                 self.trace.phase = ("backward", layer)
             if self.releases:
                 self.trace.label(self.optimizer.make_state(parameter), "optimizer_state")
-                self.optimizer.update_one(parameter)
+                self.optimizer.update_one(parameter, self.trace)
                 parameter.grad = None
 
         for name, parameter in self.model.named_parameters():
@@ -206,10 +206,10 @@ class _Simulation:
             trace.label_unknown("activations", since=begin)
             trace.phase = LOSS
             rows = torch.zeros(shape.labelled, dtype=torch.int64)
-            chosen = hidden[:, :-1][rows, rows]
-            _at_gradient(chosen, trace)
+            labelled = hidden[:, :-1][rows, rows]
+            _at_gradient(labelled, trace)
             loss = linear_cross_entropy(
-                chosen,
+                labelled,
                 head_weight,
                 rows,
                 bias=head.linear.bias,
@@ -217,7 +217,7 @@ class _Simulation:
                 scale=head.scale,
                 softcap=head.softcap,
             )
-            del hidden, chosen
+            del hidden, labelled
         trace.label_born_in(LOSS, "logits")
         trace.phase = LOSS_BACKWARD
         loss.backward()
@@ -261,7 +261,7 @@ class _Cut(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _replaced(shape: StepShape, device: str) -> Iterator[None]:
-    """What asks for a real device, replaced by what does not.
+    """Replace what requires a real device.
 
     Not by a mode of torch's, which would be off in backward, where checkpointing computes attention again.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,19 +36,28 @@ class _Event(NamedTuple):
     phase: Phase
 
 
-class AllocationTrace(TorchDispatchMode):
-    """A mode that writes down the storage of every tensor that torch makes in it; meant for meta tensors.
+class _Recording(NamedTuple):
+    events: list[tuple[int, int]]
+    """Storages, counted from 0, and their bytes, negative where they are freed."""
+    storages: int
+    products: list[Hashable]
 
-    Where the code asks for a number (`tensor.item()`, `bool(tensor)`), which a meta tensor does not have, it is told
-    `answer`.
+
+_recordings: dict[Hashable, _Recording] = {}
+
+
+class AllocationTrace(TorchDispatchMode):
+    """A mode that records the storage of every tensor allocated in it; meant for meta tensors.
+
+    A meta tensor holds no numbers. Code that asks for one (`tensor.item()`, `bool(tensor)`) receives `answer`.
 
     Args:
         device: type of device that the tensors stand for.
 
     Attributes:
-        phase: what the code is in now; set from outside.
+        phase: the part of the step that is running; set by the caller.
         products: on a CPU the shapes of products of bfloat16 matrices so far, each once, and the name of its first phase.
-        answer: what every number is.
+        answer: the number that code receives instead.
         heap: that of a CPU: it holds what was made after the phase "build".
     """
 
@@ -60,11 +69,18 @@ class AllocationTrace(TorchDispatchMode):
         self.heap: Heap | PooledHeap | None = None
         if device == "cpu":
             self.heap = PooledHeap() if pool_available() else Heap()
+        self._device = device
         self._block = _BLOCKS.get(device, 64)
         self._events: list[_Event] = []
         self._live: dict[int, tuple[int, int]] = {}  # by address: number and bytes
         self._kinds: dict[int, str] = {}
         self._count = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch wraps `__torch_dispatch__` to keep torch.compile out of it. Nothing is compiled here, and the
+        # wrapper would slow down every operation.
+        return False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
@@ -81,26 +97,54 @@ class AllocationTrace(TorchDispatchMode):
         run = _grouped_product if grouped else recalled(function)
         result = run(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
-            self._write_down(result)
+            self._record(result)
         elif isinstance(result, (tuple, list)):
-            for one in result:
-                if isinstance(one, Tensor):
-                    self._write_down(one)
+            for item in result:
+                if isinstance(item, Tensor):
+                    self._record(item)
         return result
 
+    def replay(self, key: Hashable, code: Callable[[], object]) -> None:
+        """Run code, or repeat what it allocated and freed when it first ran under this key, in this trace or another.
+
+        Args:
+            key: all that the allocations depend on; the type of device is added.
+            code: frees nothing that was allocated before it. What it leaves behind stays until the trace ends.
+        """
+        key = (self._device, key)
+        recording = _recordings.get(key)
+        if recording is None:
+            begin, first, known = len(self._events), self._count, self.products
+            self.products = {}
+            code()
+            events = [(event.storage - first, event.size) for event in self._events[begin:]]
+            assert all(number >= 0 for number, _ in events), "the code freed what was allocated before it"
+            _recordings[key] = _Recording(events, self._count - first, list(self.products))
+            self.products = {**self.products, **known}
+            return
+        for number, size in recording.events:
+            self._events.append(_Event(self._count + number, size, self.phase))
+            if self.heap is not None and size > 0:
+                self.heap.allocate(self._count + number, size)
+            elif self.heap is not None:
+                self.heap.free(self._count + number)
+        self._count += recording.storages
+        for product in recording.products:
+            self.products.setdefault(product, self.phase[0])
+
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Say what the storages of these tensors are: it holds for all of their life, and the last word counts."""
+        """Label the storages of these tensors for their whole life; the last label counts."""
         for tensor in tensors:
-            self._kinds[self._write_down(tensor)] = kind
+            self._kinds[self._record(tensor)] = kind
 
     def label_unknown(self, kind: str, *, since: int = 0) -> None:
-        """Say the same of all storages that live now, are not labelled, and came after the first `since` of all."""
+        """Label all live storages without a label, except the first `since` that were ever allocated."""
         for number, _ in self._live.values():
             if number >= since:
                 self._kinds.setdefault(number, kind)
 
     def label_born_in(self, phase: Phase, kind: str) -> None:
-        """Say the same of all storages that began in a phase and are not labelled."""
+        """Label all storages without a label that were allocated in a phase."""
         for event in self._events:
             if event.phase == phase and event.size > 0:
                 self._kinds.setdefault(event.storage, kind)
@@ -123,7 +167,7 @@ class AllocationTrace(TorchDispatchMode):
         """
         held: Counter[str] = Counter()
         highest: dict[Phase, int] = {}
-        found: dict[Phase, Counter[str]] = {}
+        peaks: dict[Phase, Counter[str]] = {}
         phase: Phase | None = None
         for event in self._events[:since]:
             held[self._kinds.get(event.storage, "workspace")] += event.size
@@ -132,12 +176,12 @@ class AllocationTrace(TorchDispatchMode):
             if event.phase != phase:  # what a phase starts with counts as its own
                 phase = event.phase
                 if total > highest.get(phase, -1):
-                    highest[phase], found[phase] = total, held.copy()
+                    highest[phase], peaks[phase] = total, held.copy()
             held[self._kinds.get(event.storage, "workspace")] += event.size
             total += event.size
             if total > highest[phase]:
-                highest[phase], found[phase] = total, held.copy()
-        return found
+                highest[phase], peaks[phase] = total, held.copy()
+        return peaks
 
     def _note_product(self, left: Tensor, right: Tensor) -> None:
         if left.dtype == torch.bfloat16 and left.numel() > 0:
@@ -150,7 +194,7 @@ class AllocationTrace(TorchDispatchMode):
         if left.dtype == torch.bfloat16 and (*shapes, rows) not in self.products:  # else another layer had them
             self.products.update({(*shapes, count): self.phase[0] for count in range(1, rows + 1)})
 
-    def _write_down(self, tensor: Tensor) -> int:
+    def _record(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         address = storage._cdata
         known = self._live.get(address)

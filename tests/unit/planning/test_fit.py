@@ -55,6 +55,17 @@ def test_a_length_beyond_the_models_own_is_never_the_answer() -> None:
     assert longest_that_fits(lambda tokens: tokens, 10**9, 2048, {4096: 4096}) == 2048
 
 
+def test_a_need_that_no_length_lowers_is_seen_at_once() -> None:
+    tried: list[int] = []
+
+    def needed(tokens: int) -> int:
+        tried.append(tokens)
+        return 100
+
+    assert longest_that_fits(needed, 99, 8192, {1024: 100}) is None
+    assert len(tried) == 2
+
+
 def test_every_method_is_planned_without_and_with_checkpointing() -> None:
     plan = make_plan("random:tiny", sequence_length=512, memory_bytes=24 * GIB, device="cuda")
     assert [(row.method, row.checkpointing) for row in plan.rows] == [

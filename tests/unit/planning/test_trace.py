@@ -51,6 +51,40 @@ def resolved(method: str, *overrides: str, model: str = "random:tiny") -> Recipe
 # Storages
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_replayed_is_traced_as_if_it_ran_again(device: str) -> None:
+    runs: list[int] = []
+
+    def code(left: Tensor) -> None:
+        runs.append(1)
+        product = left @ left
+        del product
+        torch.empty(100_000).sum()
+
+    def traced(*, replays: bool) -> tuple[list[Any], int, set[Any], int | None]:
+        with torch.device("meta"), AllocationTrace(device) as trace:
+            trace.phase = FIRST
+            left = torch.empty(256, 256, dtype=torch.bfloat16)
+            for _ in range(3):
+                trace.replay("test", lambda: code(left)) if replays else code(left)
+            right = left + 1
+            trace.label([right], "activations")
+            heap = None if trace.heap is None else trace.heap.peak_bytes
+            return list(trace.peaks().items()), trace.count, set(trace.products), heap
+
+    assert traced(replays=True) == traced(replays=False)
+    assert len(runs) == 1 + 3
+    assert traced(replays=True) == traced(replays=False)  # recorded by a trace that is gone
+    assert len(runs) == 1 + 3 + 3
+
+
+def test_code_that_frees_what_it_did_not_allocate_is_not_replayed() -> None:
+    with torch.device("meta"), AllocationTrace("cpu") as trace:
+        kept = [torch.empty(1024)]
+        with pytest.raises(AssertionError, match="freed"):
+            trace.replay("frees", kept.clear)
+
+
 def test_each_phase_has_its_own_peak_of_what_lives() -> None:
     with torch.device("meta"), AllocationTrace("cpu") as trace:
         trace.phase = FIRST
