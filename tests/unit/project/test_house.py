@@ -1,4 +1,4 @@
-"""The house itself: imports run downward; and former names of modules still work."""
+"""The house itself: imports run downward, no circle, no overfull folder or file; and former names of modules still work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,21 @@ def arrows_up() -> Iterator[str]:
 
 def test_imports_run_downward() -> None:
     assert sorted(arrows_up()) == []
+
+
+def test_no_circle() -> None:
+    """A package's `__init__` is left out: it may import what it is made of."""
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    TopologicalSorter({name: imports_of(name) - packages for name in MODULES.keys() - packages}).prepare()
+
+
+def test_nothing_is_overfull() -> None:
+    modules = sorted(path.name for path in HOUSE.glob("*.py"))
+    assert len(modules) <= 6, modules
+    folders = {path.parent for path in MODULES.values()}
+    assert {str(folder): len(list(folder.glob("*.py"))) for folder in folders if len(list(folder.glob("*.py"))) > 20} == {}
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 @pytest.mark.parametrize(
