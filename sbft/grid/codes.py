@@ -168,6 +168,23 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.bfloat16, out: Tens
     return values
 
 
+def dequantize_entries(weight: Quantized, index: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The values of some entries of a weight's first dimension, such as the embeddings of tokens.
+
+    Args:
+        weight: of shape (N, ..., C).
+        index: integers from 0 to N - 1, any shape.
+        dtype: float32 or bfloat16.
+
+    Returns:
+        A new tensor of shape (*index.shape, ..., C).
+
+    Raises:
+        IndexError: if an index is out of range.
+    """
+    return dequantize(weight.gather(index), dtype)
+
+
 def square_sum(weight: Quantized) -> Tensor:
     """Sum of the squared values; float32 of shape ()."""
     flat = weight.flat()
