@@ -74,12 +74,23 @@ inline I16 widen_bytes(const int8_t* from) {
 #endif
 }
 
-inline bool any_above(U16 v, uint32_t limit) {
-#ifdef __AVX512F__
-    return _mm512_cmpgt_epu32_mask((__m512i)v, _mm512_set1_epi32((int32_t)limit)) != 0;
+// The larger magnitude of each pair; the smallest number's is 32768.
+inline S32 larger_magnitude(S32 magnitudes, S32 v) {
+#ifdef __AVX512BW__
+    return (S32)_mm512_max_epu16((__m512i)magnitudes, _mm512_abs_epi16((__m512i)v));
 #else
-    uint32_t most = 0;
-    for (int i = 0; i < LANES; i++) most = std::max<uint32_t>(most, v[i]);
+    typedef uint16_t U32 __attribute__((vector_size(64)));
+    const U32 old = (U32)magnitudes, made = (U32)(v < 0 ? -v : v);
+    return (S32)(made > old ? made : old);
+#endif
+}
+
+inline bool any_above(S32 magnitudes, int64_t limit) {
+#ifdef __AVX512BW__
+    return _mm512_cmpgt_epu16_mask((__m512i)magnitudes, _mm512_set1_epi16((int16_t)limit)) != 0;
+#else
+    uint16_t most = 0;
+    for (int i = 0; i < 2 * LANES; i++) most = std::max(most, (uint16_t)magnitudes[i]);
     return most > limit;
 #endif
 }
@@ -144,42 +155,38 @@ inline U16 noise_of_group(int64_t index, Key key) {
     return key.stochastic ? hashes(((uint64_t)index >> 5) * 16, key) : U16{} + 0x80008000u;  // 32768 rounds to nearest
 }
 
-// Rounds a block that grows; the distances are 65536 times those of update.py. Returns the new scale.
+// Rounds a block that grows. `distance` is 65536 times that of update.py, `rounded` are the new codes, some beyond the grid.
 template <int BITS, int GROUPS>
 OUTLINE void grow_block(Codes<BITS> codes, uint16_t* scale, int64_t largest, int64_t at, const F16* distance,
-                        int64_t index, Key key) {
-    F16 wanted[2 * GROUPS], farthest = {};
-    I16 not_a_number = {};
+                        const S32* rounded, int64_t index, Key key) {
+    F16 wanted[2 * GROUPS];
+    float farthest = 0;
+    bool bad = false;
     for (int g = 0; g < GROUPS; g++) {
         I16 code[2];
         codes.load(at + g * GROUP, code[0], code[1]);
-        for (int h = 0; h < 2; h++) {
-            const F16 q = to_float(code[h]) - distance[2 * g + h] * 0x1p-16f;
-            const F16 magnitude = (F16)((U16)q & 0x7FFFFFFFu);
-            wanted[2 * g + h] = q;
-            not_a_number |= q != q;
-            farthest = magnitude > farthest ? magnitude : farthest;
+        for (int i = 0; i < GROUP; i++) {
+            const float d = distance[2 * g + i / LANES][i % LANES];
+            const bool near = std::fabs(std::nearbyint(d)) < 0x1p30f;
+            const float v = near ? (float)rounded[g][i] : (float)code[i / LANES][i % LANES] - d * 0x1p-16f;
+            wanted[2 * g + i / LANES][i % LANES] = v;
+            bad |= v != v;
+            farthest = std::max(farthest, std::fabs(v));
         }
     }
-    float most = 0;
-    bool bad = false;
-    for (int i = 0; i < LANES; i++) {
-        most = std::max<float>(most, farthest[i]);
-        bad |= not_a_number[i] != 0;
-    }
     const float old = half_to_float(*scale);
-    *scale = bad ? HALF_NAN : smallest_scale(most * old, largest);
+    *scale = bad ? HALF_NAN : smallest_scale(farthest * old, largest);
     const bool lost = *scale == HALF_NAN;
     const F16 ratio = splat(lost ? 0.0f : old / half_to_float(*scale));
+    const Key second = {key.second, key.first, key.stochastic};
+    const S32 most = S32{} + (int16_t)largest;
     for (int g = 0; g < GROUPS; g++) {
-        const U16 hash = noise_of_group(index + g * GROUP, key);
-        const I16 first = to_int(wanted[2 * g] * ratio * 65536.0f) + (I16)(hash & 0xFFFFu);
-        const I16 second = to_int(wanted[2 * g + 1] * ratio * 65536.0f) + (I16)(hash >> 16);
-        S32 rounded = upper_halves((U16)first, (U16)second);
-        const S32 most_code = S32{} + (int16_t)largest;
-        rounded = rounded > most_code ? most_code : rounded;
-        rounded = rounded < -most_code ? -most_code : rounded;
-        codes.store(at + g * GROUP, lost ? S32{} : rounded);
+        const U16 hash = noise_of_group(index + g * GROUP, second);
+        S32 made = upper_halves((U16)to_int(wanted[2 * g] * ratio * 65536.0f) + (hash & 0xFFFFu),
+                                (U16)to_int(wanted[2 * g + 1] * ratio * 65536.0f) + (hash >> 16));
+        made = made > most ? most : made;
+        made = made < -most ? -most : made;
+        codes.store(at + g * GROUP, lost ? S32{} : made);
     }
 }
 
@@ -196,48 +203,37 @@ inline void add_squares(Codes<BITS> codes, uint16_t scale, int64_t at, F16& tota
     total += to_float(squares) * (wide * wide);
 }
 
-struct Motion {
-    float step, decay;
-    Key key;
-};
-
 // Moves one block; `direction(j)` is asked once for each 16 elements. Adds the squares of the new values to `total`.
 template <int BITS, int GROUPS, class D>
 inline INLINE void move_block(Codes<BITS> codes, uint16_t* scale, int64_t largest, int64_t at, int64_t index,
-                              const Motion& motion, F16& total, D direction) {
+                              float step, float decay, Key key, F16& total, D direction) {
     const float wide = half_to_float(*scale);
     // Multiplying by 65536 changes no rounding.
-    const F16 by = splat(motion.step / wide * 65536.0f), decay = splat(motion.decay * 65536.0f);
-    const uint32_t limit = (uint32_t)largest << 16;
+    const F16 by = splat(step / wide * 65536.0f), shrink = splat(decay * 65536.0f);
     F16 distance[2 * GROUPS];
-    U16 exact[2 * GROUPS], farthest = {};
+    S32 rounded[GROUPS], magnitudes = {};
+    I16 squares = {};
 #pragma GCC unroll 4
     for (int g = 0; g < GROUPS; g++) {
         I16 code[2];
         codes.load(at + g * GROUP, code[0], code[1]);
-#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             F16 d = direction(g * GROUP + h * LANES) * by;
-            if (motion.decay != 0) d += to_float(code[h]) * decay;
+            if (decay != 0) d += to_float(code[h]) * shrink;
             distance[2 * g + h] = d;
-            exact[2 * g + h] = ((U16)code[h] << 16) - (U16)to_int(d);
-            farthest = larger(farthest, exact[2 * g + h] + limit);
         }
+        const U16 hash = noise_of_group(index + g * GROUP, key);
+        rounded[g] = upper_halves(((U16)code[0] << 16) - (U16)to_int(distance[2 * g]) + (hash & 0xFFFFu),
+                                  ((U16)code[1] << 16) - (U16)to_int(distance[2 * g + 1]) + (hash >> 16));
+        magnitudes = larger_magnitude(magnitudes, rounded[g]);
+        squares += pair_squares(rounded[g]);
     }
-    if (__builtin_expect(any_above(farthest, 2 * limit), 0)) {
-        F16 copy[2 * GROUPS];  // so that the usual path keeps its own in registers
-        memcpy(copy, distance, sizeof copy);
-        grow_block<BITS, GROUPS>(codes, scale, largest, at, copy, index, motion.key);
+    if (__builtin_expect(any_above(magnitudes, largest), 0)) {
+        grow_block<BITS, GROUPS>(codes, scale, largest, at, distance, rounded, index, key);
         return add_squares<BITS, GROUPS>(codes, *scale, at, total);
     }
-    I16 squares = {};
 #pragma GCC unroll 4
-    for (int g = 0; g < GROUPS; g++) {
-        const U16 hash = noise_of_group(index + g * GROUP, motion.key);
-        const S32 rounded = upper_halves(exact[2 * g] + (hash & 0xFFFFu), exact[2 * g + 1] + (hash >> 16));
-        codes.store(at + g * GROUP, rounded);
-        squares += pair_squares(rounded);
-    }
+    for (int g = 0; g < GROUPS; g++) codes.store(at + g * GROUP, rounded[g]);
     total += to_float(squares) * (wide * wide);
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sbft.grid.codes import Quantized, dequantize, load_codes, quantize, smallest_scale
 from sbft.grid.formats import GRIDS, INT4, INT8, INT12
-from sbft.grid.update import NEAREST, apply_, moved
+from sbft.grid.update import NEAREST, apply_, moved, noise_of
 from sbft.rounding import noise_from_key, noise_key
 
 ALL_NOISE = torch.arange(65536, dtype=torch.int32)
@@ -20,17 +20,22 @@ LARGEST = [grid.largest for grid in GRIDS.values()]
 
 
 def under_all_noise(
-    codes: list[int], scale: float, direction: list[float], largest: int, *, step: float = 1.0, decay: float = 0.0
+    codes: list[int], scale: float, direction: list[float], largest: int, *, step: float = 1.0, second: int | None = 0
 ) -> tuple[Tensor, Tensor]:
-    """One block (padded to 32 elements) updated under every noise: codes (65536, elements) and scales (65536,)."""
+    """One block (padded to 32 elements) updated under every first noise, or with `second=None` under every second one.
+
+    Returns:
+        Codes (65536, elements) and scales (65536,).
+    """
     count = len(codes)
     block = torch.zeros(65536, 32, dtype=torch.int32)
     block[:, :count] = torch.tensor(codes, dtype=torch.int32)
     moves = torch.zeros(65536, 32)
     moves[:, :count] = torch.tensor(direction)
-    noise = ALL_NOISE[:, None].expand(-1, 32)
+    every, none = ALL_NOISE[:, None].expand(-1, 32), torch.zeros(65536, 32, dtype=torch.int32)
+    noise = (none, every) if second is None else (every, none + second)
     scales = torch.full((65536,), scale, dtype=torch.float16)
-    new_codes, new_scales = moved(block, scales, moves, noise, step=step, decay=decay, largest=largest)
+    new_codes, new_scales = moved(block, scales, moves, noise, step=step, decay=0.0, largest=largest)
     assert (new_codes[:, count:] == 0).all()
     return new_codes[:, :count], new_scales
 
@@ -71,39 +76,70 @@ def test_nothing_leaves_the_grid_and_the_outermost_values_stay_on_their_scale(la
 
 @pytest.mark.parametrize("largest", LARGEST)
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("beyond", [1 / 65536, 0.25, 1.0, 1000.7])
-def test_a_block_that_would_be_left_grows_whatever_the_noise_and_stays_unbiased(largest, sign, beyond):
-    scale, codes = 0.25, [sign * largest, 3, -2, 0]
-    beyond = max(beyond, largest * 2.0**-18)  # what float32 can tell from the largest code, for all d
-    direction = [-sign * beyond * scale, 0.1 * scale, -0.3 * scale, 0.0]
-    new, scales = under_all_noise(codes, scale, direction, largest)
-    wanted = [code - move / scale for code, move in zip(codes, direction, strict=True)]
-    reached = scale * (largest + beyond)
+@pytest.mark.parametrize("share", [0, 1, 1000, 65535])
+def test_a_block_grows_as_often_as_its_largest_value_is_rounded_out_of_the_grid(largest, sign, share):
+    new, scales = under_all_noise([sign * largest, 2], 1.0, [-sign * share / 65536, 0.0], largest)
+    grows = scales > 1
+    assert int(grows.sum()) == share
+    assert (new[~grows] == torch.tensor([sign * largest, 2])).all()
+    assert (scales[grows] == smallest_scale(torch.tensor(largest + 1.0), largest)).all()
+    assert new.abs().max() <= largest
+
+
+@pytest.mark.parametrize("largest", LARGEST)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("beyond", [1, 2, 1000, 16000, 20000.5, 3e6])
+def test_growing_is_unbiased_over_all_second_noises(largest, sign, beyond):
+    """The exact values are whole codes, so the first noise changes none; beyond 2^14 they need not be."""
+    scale, codes = 2.0**-8, [sign * largest, 3, -2, 0]
+    direction = [-sign * beyond * scale, 0.0, 0.0, 0.0]
+    new, scales = under_all_noise(codes, scale, direction, largest, second=None)
     assert scales.unique().numel() == 1
     grown = scales[0].item()
-    assert grown * largest >= reached * (1 - 2**-23)
-    assert grown <= max(reached / largest * (1 + 2**-10), 2**-24)
+    assert grown == smallest_scale(torch.tensor(scale * (largest + beyond)), largest).item()
     assert new.abs().max() <= largest
     mean = new.double().mean(dim=0) * grown
-    for element, value in enumerate(wanted):
-        # Shares come in 1/65536, and quotients are rounded to 24 bits four times; the clamp takes back no more.
-        error = grown * (2**-17 + 4 * 2**-24 * abs(value))
-        assert mean[element].item() == pytest.approx(value * scale, abs=error)
+    for element, code in enumerate([sign * (largest + beyond), 3, -2, 0]):
+        # Shares come in 1/65536, and the quotient is rounded to 24 bits three times; the clamp takes back no more.
+        error = grown * (2**-17 + 3 * 2**-24 * largest)
+        assert mean[element].item() == pytest.approx(code * scale, abs=error)
+
+
+@pytest.mark.parametrize("largest", LARGEST)
+def test_both_roundings_together_are_unbiased(largest):
+    """The largest value is rounded out of the grid by some noises; the mean over all pairs of noises is the exact one."""
+    share = 20000
+    codes, direction = [largest, 3], [-share / 65536, 0.0]
+    first, scales = under_all_noise(codes, 1.0, direction, largest)
+    stays = first[scales == 1].double().sum(dim=0)
+    again, grown = under_all_noise([largest, 3], 1.0, [-1.0, 0.0], largest, second=None)
+    mean = (stays + share * again.double().mean(dim=0) * grown[0].item()) / 65536
+    assert mean.tolist() == pytest.approx(
+        [largest + share / 65536, 3], abs=grown[0].item() * (2**-17 + 2**-22 * largest)
+    )
 
 
 def test_a_value_that_is_on_the_grown_grid_stays_under_every_noise():
     """From 7 to 14 steps: the scale doubles, so even codes remain on the grid, and odd ones go up half of the time."""
-    new, scales = under_all_noise([7, 4, -2, 3], 0.5, [-3.5, 0.0, 0.0, 0.0], 7)
+    new, scales = under_all_noise([7, 4, -2, 3], 0.5, [-3.5, 0.0, 0.0, 0.0], 7, second=None)
     assert (scales == 1.0).all()
     assert (new[:, :3] == torch.tensor([7, 2, -1])).all()
     assert int((new[:, 3] == 2).sum()) == 32768
+
+
+def test_first_and_second_noise_are_independent():
+    first, second = noise_of(KEY, 1 << 18, 0, torch.device("cpu"))
+    assert not isinstance(first, int) and not isinstance(second, int)
+    for lag in (0, 1, 16, 32):
+        pair = torch.stack((first[lag:], second[: len(second) - lag])).double()
+        assert abs(torch.corrcoef(pair)[0, 1].item()) < 5 / math.sqrt(1 << 18)  # five standard errors
 
 
 def test_rounding_to_nearest_puts_ties_up():
     codes = torch.tensor([[0, 0, 0, 0, -1, 5] + [0] * 26])
     direction = torch.zeros(1, 32)
     direction[0, :6] = torch.tensor([-0.5, 0.5, -0.49, 0.51, 0.5, -1.5])
-    new, _ = moved(codes, torch.ones(1).half(), direction, NEAREST, step=1.0, decay=0.0, largest=7)
+    new, _ = moved(codes, torch.ones(1).half(), direction, (NEAREST, NEAREST), step=1.0, decay=0.0, largest=7)
     assert new[0, :6].tolist() == [1, 0, 0, -1, -1, 7]
 
 
@@ -136,15 +172,9 @@ def test_a_block_of_zeros_can_be_left():
 # Against exact arithmetic
 
 
-def oracle(
-    codes: list[int], scale: float, direction: list[float], noise: list[int], step: float, decay: float, largest: int
-) -> tuple[list[Fraction], bool]:
-    """The wanted values in units of codes, exactly, and whether one of them is beyond the grid."""
-    wanted = [
-        code - (Fraction(move) * Fraction(step) / Fraction(scale) + code * Fraction(decay))
-        for code, move in zip(codes, direction, strict=True)
-    ]
-    return wanted, any(abs(value) > largest for value in wanted)
+def floors(value: Fraction, noise: int, slack: Fraction) -> set[int]:
+    """What a value may be rounded to, given that its fixed point number is off by at most `slack`."""
+    return {math.floor(value + Fraction(noise, 65536) + sign * slack) for sign in (-1, 1)}
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
@@ -152,35 +182,32 @@ def oracle(
 @pytest.mark.parametrize("step", [1e-4, 0.02, 1.0])
 def test_new_codes_are_those_of_exact_arithmetic(grid, decay, step):
     generator = torch.Generator().manual_seed(7)
-    blocks = 20
-    codes = torch.randint(-grid.largest, grid.largest + 1, (blocks, 32), generator=generator, dtype=torch.int32)
+    blocks, largest = 20, grid.largest
+    codes = torch.randint(-largest, largest + 1, (blocks, 32), generator=generator, dtype=torch.int32)
     scales = (torch.rand(blocks, generator=generator) * 0.1 + 1e-3).half()
     direction = torch.randn(blocks, 32, generator=generator)
-    noise = torch.randint(0, 65536, (blocks, 32), generator=generator, dtype=torch.int32)
+    first, second = torch.randint(0, 65536, (2, blocks, 32), generator=generator, dtype=torch.int32)
     step, decay = (torch.tensor(x, dtype=torch.float32).item() for x in (step, decay))
-    got, new_scales = moved(codes, scales, direction, noise, step=step, decay=decay, largest=grid.largest)
+    got, new_scales = moved(codes, scales, direction, (first, second), step=step, decay=decay, largest=largest)
     grown = 0
     for b in range(blocks):
-        scale = scales[b].item()
-        wanted, grows = oracle(
-            codes[b].tolist(), scale, direction[b].tolist(), noise[b].tolist(), step, decay, grid.largest
-        )
-        new_scale = new_scales[b].item()
-        grown += grows
-        assert (new_scale > scale) == grows
-        if grows:
-            reached = max(abs(value) for value in wanted) * Fraction(scale)
-            nearby = [
-                smallest_scale(torch.tensor(float(reached) * f), grid.largest).item() for f in (1 - 1e-6, 1 + 1e-6)
-            ]
-            assert nearby[0] <= new_scale <= nearby[1]
-        for code, value, bits in zip(got[b].tolist(), wanted, noise[b].tolist(), strict=True):
-            value = value * Fraction(scale) / Fraction(new_scale)
-            exact = value + Fraction(bits, 65536)
-            # Half a share from rint, and float32's roundings of what was subtracted or of the whole.
-            slack = Fraction(1, 131072) + 8 * abs(value - (0 if grows else code)) / 2**24 + Fraction(1, 2**20)
-            assert math.floor(exact - slack) <= code <= math.floor(exact + slack)
-    assert grown > 0 if step == 1.0 else True
+        old, new = Fraction(scales[b].item()), Fraction(new_scales[b].item())
+        rounded = []
+        for code, move, noise in zip(codes[b].tolist(), direction[b].tolist(), first[b].tolist(), strict=True):
+            distance = Fraction(move) * Fraction(step) / old + code * Fraction(decay)
+            # Half of the fixed point's last place, and float32's roundings of the distance.
+            rounded.append(floors(code - distance, noise, Fraction(1, 131072) + 4 * abs(distance) / 2**24))
+        if max(abs(code) for choices in rounded for code in choices) <= largest:
+            assert new == old
+            assert all(code in choices for code, choices in zip(got[b].tolist(), rounded, strict=True))
+            continue
+        (farthest,) = {max(max(map(abs, choices)) for choices in rounded)}
+        grown += 1
+        assert new == Fraction(smallest_scale(torch.tensor(float(farthest * old)), largest).item())
+        for code, choices, noise in zip(got[b].tolist(), rounded, second[b].tolist(), strict=True):
+            slack = Fraction(1, 131072) + 4 * Fraction(largest, 2**24)
+            assert code in set().union(*(floors(c * old / new, noise, slack) for c in choices))
+    assert step != 1.0 or grown > 0
 
 
 # Whole weights
@@ -218,19 +245,14 @@ def test_strided_directions_stacks_and_tensors_as_numbers_change_no_bit(grid):
 
 @pytest.mark.parametrize("grid", [INT8, INT12], ids=lambda grid: grid.name)
 def test_the_noise_is_that_of_the_global_element_index(grid):
+    torch.manual_seed(0)
     weight = quantize(torch.randn(4, 128), grid)
-    codes, direction = load_codes(weight), torch.randn(4, 128) * 0.1
-    noise = noise_from_key(KEY, 512, offset=640).view(4, 1, 128)
-    expected, _ = moved(
-        codes.view(4, 1, 128),
-        weight.scales,
-        direction.view(4, 1, 128),
-        noise,
-        step=0.1,
-        decay=0.0,
-        largest=grid.largest,
-    )
-    apply_(weight, direction, step=0.1, decay=0.0, key=KEY, offset=640)
+    codes, direction = load_codes(weight), torch.randn(4, 128)
+    first, second = (noise_from_key(key, 512, offset=640).view(4, 1, 128) for key in (KEY, (KEY[1], KEY[0])))
+    blocks = codes.view(4, 1, 128), weight.scales, direction.view(4, 1, 128)
+    expected, scales = moved(*blocks, (first, second), step=1.0, decay=0.0, largest=grid.largest)
+    assert (scales != weight.scales).any()
+    apply_(weight, direction, step=1.0, decay=0.0, key=KEY, offset=640)
     assert torch.equal(load_codes(weight), expected.view(4, 128))
 
 
