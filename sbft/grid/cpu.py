@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sbft import compiling
 from sbft.grid import codes
 from sbft.grid.codes import Quantized
 from sbft.grid.formats import Grid
-from sbft.openmp import openmp_runtime
+from sbft.native import compiling
+from sbft.native.openmp import openmp_runtime
 
 FOLDER = Path(__file__).parent
 HEADERS = [FOLDER / "vectors.h", FOLDER / "blocks.h"]
@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def build(folder: Path | None = None, flags: Sequence[str] = FLAGS) -> Path:
-    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.compiling.build`."""
+    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.native.compiling.build`."""
     facts = [compiling.processor(), *(header.read_text() for header in HEADERS)]
     return compiling.build(FOLDER / "cpu.cpp", flags, facts=facts, folder=folder)
 

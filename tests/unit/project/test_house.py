@@ -21,6 +21,7 @@ MODULES = {
 FLOORS = [
     ["sbft.tokens", "sbft.rounding", "sbft.errors", "sbft.files"],
     ["sbft.native", "sbft.metrics"],
+    ["sbft.grid"],
     ["sbft.recipe", "sbft.models", "sbft.optim"],
     ["sbft.data"],
     ["sbft.evaluation"],
