@@ -1,9 +1,12 @@
-"""The memory that holds a weight's bfloat16 values while one product reads them."""
+"""The memory that holds a weight's bfloat16 values while one product reads them.
+
+On a CPU one buffer is kept for all weights, as large as the largest. A second thread, or a use within a use, takes memory of
+its own. Elsewhere torch's caching allocator reuses memory as well, and knows which stream still reads it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,31 +21,45 @@ LARGEST_KEPT_BYTES = 256 << 20
 _kept: list[Tensor] = []  # at most one; taking it out is atomic, so threads never share it
 
 
+class Borrowed(NamedTuple):
+    """Values in a buffer."""
+
+    dense: Tensor
+    """bfloat16, of the weight's shape. Nothing may keep it, or a view of it, once its memory is given back."""
+    memory: Tensor | None
+    """To be given back."""
+
+
 def in_one_piece(weight: Quantized) -> Quantized:
     """The same weight, copied if it is a view that is spread over another's codes."""
-    if all(tensor.is_contiguous() for tensor in weight.tensors.values()):
+    low = weight.low
+    whole = weight.codes.is_contiguous() and weight.scales.is_contiguous() and (low is None or low.is_contiguous())
+    if whole:
         return weight
-    low = None if weight.low is None else weight.low.contiguous()
-    return weight.with_tensors(weight.codes.contiguous(), low, weight.scales.contiguous())
+    return weight.with_tensors(
+        weight.codes.contiguous(), None if low is None else low.contiguous(), weight.scales.contiguous()
+    )
 
 
-@contextmanager
-def dense_values(weight: Quantized) -> Iterator[Tensor]:
-    """The bfloat16 values of a weight, in memory that the next weight may take: nothing may keep them or a view of them.
-
-    On a CPU one buffer is kept for all weights, as large as the largest. A second thread, or a use within a use, takes memory
-    of its own. Elsewhere torch's caching allocator reuses memory as well, and knows which stream still reads it.
-    """
+def borrow(weight: Quantized) -> Borrowed:
+    """The bfloat16 values of a weight, in memory that the next weight takes after `give_back`."""
     weight = in_one_piece(weight)
+    if weight.codes.device.type == "meta":
+        return Borrowed(torch.empty(weight.shape, dtype=torch.bfloat16, device="meta"), None)
     if weight.codes.device.type != "cpu":
-        yield values.dequantize(weight)
-        return
-    count = weight.shape.numel()
+        return Borrowed(values.dequantize(weight), None)
+    shape = weight.shape
+    count = shape.numel()
     memory = _take(count)
-    try:
-        yield values.dequantize(weight, out=memory[:count].view(weight.shape))
-    finally:
-        _give_back(memory)
+    return Borrowed(values.dequantize(weight, out=memory[:count].view(shape)), memory)
+
+
+def give_back(memory: Tensor | None) -> None:
+    """Let another weight use the memory."""
+    if memory is None or memory.nbytes > LARGEST_KEPT_BYTES:
+        return
+    if not _kept or _kept[0].numel() < memory.numel():
+        _kept[:] = [memory]
 
 
 def _take(count: int) -> Tensor:
@@ -55,8 +72,3 @@ def _take(count: int) -> Tensor:
     del memory  # before the larger one is made
     with torch.inference_mode(False):  # or it could be written to in inference mode alone
         return in_huge_pages(torch.empty(count, dtype=torch.bfloat16))
-
-
-def _give_back(memory: Tensor) -> None:
-    if memory.nbytes <= LARGEST_KEPT_BYTES and (not _kept or _kept[0].numel() < memory.numel()):
-        _kept[:] = [memory]

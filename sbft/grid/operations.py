@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sbft.grid import values
-from sbft.grid.buffer import dense_values, in_one_piece
+from sbft.grid.buffer import borrow, give_back, in_one_piece
 from sbft.grid.codes import Quantized
 from sbft.grid.tensor import GridTensor, rounded
 
@@ -52,15 +51,19 @@ def _handles(*operations: Any) -> Callable[[_Handler], _Handler]:
 )
 def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operations whose result shares no memory with their arguments."""
-    if any(isinstance(one, GridTensor) for one in kwargs.values()):  # out=
+    if kwargs and any(isinstance(one, GridTensor) for one in kwargs.values()):  # out=
         return NotImplemented
-    with ExitStack() as in_use:
-        return func(*(_buffered(one, in_use) if isinstance(one, GridTensor) else one for one in args), **kwargs)
-
-
-def _buffered(tensor: GridTensor, in_use: ExitStack) -> Tensor:
-    dense = in_use.enter_context(dense_values(tensor.quantized))
-    return dense.transpose(-2, -1) if tensor.is_transposed else dense
+    dense_args, taken = list(args), []
+    try:
+        for place, one in enumerate(args):
+            if isinstance(one, GridTensor):
+                dense, memory = borrow(one.quantized)
+                taken.append(memory)
+                dense_args[place] = dense.transpose(-2, -1) if one.is_transposed else dense
+        return func(*dense_args, **kwargs)
+    finally:
+        for memory in taken:
+            give_back(memory)
 
 
 @_handles(aten._grouped_mm.default)
@@ -81,9 +84,7 @@ def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     start = 0
     for expert, stop in enumerate(ends.tolist()):
         if stop > start:
-            with ExitStack() as in_use:
-                dense = _buffered(aten.select.int(experts, 0, expert), in_use)
-                torch.mm(rows[start:stop], dense, out=result[start:stop])
+            torch.mm(rows[start:stop], experts[expert], out=result[start:stop])
         start = stop
     return result
 
@@ -98,7 +99,7 @@ def _entries(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dim, index = args[1] % weight.ndim, args[2]
         if dim != 0:
             return NotImplemented
-    return _gathered(weight, index)
+    return _gathered(weight, index)  # a negative index is refused, as torch does
 
 
 @_handles(aten.index.Tensor)
@@ -106,14 +107,13 @@ def _indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     weight, (first, *others) = args
     if first is None or any(one is not None for one in others) or first.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    return _gathered(weight, first)
+    return _gathered(weight, torch.where(first < 0, first + weight.shape[0], first))
 
 
 def _gathered(weight: Any, index: Any) -> Any:
     if not isinstance(weight, GridTensor) or isinstance(index, GridTensor) or weight.is_transposed or weight.ndim < 2:
         return NotImplemented
-    count = weight.shape[0]
-    return values.dequantize_entries(in_one_piece(weight.quantized), torch.where(index < 0, index + count, index))
+    return values.dequantize_entries(in_one_piece(weight.quantized), index)
 
 
 # Views
@@ -124,13 +124,17 @@ def _same(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0].around(args[0].quantized)
 
 
-@_handles(aten.t.default, aten.transpose.int, aten.permute.default)
+@_handles(aten.t.default)
+def _swapped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor = args[0]
+    return tensor.around(tensor.quantized, not tensor.is_transposed) if tensor.ndim == 2 else NotImplemented
+
+
+@_handles(aten.transpose.int, aten.permute.default)
 def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, *dims = args
     order = list(range(tensor.ndim))
-    if func is aten.t.default:
-        order.reverse()
-    elif func is aten.permute.default:
+    if func is aten.permute.default:
         order = [dim % tensor.ndim for dim in dims[0]]
     else:
         first, second = (dim % tensor.ndim for dim in dims)

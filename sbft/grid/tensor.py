@@ -76,8 +76,8 @@ class GridTensor(Tensor):
         """Scales; see `Quantized`."""
         return self.quantized.scales
 
-    @property  # type: ignore[override]
-    def nbytes(self) -> int:
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
         """Bytes of codes and scales."""
         return sum(tensor.nbytes for tensor in self.quantized.tensors.values())
 
@@ -90,9 +90,9 @@ class GridTensor(Tensor):
     def data(self, other: Tensor) -> None:
         if not isinstance(other, GridTensor) or other.shape != self.shape or other.device != self.device:
             raise TypeError(
-                f"the data of a weight on a grid can only be that of another on {self.device} of shape {tuple(self.shape)}, got "
-                f"{other.dtype} on {other.device} of shape {tuple(other.shape)}. Use copy_ to round values to the grid; its dtype "
-                "cannot be changed"
+                f"the data of a weight on a grid can only be that of another on {self.device} of shape {tuple(self.shape)}, "
+                f"got {other.dtype} on {other.device} of shape {tuple(other.shape)}. Use copy_ to round values to the grid; "
+                "its dtype cannot be changed"
             )
         self.quantized, self.is_transposed = other.quantized, other.is_transposed
 

@@ -50,8 +50,9 @@ class GridWeight(GridTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Operations below autograd."""
-        if not all(issubclass(kind, GridTensor) for kind in types):
-            return NotImplemented
+        for kind in types:
+            if not issubclass(kind, GridTensor):
+                return NotImplemented
         return perform(func, args, kwargs or {})
 
 

@@ -32,6 +32,7 @@ MATRIX: dict[str, tuple[tuple[int, ...], Use]] = {
     "rows of the transposed": ((5, 64), lambda w, x: x @ w.t()[:, 30:70]),
     "pieces": ((5, 64), lambda w, x: torch.cat([F.linear(x, part) for part in w.split(40)], -1)),
     "used twice": ((5, 64), lambda w, x: F.linear(x, w) @ w),
+    "with itself": ((5, 96), lambda w, x: x @ (w @ w.T)),
     "one row": ((64,), lambda w, x: w[3] * x),
 }
 EXPERTS: dict[str, tuple[tuple[int, ...], Use]] = {
@@ -101,8 +102,9 @@ def test_embedding_equals_bfloat16(form: str, settings: dict[str, int]) -> None:
 
 
 def test_embedding_refuses_a_token_beyond_the_vocabulary() -> None:
-    with pytest.raises(IndexError):
-        F.embedding(torch.tensor([96]), pair()[0])
+    for token in (96, -1):
+        with pytest.raises(IndexError):
+            F.embedding(torch.tensor([token]), pair()[0])
 
 
 def test_embedding_renormalizes_in_place_as_bfloat16_does(warned: None) -> None:
