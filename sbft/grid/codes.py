@@ -57,6 +57,15 @@ class Quantized:
         return self.shape[-1] // self.scales.shape[-1]
 
     @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    def numel(self) -> int:
+        """Number of elements of the weight."""
+        return self.shape.numel()
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, by name."""
         stored = {"codes": self.codes, "scales": self.scales}
@@ -71,16 +80,32 @@ class Quantized:
         low = None if self.low is None else self.low[start:stop]
         return self.with_tensors(self.codes[start:stop], low, self.scales[start:stop])
 
+    def at(self, index: tuple[int, slice, slice]) -> Quantized:
+        """A view of rows and columns of one matrix of a (B, R, C) weight; columns are cut between blocks only."""
+        b, rows, columns = index
+        start, stop = columns.start, columns.stop
+        halves, blocks = slice(start // 2, stop // 2), slice(start // self.block, stop // self.block)
+        low = None if self.low is None else self.low[b, rows, halves]
+        codes = self.codes[b, rows, halves if self.grid.bits == 4 else columns]
+        return self.with_tensors(codes, low, self.scales[b, rows, blocks])
+
     def gather(self, index: Tensor) -> Quantized:
         """A copy of the entries `index` (integers, any shape) of the first dimension: shape (*index.shape, ..., C)."""
         low = None if self.low is None else self.low[index]
         return self.with_tensors(self.codes[index], low, self.scales[index])
 
+    def view(self, *leading: int) -> Quantized:
+        """A view with other leading dimensions: shape (*leading, C)."""
+        low = None if self.low is None else self.low.view(*leading, self.low.shape[-1])
+        codes, scales = (
+            self.codes.view(*leading, self.codes.shape[-1]),
+            self.scales.view(*leading, self.scales.shape[-1]),
+        )
+        return self.with_tensors(codes, low, scales)
+
     def flat(self) -> Quantized:
         """A view of shape (rows, C), leading dimensions flattened."""
-        low = None if self.low is None else self.low.view(-1, self.low.shape[-1])
-        codes, scales = self.codes.view(-1, self.codes.shape[-1]), self.scales.view(-1, self.scales.shape[-1])
-        return self.with_tensors(codes, low, scales)
+        return self.view(-1)
 
 
 def empty(grid: Grid, shape: torch.Size | tuple[int, ...], device: torch.device | str | None = None) -> Quantized:

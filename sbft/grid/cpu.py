@@ -22,7 +22,7 @@ from sbft.native import compiling
 from sbft.native.openmp import openmp_runtime
 
 FOLDER = Path(__file__).parent
-HEADERS = [FOLDER / "vectors.h", FOLDER / "blocks.h"]
+_HEADERS = [FOLDER / "vectors.h", FOLDER / "blocks.h"]
 # -O1 with inlining measured as fast as -O2 and -O3 (the vectors are explicit) and compiles in two thirds of the time.
 FLAGS = [
     "-O1", "-finline-functions", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
@@ -31,14 +31,18 @@ FLAGS = [
 ELEMENTS_PER_THREAD = 1 << 15
 """Below this a second thread costs more to wake than it saves."""
 
-_PLANES = struct.Struct("@3P3q")  # struct Planes of blocks.h
+PLANES = struct.Struct("@3P3q")  # struct Planes of blocks.h
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def build(folder: Path | None = None, flags: Sequence[str] = FLAGS) -> Path:
     """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.native.compiling.build`."""
-    facts = [compiling.processor(), *(header.read_text() for header in HEADERS)]
-    return compiling.build(FOLDER / "cpu.cpp", flags, facts=facts, folder=folder)
+    return compiling.build(FOLDER / "cpu.cpp", flags, facts=facts(), folder=folder)
+
+
+def facts() -> list[str]:
+    """What a library depends on beside its source: the processor and the headers here."""
+    return [compiling.processor(), *(header.read_text() for header in _HEADERS)]
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -84,7 +88,7 @@ def planes(weight: Quantized) -> bytes:
     low = 0 if weight.low is None else weight.low.data_ptr()
     grid = weight.grid
     addresses = weight.codes.data_ptr(), low, weight.scales.data_ptr()
-    return _PLANES.pack(*addresses, weight.block, grid.bits, grid.largest)
+    return PLANES.pack(*addresses, weight.block, grid.bits, grid.largest)
 
 
 def threads_for(count: int) -> int:
