@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sbft import rounding
 from sbft.grid.codes import Quantized, dequantize
+from sbft.grid.tensor import GridTensor
 from sbft.grid.update import NEAREST, Noise, second_key, store_moved_
 from sbft.optim.sharding import Shard
 from sbft.rounding import noise_at, noise_from_key, stochastic_round
@@ -59,9 +60,31 @@ def matrices(tensor: Tensor) -> Tensor:
         ) from None
 
 
+def stored(weight: Weight) -> Weight:
+    """What a weight is stored in: the codes of one on a grid; others are that themselves.
+
+    Raises:
+        TypeError: if it is a transposed view of a weight on a grid.
+    """
+    if not isinstance(weight, GridTensor):
+        return weight
+    if weight.is_transposed:
+        raise TypeError("a transposed view of a weight on a grid cannot be updated: update the weight itself")
+    return weight.quantized
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """Where a weight's memory is and how often it was changed: the same pair means the same values."""
+    memory = weight.codes if isinstance(weight, GridTensor) else weight
+    return memory.data_ptr(), weight._version
+
+
 def weight_matrices(weight: Weight) -> Weight:
-    """A (B, R, C) view of a weight of any shape, as `matrices` makes it."""
-    return weight.view(-1, weight.shape[-2]) if isinstance(weight, Quantized) else matrices(weight)
+    """A (B, R, C) view, to be changed, of what a weight of any shape is stored in, as `matrices` makes it."""
+    if isinstance(weight, GridTensor):
+        weight.mark_changed()
+    memory = stored(weight)
+    return memory.view(-1, weight.shape[-2]) if isinstance(memory, Quantized) else matrices(memory)
 
 
 def blocks(shape: torch.Size, most: int = BLOCK_ELEMENTS) -> Iterator[Block]:

@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 from sbft.grid import cpu as grid
 from sbft.grid.codes import Quantized
 from sbft.native import compiling
-from sbft.optim.kernels.blocks import Key, Weight, matrices
+from sbft.optim.kernels.blocks import Key, Weight, matrices, stored
 from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
 
@@ -87,6 +87,7 @@ def build(bits: int = 0, folder: Path | None = None, flags: Sequence[str] = grid
 
 def _covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
     """Whether the compiled code can do this update; otherwise the reference does."""
+    weight = stored(weight)
     if isinstance(weight, Quantized):
         contiguous = all(tensor.is_contiguous() for tensor in weight.tensors.values())
         whole_groups = shard is None or not shard.columns_split
@@ -147,6 +148,7 @@ def _run(
     relative_step: bool = False,
 ) -> tuple[float, float | None]:
     """Call a compiled function: the sum of the squared gradient, and that of the squared new weights if it was taken."""
+    memory = stored(weight)
     if grad.ndim <= 2 and grad.is_contiguous():
         rows, columns = grad.shape if grad.ndim == 2 else (1, grad.numel())
         geometry = (1, rows, columns, rows * columns, columns, 1)
@@ -162,11 +164,11 @@ def _run(
         sums, split = _SumOverRanks(shard), (shard.rows_split, shard.columns_split)
         rows, columns = shard.shape[0] if split[0] else geometry[1], shard.shape[-1] if split[1] else geometry[2]
         whole = (shard.offset, rows, columns, shard.count)
-    if isinstance(weight, Quantized):
-        planes = _PLANES_MEMORY.from_buffer_copy(grid.planes(weight))
+    if isinstance(memory, Quantized):
+        planes = _PLANES_MEMORY.from_buffer_copy(grid.planes(memory))
         address = ctypes.addressof(planes)
     else:
-        address = weight.data_ptr()
+        address = memory.data_ptr()
     call = _CALL_MEMORY.from_buffer_copy(
         _CALL.pack(
             address,
@@ -181,7 +183,7 @@ def _run(
             *(key or (0, 0)),
         )
     )
-    grad_square_sum: float = getattr(library(_bits(weight)), function)(call)
+    grad_square_sum: float = getattr(library(_bits(memory)), function)(call)
     if sums is not None:
         sums.check()
     if isinstance(weight, Tensor):
