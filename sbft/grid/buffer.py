@@ -15,8 +15,8 @@ from sbft.grid import values
 from sbft.grid.codes import Quantized
 from sbft.native.huge_pages import in_huge_pages
 
-LARGEST_KEPT_BYTES = 256 << 20
-"""A larger buffer, such as that of an 8B model's whole embedding, is freed as soon as it is not in use."""
+LARGEST_KEPT_BYTES = 16 << 20
+"""A larger buffer, such as that of a whole output head, is freed as soon as it is not in use."""
 
 _kept: list[Tensor] = []  # at most one; taking it out is atomic, so threads never share it
 

@@ -59,6 +59,15 @@ def write_exact(model: nn.Module, folder: Path, *, file_bytes: int = FILE_BYTES)
     _write(tensors, grids, folder / f"grid-{number:05}.safetensors")
 
 
+def save_checkpoint(model: PreTrainedModel, folder: Path) -> None:
+    """Write what a checkpoint has of a model: its tensors by `write_exact`, and its configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_exact(model, folder)
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
 def read_exact(model: nn.Module, folder: Path) -> None:
     """Fill a model, in place, with what `write_exact` has written of one whose weights are on the same grids.
 
