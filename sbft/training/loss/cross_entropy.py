@@ -32,8 +32,9 @@ from sbft.training.loss.token_statistics import StatisticsOfSlices, TokenStatist
 # four: 52 against 73 ms for 40 rows on two cores.
 PIECE_ELEMENTS = 2**24
 _SMALLEST_SLICE = 256
-DENSE_ELEMENTS = 2**23
-"""Of a head on a grid, how many weights are dense at once: 16 MiB in bfloat16."""
+# 8 MiB of bfloat16, and where launching costs more than memory 32.
+DENSE_ELEMENTS, GPU_DENSE_ELEMENTS = 2**22, 2**24
+"""Of a head on a grid, how many weights are dense at once."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def linear_cross_entropy(
         counted: (rows,) bool, where not all rows count; the others cost their logits all the same, and nobody waits to learn
             how many there are. Their labels may be any.
         piece_elements: most float32 logits to exist at once.
-        weight_elements: most elements of `weight` that one product reads; None: `DENSE_ELEMENTS` of one on a grid, else all.
+        weight_elements: most elements of `weight` that one product reads; None: of one on a grid a few MiB, else all.
         part: what of the vocabulary `weight` and `bias` are, where ranks share it; all give the same `hidden` and `labels`.
         statistics: is filled in; it costs a few passes over the logits.
 
@@ -233,7 +234,7 @@ def _rows_at_once(weight: Tensor, weight_elements: int | None) -> int:
     if weight_elements is None:
         if not isinstance(weight, GridTensor):
             return max(weight.shape[0], 1)
-        weight_elements = DENSE_ELEMENTS
+        weight_elements = DENSE_ELEMENTS if device_type(weight) == "cpu" else GPU_DENSE_ELEMENTS
     return max(1, weight_elements // max(weight.shape[1], 1))
 
 
