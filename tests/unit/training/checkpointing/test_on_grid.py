@@ -5,39 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sbft import SmallBatchTrainer, SmallBatchTrainingArguments
 from sbft.grid.state import has_grid_weights, holds_grid_weights
-from sbft.grid.update import apply_
 from sbft.grid.weight import GridWeight
 from sbft.training.checkpointing.on_grid import GridCheckpoints
-from tests.unit.grid.cases import dense_copy, grid_model, tokens
+from tests.unit.grid.cases import FORMATS, dense_copy, grid_model, tokens
 
 
 class Trained(GridCheckpoints, SmallBatchTrainer):
     pass
 
 
-class PlainSGD(torch.optim.Optimizer):
-    """Updates weights on a grid by the definition."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for place, parameter in enumerate(self.param_groups[0]["params"]):
-            state = self.state[parameter]
-            state["step"] = state.get("step", 0) + 1
-            if isinstance(parameter, GridWeight):
-                apply_(parameter.quantized, parameter.grad, step=0.01, decay=0.0, key=(place, state["step"]))
-                parameter.mark_changed()
-            else:
-                parameter.sub_(parameter.grad * 0.01)
-
-
-def trainer(folder: Path, steps: int, **settings: Any) -> Trained:
-    model = grid_model("llama tied", "int4", smallest_elements=4096)
+def trainer(folder: Path, steps: int, form: str = "int4", **settings: Any) -> Trained:
+    model = grid_model("llama tied", form, smallest_elements=4096)
     data: Any = [{"input_ids": tokens(seed=i)[0], "labels": tokens(seed=i)[0]} for i in range(4)]
     arguments = SmallBatchTrainingArguments(
         output_dir=str(folder),
@@ -49,12 +34,11 @@ def trainer(folder: Path, steps: int, **settings: Any) -> Trained:
         report_to=[],
         disable_tqdm=True,
         lr_scheduler_type="constant",
-        token_optimizer=None,
+        learning_rate=0.01,
         use_cpu=True,
         **settings,
     )
-    optimizer = PlainSGD(model.parameters(), {"lr": 0.01})
-    return Trained(model, arguments, train_dataset=data, eval_dataset=data[:1], optimizers=(optimizer, None))
+    return Trained(model, arguments, train_dataset=data, eval_dataset=data[:1])
 
 
 def stored(model: Any) -> list[Tensor]:
@@ -69,14 +53,16 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(*both) for both in zip(one, other, strict=True))
 
 
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
-    whole = trainer(tmp_path / "whole", 4)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+def test_a_resumed_run_ends_in_the_same_bits(optimizer: str, form: str, tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", 4, form, token_optimizer=optimizer)
     whole.train()
-    begun = trainer(tmp_path / "resumed", 2)
+    begun = trainer(tmp_path / "resumed", 2, form, token_optimizer=optimizer)
     begun.train()
     assert holds_grid_weights(tmp_path / "resumed" / "checkpoint-2")
     assert not (tmp_path / "resumed" / "checkpoint-2" / "model.safetensors").exists()
-    resumed = trainer(tmp_path / "resumed", 4)
+    resumed = trainer(tmp_path / "resumed", 4, form, token_optimizer=optimizer)
     resumed.train(resume_from_checkpoint=True)
     assert equal(stored(resumed.model), stored(whole.model))
     assert not equal(stored(resumed.model), stored(begun.model))
