@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sbft.native.memory_pool import trim_pool
 
@@ -104,7 +105,7 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, tied ones counted once."""
+    """Bytes of all parameters and buffers, tied ones counted once; of weights on a grid, those of codes and scales."""
     return _storage_bytes([*model.parameters(), *model.buffers()])
 
 
@@ -142,9 +143,28 @@ def type_of(device: torch.device | str | None = None) -> str:
     return "cpu" if found is None else found.type
 
 
+def stored_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors whose memory a tensor is in: itself, or those that it wraps, such as the codes of a weight on a grid.
+
+    A sharded tensor counts as itself, with the bytes of the whole.
+    """
+    if not is_traceable_wrapper_subclass(tensor) or _is_sharded(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # torch's protocol for wrappers
+    return [inner for name in names for inner in stored_tensors(getattr(tensor, name))]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = [stored.untyped_storage() for tensor in tensors for stored in stored_tensors(tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _cuda(read: Callable[[int], int]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.group_settings import Average
+from sbft.optim.kernels.blocks import version_of
 from sbft.optim.sharding import zeros_beside
 from sbft.optim.update import Update
 
@@ -116,7 +117,7 @@ class Adafactor(TokenOptimizer):
     def _update(self, update: Update) -> float | Tensor:
         param, group = update.param, update.group
         version, square_sum = self._weight_square_sums.get(param, ((0, 0), None))
-        known = square_sum if version == (param.data_ptr(), param._version) else None
+        known = square_sum if version == version_of(param) else None
         grad_square_sum, square_sum = update_with_factored_moment(
             update,
             known,
@@ -129,7 +130,7 @@ class Adafactor(TokenOptimizer):
         )
         if self._captured and isinstance(known, Tensor) and isinstance(square_sum, Tensor):
             square_sum = known.copy_(square_sum)  # a captured update reads it at this address
-        self._weight_square_sums[param] = ((param.data_ptr(), param._version), square_sum)
+        self._weight_square_sums[param] = (version_of(param), square_sum)
         return grad_square_sum
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.device_numbers import DeviceNumbers
+from sbft.optim.kernels.blocks import version_of
 from sbft.optim.sharding import is_sharded
 from sbft.optim.update import OpenStep
 
@@ -78,7 +79,7 @@ class CapturedUpdates:
             {name: value for name, value in group.items() if name not in ("params", "lr", "clock")}
             for group in optimizer.param_groups
         ]
-        weights = [(param.data_ptr(), param._version, param.requires_grad) for param in self._parameters]
+        weights = [(*version_of(param), param.requires_grad) for param in self._parameters]
         return optimizer.replacements, settings, weights
 
 

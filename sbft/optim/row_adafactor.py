@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbft.grid.tensor import GridTensor
 from sbft.optim.adafactor import Adafactor
 from sbft.optim.kernels.blocks import average_, matrices
 from sbft.optim.kernels.reference import step_size
@@ -96,4 +97,5 @@ def _pieces(shape: torch.Size) -> Iterator[tuple[int, slice]]:
 
 
 def _square_sums(rows: Tensor) -> Tensor:
+    rows = rows.dequantize(torch.float32) if isinstance(rows, GridTensor) else rows
     return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_()

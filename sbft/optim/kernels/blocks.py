@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from sbft import rounding
+from sbft.grid.codes import Quantized, dequantize
+from sbft.grid.tensor import GridTensor
+from sbft.grid.update import NEAREST, Noise, second_key, store_moved_
 from sbft.optim.sharding import Shard
 from sbft.rounding import noise_at, noise_from_key, stochastic_round
 
@@ -20,6 +23,9 @@ GPU_BLOCK_ELEMENTS = 1 << 20
 
 Key = rounding.Key | None
 """Noise key of an update, or None where a weight is rounded to nearest."""
+
+Weight = Tensor | Quantized
+"""What an update changes: values, or codes on a grid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,33 @@ def matrices(tensor: Tensor) -> Tensor:
         ) from None
 
 
+def stored(weight: Weight) -> Weight:
+    """What a weight is stored in: the codes of one on a grid; others are that themselves.
+
+    Raises:
+        TypeError: if it is a transposed view of a weight on a grid.
+    """
+    if not isinstance(weight, GridTensor):
+        return weight
+    if weight.is_transposed:
+        raise TypeError("a transposed view of a weight on a grid cannot be updated: update the weight itself")
+    return weight.quantized
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """Where a weight's memory is and how often it was changed: the same pair means the same values."""
+    memory = weight.codes if isinstance(weight, GridTensor) else weight
+    return memory.data_ptr(), weight._version
+
+
+def weight_matrices(weight: Weight) -> Weight:
+    """A (B, R, C) view, to be changed, of what a weight of any shape is stored in, as `matrices` makes it."""
+    if isinstance(weight, GridTensor):
+        weight.mark_changed()
+    memory = stored(weight)
+    return memory.view(-1, weight.shape[-2]) if isinstance(memory, Quantized) else matrices(memory)
+
+
 def blocks(shape: torch.Size, most: int = BLOCK_ELEMENTS) -> Iterator[Block]:
     """Cut a (B, R, C) shape into blocks of at most `most` elements, in order of their global index."""
     stack, rows, columns = shape
@@ -66,12 +99,12 @@ def blocks(shape: torch.Size, most: int = BLOCK_ELEMENTS) -> Iterator[Block]:
                 yield Block((b, slice(r, r_end), slice(c, c_end)), (b * rows + r) * columns + c, count)
 
 
-def blocks_of(tensor: Tensor) -> Iterator[Block]:
-    """Cut a (B, R, C) tensor into blocks of a size that suits its device."""
+def blocks_of(tensor: Weight) -> Iterator[Block]:
+    """Cut a (B, R, C) tensor or weight into blocks of a size that suits its device; they cut no block of a grid."""
     return blocks(tensor.shape, BLOCK_ELEMENTS if tensor.device.type in ("cpu", "meta") else GPU_BLOCK_ELEMENTS)
 
 
-def sum_of_squares(tensor: Tensor, values: Callable[[Block], Tensor]) -> Tensor:
+def sum_of_squares(tensor: Weight, values: Callable[[Block], Tensor]) -> Tensor:
     """Sum of the squares of `values(block)` over all blocks of a tensor; float32 of shape ()."""
     total = torch.zeros((), dtype=torch.float32, device=tensor.device)
     for block in blocks_of(tensor):
@@ -86,19 +119,44 @@ def average_(average: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
     return average.add_((value - average).mul_(weight))
 
 
-def store_(weight: Tensor, block: Block, values: Tensor, key: Key, shard: Shard | None) -> None:
-    """Write float32 `values` into a block of a (B, R, C) weight, rounded as its dtype and the key require."""
+def values_of(weight: Weight, block: Block) -> Tensor:
+    """The values of a block of a (B, R, C) weight; float32 of shape (rows, columns)."""
+    if isinstance(weight, Quantized):
+        return dequantize(weight.at(block.index), torch.float32)
+    return weight[block.index].float()
+
+
+def move_(
+    weight: Weight,
+    block: Block,
+    direction: Tensor,
+    step: Tensor | float,
+    decay: Tensor | float,
+    key: Key,
+    shard: Shard | None,
+) -> None:
+    """Move a block of a (B, R, C) weight to `value - decay * value - step * direction`, rounded as it is stored."""
+    if isinstance(weight, Quantized):
+        noise: Noise = (NEAREST, NEAREST)
+        if key is not None:
+            noise = _noise(weight, block, key, shard), _noise(weight, block, second_key(key), shard)
+        store_moved_(weight.at(block.index), direction, noise, step=step, decay=decay)
+        return
+    values = weight[block.index].float() * (1.0 - decay) - direction * step
     if weight.dtype == torch.bfloat16 and key is not None:
-        if shard is not None and shard.columns_split:
-            b, r, c = block.index
-            row = torch.arange(r.start, r.stop, device=weight.device) + b * weight.shape[1]
-            column = torch.arange(c.start, c.stop, device=weight.device) + shard.offset
-            noise = noise_at(key, (row[:, None] * shard.shape[-1] + column).view(-1))
-        else:
-            offset = block.offset + (0 if shard is None else shard.offset)
-            noise = noise_from_key(key, block.count, offset, weight.device)
-        values = stochastic_round(values, noise.view(values.shape))
+        values = stochastic_round(values, _noise(weight, block, key, shard).view(values.shape))
     weight[block.index].copy_(values)
+
+
+def _noise(weight: Weight, block: Block, key: rounding.Key, shard: Shard | None) -> Tensor:
+    """Noise of a block's elements by their index in the whole parameter; int32 of as many elements."""
+    if shard is not None and shard.columns_split:
+        b, r, c = block.index
+        row = torch.arange(r.start, r.stop, device=weight.device) + b * weight.shape[1]
+        column = torch.arange(c.start, c.stop, device=weight.device) + shard.offset
+        return noise_at(key, (row[:, None] * shard.shape[-1] + column).view(-1))
+    offset = block.offset + (0 if shard is None else shard.offset)
+    return noise_from_key(key, block.count, offset, weight.device)
 
 
 def square_root(values: Tensor) -> Tensor:

@@ -1,115 +1,15 @@
-// The updates of reference.py for one contiguous CPU weight, compiled on first use by cpu.py.
+// The updates of reference.py for one contiguous CPU weight, compiled on first use by cpu.py: once for float32 and bfloat16
+// weights, and with GRID_BITS defined for weights on a grid of so many bits.
 //
 // float32 arithmetic in the order of reference.py, without contraction to fused multiply-adds, so that given the same sums the
 // stored weights are equal bit for bit. Sums are taken over fixed parts of a tensor and then in order, so that no result
 // depends on the number of threads. Vectors are GCC's portable extension: AVX-512, AVX2 or NEON, whatever -march=native has.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-#ifdef __AVX512F__
-#include <immintrin.h>  // for two conversions that g++ 12 makes of six instructions instead of one
-#endif
+#include "../../grid/blocks.h"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr float SMALLEST_RATIO = 0x1p-126f;  // as in reference
-typedef float F16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
-
-typedef uint16_t bf16;
-
-#define INLINE __attribute__((always_inline))
-#define OUTLINE __attribute__((noinline))
-
-// Loads, stores, conversions
-
-inline F16 splat(float x) { return F16{} + x; }
-
-inline F16 load(const float* p) {
-    F16 v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-inline U16 widen(H16 h) {
-#ifdef __AVX512F__
-    return (U16)_mm512_cvtepu16_epi32((__m256i)h);
-#else
-    return __builtin_convertvector(h, U16);
-#endif
-}
-
-inline H16 narrow(U16 u) {
-#ifdef __AVX512F__
-    return (H16)_mm512_cvtepi32_epi16((__m512i)u);
-#else
-    return __builtin_convertvector(u, H16);
-#endif
-}
-
-inline F16 load(const bf16* p) {
-    H16 h;
-    memcpy(&h, p, sizeof h);
-    return (F16)(widen(h) << 16);
-}
-
-template <class T>
-OUTLINE F16 load_part(const T* p, int64_t n) {  // n < LANES values, then zeros
-    T part[LANES] = {};
-    memcpy(part, p, n * sizeof(T));
-    return load(part);
-}
-
-template <class T>
-inline F16 load_any(const T* p, int64_t n) {
-    return n >= LANES ? load(p) : load_part(p, n);
-}
-
-inline float sum(F16 v) {
-    float part[LANES];
-    memcpy(part, &v, sizeof v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
-}
-
-inline F16 root(F16 v) {
-#ifdef __AVX512F__
-    return (F16)_mm512_sqrt_ps((__m512)v);
-#else
-    float part[LANES];
-    memcpy(part, &v, sizeof v);
-    for (int i = 0; i < LANES; i++) part[i] = std::sqrt(part[i]);
-    memcpy(&v, part, sizeof v);
-    return v;
-#endif
-}
-
-// Rounding
-
-struct Key {
-    uint32_t first, second;
-    bool stochastic;  // else to nearest
-};
-
-// 32-bit hashes of the 16 counters that start at `counter`, a multiple of 16: the noise of 32 elements, low halves first.
-inline U16 hashes(uint64_t counter, Key key) {
-    const U16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    U16 x = lanes + (uint32_t)counter + key.first;
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= (x >> 15) ^ (key.second ^ (uint32_t)(counter >> 32) * 0x9E3779B9u);
-    x *= 0x846CA68Bu;
-    x ^= x >> 16;
-    return x;
-}
 
 // Rounds to bfloat16 and stores; returns the stored values. `noise` is in [0, 65535]; NaN gets its usual pattern.
 inline F16 round_and_store(bf16* p, F16 values, U16 noise) {
@@ -207,6 +107,88 @@ inline double square_sum_of_row(const T* row, int64_t count, int64_t origin) {
     return sum(total);
 }
 
+// How a weight is stored: its squares, and its new values
+
+struct Motion {
+    float step, shrink, decay;  // shrink is 1 - decay, rounded on its own
+    Key key;
+};
+
+template <class T>
+struct Dense {
+    T* data;
+
+    static int64_t size_bytes(int64_t count) { return count * (int64_t)sizeof(T); }
+
+    void prefetch(int64_t origin, int64_t count) const {
+        for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(data + origin + j, 1);
+    }
+
+    // Sum of the squares of `count` elements from `origin` on, whose global index is `index`.
+    double square_sum(int64_t origin, int64_t count, int64_t index) const {
+        return square_sum_of_row(data + origin, count, index);
+    }
+
+    // Moves these elements against `direction(j, n)`, the n <= 16 values from the j-th on, which is asked once for each;
+    // returns the sum of the squares of the new values.
+    template <class D>
+    INLINE double move(int64_t origin, int64_t count, int64_t index, const Motion& motion, D direction) const {
+        T* w = data + origin;
+        const F16 shrink = splat(motion.shrink), by = splat(motion.step);
+        return store_row(w, count, index, motion.key, [=](int64_t j, int64_t n) INLINE {
+            return load_any(w + j, n) * shrink - direction(j, n) * by;
+        });
+    }
+};
+
+template <int BITS>
+struct OnGrid {
+    Planes planes;
+
+    static int64_t size_bytes(int64_t count) { return count * BITS / 8; }
+
+    void prefetch(int64_t origin, int64_t count) const {
+        const int64_t bytes = BITS == 4 ? count / 2 : count;
+        for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(planes.codes + (BITS == 4 ? origin / 2 : origin) + j, 1);
+        for (int64_t j = 0; BITS == 12 && j < count / 2; j += 64) __builtin_prefetch(planes.low + origin / 2 + j, 1);
+    }
+
+    double square_sum(int64_t origin, int64_t count, int64_t) const {
+        switch (planes.block) {
+            case GROUP: return square_sum_as<1>(origin, count);
+            case 2 * GROUP: return square_sum_as<2>(origin, count);
+            default: return square_sum_as<4>(origin, count);
+        }
+    }
+
+    template <int GROUPS>
+    double square_sum_as(int64_t origin, int64_t count) const {
+        F16 total = {};
+        for (int64_t at = origin; at < origin + count; at += GROUPS * GROUP)
+            add_squares<BITS, GROUPS>({planes.codes, planes.low}, planes.scales[at / (GROUPS * GROUP)], at, total);
+        return sum(total);
+    }
+
+    template <class D>
+    INLINE double move(int64_t origin, int64_t count, int64_t index, const Motion& motion, D direction) const {
+        switch (planes.block) {
+            case GROUP: return move_as<1>(origin, count, index, motion, direction);
+            case 2 * GROUP: return move_as<2>(origin, count, index, motion, direction);
+            default: return move_as<4>(origin, count, index, motion, direction);
+        }
+    }
+
+    template <int GROUPS, class D>
+    INLINE double move_as(int64_t origin, int64_t count, int64_t index, const Motion& motion, D direction) const {
+        F16 total = {};
+        for (int64_t j = 0; j < count; j += GROUPS * GROUP)
+            move_block<BITS, GROUPS>({planes.codes, planes.low}, planes.scales + (origin + j) / (GROUPS * GROUP),
+                                     planes.largest, origin + j, index + j, motion.step, motion.decay, motion.key, total,
+                                     [=](int64_t k) INLINE { return direction(j + k, LANES); });
+        return sum(total);
+    }
+};
+
 // A (B, R, C) gradient of any strides. Rows that are not contiguous are gathered into a buffer, several at a time so that a
 // transposed gradient is read along its own rows.
 template <class G>
@@ -294,6 +276,10 @@ struct Settings {
     int32_t relative_step, threads;
     Key key;
     Shard shard;
+
+    Motion motion(float step) const {
+        return {step, (float)(1.0 - lr * weight_decay), (float)(lr * weight_decay), key};
+    }
 };
 
 float global_step_size(const Settings& s, double update_sum, double weight_sum) {
@@ -310,11 +296,11 @@ double global_sum(const Settings& s, double value) {
 // One matrix or a stack of them, second moment factored
 
 template <class W, class G>
-double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* row,
+double adafactor_factored(W weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* row,
                           float* column, float* mass, double* weight_sum, const Settings& s) {
     const int64_t count = stack * rows * columns;
     const Shard& shard = s.shard;
-    const int64_t budget = std::max<int64_t>(512 << 10, count * (int64_t)sizeof(W) / 200);
+    const int64_t budget = std::max<int64_t>(512 << 10, W::size_bytes(count) / 200);
     const Parts parts = Parts::of_matrices(stack, rows, columns, budget);
     const bool gathered = grad.column_stride != 1;
     const int64_t shared = shard.sum ? stack * (shard.columns_split ? rows : columns) + 2 : 0;
@@ -330,9 +316,8 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
     double grad_sum = 0, known_sum = *weight_sum;
     float step = 0;
     const float w_average = (float)s.average_weight, eps = (float)s.eps;
-    const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
     // Where gradient and weight fit in the second-level caches, the weight is fetched while the squared update is summed.
-    const bool prefetch_weight = count * (int64_t)(sizeof(W) + sizeof(G)) <= s.threads * (int64_t)(3 << 19);
+    const bool prefetch_weight = W::size_bytes(count) + count * (int64_t)sizeof(G) <= s.threads * (int64_t)(3 << 19);
 
 #pragma omp parallel num_threads(s.threads)
     {
@@ -436,9 +421,7 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                     F16 total[4] = {};
                     for (int i = 0; i < n; i++) {
                         const F16 rf = splat(row_factor[b * rows + r + i]);
-                        if (prefetch_weight)
-                            for (int64_t c = 0; c < columns; c += CACHE_LINE<W>)
-                                __builtin_prefetch(weight + (b * rows + r + i) * columns + c, 1);
+                        if (prefetch_weight) weight.prefetch((b * rows + r + i) * columns, columns);
                         int64_t c = 0;
                         for (; c + 4 * LANES <= columns; c += 4 * LANES)
                             for (int k = 0; k < 4; k++) {
@@ -451,7 +434,7 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                         }
                         if (s.relative_step && known_sum < 0) {
                             const int64_t origin = (b * rows + r + i) * columns;
-                            weight_sums[p] += square_sum_of_row(weight + origin, columns, shard.global(origin, columns));
+                            weight_sums[p] += weight.square_sum(origin, columns, shard.global(origin, columns));
                         }
                     }
                     update_sums[p] += sum(total[0] + total[1] + (total[2] + total[3]));
@@ -466,6 +449,7 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
 #pragma omp barrier
 
             // The new weights, rounded, and their sum of squares.
+            const Motion motion = s.motion(step);
 #pragma omp for schedule(static)
             for (int64_t p = 0; p < parts.total; p++) {
                 const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
@@ -477,12 +461,11 @@ double adafactor_factored(W* weight, const Gradient<G>& grad, int64_t stack, int
                     grad.rows(b, r, n, columns, buffer, g);
                     for (int i = 0; i < n; i++) {
                         const int64_t origin = (b * rows + r + i) * columns;
-                        const F16 rf = splat(row_factor[b * rows + r + i]), by = splat(step);
-                        W* w = weight + origin;
+                        const F16 rf = splat(row_factor[b * rows + r + i]);
                         const G* gi = g[i];
                         const int64_t index = shard.global(origin, columns);
-                        weight_sums[p] += store_row(w, columns, index, s.key, [=](int64_t c, int64_t m) INLINE {
-                            return load_any(w + c, m) * shrink - load_any(gi + c, m) * rf * load_any(cf + c, m) * by;
+                        weight_sums[p] += weight.move(origin, columns, index, motion, [=](int64_t c, int64_t m) INLINE {
+                            return load_any(gi + c, m) * rf * load_any(cf + c, m);
                         });
                     }
                 }
@@ -546,7 +529,7 @@ double square_sum(const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t 
 }
 
 template <class W, class G>
-double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* moment,
+double adafactor_full(W weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* moment,
                       float* mass, double* weight_sum, const Settings& s) {
     const int64_t runs = run_count(stack, rows, columns);
     Scratch scratch(2 * (runs * 8 + 64));
@@ -571,17 +554,15 @@ double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t
             total += u * u;
         }
         sums[p] = sum(total);
-        if (!know) weight_sums[p] = square_sum_of_row(weight + origin, n, s.shard.global(origin, columns));
+        if (!know) weight_sums[p] = weight.square_sum(origin, n, s.shard.global(origin, columns));
     });
     if (!know) *weight_sum = ordered_sum(weight_sums, runs);
-    const F16 by = splat(global_step_size(s, ordered_sum(sums, runs), *weight_sum));
-    const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    const Motion motion = s.motion(global_step_size(s, ordered_sum(sums, runs), *weight_sum));
     for_runs(grad, stack, rows, columns, s.threads, by_rows, [&](int64_t p, int64_t n, int64_t origin, const G* g) {
-        W* w = weight + origin;
         const float* v = moment + origin;
-        weight_sums[p] = store_row(w, n, s.shard.global(origin, columns), s.key, [=](int64_t j, int64_t m) INLINE {
-            const F16 u = load_any(g + j, m) / root(load_any(v + j, m) / by_mass);
-            return load_any(w + j, m) * shrink - u * by;
+        const int64_t index = s.shard.global(origin, columns);
+        weight_sums[p] = weight.move(origin, n, index, motion, [=](int64_t j, int64_t m) INLINE {
+            return load_any(g + j, m) / root(load_any(v + j, m) / by_mass);
         });
     });
     *weight_sum = s.relative_step ? ordered_sum(weight_sums, runs) : -1.0;
@@ -589,7 +570,7 @@ double adafactor_full(W* weight, const Gradient<G>& grad, int64_t stack, int64_t
 }
 
 template <class W, class G>
-double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* first,
+double adamw(W weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* first,
              float* second, float* first_mass, float* second_mass, double first_weight, const Settings& s) {
     Scratch scratch(run_count(stack, rows, columns) * 8 + 64);
     double* sums = scratch.take<double>(run_count(stack, rows, columns));
@@ -599,12 +580,11 @@ double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, in
     average(first_mass, 1.0f, (float)first_weight);
     average(second_mass, 1.0f, (float)s.average_weight);
     const F16 w1 = splat((float)first_weight), w2 = splat((float)s.average_weight), eps = splat((float)s.eps);
-    const F16 mass1 = splat(*first_mass), mass2 = splat(*second_mass), by = splat((float)s.lr);
-    const F16 shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    const F16 mass1 = splat(*first_mass), mass2 = splat(*second_mass);
+    const Motion motion = s.motion((float)s.lr);
     for_runs(grad, stack, rows, columns, s.threads, by_rows, [&](int64_t, int64_t n, int64_t origin, const G* g) {
-        W* w = weight + origin;
         float *m1 = first ? first + origin : nullptr, *m2 = second + origin;
-        store_row(w, n, s.shard.global(origin, columns), s.key, [=](int64_t j, int64_t m) INLINE {
+        weight.move(origin, n, s.shard.global(origin, columns), motion, [=](int64_t j, int64_t m) INLINE {
             const F16 gradient = load_any(g + j, m);
             F16 v = load_any(m2 + j, m), mean = gradient;
             v += (gradient * gradient - v) * w2;
@@ -615,14 +595,14 @@ double adamw(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, in
                 memcpy(m1 + j, &mean, m * sizeof(float));
                 mean = mean / mass1;
             }
-            return load_any(w + j, m) * shrink - mean / (root(v / mass2) + eps) * by;
+            return mean / (root(v / mass2) + eps);
         });
     });
     return grad_sum;
 }
 
 template <class W, class G>
-double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* momentum,
+double sgd(W weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* momentum,
            float* mass, const Settings& s) {
     Scratch scratch(run_count(stack, rows, columns) * 8 + 64);
     double* sums = scratch.take<double>(run_count(stack, rows, columns));
@@ -631,11 +611,10 @@ double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int6
     if (!std::isfinite(grad_sum)) return grad_sum;
     if (momentum) average(mass, 1.0f, (float)s.average_weight);
     const F16 by_mass = splat(momentum ? *mass : 1.0f), w_average = splat((float)s.average_weight);
-    const F16 by = splat((float)s.lr), shrink = splat((float)(1.0 - s.lr * s.weight_decay));
+    const Motion motion = s.motion((float)s.lr);
     for_runs(grad, stack, rows, columns, s.threads, by_rows, [&](int64_t, int64_t n, int64_t origin, const G* g) {
-        W* w = weight + origin;
         float* m1 = momentum ? momentum + origin : nullptr;
-        store_row(w, n, s.shard.global(origin, columns), s.key, [=](int64_t j, int64_t m) INLINE {
+        weight.move(origin, n, s.shard.global(origin, columns), motion, [=](int64_t j, int64_t m) INLINE {
             F16 u = load_any(g + j, m);
             if (m1) {
                 F16 mean = load_any(m1 + j, m);
@@ -643,7 +622,7 @@ double sgd(W* weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int6
                 memcpy(m1 + j, &mean, m * sizeof(float));
                 u = mean / by_mass;
             }
-            return load_any(w + j, m) * shrink - u * by;
+            return u;
         });
     });
     return grad_sum;
@@ -672,37 +651,43 @@ static Settings settings(const Call& c) {
             {c.sum, c.offset, c.all_rows, c.all_columns, c.all_count, c.rows_split, c.columns_split}};
 }
 
-#define FOR_DTYPES(CALL)                                    \
-    if (c->is_bf16) { CALL(bf16, bf16) } else { CALL(float, float) }
+// `weight` points to the values, or on a grid to a `Planes`; `is_bf16` says what the gradient is, and a weight of values too.
+#ifdef GRID_BITS
+#define WEIGHT(G) OnGrid<GRID_BITS>{*(const Planes*)c->weight}
+#else
+#define WEIGHT(G) Dense<G>{(G*)c->weight}
+#endif
+#define FOR_DTYPES(CALL) \
+    if (c->is_bf16) { CALL(bf16) } else { CALL(float) }
 #define GRADIENT(G) Gradient<G>{(const G*)c->grad, c->stack_stride, c->row_stride, c->column_stride}
 
 double sbft_adafactor_factored(Call* c) {
-#define CALL(W, G)                                                                                                     \
-    return adafactor_factored((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->row, c->column, c->mass,   \
+#define CALL(G)                                                                                                        \
+    return adafactor_factored(WEIGHT(G), GRADIENT(G), c->stack, c->rows, c->columns, c->row, c->column, c->mass,   \
                               &c->weight_sum, settings(*c));
     FOR_DTYPES(CALL)
 #undef CALL
 }
 
 double sbft_adafactor_full(Call* c) {
-#define CALL(W, G)                                                                                             \
-    return adafactor_full((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->second, c->mass,       \
+#define CALL(G)                                                                                                \
+    return adafactor_full(WEIGHT(G), GRADIENT(G), c->stack, c->rows, c->columns, c->second, c->mass,       \
                           &c->weight_sum, settings(*c));
     FOR_DTYPES(CALL)
 #undef CALL
 }
 
 double sbft_adamw(Call* c) {
-#define CALL(W, G)                                                                                               \
-    return adamw((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->first, c->second, c->mass,        \
+#define CALL(G)                                                                                                  \
+    return adamw(WEIGHT(G), GRADIENT(G), c->stack, c->rows, c->columns, c->first, c->second, c->mass,        \
                  c->second_mass, c->first_weight, settings(*c));
     FOR_DTYPES(CALL)
 #undef CALL
 }
 
 double sbft_sgd(Call* c) {
-#define CALL(W, G) \
-    return sgd((W*)c->weight, GRADIENT(G), c->stack, c->rows, c->columns, c->first, c->mass, settings(*c));
+#define CALL(G)    \
+    return sgd(WEIGHT(G), GRADIENT(G), c->stack, c->rows, c->columns, c->first, c->mass, settings(*c));
     FOR_DTYPES(CALL)
 #undef CALL
 }

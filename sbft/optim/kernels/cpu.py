@@ -12,6 +12,7 @@ import functools
 import math
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +20,38 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from sbft.grid import cpu as grid
+from sbft.grid.codes import Quantized
 from sbft.native import compiling
-from sbft.native.openmp import openmp_runtime
-from sbft.optim.kernels.blocks import Key, matrices
+from sbft.optim.kernels.blocks import Key, Weight, matrices, stored
 from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-# -O1 with inlining measured as fast as -O2 and -O3 here (the vectors are explicit) and compiles in two thirds of the time.
-_FLAGS = [
-    "-O1", "-finline-functions", "-march=native", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fopenmp", "-shared", "-fPIC",
-]  # fmt: skip
 _ELEMENTS_PER_THREAD = 1 << 15  # below this, waking a second thread costs more than it saves
+
+_LARGEST_BLOCK = 128  # of a grid
+_DTYPES = (torch.float32, torch.bfloat16)
 
 # The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 34 fields one
 # by one takes longer than updating the weight of a layer norm.
 _CALL = struct.Struct("@9P10q7d6i2I")
 _CALL_MEMORY = ctypes.c_char * _CALL.size
+_PLANES_MEMORY = ctypes.c_char * grid.PLANES.size
 _WEIGHT_SUM = struct.Struct("@d")
 _WEIGHT_SUM_OFFSET = struct.calcsize("@9P10q")
 _SUM = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, built if necessary; None, after one warning, where it cannot be built."""
+def library(bits: int = 0) -> ctypes.CDLL | None:
+    """The compiled library, built if necessary; None, after one warning, where it cannot be built.
+
+    Args:
+        bits: those of the grid that the weights are on; 0 for float32 and bfloat16.
+    """
     try:
-        _share_openmp_runtime()
-        compiled = ctypes.CDLL(str(build()))
+        return load(build(bits))
     except (compiling.CompilerMissing, OSError) as error:
         warnings.warn(
             f"sbft's compiled CPU kernels are not available ({error}), so the optimizer step runs in plain torch, which is "
@@ -55,6 +59,16 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a library that `build` made.
+
+    Raises:
+        OSError: if it cannot be loaded.
+    """
+    grid.share_openmp_runtime()
+    compiled = ctypes.CDLL(str(path))
     for name in ("sbft_adafactor_factored", "sbft_adafactor_full", "sbft_adamw", "sbft_sgd"):
         function = getattr(compiled, name)
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_double
@@ -65,24 +79,28 @@ def library() -> ctypes.CDLL | None:
     return compiled
 
 
-def build(folder: Path | None = None) -> Path:
+def build(bits: int = 0, folder: Path | None = None, flags: Sequence[str] = grid.FLAGS) -> Path:
     """Compile cpu.cpp unless it is in the cache, and return the library's path; see `sbft.native.compiling.build`."""
-    return compiling.build(_SOURCE, _FLAGS, facts=[compiling.processor()], folder=folder)
+    defined = [f"-DGRID_BITS={bits}"] if bits else []
+    return compiling.build(_SOURCE, [*flags, *defined], facts=grid.facts(), folder=folder)
 
 
-def _share_openmp_runtime() -> None:
-    """Let the library use the OpenMP runtime that torch has loaded: the threads of two would compete for the cores."""
-    path = openmp_runtime()
-    if path is not None:
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-
-
-def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
+def _covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
     """Whether the compiled code can do this update; otherwise the reference does."""
-    usual = weight.is_contiguous() and grad.dtype == weight.dtype and weight.numel() > 0
+    weight = stored(weight)
+    if isinstance(weight, Quantized):
+        contiguous = all(tensor.is_contiguous() for tensor in weight.tensors.values())
+        whole_groups = shard is None or not shard.columns_split
+        usual = contiguous and whole_groups and weight.block <= _LARGEST_BLOCK and grad.dtype in _DTYPES
+    else:
+        usual = weight.is_contiguous() and grad.dtype == weight.dtype
     # It sums over all other ranks, not apart over those with other rows and those with other columns.
     one_cut = shard is None or shard.over_rows is None
-    return usual and one_cut and library() is not None
+    return usual and one_cut and weight.numel() > 0 and library(_bits(weight)) is not None
+
+
+def _bits(weight: Weight) -> int:
+    return weight.grid.bits if isinstance(weight, Quantized) else 0
 
 
 class _SumOverRanks:
@@ -114,7 +132,7 @@ State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor
 
 def _run(
     function: str,
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     state: State,
     key: Key,
@@ -130,6 +148,7 @@ def _run(
     relative_step: bool = False,
 ) -> tuple[float, float | None]:
     """Call a compiled function: the sum of the squared gradient, and that of the squared new weights if it was taken."""
+    memory = stored(weight)
     if grad.ndim <= 2 and grad.is_contiguous():
         rows, columns = grad.shape if grad.ndim == 2 else (1, grad.numel())
         geometry = (1, rows, columns, rows * columns, columns, 1)
@@ -145,9 +164,14 @@ def _run(
         sums, split = _SumOverRanks(shard), (shard.rows_split, shard.columns_split)
         rows, columns = shard.shape[0] if split[0] else geometry[1], shard.shape[-1] if split[1] else geometry[2]
         whole = (shard.offset, rows, columns, shard.count)
+    if isinstance(memory, Quantized):
+        planes = _PLANES_MEMORY.from_buffer_copy(grid.planes(memory))
+        address = ctypes.addressof(planes)
+    else:
+        address = memory.data_ptr()
     call = _CALL_MEMORY.from_buffer_copy(
         _CALL.pack(
-            weight.data_ptr(),
+            address,
             grad.data_ptr(),
             *[0 if tensor is None else tensor.data_ptr() for tensor in state],
             0 if sums is None else sums.address,
@@ -155,21 +179,22 @@ def _run(
             *whole,
             -1.0 if weight_square_sum is None else weight_square_sum,
             *(average_weight, first_weight, lr, clip_threshold, eps, weight_decay),
-            *(weight.dtype == torch.bfloat16, relative_step, threads, key is not None, *split),
+            *(grad.dtype == torch.bfloat16, relative_step, threads, key is not None, *split),
             *(key or (0, 0)),
         )
     )
-    grad_square_sum: float = getattr(library(), function)(call)
+    grad_square_sum: float = getattr(library(_bits(memory)), function)(call)
     if sums is not None:
         sums.check()
-    increment_version(weight)
+    if isinstance(weight, Tensor):
+        increment_version(weight)
     (new_sum,) = _WEIGHT_SUM.unpack_from(call, _WEIGHT_SUM_OFFSET)
     return grad_square_sum, new_sum if new_sum >= 0 else None
 
 
 @or_reference(_covers)
 def adafactor_factored(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     row: Tensor,
     column: Tensor,
@@ -189,7 +214,7 @@ def adafactor_factored(
 
 @or_reference(_covers)
 def adafactor_full(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     second_moment: Tensor,
     mass: Tensor,
@@ -206,7 +231,7 @@ def adafactor_full(
 
 @or_reference(_covers)
 def adamw(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     first_moment: Tensor | None,
     second_moment: Tensor,
@@ -225,7 +250,7 @@ def adamw(
 
 @or_reference(_covers)
 def sgd(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     momentum: Tensor | None,
     mass: Tensor | None,

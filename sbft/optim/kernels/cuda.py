@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sbft.grid.codes import Quantized
 from sbft.optim.kernels import cuda_elementwise
-from sbft.optim.kernels.blocks import Key, matrices
+from sbft.optim.kernels.blocks import Key, matrices, stored
 from sbft.optim.kernels.cuda_plans import FactoredPlan, LineLaunches, factored_launches, line_launches
 from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
@@ -36,6 +37,8 @@ def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
     another index. The reference, in blocks of a million elements there, takes some 20 launches each, and the ranks share the
     work.
     """
+    if isinstance(stored(weight), Quantized):
+        return False
     return weight.is_contiguous() and weight.numel() > 0 and (shard is None or not shard.columns_split)
 
 

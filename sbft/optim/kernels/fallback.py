@@ -17,7 +17,7 @@ _Update = Callable[_Arguments, _Result]
 
 
 def or_reference(
-    covers: Callable[[Tensor, Tensor, Shard | None], bool], after: Callable[[Shard | None, Any], None] | None = None
+    covers: Callable[[Any, Tensor, Shard | None], bool], after: Callable[[Shard | None, Any], None] | None = None
 ) -> Callable[[_Update[_Arguments, _Result]], _Update[_Arguments, _Result]]:
     """Make a compiled update fall back to the function of the same name in `reference`.
 

@@ -17,7 +17,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sbft.optim.kernels.blocks import Block, Key, average_, blocks_of, matrices, square_root, store_, sum_of_squares
+from sbft.optim.kernels.blocks import (
+    Block,
+    Key,
+    Weight,
+    average_,
+    blocks_of,
+    matrices,
+    move_,
+    square_root,
+    sum_of_squares,
+    values_of,
+    weight_matrices,
+)
 from sbft.optim.sharding import Shard
 
 SMALLEST_RMS = 1e-3
@@ -97,25 +109,25 @@ def factored_update(grad: Tensor, row_factor: Tensor, column_factor: Tensor) -> 
 
 
 def apply_(
-    weight: Tensor,
+    weight: Weight,
     update: Callable[[Block], Tensor],
     step: Tensor | float,
-    shrink: float | Tensor,
+    decay: float | Tensor,
     key: Key,
     shard: Shard | None,
     want_sum: bool,
 ) -> Tensor | None:
-    """`weight = weight * shrink - step * update`, rounded; returns the sum of the squared new weights if `want_sum`."""
+    """`weight -= decay * weight + step * update`, rounded; returns the sum of the squared new weights if `want_sum`."""
     square_sum = torch.zeros((), dtype=torch.float32, device=weight.device) if want_sum else None
     for block in blocks_of(weight):
-        store_(weight, block, weight[block.index].float() * shrink - update(block) * step, key, shard)
+        move_(weight, block, update(block), step, decay, key, shard)
         if square_sum is not None:
-            square_sum += weight[block.index].float().square().sum()
+            square_sum += values_of(weight, block).square().sum()
     return square_sum
 
 
 def adafactor_factored(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     row: Tensor,
     column: Tensor,
@@ -153,7 +165,7 @@ def adafactor_factored(
     Returns:
         Sum of the squared gradient; and of the squared new weights (of a shard, its own), if `relative_step`.
     """
-    w, g = matrices(weight), matrices(grad)
+    w, g = weight_matrices(weight), matrices(grad)
     # A rank without rows still has the averages of all columns, and the other way round: hence the explicit shapes.
     row, column = row.view(w.shape[:2]), column.view(w.shape[0], w.shape[2])
     row_sum, column_sum = row_and_column_sums(g)
@@ -170,7 +182,7 @@ def adafactor_factored(
 
 
 def adafactor_full(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     second_moment: Tensor,
     mass: Tensor,
@@ -189,7 +201,7 @@ def adafactor_full(
 
     `second_moment` is float32 of the weight's shape, contiguous; everything else as in `adafactor_factored`.
     """
-    w, g, v = matrices(weight), matrices(grad), matrices(second_moment)
+    w, g, v = weight_matrices(weight), matrices(grad), matrices(second_moment)
     grad_square_sum = _gradient_square_sum(g, shard)
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum, weight_square_sum
@@ -211,7 +223,7 @@ def _gradient_square_sum(grad: Tensor, shard: Shard | None) -> Tensor:
 
 
 def _step_and_apply(
-    w: Tensor,
+    w: Weight,
     update: Callable[[Block], Tensor],
     weight_square_sum: float | Tensor | None,
     lr: float | Tensor,
@@ -225,21 +237,21 @@ def _step_and_apply(
     if not isinstance(weight_square_sum, Tensor):
         weight_square_sum = None
     if relative_step and weight_square_sum is None:
-        weight_square_sum = sum_of_squares(w, lambda block: w[block.index].float())
+        weight_square_sum = sum_of_squares(w, lambda block: values_of(w, block))
     count = w.numel()
     if shard is not None:
         count = shard.count
         known = torch.zeros_like(update_square_sum) if weight_square_sum is None else weight_square_sum
         update_square_sum, weight_square_sum = shard.sum(update_square_sum, known)
     step = step_size(lr, relative_step, clip_threshold, count, update_square_sum, weight_square_sum)
-    return apply_(w, update, step, 1.0 - lr * weight_decay, key, shard, relative_step)
+    return apply_(w, update, step, lr * weight_decay, key, shard, relative_step)
 
 
 # AdamW and SGD
 
 
 def adamw(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     first_moment: Tensor | None,
     second_moment: Tensor,
@@ -274,7 +286,7 @@ def adamw(
     Returns:
         Sum of the squared gradient.
     """
-    w, g, v = matrices(weight), matrices(grad), matrices(second_moment)
+    w, g, v = weight_matrices(weight), matrices(grad), matrices(second_moment)
     m = None if first_moment is None else matrices(first_moment)
     grad_square_sum = _gradient_square_sum(g, shard)
     if not torch.isfinite(grad_square_sum):
@@ -288,12 +300,12 @@ def adamw(
         mean = gradient if m is None else average_(m[block.index], gradient, first_weight) / first_mass
         return mean / (square_root(v[block.index] / second_mass) + eps)
 
-    apply_(w, update, lr, 1.0 - lr * weight_decay, key, shard, want_sum=False)
+    apply_(w, update, lr, lr * weight_decay, key, shard, want_sum=False)
     return grad_square_sum
 
 
 def sgd(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     momentum: Tensor | None,
     mass: Tensor | None,
@@ -320,12 +332,12 @@ def sgd(
     Returns:
         Sum of the squared gradient.
     """
-    w, g = matrices(weight), matrices(grad)
+    w, g = weight_matrices(weight), matrices(grad)
     grad_square_sum = _gradient_square_sum(g, shard)
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum
     if momentum is None:
-        apply_(w, lambda block: g[block.index].float(), lr, 1.0 - lr * weight_decay, key, shard, want_sum=False)
+        apply_(w, lambda block: g[block.index].float(), lr, lr * weight_decay, key, shard, want_sum=False)
         return grad_square_sum
     assert mass is not None
     m = matrices(momentum)
@@ -334,5 +346,5 @@ def sgd(
     def update(block: Block) -> Tensor:
         return average_(m[block.index], g[block.index].float(), momentum_weight) / mass
 
-    apply_(w, update, lr, 1.0 - lr * weight_decay, key, shard, want_sum=False)
+    apply_(w, update, lr, lr * weight_decay, key, shard, want_sum=False)
     return grad_square_sum

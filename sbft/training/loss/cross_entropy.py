@@ -5,6 +5,9 @@ head's own dtype. Otherwise the vocabulary is cut into slices: forward keeps one
 again. It is the vocabulary that is cut and not the rows, because the weight gradient of a slice is then complete after one
 product. It needs no float32 accumulator of the head's size and is not rounded once per chunk.
 
+A head on a grid (`sbft.grid`) is read in pieces of its rows, so that no more than a piece of it is dense at any time. Its
+logits are still made once where they fit; only the gradient of the hidden states is then a float32 sum over the pieces.
+
 torch 2.13's own `linear_cross_entropy` is not used. Its chunked form takes 13 to 100 times as long on a CPU in bfloat16
 (49152 x 576, 1 to 40 rows) and 486 MiB instead of 54, and its plain form makes all logits.
 """
@@ -20,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sbft.grid.tensor import GridTensor
 from sbft.native.device_type import device_type
 from sbft.native.huge_pages import in_huge_pages
 from sbft.training.loss.token_statistics import StatisticsOfSlices, TokenStatistics
@@ -28,6 +32,9 @@ from sbft.training.loss.token_statistics import StatisticsOfSlices, TokenStatist
 # four: 52 against 73 ms for 40 rows on two cores.
 PIECE_ELEMENTS = 2**24
 _SMALLEST_SLICE = 256
+# 8 MiB of bfloat16, and where launching costs more than memory 32.
+DENSE_ELEMENTS, GPU_DENSE_ELEMENTS = 2**22, 2**24
+"""Of a head on a grid, how many weights are dense at once."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     counted: Tensor | None = None,
     piece_elements: int = PIECE_ELEMENTS,
+    weight_elements: int | None = None,
     part: VocabularyPart | None = None,
     statistics: TokenStatistics | None = None,
 ) -> Tensor:
@@ -71,6 +79,7 @@ def linear_cross_entropy(
         counted: (rows,) bool, if not all rows count. The logits of the others are made too, so that the host need not wait to
             learn how many there are. Their labels are ignored.
         piece_elements: most float32 logits that exist at once.
+        weight_elements: most elements of `weight` that one product reads; None: a few MiB of one on a grid, else all.
         part: which rows of the vocabulary `weight` and `bias` are, if it is sharded. `hidden` and `labels` are the same on all
             ranks.
         statistics: filled in, which costs a few passes over the logits.
@@ -105,6 +114,7 @@ def linear_cross_entropy(
         scale,
         softcap,
         piece_elements,
+        _rows_at_once(weight, weight_elements),
         part,
         torch.is_grad_enabled(),
         None if statistics is None else StatisticsOfSlices(statistics, counted),
@@ -123,6 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         piece_elements: int,
+        weight_rows: int,
         part: VocabularyPart | None,
         needs_grad: bool,
         gathered: StatisticsOfSlices | None,
@@ -130,10 +141,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         ctx.has_bias = bias is not None
         ctx.settings = (weight_of_row, scale, softcap)
-        ctx.part = part
+        ctx.part, ctx.weight_rows = part, weight_rows
         if part is None and rows * vocabulary <= piece_elements:
             loss, grad_logits = _one_piece(
-                hidden, weight, bias, labels, weight_of_row, scale, softcap, needs_grad, gathered
+                hidden, weight, bias, labels, weight_of_row, scale, softcap, needs_grad, gathered, weight_rows
             )
             if needs_grad:
                 ctx.slice_size = None
@@ -141,7 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return loss
         if part is not None:
             labels = labels - part.start
-        slice_size = max(_SMALLEST_SLICE, piece_elements // max(rows, 1))
+        slice_size = min(max(_SMALLEST_SLICE, piece_elements // max(rows, 1)), weight_rows)
         log_sum = torch.full((rows,), -torch.inf, device=hidden.device)
         of_label, is_there = torch.zeros(2, rows, device=hidden.device)
         for start in _starts(weight, slice_size):
@@ -178,13 +189,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, weight, grad_logits = ctx.saved_tensors
             grad_logits = grad_logits * grad_loss
             grads = (
-                grad_logits @ weight if needs_hidden else None,
+                _hidden_gradient(grad_logits, weight, ctx.weight_rows) if needs_hidden else None,
                 _weight_gradient(grad_logits, hidden, weight) if needs_weight else None,
                 grad_logits.sum(0) if needs_bias else None,
             )
         else:
             grads = _sliced_gradients(ctx, grad_loss, needs_hidden, needs_weight, needs_bias)
-        return (*grads, *([None] * 8))
+        return (*grads, *([None] * 9))
 
 
 def _one_piece(
@@ -197,9 +208,10 @@ def _one_piece(
     softcap: float | None,
     needs_grad: bool,
     gathered: StatisticsOfSlices | None,
+    weight_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of the head's own output, (rows, vocabulary) in its dtype."""
-    logits, tanh = _logits(hidden, weight, bias, 0, weight.shape[0], scale, softcap)
+    logits, tanh = _logits(hidden, weight, bias, 0, weight.shape[0], scale, softcap, weight_rows)
     log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
     index = labels.unsqueeze(1)
     if gathered is not None:
@@ -217,6 +229,26 @@ def _total(losses: Tensor, weight_of_row: Tensor | float) -> Tensor:
     if isinstance(weight_of_row, Tensor) and weight_of_row.ndim == 2:
         return (losses * weight_of_row).sum()
     return losses.sum() * weight_of_row
+
+
+def _rows_at_once(weight: Tensor, weight_elements: int | None) -> int:
+    """Rows of the head that one product reads."""
+    if weight_elements is None:
+        if not isinstance(weight, GridTensor):
+            return max(weight.shape[0], 1)
+        weight_elements = DENSE_ELEMENTS if device_type(weight) == "cpu" else GPU_DENSE_ELEMENTS
+    return max(1, weight_elements // max(weight.shape[1], 1))
+
+
+def _hidden_gradient(grad_logits: Tensor, weight: Tensor, weight_rows: int) -> Tensor:
+    """`grad_logits @ weight`, (rows, hidden size)."""
+    if weight_rows >= weight.shape[0]:
+        return grad_logits @ weight
+    total = torch.zeros(grad_logits.shape[0], weight.shape[1], device=grad_logits.device)
+    for start in _starts(weight, weight_rows):
+        part = slice(start, start + weight_rows)
+        total += grad_logits[:, part] @ weight[part]
+    return total.to(grad_logits.dtype)
 
 
 # Up to a row for so many columns the copy in `_weight_gradient` is faster.
@@ -267,11 +299,23 @@ def _starts(weight: Tensor, size: int) -> Sequence[int]:
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, start: int, size: int, scale: float, softcap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    scale: float,
+    softcap: float | None,
+    weight_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of one slice, transformed (in float32, unless whole and untransformed), and their tanh if they are capped."""
-    part = slice(start, start + size)
-    logits = F.linear(hidden, weight[part], None if bias is None else bias[part])
+    if weight_rows is None or weight_rows >= size:
+        logits = _product(hidden, weight, bias, slice(start, start + size))
+    else:
+        logits = hidden.new_empty(hidden.shape[0], size)
+        for first in _starts(weight, weight_rows):
+            part = slice(first, min(first + weight_rows, size))
+            logits[:, part] = _product(hidden, weight, bias, part)
     if size >= weight.shape[0] and scale == 1.0 and softcap is None:
         return logits, None  # log_softmax casts to float32 without an extra copy
     logits = logits.float()
@@ -281,6 +325,10 @@ def _logits(
         return logits, None
     tanh = torch.tanh(logits / softcap)
     return tanh * softcap, tanh
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice) -> Tensor:
+    return F.linear(hidden, weight[part], None if bias is None else bias[part])
 
 
 def _through_head(grad: Tensor, tanh: Tensor | None, factor: Tensor | float, scale: float) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sbft.grid.weight import GridWeight
 from sbft.training.loss.head import Head
 from sbft.training.peft_models import unwrap
 
@@ -29,12 +30,12 @@ class TiedEmbedding:
         self._weight = weight
         self._head_weight: Tensor | None = None
         # Only on a CPU: elsewhere adding rows in place is not deterministic, and a resumed run would not end in the same bits.
-        # Exactly a Parameter: sharded and quantized tensors may not support sparse gradients.
+        # A plain weight or one on a grid: sharded and otherwise quantized tensors may not support sparse gradients.
         if (
             weight.device.type == "cpu"
             and isinstance(embedding, nn.Embedding)
             and embedding.weight is weight
-            and type(weight) is nn.Parameter
+            and type(weight) in (nn.Parameter, GridWeight)
         ):
             self._embedding = embedding
 

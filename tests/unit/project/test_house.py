@@ -22,6 +22,8 @@ MODULES = {
 FLOORS = [
     ["sbft.tokens", "sbft.rounding", "sbft.errors", "sbft.files"],
     ["sbft.native", "sbft.metrics"],
+    ["sbft.grid"],
+    ["sbft.grid"],
     ["sbft.recipe", "sbft.models", "sbft.optim"],
     ["sbft.data"],
     ["sbft.evaluation"],

@@ -1,0 +1,74 @@
+"""The memory that holds a weight's bfloat16 values while one product reads them.
+
+On a CPU one buffer is kept for all weights, as large as the largest. A second thread, or a use within a use, takes memory of
+its own. Elsewhere torch's caching allocator reuses memory as well, and knows which stream still reads it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sbft.grid import values
+from sbft.grid.codes import Quantized
+from sbft.native.huge_pages import in_huge_pages
+
+LARGEST_KEPT_BYTES = 16 << 20
+"""A larger buffer, such as that of a whole output head, is freed as soon as it is not in use."""
+
+_kept: list[Tensor] = []  # at most one; taking it out is atomic, so threads never share it
+
+
+class Borrowed(NamedTuple):
+    """Values in a buffer."""
+
+    dense: Tensor
+    """bfloat16, of the weight's shape. Nothing may keep it, or a view of it, once its memory is given back."""
+    memory: Tensor | None
+    """To be given back."""
+
+
+def in_one_piece(weight: Quantized) -> Quantized:
+    """The same weight, copied if it is a view that is spread over another's codes."""
+    low = weight.low
+    whole = weight.codes.is_contiguous() and weight.scales.is_contiguous() and (low is None or low.is_contiguous())
+    if whole:
+        return weight
+    return weight.with_tensors(
+        weight.codes.contiguous(), None if low is None else low.contiguous(), weight.scales.contiguous()
+    )
+
+
+def borrow(weight: Quantized) -> Borrowed:
+    """The bfloat16 values of a weight, in memory that the next weight takes after `give_back`."""
+    weight = in_one_piece(weight)
+    if weight.codes.device.type == "meta":
+        return Borrowed(torch.empty(weight.shape, dtype=torch.bfloat16, device="meta"), None)
+    if weight.codes.device.type != "cpu":
+        return Borrowed(values.dequantize(weight), None)
+    shape = weight.shape
+    count = shape.numel()
+    memory = _take(count)
+    return Borrowed(values.dequantize(weight, out=memory[:count].view(shape)), memory)
+
+
+def give_back(memory: Tensor | None) -> None:
+    """Let another weight use the memory."""
+    if memory is None or memory.nbytes > LARGEST_KEPT_BYTES:
+        return
+    if not _kept or _kept[0].numel() < memory.numel():
+        _kept[:] = [memory]
+
+
+def _take(count: int) -> Tensor:
+    try:
+        memory = _kept.pop()
+    except IndexError:
+        memory = None
+    if memory is not None and memory.numel() >= count:
+        return memory
+    del memory  # before the larger one is made
+    with torch.inference_mode(False):  # or it could be written to in inference mode alone
+        return in_huge_pages(torch.empty(count, dtype=torch.bfloat16))

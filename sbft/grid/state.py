@@ -1,0 +1,187 @@
+"""Weights on a grid on the disk: exact, as codes and scales, for checkpoints; and as a plain bfloat16 model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sbft.errors import ModelError
+from sbft.grid.weight import GridWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILES = "grid-*.safetensors"
+"""Files of a checkpoint whose weights are on a grid."""
+FILE_BYTES = 2**31
+"""Most bytes of a file, unless a single tensor is larger: what is on a GPU is in the host's memory while a file is written."""
+_GRIDS = "sbft_grids"  # where the header of a file says which grid each of its weights is on
+
+
+def has_grid_weights(model: nn.Module) -> bool:
+    """Whether some weights of a model are on a grid."""
+    return any(isinstance(parameter, GridWeight) for parameter in model.parameters())
+
+
+def holds_grid_weights(folder: Path) -> bool:
+    """Whether a folder holds a model as `write_exact` writes it."""
+    return any(folder.glob(FILES))
+
+
+def write_exact(model: nn.Module, folder: Path, *, file_bytes: int = FILE_BYTES) -> None:
+    """Write all tensors of a model's state: codes and scales of weights on a grid, other tensors as they are.
+
+    Args:
+        model: the model.
+        folder: to write into; files that were written into it before are removed.
+        file_bytes: most bytes in one file, unless a single tensor is larger.
+    """
+    for old in folder.glob(FILES):
+        old.unlink()
+    tensors: dict[str, Tensor] = {}
+    grids: dict[str, Any] = {}
+    number = 1
+    for names, tensor in _by_tensor(model):
+        parts = _parts(names[0], tensor)
+        if tensors and _bytes(tensors) + _bytes(parts) > file_bytes:
+            _write(tensors, grids, folder / f"grid-{number:05}.safetensors")
+            tensors, grids, number = {}, {}, number + 1
+        tensors |= parts
+        if isinstance(tensor, GridWeight):
+            grids[names[0]] = _describe(tensor)
+    _write(tensors, grids, folder / f"grid-{number:05}.safetensors")
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path) -> None:
+    """Write what a checkpoint has of a model: its tensors by `write_exact`, and its configs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_exact(model, folder)
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def read_exact(model: nn.Module, folder: Path) -> None:
+    """Fill a model, in place, with what `write_exact` has written of one whose weights are on the same grids.
+
+    Raises:
+        ModelError: if a weight is missing, has another shape or is on another grid, or a file is damaged.
+    """
+    places: dict[str, Path] = {}
+    grids: dict[str, Any] = {}
+    for path in sorted(folder.glob(FILES)):
+        with _opened(path) as file:
+            places |= dict.fromkeys(file.keys(), path)
+            grids |= json.loads(file.metadata()[_GRIDS])
+    lacking = []
+    for names, tensor in _by_tensor(model):
+        stored = next((name for name in names if name in places or name in grids), None)
+        if stored is not None:
+            _fill(tensor, stored, grids.get(stored), places)
+        elif isinstance(tensor, nn.Parameter):
+            lacking.append(names[0])
+    if lacking:
+        raise ModelError(
+            f"The checkpoint {folder} lacks {len(lacking)} of the model's weights, the first {min(lacking)}."
+        )
+
+
+def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_BYTES) -> None:
+    """Write a model as `save_pretrained` writes it, the weights on a grid as bfloat16; one file of them is in memory at once.
+
+    Args:
+        model: the model.
+        folder: to write into.
+        file_bytes: about the most bytes in one file, unless a single tensor is larger.
+    """
+    tied = set(model.all_tied_weights_keys)
+    state = {}
+    smallest_share = 1.0
+    for names, tensor in _by_tensor(model):
+        name = next((name for name in names if name not in tied), names[0])
+        state[name] = tensor.detach()
+        if isinstance(tensor, GridWeight):
+            state[name] = _WrittenDense(tensor.quantized)
+            smallest_share = min(smallest_share, tensor.nbytes / (tensor.numel() * tensor.element_size()))
+    # Files are filled by what tensors take before they are brought to bfloat16.
+    model.save_pretrained(folder, state_dict=state, max_shard_size=int(file_bytes * smallest_share))
+
+
+class _WrittenDense(GridWeight):
+    """A weight that becomes a plain tensor at the moment when `save_pretrained` puts it into a file."""
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        return self.dequantize().contiguous(memory_format=memory_format)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """By which weights are told apart."""
+        return self.codes.untyped_storage()
+
+
+def _by_tensor(model: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
+    """The tensors of a model's state, each with all its names: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    for shared in names.values():
+        yield shared, state[shared[0]]
+
+
+def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    if not isinstance(tensor, GridWeight):
+        return {name: tensor.detach().contiguous()}
+    return {f"{name}.{part}": stored for part, stored in tensor.quantized.tensors.items()}
+
+
+def _describe(weight: GridWeight) -> dict[str, Any]:
+    return {"name": weight.grid.name, "largest": weight.grid.largest, "block": weight.quantized.block}
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write(tensors: dict[str, Tensor], grids: dict[str, Any], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt", _GRIDS: json.dumps(grids)})
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"The file {path} is damaged: {error}. Copy or save it once more.") from error
+
+
+def _fill(tensor: Tensor, name: str, grid: dict[str, Any] | None, places: dict[str, Path]) -> None:
+    on_grid = isinstance(tensor, GridWeight)
+    own = _describe(tensor) if isinstance(tensor, GridWeight) else None
+    if own != grid:
+        raise ModelError(
+            f"The weight {name} is stored {_words(grid)} in the checkpoint {next(iter(places.values())).parent}, and in the "
+            f"model {_words(own)}. Resume with the same `weights`."
+        )
+    for stored, target in (_parts(name, tensor) if on_grid else {name: tensor.detach()}).items():
+        if stored not in places:
+            raise ModelError(f"The checkpoint lacks {stored}. Resume from another one.")
+        with _opened(places[stored]) as file:
+            source = file.get_tensor(stored)
+        if source.shape != target.shape:
+            raise ModelError(
+                f"{stored} has the shape {tuple(source.shape)} in {places[stored]}, and {tuple(target.shape)} in the model. "
+                "Resume with the model that was trained."
+            )
+        target.copy_(source)
+    if isinstance(tensor, GridWeight):
+        tensor.mark_changed()
+
+
+def _words(grid: dict[str, Any] | None) -> str:
+    return "in its own dtype" if grid is None else f"as {grid['name']} in blocks of {grid['block']}"
