@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sbft.grid import buffer
 from sbft.training.loss import cross_entropy
 from sbft.training.loss.cross_entropy import linear_cross_entropy
-from sbft.training.loss.head import find_head
+from sbft.training.loss.head_trial import find_head
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from tests.unit.grid.cases import FORMATS, dense_copy, grid_model, pair, tokens
 
