@@ -114,6 +114,15 @@ def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_B
     model.save_pretrained(folder, state_dict=state, max_shard_size=int(file_bytes * smallest_share))
 
 
+def dense_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose weights on a grid are plain bfloat16 tensors, tied ones still one tensor."""
+    dense: dict[int, Tensor] = {}
+    return {
+        name: dense.setdefault(tensor.codes.data_ptr(), tensor.dequantize()) if isinstance(tensor, GridWeight) else tensor
+        for name, tensor in state.items()
+    }
+
+
 class _WrittenDense(GridWeight):
     """A weight that becomes a plain tensor at the moment when `save_pretrained` puts it into a file."""
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from sbft.errors import how_to_install
-from sbft.recipe.defaults import EXCLUSIVE, complete
+from sbft.recipe.defaults import DTYPES, EXCLUSIVE, complete
 from sbft.recipe.draft import Key
 from sbft.recipe.methods import METHODS, Method
 from sbft.recipe.pretraining import problems_of_pretraining
 from sbft.recipe.schema import SECTIONS
-from sbft.recipe.settings import MATRIX_OPTIMIZERS
+from sbft.recipe.settings import MATRIX_OPTIMIZERS, OPTIMIZERS
 from sbft.recipe.training_keys import REPORTERS, reporters
 
 _DEFAULTS = {
@@ -46,6 +46,7 @@ def contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, st
     yield from _missing_packages(content, name, method)
     yield from _settings_of_other_optimizers(content.get("optimizer", {}), name, method)
     yield from _settings_of_other_weights(content, name, method)
+    yield from _stored_weights(content, name, method)
     yield from _sharding(content, name, method)
     if (schedule := content.get("batch_schedule")) is not None:
         yield from _schedule_contradictions(schedule, content, method)
@@ -94,6 +95,32 @@ def _settings_of_other_weights(content: dict[str, Any], name: str, method: Metho
             ("freeze",),
             f"is given, but method {name} trains an adapter, and none of the model's own weights. Leave it out, or take "
             f"a method that trains them: {', '.join(whole)}.",
+        )
+
+
+def _stored_weights(content: dict[str, Any], name: str, method: Method) -> Iterator[tuple[Key, str]]:
+    weights, dtype = content.get("weights", method.weights), content.get("dtype")
+    if weights is None:
+        return
+    formats = list(weights.values()) if isinstance(weights, dict) else [weights]
+    grids = [form for form in formats if form not in DTYPES]
+    if isinstance(weights, str) and weights in DTYPES:
+        if dtype is not None and dtype != weights:
+            yield ("weights",), f"is {weights}, but dtype is {dtype}. Leave dtype out."
+        return
+    if dtype == "float32" or "float32" in formats:
+        yield ("weights",), "has formats of 12 bits or less, which compute in bfloat16. Leave float32 out."
+    if grids and method.optimizer not in OPTIMIZERS:
+        users = [other for other in METHODS if METHODS[other].optimizer in OPTIMIZERS]
+        yield (
+            ("weights",),
+            f"has the format {grids[0]}, but the optimizer of method {name} cannot update it. Take a method whose optimizer "
+            f"is sbft's own: {', '.join(users)}.",
+        )
+    if grids and content.get("distributed") is not None:
+        yield (
+            ("weights",),
+            f"has the format {grids[0]}, but distributed shards weights in bfloat16 or float32. Leave out one of them.",
         )
 
 

@@ -9,6 +9,9 @@ from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import has_budget
 from sbft.recipe.settings import RIVALS
 
+DTYPES = ("bfloat16", "float32")
+"""Formats of weights that are dtypes, in which a model computes too."""
+
 EXCLUSIVE = (*RIVALS, ("training", "max_steps", "num_train_epochs"))
 """A section and two of its keys that set the same thing in two ways. Giving one drops the default of the other."""
 
@@ -29,8 +32,10 @@ def complete(content: dict[str, Any]) -> dict[str, Any]:
     for section in whole:
         values = {key: value for key, value in (content.get(section) or {}).items() if value is not None}
         merged[section] = {**whole[section], **values}
+    if merged.get("weights") is None and method.weights is not None:
+        merged["weights"] = method.weights
     if merged.get("dtype") is None:
-        merged["dtype"] = method.dtype
+        merged["dtype"] = merged["weights"] if merged.get("weights") in DTYPES else method.dtype
     if merged["dtype"] == "float32" and "stochastic_rounding" in merged["optimizer"]:
         merged["optimizer"]["stochastic_rounding"] = False  # nothing is rounded
     if merged["optimizer"].get("schedule") == "power":

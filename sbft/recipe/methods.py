@@ -41,6 +41,8 @@ class Method:
     """Settings of the adapter; None: all weights are trained."""
     quantization: Literal["nf4"] | None = None
     """How the weights under the adapter are held; None: in the recipe's dtype."""
+    weights: str | None = None
+    """What the weights are stored in, if that is not the recipe's dtype."""
     packages: dict[str, str] = field(default_factory=dict)
     """The modules that the method needs beyond sbft's own dependencies, and the extra of sbft that installs each."""
 
@@ -105,6 +107,17 @@ METHODS: dict[str, Method] = {
         dtype="bfloat16",
         optimizer_defaults=_RELATIVE_ADAFACTOR,
     ),
+    **{
+        f"sbft-{name}": Method(
+            summary=f"As sbft, the weights in {bits} bits, stochastically rounded: {memory} of the memory of bfloat16.",
+            optimizer="adafactor",
+            learning_rate=1e-4,
+            dtype="bfloat16",
+            weights=name,
+            optimizer_defaults=_RELATIVE_ADAFACTOR,
+        )
+        for name, bits, memory in (("int12", 12, "three quarters"), ("int8", 8, "half"), ("int4", 4, "0.28"))
+    },
     "sgd": Method(
         summary="All weights, SGD without momentum, otherwise as sbft: no optimizer state at all.",
         optimizer="sgd",

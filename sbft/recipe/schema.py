@@ -21,6 +21,7 @@ from pydantic import (
 
 from sbft.recipe.settings import Setting, settings_in
 
+WeightFormat = Literal["float32", "bfloat16", "int12", "int8", "int4"]
 _Word = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
@@ -201,11 +202,22 @@ class Recipe(_Section):
     save_model: bool = True
     """Save the trained model or adapter in output_dir. If false, only the record and the predictions are saved."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """dtype of the weights; default: that of the method."""
+    """dtype of the weights, and of what is computed with them; default: that of the method."""
+    weights: WeightFormat | Annotated[dict[_Word, WeightFormat], Field(min_length=1)] | None = None
+    """What weights are stored in: float32, bfloat16, int12, int8 or int4; or formats by patterns of their names, such as
+    {default: int4, lm_head: int8}. Default: that of the method, or dtype."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
     allow_pickle: bool = False
     """Load pickled weights (pytorch_model.bin, adapter_model.bin) if the model has no safetensors."""
+
+    @property
+    def grids(self) -> str | dict[str, str] | None:
+        """The formats of weights on a grid, as `sbft.grid.convert.put_on_grids` takes them; None if no weight is on one."""
+        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        if not any(str(name).startswith("int") for name in formats):
+            return None
+        return dict(self.weights) if isinstance(self.weights, dict) else self.weights
 
     @property
     def largest_batch(self) -> int:

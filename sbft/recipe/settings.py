@@ -259,6 +259,12 @@ SETTINGS = (
         of_trainer=True, section=None, default="adafactor",
     ),
     Setting(
+        "weights", str, None,
+        "What weights are stored in: float32, bfloat16, int12, int8 or int4; or formats by patterns of their names, such as "
+        "{default: int4, lm_head: int8}.",
+        OPTIMIZERS, of_trainer=True, section=None,
+    ),
+    Setting(
         "cast_weights", bool, None, "With stochastic rounding, cast a float32 model to bfloat16 before training.",
         of_trainer=True, section=None, default=True,
     ),

@@ -23,7 +23,8 @@ RECIPE_FILE = "recipe.yaml"
 _FAILED_EARLY = {FILE_NAME, RECIPE_FILE, INCOMPLETE}
 # What a resumed run cannot change: its weights, its examples, and what the checkpoint restores whatever the recipe says.
 _FIXED = (
-    "model", "tokenizer", "method", "dtype", "data", "lora", "freeze", "optimizer", "training.seed", "training.learning_rate",
+    "model", "tokenizer", "method", "dtype", "weights", "data", "lora", "freeze", "optimizer", "training.seed",
+    "training.learning_rate",
 )  # fmt: skip
 _FREE = ("optimizer.gradient_release",)
 # If the recipe leaves it open, the run derives it from the data and writes it into the saved recipe.

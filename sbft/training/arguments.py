@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -12,7 +13,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from sbft.errors import RecipeError
+from sbft.errors import ModelError, RecipeError
+from sbft.grid.convert import check_formats
+from sbft.grid.formats import GRIDS
 from sbft.recipe.pretraining import PRETRAINING
 from sbft.recipe.settings import ARGUMENTS, OPTIMIZERS, RIVALS, Range, Setting
 from sbft.training.batches.batch_schedule import BatchSchedule
@@ -48,6 +51,9 @@ _TRANSFORMERS_ONLY = {
     },
 }
 """Arguments that only transformers' own optimizers read, and what to set in their place."""
+
+
+_DTYPES = ("float32", "bfloat16")
 
 
 class ArgumentError(RecipeError, ValueError):
@@ -97,6 +103,7 @@ class SmallBatchArguments:
     rest_lr_ratio: float | None = _setting("rest_lr_ratio")
     stochastic_rounding: bool = _setting("stochastic_rounding")
     rounding_seed: int | None = _setting("rounding_seed")
+    weights: dict[str, str] | str | None = _setting("weights")
     cast_weights: bool = _setting("cast_weights")
     gradient_release: bool = _setting("gradient_release")
     cuda_graphs: bool = _setting("cuda_graphs")
@@ -150,6 +157,12 @@ class SmallBatchArguments:
         """Whether gradients are released in backward, which requires a token optimizer."""
         return self.gradient_release and self.token_optimizer is not None
 
+    @property
+    def grids(self) -> str | dict[str, str] | None:
+        """The formats of weights on a grid, as `sbft.grid.convert.put_on_grids` takes them; None if no weight is on one."""
+        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
+        return self.weights if any(name in GRIDS for name in formats) else None
+
     def given_optimizer_settings(self) -> dict[str, Any]:
         """Settings that were given for the token optimizer, by the names of these arguments."""
         values = {name: getattr(self, name) for name in _SPECIAL}
@@ -161,8 +174,32 @@ class SmallBatchArguments:
         given = {keyword: value for keyword, value in values.items() if value is not None}
         return {"lr": self.learning_rate, "seed": self.seed, **given}  # type: ignore[attr-defined]
 
+    def _check_weights(self) -> None:
+        """Refuse formats that do not exist, and those that cannot be trained as the other fields say."""
+        if isinstance(self.weights, str) and self.weights.startswith("{"):
+            self.weights = json.loads(self.weights)  # from a command line, as transformers reads its dicts
+        if self.weights in (None, *_DTYPES):
+            return
+        try:
+            formats = check_formats(self.weights)
+        except ModelError as error:
+            raise ArgumentError(f"weights={self.weights!r}: {error}") from error
+        if self.grids is None:
+            return
+        if self.token_optimizer is None:
+            raise ArgumentError(
+                f"weights={self.weights!r} stores weights on grids that only sbft's optimizers update, and token_optimizer is "
+                "None. Set one, or leave weights out."
+            )
+        unsupported = {"torch_compile": vars(self).get("torch_compile"), "fsdp": vars(self).get("fsdp")}
+        for name, value in unsupported.items():
+            if value:
+                names = ", ".join(sorted(set(formats.values())))
+                raise ArgumentError(f"{name}={value!r} does not support weights in {names}. Leave out one of them.")
+
     def _check_small_batch(self) -> None:
         self._check_domains()
+        self._check_weights()
         if self.fp16:  # type: ignore[attr-defined]
             raise ArgumentError(
                 "fp16=True is not supported: float16 needs a loss scaler, whose skipped and rescaled steps break both "

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, Trainer
 
 from sbft.errors import ModelError, TrainingError
+from sbft.grid.convert import put_on_grids
 from sbft.optim.sharding import cut_by, is_sharded, parts_of_rows
 from sbft.training.peft_models import unwrap
 
@@ -47,11 +48,16 @@ class ModelWeights(_Base):
         return model
 
     def _check_weights(self, model: Any) -> None:
-        """Cast a float32 model to bfloat16 if its updates will be rounded stochastically.
+        """Cast a float32 model to bfloat16 if its updates will be rounded stochastically, and put weights on grids.
 
         Raises:
             ModelError: if the model's weights cannot be trained.
         """
+        self._check_dtypes(model)
+        if self.args.grids is not None and model is not None:
+            put_on_grids(model, self.args.grids)
+
+    def _check_dtypes(self, model: Any) -> None:
         self._checked_model = weakref.ref(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if any(parameter.dtype == torch.float16 for parameter in trainable):
@@ -60,7 +66,7 @@ class ModelWeights(_Base):
                 "Load it with dtype=torch.bfloat16 (or torch.float32)."
             )
         _check_tied_rows(tied_and_sharded(model))
-        rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self.args.cast_weights
+        rounds = self.args.token_optimizer is not None and self.args.stochastic_rounding and self._casts()
         if not rounds or self._may_have_foreign_optimizer() or not isinstance(model, PreTrainedModel):
             return
         wide = [parameter for parameter in trainable if parameter.dtype == torch.float32]
@@ -75,6 +81,9 @@ class ModelWeights(_Base):
                 "stochastically. To train in float32, set cast_weights=False."
             )
             _cast_to_bfloat16(model, self.label_names)
+
+    def _casts(self) -> bool:
+        return bool(self.args.cast_weights) and self.args.weights != "float32"
 
     def _take_replaced_model(self) -> None:
         """Prepare for another `model` than before, as the attribute can be assigned.

@@ -16,6 +16,7 @@ from sbft.training.argument_checks import ArgumentChecks
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.batches.counted_batches import CountedBatches
 from sbft.training.batches.doubling_batch import DoublingBatch
+from sbft.training.checkpointing.on_grid import GridCheckpoints
 from sbft.training.checkpointing.rehearsed_saving import RehearsedSaving
 from sbft.training.checkpointing.saving import WholeCheckpoints
 from sbft.training.checkpointing.sharded import ShardedCheckpoints, sharded_checkpoints_allowed
@@ -52,6 +53,7 @@ class SmallBatchMixin(
     ForeignOptimizers,
     RehearsedSaving,
     WholeCheckpoints,
+    GridCheckpoints,
     ShardedCheckpoints,
     TensorParallel,
     ReplicatedAdapters,

@@ -18,6 +18,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
 from sbft.errors import TrainingError
+from sbft.grid.state import dense_state, has_grid_weights, save_dense
+from sbft.native.memory import stored_tensors
 from sbft.optim.sharding import is_sharded
 from sbft.training.checkpointing.disk_errors import refusal
 from sbft.training.generation_config import generator_of
@@ -78,7 +80,10 @@ def save_all_that_can_be(
     unsaved: dict[str, Exception] = {}
     try:
         if _has_configs(model):
-            model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+            if state_dict is None and isinstance(model, PreTrainedModel) and has_grid_weights(model):
+                save_dense(model, folder)
+            else:
+                model.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
         else:
             save_weights_alone(model, folder, state_dict)
     except Exception as error:
@@ -114,6 +119,7 @@ def save_weights_alone(model: nn.Module, folder: Path, state_dict: dict[str, Ten
         from peft import get_peft_model_state_dict
 
         state_dict, name = get_peft_model_state_dict(model, state_dict, save_embedding_layers=False), "adapter_model"
+    state_dict = dense_state(state_dict)
     # It writes shared weights once, whereas safetensors refuses them unless the model declares that they are shared.
     save_torch_state_dict(state_dict, folder, filename_pattern=f"{name}{{suffix}}.safetensors")
 
@@ -195,7 +201,9 @@ def _placeholders(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tensor of one element for each weight, shared where the weights are: transformers refuses undeclared sharing."""
     shared: dict[tuple[Any, ...], Tensor] = {}
     return {
-        name: shared.setdefault((weight.device, weight.data_ptr() or name), torch.zeros(1, dtype=weight.dtype))
+        name: shared.setdefault(
+            (weight.device, stored_tensors(weight)[0].data_ptr() or name), torch.zeros(1, dtype=weight.dtype)
+        )
         for name, weight in state.items()
         if isinstance(weight, Tensor)
     }
