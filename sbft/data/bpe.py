@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 PREFIX = "bpe:"
 END = "<|endoftext|>"
 _SMALLEST, _LARGEST = 257, 2**20
-"""The bytes and the end token; and more than any training text has use for."""
+"""The 256 bytes and the end token; and more tokens than any training text can use."""
 
 
 def vocabulary_of(name: str) -> int | None:
-    """The size that `bpe:SIZE` asks for; None for the name of any other tokenizer.
+    """The size in a name `bpe:SIZE`; None for any other name.
 
     Raises:
-        DataError: if the size is none.
+        DataError: if SIZE is not a number within the limits.
     """
     if not name.startswith(PREFIX):
         return None
@@ -34,14 +34,14 @@ def vocabulary_of(name: str) -> int | None:
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are the bytes, an end token, and what is merged most often in `texts`.
+    """Trains a tokenizer: its tokens are the bytes, an end token, and the most frequent merges in `texts`.
 
     Args:
-        texts: what to learn from.
-        vocabulary: number of tokens at most; short texts make fewer.
+        texts: training texts.
+        vocabulary: largest number of tokens; short texts give fewer.
 
     Returns:
-        The tokenizer; the same texts give the same one.
+        The tokenizer; it is the same for the same texts.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

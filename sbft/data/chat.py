@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 THINKING = "enable_thinking"
-"""The variable by which templates are told whether the model shall think before it answers."""
+"""The template variable that says whether the model thinks before it answers."""
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN_THOUGHT = re.compile(r"<think>\s*$")
 _OWN_THOUGHT = re.compile(r"\A<think>.*?</think>\s*", re.DOTALL)
@@ -30,7 +30,7 @@ Form = Callable[[list[Message]], list[Message]]
 
 
 class Piece(NamedTuple):
-    """A part of a text that is tokenized by itself."""
+    """A part of a text that is tokenized separately."""
 
     text: str
     trained: bool
@@ -45,22 +45,24 @@ class Answer(NamedTuple):
     """A turn of the assistant."""
 
     prompt: str
-    """What the model is given to answer."""
+    """The text that the model answers."""
     written: str
-    """What it writes then, up to the end of its turn."""
+    """The text that it writes after the prompt, up to the end of its turn."""
 
 
 class ChatFormat:
-    """Renders conversations by a tokenizer's chat template, and cuts out what the assistant wrote.
+    """Renders conversations with a tokenizer's chat template, and finds the parts that the assistant wrote.
 
-    What the assistant writes is what the conversation up to its turn has more than the prompt: the conversation before,
-    with the opening of an answer. It ends where the turn ends. Several answers share one text where each is written there
-    as it would be asked for. Those that the longer text changes (Qwen3 leaves out earlier thoughts, gpt-oss ends earlier
-    answers otherwise) get a text of their own that ends with them. So each answer is learned once, and whole.
+    The prompt of an answer is the conversation before it, followed by the template's opening of an answer. The answer is
+    what the rendered conversation has after the prompt, up to the end of the turn.
+
+    Several answers share one text if each is in it exactly as it follows its own prompt. Some templates change earlier
+    answers once later turns follow: Qwen3 drops earlier thoughts, and gpt-oss ends earlier answers differently. Such an
+    answer gets a text of its own that ends with it. So each answer is learned exactly once, and in full.
 
     Args:
-        tokenizer: of the model.
-        variables: of the template, such as enable_thinking.
+        tokenizer: the model's tokenizer.
+        variables: variables of the template, such as enable_thinking.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
@@ -70,17 +72,17 @@ class ChatFormat:
         self._forms: dict[Shape, Form] = {}
 
     def examples(self, chat: Chat, *, markers: bool = True) -> list[list[Piece]]:
-        """The texts from which a conversation is learned, each cut where the assistant's turns begin and end.
+        """The texts to train on for a conversation, each cut where the assistant's turns begin and end.
 
-        The first one holds the last answer.
+        The first text contains the last answer.
 
         Args:
-            chat: the conversation; without a turn to learn, its text comes whole.
-            markers: let an answer end where the template's generation markers end, if they hold all of it.
+            chat: the conversation. If it has no turn to learn, its text is returned uncut.
+            markers: end an answer where the template's generation markers end, if they enclose all of it.
 
         Raises:
-            DataError: the tokenizer has no chat template, the template refuses the conversation, or what the assistant
-                wrote does not stand whole in what would be learned.
+            DataError: the tokenizer has no chat template, the template refuses the conversation, or part of what the
+                assistant wrote is missing from the texts to learn.
         """
         self._require_template()
         self._refuse_thoughts(chat)
@@ -89,14 +91,14 @@ class ChatFormat:
         for place in chat.learned:
             if part := missing_words(chat.messages[place], learned):
                 raise DataError(
-                    f"The tokenizer's chat template does not render the {part.name} of this answer as it stands: "
-                    f"{part.value[:80]!r}. Correct the data, use another template, or columns prompt and completion with "
-                    "data.chat_template: false."
+                    f"The tokenizer's chat template does not render the {part.name} of this answer as it is written: "
+                    f"{part.value[:80]!r}. Correct the data, use another template, or use the columns prompt and completion "
+                    "with data.chat_template: false."
                 )
         return examples
 
     def prompt(self, chat: Chat) -> list[Piece]:
-        """What the model is given to answer: the conversation, and the opening of an answer; cut as in training."""
+        """The prompt of the next answer: the conversation and the opening of an answer, cut as in training."""
         self._require_template()
         chat = replace(chat, messages=self._form(chat)(chat.messages))
         text = self._render(chat, ask=True)
@@ -111,25 +113,25 @@ class ChatFormat:
             )
 
     def _refuse_thoughts(self, chat: Chat) -> None:
-        """Refuses thoughts that never end, which were cut off, and those that are not to be asked for."""
+        """Refuses thoughts that never end, because they were cut off, and any thoughts if enable_thinking is false."""
         contents = [str(chat.messages[place]["content"]) for place in chat.learned]
         if unended := [text for text in contents if text.lstrip().startswith("<think>") and THOUGHT_ENDS not in text]:
             raise DataError(
-                f"An answer of the data begins a thought that it does not end: {unended[0][:80]!r}. It was cut off; take "
-                f"the row out, or put {THOUGHT_ENDS} and the answer behind it."
+                f"An answer in the data begins a thought that never ends: {unended[0][:80]!r}. It was probably cut off: "
+                f"remove the row, or add {THOUGHT_ENDS} and the answer after it."
             )
         without = self.variables.get(THINKING) is False and THINKING in str(self.tokenizer.chat_template)
         if without and any(holds_reasoning(chat.messages[place]) for place in chat.learned):
             raise DataError(
-                "The data's answers hold reasoning, and data.chat_template_kwargs.enable_thinking is false, so that the "
-                "model would be asked for answers without. Set it to true, leave it out, or take the reasoning out of "
+                "The answers in the data contain reasoning, but data.chat_template_kwargs.enable_thinking is false: the "
+                "model would be asked for answers without it. Set it to true, leave it out, or remove the reasoning from "
                 "the data."
             )
 
     def _form(self, chat: Chat) -> Form:
-        """How this template takes messages of this shape: the first form of which nothing is lost."""
-        # Of turns without weight nothing may be lost either: they are part of the prompt of what follows. The first turn
-        # of all is asked by nobody; many templates cannot even open it.
+        """The form in which this template renders messages of this shape: the first one that loses nothing."""
+        # Turns of weight 0 must be rendered in full too: they are part of the prompt of what follows. Only an answer in
+        # the very first turn may be lost: it has no prompt, and many templates cannot even open it.
         whole = replace(chat, learned=tuple(place for place in chat.answers() if place or place in chat.learned))
         shape = shape_of(whole)
         if shape not in self._forms:
@@ -177,7 +179,7 @@ class ChatFormat:
     def _spans(
         self, chat: Chat, text: str, answers: dict[int, Answer], markers: bool
     ) -> tuple[list[Span], dict[int, Answer]]:
-        """Where answers stand in a text, and those that do not stand in it word for word."""
+        """Where answers are in a text; and the answers that are not in it word for word."""
         marked = self._marked_ends(chat, text) if markers else []
         spans: list[Span] = []
         missing: dict[int, Answer] = {}
@@ -199,25 +201,26 @@ class ChatFormat:
         elif (thought := self._after_open_thought(prompt, whole, chat.messages[place])) is not None:
             return Answer(prompt, thought)
         else:
-            start = self._start_after_another_past(chat, place, prompt, whole)
+            start = self._start_after_changed_history(chat, place, prompt, whole)
         return Answer(prompt, whole[start : self._without_space_after(whole, start)])
 
     def _first_prompt(self, whole: str) -> str:
-        """What stands before an answer that nobody asked for: all up to the opening of an answer, and that."""
+        """The prompt of an answer in the first turn: the text up to and including the opening of an answer."""
         question = Chat([{"role": "user", "content": "a"}])
         opening = self._render(question, ask=True).removeprefix(self._render(question).removesuffix(self._tail))
-        before, found, _ = whole.partition(opening) if opening else ("", "", "")
-        if not found:
+        before, opened, _ = whole.partition(opening) if opening else ("", "", "")
+        if not opened:
             raise DataError(
                 "A conversation begins with the assistant's turn, which the tokenizer's chat template does not open as it "
-                f"opens others ({opening!r}). Put a turn of the user before it, or give it a weight of 0."
+                f"opens others ({opening!r}). Put a user turn before it, or give it a weight of 0."
             )
-        return before + found
+        return before + opened
 
-    def _start_after_another_past(self, chat: Chat, place: int, prompt: str, whole: str) -> int:
-        """Where an answer begins whose presence changes what comes before it (gpt-oss then leaves out earlier thoughts).
+    def _start_after_changed_history(self, chat: Chat, place: int, prompt: str, whole: str) -> int:
+        """Where an answer begins if the template changes the text before it (gpt-oss drops earlier thoughts then).
 
-        It begins after the last opening of an answer that it has in common with any other answer there.
+        The conversation is rendered again with another answer in its place. The answer begins after the last opening of
+        an answer in what both texts have in common.
         """
         before = self._render(chat.until(place)).removesuffix(self._tail)
         opening = prompt.removeprefix(before)
@@ -225,13 +228,13 @@ class ChatFormat:
         shared = len(commonprefix([whole, self._render(other)]))
         start = whole.rfind(opening, 0, shared)
         if opening in ("", prompt) or start < 0:
-            raise DataError(self._asked_otherwise(prompt, whole))
+            raise DataError(self._prompt_differs(prompt, whole))
         return start + len(opening)
 
     def _after_open_thought(self, prompt: str, whole: str, message: Message) -> str | None:
         """An answer whose prompt opens a thought that the template does not render (DeepSeek-R1 and its distills).
 
-        None where the prompt opens none.
+        None if the prompt opens no thought.
         """
         opened = _OPEN_THOUGHT.search(prompt)
         before = prompt[: opened.start()] if opened else prompt
@@ -243,19 +246,19 @@ class ChatFormat:
         answer = answer.lstrip("\n")
         return f"{thought.strip()}\n{THOUGHT_ENDS}\n\n{answer[: self._without_space_after(answer, 0)]}"
 
-    def _asked_otherwise(self, prompt: str, whole: str) -> str:
+    def _prompt_differs(self, prompt: str, whole: str) -> str:
         same = len(commonprefix([prompt, whole]))
         return (
-            "The tokenizer's chat template asks for an answer otherwise than it renders one, so that the model would be "
-            f"asked what it never saw in training: after {prompt[max(same - 30, 0) : same]!r} it asks with "
-            f"{prompt[same : same + 40]!r} and renders {whole[same : same + 40]!r}. Use a template that does both alike, "
-            "or data.chat_template: false."
+            "The tokenizer's chat template prompts for an answer differently than it renders one: after "
+            f"{prompt[max(same - 30, 0) : same]!r} the prompt has {prompt[same : same + 40]!r}, and the rendered answer "
+            f"{whole[same : same + 40]!r}. The model would get prompts that it never saw in training: use a template that "
+            "does both alike, or data.chat_template: false."
         )
 
     def _start(self, chat: Chat, place: int, answer: Answer, text: str) -> int | None:
-        """Where an answer begins in the text; None where it does not stand there word for word.
+        """Where an answer begins in the text; None if it is not there word for word.
 
-        Earlier answers may have a shorter opening there than they would be asked with (without an empty thought).
+        The opening of an earlier answer may be shorter there than in its prompt (without an empty thought).
         """
         prompt, written = answer
         if text.startswith(prompt + written):
@@ -273,13 +276,13 @@ class ChatFormat:
             if start < mark < end and not missing_words(message, text[start:mark]):
                 return mark
         closed = [match.end() for match in self._ends.finditer(text, start, end)][-1:] == [end]
-        # Where turns have no end of their own, the token that opens the next one is what ends them (GLM).
+        # If turns have no end token of their own, the token that opens the next turn ends them (GLM).
         following = None if closed else re.compile(rf"\s*(?:{self._ends.pattern})").match(text, end)
         return following.end() if following else end
 
     @cached_property
     def _tail(self) -> str:
-        """What the template puts after every conversation that is not to be answered (Phi-3)."""
+        """What the template appends to every conversation unless it prompts for an answer (Phi-3)."""
         question = Chat([{"role": "user", "content": "a"}])
         try:
             closed, asked = self._render(question), self._render(question, ask=True)
@@ -290,7 +293,7 @@ class ChatFormat:
         return closed[inside[0] if inside else same :]
 
     def _marked_ends(self, chat: Chat, text: str) -> list[int]:
-        """Where the assistant's turns end by the template's generation markers."""
+        """Where the assistant's turns end according to the template's generation markers."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self.tokenizer.get_chat_template(tools=chat.tools)
@@ -310,7 +313,7 @@ class ChatFormat:
         return [end for end in ends if end <= shared]
 
     def _without_space_after(self, text: str, start: int, end: int | None = None) -> int:
-        """Where a text ends that closes with a special token and white space, without the white space."""
+        """The end of `text[start:end]` without the white space after a special token at its end."""
         end = len(text) if end is None else end
         last = [match.end() for match in self._ends.finditer(text, start, end)][-1:]
         return last[0] if last and not text[last[0] : end].strip() else end
@@ -324,7 +327,7 @@ class ChatFormat:
             last = [match.end() for match in self._ends.finditer(text, start, end)][-1:]
             pieces.append(Piece(text[start:end], True, rendered=True, ended=last == [end]))
             place = end
-        # The line end that templates put after the last turn is nobody's to learn.
+        # The newline that templates put after the last turn is left out: no example learns it.
         if text[place:].strip() or not pieces or (whole and text[place:]):
             pieces.append(Piece(text[place:], False, rendered=True))
         return pieces
@@ -338,22 +341,22 @@ class ChatFormat:
                 add_generation_prompt=ask,
                 **self.variables,
             )
-        # A template's own expressions raise these where they take a list of parts for text, or the other way round.
+        # A template's own expressions raise these if they get a list of parts instead of text, or the reverse.
         except (TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
             roles = ", ".join(str(message["role"]) for message in chat.messages)
             raise DataError(
                 f"The tokenizer's chat template refuses a conversation with the roles {roles}: {error}. Correct the data "
-                "(many models want user and assistant in turn, and some know no system turn)."
+                "(many models require user and assistant to alternate, and some have no system turn)."
             ) from error
         return str(text)
 
 
 _ANSWER: Message = {"role": "assistant", "content": "b"}
-_OTHER = "\ufdd0"  # no character, so that no answer begins with it
+_OTHER = "\ufdd0"  # not a character, so that no answer begins with it
 
 
 def ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens with which the chat template ends the assistant's turns: plain ones, and those that call a tool."""
+    """The tokens with which the chat template ends the assistant's turns: plain answers, and tool calls."""
     question: Message = {"role": "user", "content": "a"}
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
     calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -365,14 +368,14 @@ def ends_of_turns(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         try:
             examples = template.examples(Chat(messages, learned), markers=False)
         except DataError:
-            continue  # many templates know no tools, and such rows are refused
+            continue  # many templates do not support tools, and such rows are refused
         closed = [piece.text for example in examples for piece in example if piece.trained and piece.ended]
         ends += [tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in closed]
     return list(dict.fromkeys(ends))
 
 
 def _text(examples: list[list[Piece]]) -> Text:
-    """The examples' texts, what is learned apart from the rest."""
+    """The examples' texts: what is learned, and the rest."""
     learned = "\n".join(piece.text for example in examples for piece in example if piece.trained)
     return Text(learned, "\n".join(piece.text for example in examples for piece in example if not piece.trained))
 

@@ -1,4 +1,4 @@
-"""From examples to batches: padding on the right for training and loss, on the left for generation."""
+"""Makes batches of examples: padded on the right for training and loss, on the left for generation."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ IGNORED_LABEL = -100
 class Collator:
     """Pads examples on the right to the longest of their batch, rounded up to a multiple.
 
-    Few distinct lengths matter on a CPU: oneDNN compiles its matrix products for every one of them, which takes about 10 MB
-    a length of SmolLM2-135M as long as they are kept. Its tiles hold 16 rows, so the padding costs little time.
+    Few distinct lengths matter on a CPU: oneDNN compiles its matrix products for each of them. With SmolLM2-135M, those of
+    one length take about 10 MB while they are kept. oneDNN's tiles hold 16 rows, so the padding costs little time.
 
-    Packed examples (those with `position_ids`) get no attention mask: without one, transformers derives from the
-    positions, which start again at 0 with each document, a mask that keeps documents apart. Their padding has
-    position 0 throughout, so that each padding token is a document of its own.
+    Packed examples (those with `position_ids`) get no attention mask. transformers then derives from the positions, which
+    restart at 0 with each document, a mask that keeps documents apart. Their padding has position 0 throughout, so each
+    padding token counts as a document of its own.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 16
-    """Packed examples are left as long as they are."""
+    """Does not apply to packed examples, which keep their length."""
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes a batch.
@@ -49,7 +49,7 @@ class Collator:
         if packed:
             batch["position_ids"] = _right_pad([example["position_ids"] for example in examples], length, 0)
         else:
-            batch["attention_mask"] = _right_pad([[1] * len(one) for one in ids], length, 0)
+            batch["attention_mask"] = _right_pad([[1] * len(sequence) for sequence in ids], length, 0)
         return batch
 
 
@@ -58,18 +58,21 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int) -> dict[str,
 
     Args:
         sequences: token ids.
-        pad_token_id: what to pad with.
+        pad_token_id: the token to pad with.
 
     Returns:
         `input_ids` and `attention_mask`, int64 tensors of shape (prompts, longest).
     """
     longest = max(map(len, sequences))
-    padding = [longest - len(one) for one in sequences]
+    padding = [longest - len(sequence) for sequence in sequences]
     return {
-        "input_ids": torch.tensor([[pad_token_id] * n + list(one) for n, one in zip(padding, sequences, strict=True)]),
+        "input_ids": torch.tensor(
+            [[pad_token_id] * n + list(sequence) for n, sequence in zip(padding, sequences, strict=True)]
+        ),
         "attention_mask": torch.tensor([[0] * n + [1] * (longest - n) for n in padding]),
     }
 
 
 def _right_pad(sequences: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
-    return torch.tensor([[*one, *[value] * (length - len(one))] for one in sequences], dtype=torch.int64)
+    padded = [[*sequence, *[value] * (length - len(sequence))] for sequence in sequences]
+    return torch.tensor(padded, dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""Whether what the assistant wrote lies in what is learned, by a look at the text that knows nothing of how it was cut.
+"""Checks that what the assistant wrote is learned, by looking at the texts only, not at how they were cut.
 
-One look is at a conversation of the same shape in which every value is a word of its own: there, each word of the
-assistant's must lie in what is learned, and none of anyone else's. It is made once for each shape. The other look is at
-each row: its own words must stand in what is learned, as a template may change some values and not others.
+The first check is made once per shape of conversation. It replaces every value by a unique word: each word of the
+assistant must be in what is learned, and no word of anyone else. The second check is made for each row: its own words must
+be in what is learned, as a template may change some values and not others.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sbft.data.turns import REASONING, THOUGHT_ENDS, Chat, Message
 Shape = tuple[Any, ...]
 _TEXT, _REASONING = "text", "reasoning"
 _REASONING_WITHIN = (
-    "Take it out of the data, or write it into the content, such as <think>...</think>, if the model shall write it there."
+    "Remove it from the data, or put it into the content (<think>...</think>) if the model should write it there."
 )
-_NO_TOOLS = "Use a tokenizer whose chat template does, or set data.tools to a column that is not there."
+_NO_TOOLS = "Use a tokenizer whose chat template does, or set data.tools to a column that does not exist."
 
 
 class Text(NamedTuple):
-    """The parts of some examples' texts."""
+    """The texts of some examples: what is learned, and the rest."""
 
     learned: str
     context: str
@@ -33,21 +33,21 @@ class Loss(NamedTuple):
     """Something that a template does not render, or renders where it does not belong."""
 
     rank: int
-    """The higher, the more stands right."""
+    """The higher, the more was rendered correctly."""
     what: str
-    """Goes on from "The chat template ..."."""
-    advice: str = "Take it out of the data, or use a tokenizer whose chat template renders it."
+    """Continues the sentence "The tokenizer's chat template ..."."""
+    advice: str = "Remove it from the data, or use a tokenizer whose chat template renders it."
 
 
 class Part(NamedTuple):
-    """A value of a message, and what it is called in a sentence."""
+    """A value of a message, and its name in an error message."""
 
     name: str
     value: str
 
 
 def shape_of(chat: Chat) -> Shape:
-    """What decides how a template takes a conversation: roles and which values there are, not what these are."""
+    """What decides how a template renders a conversation: its roles and which values it has, but not their text."""
     turns = [
         (
             message["role"],
@@ -63,13 +63,13 @@ def shape_of(chat: Chat) -> Shape:
 
 
 def with_words(chat: Chat) -> Chat:
-    """A conversation of the same shape, whose values are words that occur nowhere else."""
+    """A conversation of the same shape, in which each value is a word that occurs nowhere else."""
     words = (f"qz{number}zq" for number in range(1_000_000))
     return replace(chat, messages=[_in_words(message, words) for message in chat.messages])
 
 
 def not_covered(chat: Chat, text: Text) -> Loss | None:
-    """What of a conversation of words is lost, or learned although it is someone else's; None where nothing is."""
+    """The first value of a `with_words` chat that is lost, or learned although it is someone else's; else None."""
     for place, message in enumerate(chat.messages):
         learned, role = place in chat.learned, message["role"]
         shown = not chat.learned or place < chat.learned[-1]  # what follows the last answer may be cut off
@@ -92,7 +92,7 @@ def not_covered(chat: Chat, text: Text) -> Loss | None:
 
 
 def missing_words(message: Message, learned: str) -> Part | None:
-    """The first of a turn's own words that do not stand in what is learned; None where all do."""
+    """The first value of a turn that is missing from what is learned; None if all are there."""
     for part in _parts(message):
         value = part.value.strip()
         if value and value not in learned and not any(written in learned for written in _as_json(value)):
@@ -113,23 +113,23 @@ def _parts(message: Message) -> Iterator[Part]:
 
 
 def _arguments(value: Any) -> Iterator[Part]:
-    """The texts among the arguments of a call; numbers are written in several ways, each by the template's own."""
+    """Yields the texts in a call's arguments, but no numbers: each template writes those in its own way."""
     if isinstance(value, str):
         yield Part("tool call's arguments", value)
     elif isinstance(value, dict):
-        for key, held in value.items():
+        for key, item in value.items():
             yield Part("tool call's arguments", str(key))
-            yield from _arguments(held)
+            yield from _arguments(item)
     elif isinstance(value, list):
-        for held in value:
-            yield from _arguments(held)
+        for item in value:
+            yield from _arguments(item)
 
 
 def _as_json(value: str) -> Iterator[str]:
     for ascii_only in (False, True):
-        once = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
-        yield once
-        yield json.dumps(once, ensure_ascii=ascii_only)[1:-1]  # arguments that a template holds as text
+        escaped = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
+        yield escaped
+        yield json.dumps(escaped, ensure_ascii=ascii_only)[1:-1]  # for templates that write the arguments as JSON text
 
 
 def _kind(call: Message) -> str:

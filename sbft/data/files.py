@@ -1,4 +1,4 @@
-"""Local files as rows: JSON lines, JSON, CSV, Parquet and plain text, each mistake with its file and line."""
+"""Reads local files as rows: JSON lines, JSON, CSV, Parquet and plain text. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from sbft.data.tables import GrowingTable, dataset_of
 from sbft.errors import DataError
 
 _SCALARS = {str, int, float, bool}
-_LARGEST, _SMALLEST = 2**63 - 1, -(2**63)  # of a whole number in a table
-# Rows are taken in so many at a time, or fewer where their text is longer than so many characters.
+_LARGEST, _SMALLEST = 2**63 - 1, -(2**63)  # limits of an integer in a table
+# Rows are read in chunks of this many, or of fewer once their text has this many characters.
 _ROWS, _CHARACTERS = 10_000, 16 << 20
 _PARQUET_BYTES = 16 << 20
 _CSV_FIELD = 2**31 - 1
 _OBJECTS = ("arguments", "parameters")
-# Half of a character beyond U+FFFF, as JSON writes it; alone it is none.
+# Half of a character beyond U+FFFF, as JSON writes it; by itself it is not a character.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Row = dict[str, Any]
 
 
 def read_file(path: Path) -> Dataset:
-    """Reads one local file; what is large is mapped into memory, not held in it (a `.json` file is, while it is read).
+    """Reads one local file. Large data is mapped into memory, not loaded (but a `.json` file is loaded while it is read).
 
-    `.jsonl` has one object a line; `.json` one list of objects; `.csv` a header line, all values text, between commas,
-    semicolons or tabs; `.parquet` any columns; `.txt` gives a column `text` with one row for each document, documents
-    being set apart by blank lines.
+    What each kind of file holds:
+        `.jsonl`: one object per line.
+        `.json`: one list of objects.
+        `.csv`: a header line, and values between commas, semicolons or tabs; all values are text.
+        `.parquet`: any columns.
+        `.txt`: documents separated by blank lines. They become the rows of a column `text`.
 
     Raises:
-        DataError: no such file, an unknown ending, an empty file, or contents that are not what the ending says.
+        DataError: the file is missing or empty, its ending is unknown, or its contents do not match its ending.
     """
     if not path.is_file():
         raise DataError(f"There is no file {path}.{_neighbours(path)}")
@@ -57,13 +60,13 @@ def read_file(path: Path) -> Dataset:
         return dataset_of(table)
     except (pa.ArrowException, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise DataError(
-            f"The columns of {path} are of a kind that datasets cannot hold: {_one_line(error)}. Write them as text, "
+            f"The columns of {path} are of a type that datasets cannot hold: {_one_line(error)}. Write them as text, "
             "numbers and lists."
         ) from error
 
 
 def looks_like_file(source: str) -> bool:
-    """Says whether a source that does not exist was meant as a local path, not as a hub id."""
+    """Whether a source that does not exist was meant as a local path, not as a hub id."""
     return source.startswith((".", "/", "~")) or Path(source).suffix.lower() in READERS or source.count("/") > 1
 
 
@@ -79,63 +82,67 @@ def _read_json_lines(path: Path) -> pa.Table | None:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[Row, int]]:
-    """The object of each line, and the length of its line."""
+    """Yields the object on each line, and the length of the line."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            value = _json(line, f"Line {number} of {path}", " Expected one object a line")
+            value = _json(line, f"Line {number} of {path}", " Expected one object per line")
             if not isinstance(value, dict):
                 raise DataError(
-                    f"Line {number} of {path} holds a {type(value).__name__}; expected one JSON object a line, "
+                    f"Line {number} of {path} holds a {type(value).__name__}; expected one JSON object per line, "
                     'like {"prompt": "...", "completion": "..."}.'
                 )
             yield _with_objects_as_text(value), len(line)
 
 
 def _with_objects_as_text(value: Any, depth: int = 0) -> Any:
-    """A row whose tool calls' arguments and tools' parameters are JSON text.
+    """The row with the arguments of tool calls and the parameters of tools as JSON text.
 
-    These have other keys in each row, and a table would give all of them to every row, with values of null.
+    Their keys differ from row to row; a table would give every row all of the keys, with null values.
     """
     if isinstance(value, dict):
         return {
-            key: json.dumps(held, ensure_ascii=False)
-            if depth and key in _OBJECTS and isinstance(held, dict)
-            else _with_objects_as_text(held, depth + 1)
-            for key, held in value.items()
+            key: json.dumps(item, ensure_ascii=False)
+            if depth and key in _OBJECTS and isinstance(item, dict)
+            else _with_objects_as_text(item, depth + 1)
+            for key, item in value.items()
         }
-    return [_with_objects_as_text(held, depth + 1) for held in value] if isinstance(value, list) else value
+    return [_with_objects_as_text(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _json(text: str, where: str, expected: str = "") -> Any:
-    """The value of a JSON text, of which a table can hold every character.
+    """The value of a JSON text, if a table can hold every character of it.
 
     Raises:
-        DataError: it is not valid JSON, nested too deep, or holds a number or a character that cannot be read.
+        DataError: the text is not valid JSON, is nested too deeply, or holds a number or character that cannot be read.
     """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         begins = f"{expected}; the line begins {text.strip()[:60]!r}." if expected else ""
-        hint = " A file with one object a line is named .jsonl." if error.msg == "Extra data" and not expected else ""
+        hint = (
+            " A file with one object per line must be named .jsonl."
+            if error.msg == "Extra data" and not expected
+            else ""
+        )
         line = f", line {error.lineno}" if not expected else ""
         raise DataError(
             f"{where} is not valid JSON: {error.msg}{line} at column {error.colno}.{begins}{hint}"
         ) from error
     except RecursionError as error:
         raise DataError(
-            f"{where} is nested too deep to be read. Give rows of text, or of lists of messages."
+            f"{where} is nested too deeply to be read. Give rows of text, or of lists of messages."
         ) from error
     except ValueError as error:
-        raise DataError(f"{where} holds a number of too many digits. Write it as text.") from error
+        raise DataError(f"{where} holds a number with too many digits. Write it as text.") from error
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{where} holds {error.object[error.start]!r}, half of a character that JSON writes in two, such as "
-                "\\ud83d\\ude00: the text was cut in between. Correct or remove it."
+                f"{where} holds {error.object[error.start]!r}, half of a character that JSON writes as two, such as "
+                "\\ud83d\\ude00: the text was cut between them. Correct or remove it."
             ) from error
     return value
 
@@ -157,9 +164,11 @@ def _read_json(path: Path) -> pa.Table | None:
     if not text.strip():
         return None
     value = _json(text, f"The file {path}")
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-        raise DataError(f"The file {path} holds no list of objects; expected [{{...}}, {{...}}], or name it .jsonl.")
-    return _table(path, lambda: _in_chunks((_with_objects_as_text(one), 0) for one in value))
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise DataError(
+            f"The file {path} does not hold a list of objects; expected [{{...}}, {{...}}], or name it .jsonl."
+        )
+    return _table(path, lambda: _in_chunks((_with_objects_as_text(item), 0) for item in value))
 
 
 def _read_csv(path: Path) -> pa.Table | None:
@@ -169,7 +178,7 @@ def _read_csv(path: Path) -> pa.Table | None:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Values of any length, where Python's reader takes 131,072 characters."""
+    """Within, CSV values may be of any length; by default, Python's reader allows 131,072 characters."""
     former = csv.field_size_limit(_CSV_FIELD)
     try:
         yield
@@ -189,21 +198,21 @@ def _csv_rows(path: Path) -> Iterator[tuple[Row, int]]:
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
-                        f"Line {begins} of {path} begins a row that has not as many values as the header has "
-                        f"columns ({len(header)}). Put values that hold commas in quotation marks, and "
-                        "see that each quotation mark is closed."
+                        f"Line {begins} of {path} begins a row with more or fewer values than the header has "
+                        f"columns ({len(header)}). Put values that contain commas in quotation marks, and "
+                        "make sure that each quotation mark is closed."
                     )
                 yield row, sum(map(len, row.values()))
                 begins = reader.line_num + 1
         except csv.Error as error:
             raise DataError(
-                f"Line {begins} of {path} begins a row that is not valid CSV: {error}. See that each quotation mark "
-                'in it is closed, and those inside a value are doubled ("").'
+                f"Line {begins} of {path} begins a row that is not valid CSV: {error}. Make sure that each quotation "
+                'mark in it is closed, and that those inside a value are doubled ("").'
             ) from error
 
 
 def _delimiter(lines: TextIO) -> str:
-    """What stands between the names in a header; semicolons and tabs only where no comma does, as Excel writes them."""
+    """What separates the names in a header: a comma; if there is none, a semicolon or a tab, as Excel writes them."""
     header = lines.readline()
     lines.seek(0)
     outside_quotes = re.sub(r'"[^"]*"', "", header)
@@ -213,7 +222,7 @@ def _delimiter(lines: TextIO) -> str:
 def _read_parquet(path: Path) -> pa.Table | None:
     grown = GrowingTable()
     try:
-        # Not mapped, and no part of the file read ahead: both would count as memory of this process.
+        # The file is neither mapped nor read ahead: both would count as memory of this process.
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if twice := [name for name in names if names.count(name) > 1]:
@@ -231,7 +240,7 @@ def _rows_at_once(metadata: pq.FileMetaData) -> int:
 
 
 def _read_text(path: Path) -> pa.Table | None:
-    return _table(path, lambda: _in_chunks(({"text": one}, len(one)) for one in _documents(path)))
+    return _table(path, lambda: _in_chunks(({"text": document}, len(document)) for document in _documents(path)))
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -261,7 +270,7 @@ def _in_chunks(rows: Iterator[tuple[Row, int]]) -> Iterator[list[Row]]:
 
 
 def _table(path: Path, chunks: Callable[[], Iterator[list[Row]]]) -> pa.Table | None:
-    """All rows as one table; they are read a second time where the first ones did not show what kind all are of."""
+    """All rows as one table. They are read a second time if later rows change the type of a column, or add one."""
     columns = _Columns(path)
     grown: GrowingTable | None = GrowingTable()
     for number, rows in enumerate(chunks()):
@@ -277,7 +286,7 @@ def _table(path: Path, chunks: Callable[[], Iterator[list[Row]]]) -> pa.Table | 
 
 
 class _Columns:
-    """The columns of a file and what they hold, as far as it has been read."""
+    """The columns of a file and their types, as far as it has been read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -285,32 +294,32 @@ class _Columns:
         self._types: dict[str, pa.DataType] = {}
 
     def learn(self, rows: list[Row]) -> bool:
-        """Looks at more rows; says whether a table of what has been read so far would have other columns than before."""
+        """Looks at more rows; returns whether a column was added or has another type than before."""
         before = dict(self._types)
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [value for row in rows if (value := row.get(name)) is not None]
             kinds = self._kinds.setdefault(name, set())
             kinds |= set(map(type, values))
-            # A number that no column of numbers can hold is text too.
+            # A number that is too large for a column of numbers makes it text, too.
             if int in kinds and any(type(value) is int and not _SMALLEST <= value <= _LARGEST for value in values):
                 kinds.add(str)
             self._types[name] = pa.string() if self._is_text(name) else self._type(name, values)
         return before != self._types
 
     def table(self, rows: list[Row]) -> pa.Table:
-        """Rows that it has learned of."""
+        """A table of rows that were given to `learn`."""
         return pa.table({name: self._array(name, [row.get(name) for row in rows]) for name in self._types})
 
     def _is_text(self, name: str) -> bool:
-        """ "42" in one row and 42 in the next: both are text to a language model."""
+        """Whether a column is text, as it is if "42" is in one row and 42 in the next."""
         kinds = self._kinds[name]
         return kinds == {str} or (len(kinds) > 1 and kinds <= _SCALARS)
 
     def _type(self, name: str, values: list[Any]) -> pa.DataType:
         with self._one_kind(name):
-            found = pa.array(values).type
-            known = self._types.get(name, found)
-            schemas = [pa.schema([("", one)]) for one in (known, found)]
+            new = pa.array(values).type
+            known = self._types.get(name, new)
+            schemas = [pa.schema([("", kind)]) for kind in (known, new)]
             return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
     def _array(self, name: str, values: list[Any]) -> pa.Array:

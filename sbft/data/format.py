@@ -1,8 +1,8 @@
-"""From rows of text to token ids and labels: prompt and completion, chat messages, or plain text.
+"""Turns rows of text into token ids and labels: prompt and completion, chat messages, or plain text.
 
-What the model is asked at evaluation must be, token for token, what it saw before the answer in training. Both come
-from the same functions here: a text is cut into pieces where an answer begins and ends, each piece is tokenized by
-itself, and an answer's prompt is the pieces before it.
+At evaluation, the model must get exactly the tokens that were before the answer in training. So both come from the same
+functions here. A text is cut into pieces where an answer begins and ends, and each piece is tokenized separately. The prompt
+of an answer is the pieces before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FormatReport:
-    """What became of the rows."""
+    """How many rows were kept, cut or left out, and why."""
 
     examples: int
     """Examples kept."""
@@ -36,19 +36,19 @@ class FormatReport:
     completion_tokens: int
     """Tokens among them that are trained on."""
     truncated: int
-    """Kept examples that were cut at the maximal length."""
+    """Kept examples that were cut to the maximum length."""
     dropped: int
-    """Rows left out because nothing to train on was left of them within the maximal length."""
+    """Rows left out because nothing to train on was left within the maximum length."""
     longest: int
     """Tokens of the longest kept example."""
     packed_into: int | None
-    """Rows that the examples were packed into; None where they were not."""
+    """Rows that the examples were packed into; None without packing."""
     empty: int = 0
-    """Rows left out because their text, or one of question and answer, is missing or empty."""
+    """Rows left out because the text, the question or the answer is missing or empty."""
     unanswered: int = 0
-    """Conversations left out because no turn in them is the assistant's to learn."""
+    """Conversations left out because they have no turn of the assistant to learn."""
     divided: int = 0
-    """Conversations that are several examples, as the chat template changes earlier answers once later ones follow."""
+    """Conversations that became several examples, as the chat template changes answers once later turns follow."""
     unread: tuple[str, ...] = ()
     """Columns of the data that were not read, and keys of its messages that neither sbft nor the template knows."""
 
@@ -70,29 +70,31 @@ def format_dataset(
 ) -> tuple[Dataset, FormatReport]:
     """Turns rows of text into token ids and labels.
 
-    Trained on are completions, the assistant's turns of `messages`, or all of `text`. Each ends with the token that
-    ends a turn or a text. The first token of an example has no label, as nothing predicts it. Of an assistant's turn all
-    is learned: text, reasoning, tool calls; a turn with `weight` 0 is not.
+    The model is trained on completions, on the assistant's turns of `messages`, or on all of `text`. Each ends with the
+    token that ends a turn or a text. The first token of an example has no label, as nothing predicts it. An assistant's
+    turn is learned whole: text, reasoning and tool calls. A turn with `weight` 0 is not learned.
 
     Args:
         dataset: rows with the columns `prompt` and `completion`, or `messages`, or `text` (looked for in this order).
         tokenizer: the model's tokenizer.
         prompt, completion, messages, text: names of the columns.
-        max_length: tokens an example is cut to. A row with nothing to train on, before or after, is left out.
-        chat_template: render prompt and completion as turns of a chat, where the tokenizer has a template.
-        packing: put several examples into one row of at most `max_length` tokens, whose `position_ids` start again
-            at 0 with each example, so that attention does not reach from one into another.
+        max_length: tokens to cut an example to. A row with nothing to train on, before or after the cut, is left out.
+        chat_template: render prompt and completion as turns of a chat, if the tokenizer has a template.
+        packing: put several examples into one row of at most `max_length` tokens. Its `position_ids` restart at 0 with
+            each example, so attention does not reach from one into another.
         system: a system turn for conversations that have none.
-        tools: the column, beside messages or a prompt, of the functions that the assistant may call: lists, or JSON text.
-        chat_template_kwargs: variables of the chat template, such as enable_thinking. Where a template knows that one and
-            it is not given, it is true if any answer of the data holds reasoning, else false.
+        tools: name of the column, beside messages or a prompt, with the functions that the assistant may call: lists,
+            or JSON text.
+        chat_template_kwargs: variables of the chat template, such as enable_thinking. If the template knows
+            that one and it is not given, it is true if any answer in the data contains reasoning, else false.
 
     Returns:
-        The dataset with `input_ids` and `labels` (int lists of one length, -100 where nothing is trained on), and
-        `position_ids` when packed; and what became of the rows.
+        The dataset with `input_ids` and `labels` (int lists of equal length, -100 for tokens that are not trained on),
+        and `position_ids` when packed; and a report on the rows.
 
     Raises:
-        DataError: no such columns, malformed messages, a chat template that loses some of them, or no example left.
+        DataError: the columns are missing, messages are malformed, the chat template loses part of them, or no example
+            is left.
     """
     rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
     return format_rows(dataset, tokenizer, rendering, max_length=max_length, packing=packing)
@@ -106,7 +108,7 @@ def format_rows(
     max_length: int = 1024,
     packing: bool = False,
 ) -> tuple[Dataset, FormatReport]:
-    """The same as `format_dataset`, for settings that are already one object."""
+    """As `format_dataset`, for settings that are already one object."""
     if max_length < 2:
         raise DataError(f"data.max_length is {max_length}; expected at least 2 tokens, or nothing can be predicted.")
     kind = rendering.kind(dataset.column_names)
@@ -136,9 +138,7 @@ def format_rows(
     if whole is None:
         raise DataError(_nothing_left(dataset, rendering, kind, left_out, max_length))
     unread = tuple(rendering.not_read(dataset, kind, tokenizer))
-    report = FormatReport(
-        **counts, truncated=truncated, packed_into=None, **left_out, divided=divided, unread=unread
-    )
+    report = FormatReport(**counts, truncated=truncated, packed_into=None, **left_out, divided=divided, unread=unread)
     if not packing:
         return dataset_of(whole), report
     packed = pack(whole, max_length)
@@ -170,7 +170,7 @@ def encode_prompts(
         The prompts' token ids, without padding.
 
     Raises:
-        DataError: no such columns, or malformed messages.
+        DataError: the columns are missing, or messages are malformed.
     """
     rendering = Rendering(prompt, completion, messages, text, chat_template, system, tools, chat_template_kwargs)
     return encode_questions(rows, tokenizer, rendering)
@@ -179,7 +179,7 @@ def encode_prompts(
 def encode_questions(
     rows: Dataset | Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, rendering: Rendering
 ) -> list[list[int]]:
-    """The same as `encode_prompts`, for settings that are already one object."""
+    """As `encode_prompts`, for settings that are already one object."""
     listed = list(rows)
     if not listed:
         return []
@@ -201,14 +201,15 @@ def encode_answers(
         rows: rows with the column `prompt` (a completion may be absent), or `messages`, whose last assistant turn is
             replaced; its earlier ones have no labels here.
         tokenizer: the model's tokenizer.
-        answers: what to put as the answer.
+        answers: the answers to put in.
         rendering: how rows become text; `Rendering()` if None.
 
     Returns:
         `input_ids` and `labels` of the first row with each answer, then of the second row, and so on; nothing is cut.
 
     Raises:
-        DataError: no such columns, malformed messages, plain text, a row without a question, or an empty answer.
+        DataError: the columns are missing, messages are malformed, the data is plain text, a row has no question, or an
+            answer is empty.
     """
     rendering, listed = rendering or Rendering(), list(rows)
     if not listed:
@@ -220,7 +221,7 @@ def encode_answers(
         raise DataError("The data is plain text, which has no answers to compare; give prompts and completions.")
     asked = rendering.columns(kind, listed[0])[0]
     if missing := [row for row in listed if row[asked] in (None, [])]:
-        raise DataError(f"A row of the data has no question in {asked!r}: {str(missing[0])[:120]}. Take it out.")
+        raise DataError(f"A row of the data has no question in {asked!r}: {str(missing[0])[:120]}. Remove it.")
     template = rendering.thinking([listed], tokenizer).format_of(tokenizer)
     pieces = [rendering.answer_pieces(row, kind, answer, template) for row in listed for answer in answers]
     return [{"input_ids": ids, "labels": labels} for ids, labels in _tokenize(pieces, tokenizer, ends=True)]
@@ -232,20 +233,18 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(token for token in ends if token is not None))
 
 
-def _nothing_left(
-    dataset: Dataset, rendering: Rendering, kind: str, left_out: dict[str, int], max_length: int
-) -> str:
+def _nothing_left(dataset: Dataset, rendering: Rendering, kind: str, left_out: dict[str, int], max_length: int) -> str:
     reasons = {
         "dropped": f"nothing to train on within data.max_length ({max_length} tokens)",
         "empty": "an empty text, question or answer",
         "unanswered": "no turn of the assistant to learn",
     }
-    found = ", ".join(f"{count} had {reasons[reason]}" for reason, count in left_out.items() if count)
+    causes = ", ".join(f"{count} had {reasons[reason]}" for reason, count in left_out.items() if count)
     advice = "Raise data.max_length, or check the columns." if left_out["dropped"] else "Check the columns."
     if left_out["unanswered"]:
         roles = ", ".join(repr(role) for role in rendering.roles(dataset))
         advice = f"The roles are {roles}; the turns to learn have the role 'assistant', and no weight of 0."
-    return f"No example is left: of {dataset.num_rows} rows {found}. {advice}"
+    return f"No example is left: of {dataset.num_rows} rows {causes}. {advice}"
 
 
 def _tokenize(
@@ -262,7 +261,7 @@ def _tokenize(
             ids, labels = list(opening), [IGNORED_LABEL] * len(opening)
         for index, piece in enumerate(row):
             tokens = next(tokenized)
-            if index == 0 and ids and tokens[: len(ids)] == ids:  # a text that brings its begin token has it once
+            if index == 0 and ids and tokens[: len(ids)] == ids:  # the text already begins with the begin token
                 ids, labels = [], []
             ids += tokens
             labels += tokens if piece.trained else [IGNORED_LABEL] * len(tokens)
@@ -286,7 +285,7 @@ def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _reason_to_leave_out(labels: list[int], max_length: int, kind: str) -> str | None:
-    """The field of `FormatReport` that counts a row with these labels; None where it can be trained on."""
+    """The field of `FormatReport` that counts a row with these labels; None if it can be trained on."""
     if any(label != IGNORED_LABEL for label in labels[:max_length]):
         return None
     if any(label != IGNORED_LABEL for label in labels):

@@ -1,4 +1,4 @@
-"""The forms in which chat templates take the same messages: each is tried until one loses nothing."""
+"""The forms in which chat templates expect messages. They are tried in turn until one loses nothing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _THOUGHTS = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
 
 
 def thoughts_apart(messages: list[Message]) -> list[Message]:
-    """Thoughts at the head of a content are a key of their own, which each template writes in its model's way."""
+    """Moves thoughts at the start of a content to their own key, which each template writes in its model's format."""
     return [_thinking(message) for message in messages]
 
 
 def as_they_are(messages: list[Message]) -> list[Message]:
-    """Contents are text, arguments objects, as most templates take them."""
+    """Leaves contents as text and arguments as objects, as most templates expect."""
     return messages
 
 
 def without_empty_contents(messages: list[Message]) -> list[Message]:
-    """A turn of tool calls alone has no content; transformers drops one that is None, too."""
+    """Removes the content of turns that only call tools, as transformers does if it is None."""
     return [
         {key: value for key, value in message.items() if key != "content"} if _only_calls(message) else message
         for message in messages
@@ -30,17 +30,17 @@ def without_empty_contents(messages: list[Message]) -> list[Message]:
 
 
 def arguments_as_text(messages: list[Message]) -> list[Message]:
-    """Arguments of tool calls are JSON text (DeepSeek)."""
+    """Turns the arguments of tool calls into JSON text (DeepSeek)."""
     return [_with_text(message) for message in messages]
 
 
 def both(messages: list[Message]) -> list[Message]:
-    """Neither empty contents nor arguments that are objects."""
+    """Removes empty contents and turns arguments into JSON text."""
     return without_empty_contents(arguments_as_text(messages))
 
 
 def contents_in_parts(messages: list[Message]) -> list[Message]:
-    """Contents are lists of parts (models that see)."""
+    """Turns contents into lists of parts (vision models)."""
     return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 

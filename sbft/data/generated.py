@@ -12,8 +12,8 @@ from sbft.errors import DataError, MissingPackageError, how_to_install
 
 PREFIX = "generated:"
 
-# Most tasks draw question i from the seed `seed + i`, so that neighbouring seeds share questions. The parts of a data
-# set, and the data sets of different seeds, therefore lie millions of seeds apart; the sum stays below 2**31.
+# Most tasks draw question i from the seed `seed + i`, so neighbouring seeds share questions. Therefore the parts of a data
+# set, and the data sets of different seeds, are millions of seeds apart. The largest seed stays below 2**31.
 _PART_START = {"train": 0, "validation": 700_000_000, "eval": 1_400_000_000}
 _SEED_STRIDE = 10_000_000
 _SEEDS = 60
@@ -21,17 +21,17 @@ _CHUNK = 256
 
 
 def is_generated(source: str) -> bool:
-    """Says whether a source is written `generated:NAME`."""
+    """Whether a source has the form `generated:NAME`."""
     return source.startswith(PREFIX)
 
 
 def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | None = None) -> Iterator[dict[str, str]]:
-    """Yields the questions of one part of a task, without end; the same arguments give the same questions.
+    """Yields an endless stream of questions of one part of a task; the same arguments give the same questions.
 
     Args:
-        source: `generated:NAME`, NAME being a task of reasoning-gym, or `random_text`.
-        part: "train", "validation" or "eval"; their seeds lie far apart.
-        seed: which data set of this task; 0 to 59 are surely disjoint in their seeds.
+        source: `generated:NAME`, where NAME is a task of reasoning-gym, or `random_text`.
+        part: "train", "validation" or "eval"; their seeds are far apart.
+        seed: which data set of this task; those of 0 to 59 draw their questions from different seeds.
         options: settings of the task, for example {"min_digits": 2}.
 
     Yields:
@@ -39,7 +39,7 @@ def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | Non
 
     Raises:
         MissingPackageError: reasoning-gym is not installed.
-        DataError: no such task, wrong options, or a task whose answer is not one text.
+        DataError: the task does not exist, refuses its options, or has answers that are not a single text.
     """
     name = source.removeprefix(PREFIX)
     start = _PART_START[part] + (seed % _SEEDS) * _SEED_STRIDE
@@ -52,11 +52,11 @@ def rows(source: str, *, part: str, seed: int = 0, options: dict[str, Any] | Non
         for index in range(_CHUNK):
             try:
                 item = task[index]
-            except Exception as error:  # a task's own code, of which there are a hundred
+            except Exception as error:  # each of the hundred tasks has its own code
                 raise _refused(name, options, error) from error
             if not isinstance(item["answer"], str):
                 raise DataError(
-                    f"The task {source} gives no single right answer as text, so that exact match cannot score it. "
+                    f"The task {source} gives no single right answer as text, so exact match cannot score it. "
                     "Choose another task, for example generated:chain_sum."
                 )
             yield {"prompt": item["question"], "completion": item["answer"]}
@@ -74,7 +74,7 @@ def _create(name: str, *, seed: int, size: int, options: dict[str, Any]) -> Any:
         ) from error
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3)
-        hint = f" Did you mean {' or '.join(PREFIX + one for one in near)}?" if near else ""
+        hint = f" Did you mean {' or '.join(PREFIX + task for task in near)}?" if near else ""
         raise DataError(f"reasoning-gym has no task {name!r} (it has {len(DATASETS)} others).{hint}")
     known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
     if unknown := sorted(set(options) - known):
@@ -84,7 +84,7 @@ def _create(name: str, *, seed: int, size: int, options: dict[str, Any]) -> Any:
         )
     try:
         return reasoning_gym.create_dataset(name, seed=seed, size=size, **options)
-    except Exception as error:  # a task's own code, of which there are a hundred
+    except Exception as error:  # each of the hundred tasks has its own code
         raise _refused(name, options, error) from error
 
 

@@ -1,4 +1,4 @@
-"""A column of labels as words: numbers become text, and values get the names that the model shall write."""
+"""Turns labels into words: numbers become text, and values get the names that the model learns to write."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ from sbft.errors import DataError
 
 
 def label_words(dataset: Dataset, column: str, names: dict[str, str] | None, source: str) -> Dataset:
-    """Turns the values of the answer's column into the text that the model shall write.
+    """Turns the values of the answer column into the text that the model learns to write.
 
-    With `names` each value becomes its name. A value is looked up by its text: 0 by "0", true by "true", 1.0 by "1" (a
-    table with missing values keeps its whole numbers so), and a class of a `datasets.ClassLabel` column by its number or
-    by its own name. Without `names`, classes become their own names, whole numbers their decimal digits, true and false
-    what JSON writes, and other numbers the shortest text that reads as the same number; text stays as it is.
+    With `names`, each value becomes its name. A value is looked up by its text: 0 as "0", true as "true", and 1.0 as "1",
+    since a table with missing values stores whole numbers that way. A class of a `datasets.ClassLabel` column is looked up
+    by its number or by its own name.
 
-    Missing values (None, NaN, and the class -1, by which data sets on the hub hide the labels of a test split) become
-    None.
+    Without `names`, classes become their own names, whole numbers their digits, and booleans `true` and `false`. Other
+    numbers become the shortest text that reads as the same number. Text is left unchanged.
+
+    Missing values become None. They are None, NaN, and the class -1, which data sets on the hub use to hide the labels of
+    a test split.
 
     Args:
         dataset: rows.
-        column: the answer's column; a data set without it is left alone where there are no names.
-        names: words by value.
+        column: the answer column. Without `names`, a data set that lacks it is returned unchanged.
+        names: the name of each value.
         source: what the data was loaded from, for messages.
 
     Raises:
-        DataError: names for a column that is not there or holds no single values, or a value without a name.
+        DataError: `names` is given, but the column is missing or does not hold single values, or a value has no name.
     """
     if column not in dataset.column_names:
         if names:
@@ -51,11 +53,12 @@ def label_words(dataset: Dataset, column: str, names: dict[str, str] | None, sou
         )
     classes = feature.names if isinstance(feature, ClassLabel) else None
     named = None if names is None else {_key(value): word for value, word in names.items()}
-    found = list(dict.fromkeys(dataset.unique(column)))
-    given = [value for value in found if not _missing(value, classes)]
-    # Tables hold whole numbers as floating-point ones where some are missing.
-    whole = len(given) < len(found) and all(isinstance(value, float) and value.is_integer() for value in given)
-    words = {value: _word(int(value) if whole else value, classes, named, f"{column!r} of {source}") for value in given}
+    distinct = list(dict.fromkeys(dataset.unique(column)))
+    present = [value for value in distinct if not _missing(value, classes)]
+    # Tables store whole numbers as floats if some are missing.
+    whole = len(present) < len(distinct) and all(isinstance(value, float) and value.is_integer() for value in present)
+    where = f"{column!r} of {source}"
+    words = {value: _word(int(value) if whole else value, classes, named, where) for value in present}
     named_pieces = [
         pa.array([words.get(value) for value in piece[column]], type=pa.string()) for piece in pieces(dataset, [column])
     ]
@@ -79,14 +82,14 @@ def _word(value: Any, classes: list[str] | None, named: dict[str, str] | None, w
     if named is None:
         return own if own is not None else _text(value)
     keys = [_key(_text(value)), *([_key(own)] if own is not None else [])]
-    found = [named[key] for key in keys if key in named]
-    if not found:
-        told = f"{_text(value)} ({own})" if own is not None else _text(value)
+    matches = [named[key] for key in keys if key in named]
+    if not matches:
+        shown = f"{_text(value)} ({own})" if own is not None else _text(value)
         raise DataError(
-            f"The column {where} holds {told}, which data.label_names does not name; it names {', '.join(named)}. Add "
+            f"The column {where} holds {shown}, which data.label_names does not name; it names {', '.join(named)}. Add "
             f'{keys[0]!r} with its word, as in data.label_names: {{"{keys[0]}": word}}.'
         )
-    return found[0]
+    return matches[0]
 
 
 def _text(value: Any) -> str:
@@ -94,7 +97,7 @@ def _text(value: Any) -> str:
 
 
 def _key(text: str) -> str:
-    """What a value is looked up by: true and false in small letters, whole numbers without a decimal point."""
+    """The key to look a value up by: true and false in lower case, whole numbers without a decimal point."""
     if text in ("True", "False"):
         return text.lower()
     whole = text.removesuffix(".0")

@@ -15,12 +15,12 @@ def refuse_overlap(train: Dataset, rows: Dataset, columns: tuple[str, ...], part
     """Refuse to train on questions that a held-out part asks.
 
     Raises:
-        DataError: if there are any; `part` and `source` say where, `columns` are those that may hold a question.
+        DataError: if there are any. It names `part` and `source`; questions are in the first of `columns` that is there.
     """
     if shared := _shared_questions(train, rows, columns):
         raise DataError(
             f"The {part} data {source} shares {shared} with the training data. A model that trained on its own test "
-            "proves nothing: take them out of one of the two, or set data.allow_overlap: true."
+            "proves nothing: remove them from one of the two, or set data.allow_overlap: true."
         )
 
 
@@ -35,13 +35,13 @@ def refuse_choice_on_test(
     if shared := _shared_questions(validation, eval, columns):
         raise DataError(
             f"The validation data {sources[0]} shares {shared} with the evaluation data {sources[1]}. A learning rate "
-            "would be chosen on the data that it is then tested on: take them out of one of the two, or set "
+            "would be chosen on the data that it is then tested on: remove them from one of the two, or set "
             "data.allow_overlap: true."
         )
 
 
 def _shared_questions(first: Dataset, second: Dataset, columns: tuple[str, ...]) -> str | None:
-    """How many questions of the second are in the first too, and one of them; None if none is."""
+    """Says how many questions of the second are also in the first, and quotes one; None if there are none."""
     # Only the second, smaller data set is held in memory; the first is streamed.
     asked = dict.fromkeys(questions(second, columns))
     shared = {question for question in questions(first, columns) if question in asked}
@@ -52,7 +52,7 @@ def _shared_questions(first: Dataset, second: Dataset, columns: tuple[str, ...])
 
 
 def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", "text")) -> Iterator[str]:
-    """What each row asks, normalized: its prompt, its turns before the first answer, or its text.
+    """Yields each row's question, normalized: its prompt, its turns before the first answer, or its text.
 
     In Alpaca's rows, whose prompt is `instruction`, the question includes `input`.
     """
@@ -68,5 +68,5 @@ def questions(dataset: Dataset, columns: Iterable[str] = ("prompt", "messages", 
 
 
 def normalized(text: str) -> str:
-    """The text in lower case, each run of white space one space."""
+    """The text in lower case, with each run of white space as one space."""
     return " ".join(text.split()).casefold()

@@ -1,4 +1,4 @@
-"""Packing: several examples in one row, with positions that start again at each, so that none sees another."""
+"""Packing: several examples in one row, with positions that restart at each, so that none attends to another."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def pack(table: pa.Table, max_length: int) -> pa.Table:
     """Puts examples into rows of at most `max_length` tokens, longest first, each into the fullest row that has room.
 
     Args:
-        table: `input_ids` and `labels`, lists of int32, no example longer than `max_length`; no example's first
-            token has a label, as it would be predicted from the example before it.
-        max_length: tokens of a row.
+        table: `input_ids` and `labels`, lists of int32. No example is longer than `max_length`, and the first token of
+            each has no label, as it would be predicted from the example before it.
+        max_length: largest number of tokens of a row.
 
     Returns:
-        `input_ids`, `labels` and `position_ids`; transformers makes of the positions, where no attention mask is
-        given, attention that stays within each example.
+        `input_ids`, `labels` and `position_ids`. If there is no attention mask, transformers derives from the positions
+        that attention stays within each example.
     """
     ids, labels = _Lists(table["input_ids"]), _Lists(table["labels"])
     order, rows = _best_fit(ids.lengths, max_length)
-    # Where each row's first example stands in the order, and where that of the row behind the last would.
+    # The position in `order` of each row's first example, and the end of the last row.
     begins = np.searchsorted(rows, np.arange(rows[-1] + 2))
     step = max(_TOKENS_AT_ONCE // max_length, 1)
     packed = GrowingTable()
@@ -51,7 +51,7 @@ def pack(table: pa.Table, max_length: int) -> pa.Table:
 
 
 class _Lists:
-    """A column of lists, where it lies: taking rows out of it in another order copies these alone."""
+    """A column of lists that is not copied: taking rows out of it in any order copies only those."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
@@ -61,7 +61,7 @@ class _Lists:
         self.lengths: np.ndarray = np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
     def joined(self, examples: np.ndarray) -> np.ndarray:
-        """The values of these lists, one behind the other."""
+        """The values of these lists, concatenated."""
         chunks = np.searchsorted(self._starts, examples, side="right") - 1
         parts = []
         for chunk, place in zip(chunks.tolist(), (examples - self._starts[chunks]).tolist(), strict=True):
@@ -71,7 +71,7 @@ class _Lists:
 
 
 def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The examples in the order of the rows that they are put into, and beside each the number of its row."""
+    """The examples in the order of the rows that they are put into; and the row number of each."""
     longest_first = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), dtype=np.int64)
     room: list[tuple[int, int]] = []  # (tokens free, row), sorted

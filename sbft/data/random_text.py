@@ -1,4 +1,4 @@
-"""Random text, `generated:random_text`: rows of one or many lengths, for measurements that need no sense in them."""
+"""Random text, `generated:random_text`: rows of one or many lengths, for measurements to which the content does not matter."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 from sbft.errors import DataError
 
 NAME = "random_text"
-# Printable ASCII without the space: every character is one byte, and no two rows are alike but for spaces.
+# Printable ASCII without the space: every character is one byte, and no two rows differ in spaces only.
 _FIRST, _LAST = ord("!"), ord("~")
 _DEFAULT_LENGTH = 1024
 _LONGEST = 1 << 24
 
 
 def rows(*, start: int, options: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Yields texts without end; the same arguments give the same texts.
+    """Yields an endless stream of texts; the same arguments give the same texts.
 
     Args:
-        start: seed of the first row; each row after it has the next one.
-        options: `length` (default 1024), the tokens of a row under a tokenizer of bytes, such as that of the `random:`
-            models; the last of them is the end token, so that the text has one character less. Other tokenizers make
-            fewer tokens of a text: give a length that is surely enough, and data.max_length cuts it. With `shortest`, the
-            length of each row is drawn evenly from there to `length`.
+        start: seed of the first row; each further row has the next seed.
+        options: `length` (default 1024) is the number of tokens of a row with a byte tokenizer, such as that of the
+            `random:` models. The last token is the end token, so the text has one character less. Other tokenizers make
+            fewer tokens of a text: give a length that is certainly enough, and data.max_length cuts it. With
+            `shortest`, the length of each row is drawn uniformly from `shortest` to `length`.
 
     Yields:
         {"text": the text}.
 
     Raises:
-        DataError: wrong options.
+        DataError: an option is unknown or out of range.
     """
     import numpy as np
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sbft.recipe.schema import DataConfig
 
 CONVERSATIONS = "conversations"
-"""The column of ShareGPT's files."""
+"""The messages column of ShareGPT files."""
 _ALPACA = ("instruction", "input", "output")
 _SHOWN_KEYS_OF = 1_000
 
@@ -36,11 +36,11 @@ class Rendering:
     messages: str = "messages"
     text: str = "text"
     chat_template: bool = True
-    """Render prompt and completion as user's and assistant's turn, where the tokenizer has a chat template."""
+    """Render prompt and completion as a user's and an assistant's turn, if the tokenizer has a chat template."""
     system: str | None = None
-    """A system turn put before each conversation that has none; the template's own when None."""
+    """A system turn for conversations that have none; None leaves it to the template."""
     tools: str = "tools"
-    """Beside messages or a prompt: the functions that the assistant may call."""
+    """Column, beside messages or a prompt, with the functions that the assistant may call."""
     chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     """Variables of the chat template."""
 
@@ -50,10 +50,10 @@ class Rendering:
         return cls(**{setting.name: getattr(data, setting.name) for setting in fields(cls)})
 
     def kind(self, columns: list[str]) -> str:
-        """Says how rows with these columns are read: "completion", "messages" or "text".
+        """How rows with these columns are read: "completion", "messages" or "text".
 
         Raises:
-            DataError: none of the three; names the columns there are.
+            DataError: the columns allow none of the three; the message names them.
         """
         if self.prompt in columns and self.completion in columns:
             return "completion"
@@ -65,14 +65,14 @@ class Rendering:
         missing = f"{half[0]!r} is there without its other half" if half else "none of them is there"
         advice = "Name your columns with data.prompt and data.completion, data.messages, or data.text."
         if {"instruction", "output"} <= set(columns):
-            advice = "Type --set data.prompt=instruction --set data.completion=output; `input` is then put in, too."
+            advice = "Type --set data.prompt=instruction --set data.completion=output; `input` is then read, too."
         raise DataError(
             f"The data has the columns {', '.join(map(repr, columns))}; expected {self.prompt!r} with "
-            f"{self.completion!r}, or {self.messages!r}, or {self.text!r}, and {missing}. {advice}"
+            f"{self.completion!r}, or {self.messages!r}, or {self.text!r}, but {missing}. {advice}"
         )
 
     def columns(self, kind: str, present: Iterable[str]) -> list[str]:
-        """The columns among those present that rows of this kind are read from."""
+        """Those of the present columns that rows of this kind are read from."""
         names = list(present)
         read = {
             "completion": [self.prompt, *self._joined(names), self.completion, self.tools],
@@ -82,12 +82,12 @@ class Rendering:
         return [name for name in dict.fromkeys(read) if name in names]
 
     def kind_of_question(self, columns: list[str]) -> str:
-        """The same for rows that are only asked: a prompt needs no completion beside it."""
+        """As `kind`, for rows that need no answer: a prompt may come without a completion."""
         is_prompt = self.prompt in columns and self._messages_column(columns) not in columns
         return "completion" if is_prompt else self.kind(columns)
 
     def not_read(self, dataset: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Columns, and keys of messages, that neither sbft reads nor the chat template."""
+        """Columns, and keys of messages, that neither sbft nor the chat template reads."""
         unread = [name for name in dataset.column_names if name not in self.columns(kind, dataset.column_names)]
         if kind != "messages":
             return unread
@@ -97,16 +97,16 @@ class Rendering:
         return unread + [f"{column}[].{key}" for key in sorted(keys)]
 
     def thinking(self, rows: Iterable[Rows], tokenizer: PreTrainedTokenizerBase) -> Rendering:
-        """This rendering with enable_thinking decided, where the template knows it and the settings leave it open.
+        """This rendering with enable_thinking set, if the template knows it and the settings leave it open.
 
-        Models that can think before they answer are asked to where any answer in the rows holds reasoning, and else are
-        trained and asked without: the data has answers, not thoughts.
+        It is true if any answer in the rows contains reasoning. Otherwise it is false, in training and in evaluation:
+        the data has answers without thoughts.
         """
-        given = dict(self.chat_template_kwargs or {})
-        if THINKING in given or THINKING not in str(tokenizer.chat_template):
+        variables = dict(self.chat_template_kwargs or {})
+        if THINKING in variables or THINKING not in str(tokenizer.chat_template):
             return self
         thinks = any(self._any_reasoning(each, tokenizer) for each in rows)
-        return replace(self, chat_template_kwargs={**given, THINKING: thinks})
+        return replace(self, chat_template_kwargs={**variables, THINKING: thinks})
 
     def uses_template(self, kind: str, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether rows of this kind are rendered by the chat template."""
@@ -117,9 +117,9 @@ class Rendering:
         return ChatFormat(tokenizer, self.chat_template_kwargs)
 
     def examples(self, row: dict[str, Any], kind: str, template: ChatFormat) -> list[list[Piece]]:
-        """Cuts one row into pieces of text, those that are trained on marked; none where the row holds nothing.
+        """Cuts one row into pieces of text, and marks those that are trained on; an empty row has no pieces.
 
-        A conversation is several examples where the chat template renders its earlier answers differently.
+        A conversation becomes several examples if the chat template renders its earlier answers differently.
         """
         if kind == "messages":
             chat = self._conversation(row)
@@ -135,7 +135,7 @@ class Rendering:
         return [[Piece(question, False), Piece(answer, True)]]
 
     def question_pieces(self, row: dict[str, Any], kind: str, template: ChatFormat) -> list[Piece]:
-        """The pieces that come before the (last) answer of a row: what is given to the model to be answered."""
+        """The pieces before the (last) answer of a row, which are the prompt."""
         if kind == "messages":
             return template.prompt(self._without_answer(self._conversation(row)))
         question = (self._question(row) if kind == "completion" else _text(row, self.text)) or ""
@@ -144,7 +144,7 @@ class Rendering:
         return [Piece(question, False)]
 
     def question_and_answer(self, row: dict[str, Any], kind: str) -> tuple[str, str]:
-        """A row's question and right answer as plain text, for people to read and metrics to compare."""
+        """A row's question and right answer as plain text, for readers and for metrics."""
         if kind == "completion":
             return self._question(row) or "", _text(row, self.completion) or ""
         chat = self._conversation(row)
@@ -153,7 +153,7 @@ class Rendering:
         return str(asked.messages[-1]["content"]) if asked.messages else "", answer
 
     def answer_pieces(self, row: dict[str, Any], kind: str, answer: str, template: ChatFormat) -> list[Piece]:
-        """The pieces of a row with this (last) answer in place of its own; of them, only the answer's are trained on."""
+        """The pieces of a row with this (last) answer in place of its own; only the answer is trained on."""
         if kind == "messages":
             pieces = template.examples(self._answered(self._without_answer(self._conversation(row)), answer))[0]
         else:
@@ -171,7 +171,7 @@ class Rendering:
         return CONVERSATIONS if default else self.messages
 
     def _joined(self, columns: Iterable[str]) -> list[str]:
-        """The column that belongs to the question, too: `input` of instruction, input, output (Alpaca)."""
+        """Columns to append to the question: `input`, if the columns are instruction, input and output (Alpaca)."""
         alpaca = (self.prompt, "input", self.completion) == _ALPACA and "input" in columns
         return ["input"] if alpaca else []
 
@@ -212,17 +212,17 @@ class Rendering:
 
 
 def rows_of(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of some columns, one after the other."""
+    """Yields the rows, with these columns only."""
     for piece in pieces(dataset, columns):
         for values in zip(*piece.values(), strict=True):
             yield dict(zip(piece, values, strict=True))
 
 
 def _text(row: dict[str, Any], column: str) -> str | None:
-    """A value as text; None where it is missing.
+    """A value as text; None if it is missing.
 
     Raises:
-        DataError: it is bytes, or holds other values.
+        DataError: it is bytes, a list or an object.
     """
     value = row[column]
     if value is None or isinstance(value, str):
@@ -230,6 +230,6 @@ def _text(row: dict[str, Any], column: str) -> str | None:
     if isinstance(value, list | dict | bytes):
         raise DataError(
             f"A value of {column!r} is a {type(value).__name__}, {str(value)[:60]}; expected text. Name the column that "
-            "holds text with data.prompt, data.completion or data.text; conversations belong into data.messages."
+            "holds text with data.prompt, data.completion or data.text; conversations belong in data.messages."
         )
     return None if isinstance(value, float) and math.isnan(value) else str(value)

@@ -21,7 +21,7 @@ from sbft.errors import DataError
 from sbft.models.hub import hub_reachable, hub_state, offline_if_unreachable
 from sbft.recipe.schema import DataConfig
 
-# A generated task is given up when this many rows in a row hold nothing new.
+# A generated task is given up after this many rows without a new question between them.
 _PATIENCE = 2_000
 _AT_ONCE = 10_000
 
@@ -54,15 +54,15 @@ def load_source(
         source: hub id, local .jsonl / .json / .csv / .parquet / .txt file, folder, or `generated:NAME`.
         split: split of a hub data set or folder; of a generated task: "train", "validation" or "eval".
         subset: subset (configuration) of a hub data set.
-        size: number of rows; a random choice of that many, in their own order. Generated tasks need it.
+        size: number of rows: a random choice, in the original order. Generated tasks require it.
         seed: seed of the choice, and of the generated task.
         options: settings of a generated task.
-        completion: column of the answers; its values become text as `sbft.data.labels.label_words` says.
-        label_names: words by the values of that column.
+        completion: column of the answers; `sbft.data.labels.label_words` turns its values into text.
+        label_names: the name of each value of that column.
 
     Raises:
-        DataError: the source is missing, malformed or empty, or the split is; or a label has no name.
-        MissingPackageError: a generated task without the package that makes it.
+        DataError: the source or its split is missing, malformed or empty, or a label has no name.
+        MissingPackageError: the package that makes a generated task is not installed.
     """
     _check_size("size", size)
     if generated.is_generated(source):
@@ -104,12 +104,14 @@ def load_splits(
     label_names: dict[str, str] | None = None,
     allow_overlap: bool = False,
 ) -> Splits:
-    """Loads training, validation and evaluation rows, no question of the latter two being trained on.
+    """Loads training, validation and evaluation rows, without any question of the latter two in training.
 
-    A generated task gives all three parts, of the sizes asked for, from far seeds; a training row whose question is
-    also in validation or evaluation (or a validation row whose question is in evaluation) is left out, counted and
-    replaced. For files and hub data sets a part that has no source of its own but a size is split off from the
-    training rows, by `seed`; the copies of its questions that are left in training are left out and counted.
+    A generated task gives all three parts, in the sizes asked for, from distant seeds. A training row whose question is
+    also in validation or evaluation is left out, counted and replaced. So is a validation row whose question is in
+    evaluation.
+
+    With files and hub data sets, a part that has a size but no source of its own is split off from the training rows, at
+    random by `seed`. Copies of its questions that remain in training are left out and counted.
 
     Args:
         train: source of the training rows; see `load_source`.
@@ -118,15 +120,14 @@ def load_splits(
         train_split, validation_split, eval_split: splits of hub data sets.
         subset: subset of hub data sets.
         train_size, validation_size, eval_size: rows of each part.
-        seed: seed of generated tasks, choices and splits.
+        seed: seed of generated tasks, of random choices and of splits.
         options: settings of a generated task.
-        prompt, messages, text: names of the columns; what a row asks is found in the first of these that it has.
+        prompt, messages, text: names of the columns; a row's question is in the first of these that it has.
         completion, label_names: as for `load_source`.
-        allow_overlap: take questions that are in two of training, validation and evaluation, where these are given.
+        allow_overlap: allow a question in several parts, if these are generated or have a source of their own.
 
     Raises:
-        DataError: as `load_source`; or a given validation or evaluation source shares questions with training, or one
-            of the two with the other.
+        DataError: as `load_source`; or two parts that have a source of their own share questions.
         MissingPackageError: as `load_source`.
     """
     return read_splits(
@@ -154,7 +155,7 @@ def load_splits(
 
 
 def read_splits(data: DataConfig) -> Splits:
-    """The same as `load_splits`, for the `data` section of a recipe."""
+    """As `load_splits`, for the `data` section of a recipe."""
     for part in ("train", "validation", "eval"):
         _check_size(f"{part}_size", getattr(data, f"{part}_size"))
     train, validation = data.train, data.validation
@@ -178,7 +179,7 @@ def read_splits(data: DataConfig) -> Splits:
         part: None if source is None else load_source(source, split=_part(source, part, split), size=size, **shared)
         for part, (source, split, size) in held_out.items()
     }
-    # Split-off parts come out of all the rows there are, before the training rows are chosen among the rest.
+    # Parts are split off from all rows; only then are the training rows chosen from the rest.
     whole_size = data.train_size if generated.is_generated(train) else None
     rest = load_source(train, split=_part(train, "train", data.train_split), size=whole_size, **shared)
     if not data.allow_overlap:
@@ -199,7 +200,7 @@ def read_splits(data: DataConfig) -> Splits:
 
 
 def _place(source: str | None, part: str, split: str) -> tuple[str | None, str]:
-    """What a source and its split are of; two that are equal hold the same rows."""
+    """Identifies the rows of a source and its split: if two results are equal, so are the rows."""
     if source is None or generated.is_generated(source):
         return source, part
     path = Path(source).expanduser()
@@ -239,7 +240,7 @@ def _generated_splits(data: DataConfig) -> Splits:
 
 
 class _Drawn:
-    """Rows of a generated task whose questions were not seen before; how many others there were."""
+    """Draws rows of a generated task whose questions are new, and counts those that it drops."""
 
     def __init__(self, wanted: str, seen: set[str]) -> None:
         self._wanted = wanted
@@ -266,10 +267,10 @@ class _Drawn:
 def _split_off(
     dataset: Dataset, size: int, seed: int, columns: tuple[str, ...], part: str
 ) -> tuple[Dataset, Dataset, int]:
-    """Takes `size` random rows out; returns them, the rest without copies of their questions, and how many copies."""
+    """Takes out `size` random rows; returns them, the rest without their questions, and how many more that dropped."""
     if size >= dataset.num_rows:
         raise DataError(
-            f"The training data has {dataset.num_rows} rows, so that {size} cannot be split off from it for {part} "
+            f"The training data has {dataset.num_rows} rows, so {size} cannot be split off from it for {part} "
             f"with any left to train on. Lower data.{part}_size, or give data.{part} a source of its own."
         )
     order = np.random.default_rng(seed).permutation(dataset.num_rows)
@@ -287,14 +288,14 @@ def _split_off(
 
 def _check_size(name: str, size: int | None) -> None:
     if size is not None and size < 1:
-        raise DataError(f"data.{name} is {size}; expected at least 1 row, or leave it out for all there are.")
+        raise DataError(f"data.{name} is {size}; expected at least 1 row, or leave it out for all rows.")
 
 
 def _choose(dataset: Dataset, size: int | None, seed: int) -> Dataset:
     if size is None or size >= dataset.num_rows:
         return dataset
-    chosen = np.random.default_rng(seed).choice(dataset.num_rows, size, replace=False)
-    return dataset.select(np.sort(chosen))
+    indices = np.random.default_rng(seed).choice(dataset.num_rows, size, replace=False)
+    return dataset.select(np.sort(indices))
 
 
 def _dataset(rows: Iterator[dict[str, str]]) -> Dataset:
@@ -310,7 +311,7 @@ def _load_folder(path: Path, split: str | None) -> Dataset:
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
-    except Exception as error:  # whatever one of datasets' many readers says of the files that it finds there
+    except Exception as error:  # the many readers of datasets raise errors of any kind
         raise DataError(f"The folder {path} holds no data set that can be read: {_one_line(error)}") from error
     return _pick(loaded, split, str(path))
 
@@ -334,13 +335,13 @@ def _load_hub(source: str, split: str | None, subset: str | None) -> Dataset:
 def _pick(loaded: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:
     if isinstance(loaded, Dataset):
         return loaded
-    wanted = split or "train"
-    if wanted not in loaded:
+    name = split or "train"
+    if name not in loaded:
         raise DataError(
-            f"The data {source} has no split {wanted!r}; it has {', '.join(loaded)}. "
+            f"The data {source} has no split {name!r}; it has {', '.join(loaded)}. "
             "Set data.train_split, data.validation_split or data.eval_split."
         )
-    return loaded[wanted]
+    return loaded[name]
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,11 @@
 """Token files: the token ids of a corpus, ready to be read window by window, with the tokenizer that made them.
 
-A folder holds `train.bin` and `validation.bin`, plain arrays of `uint16`, or of `uint32` where the vocabulary needs it,
-the documents one behind the other, each with the end token behind it; `tokenizer/`; and `tokens.json`, which is written
-last: a folder without it is not finished.
+A folder holds:
+
+- `train.bin` and `validation.bin`: plain arrays of `uint16`, or of `uint32` if the vocabulary requires it. They are the
+  documents one after the other, each followed by the end token.
+- `tokenizer/`: the tokenizer.
+- `tokens.json`: written last, so a folder without it is unfinished.
 """
 
 from __future__ import annotations
@@ -33,20 +36,20 @@ Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 
 class Corpus(Protocol):
-    """Documents in an order of their own, which is the same every time."""
+    """Documents in an order that is the same every time."""
 
     @property
     def source(self) -> str:
-        """What a recipe calls it."""
+        """Its name in a recipe."""
 
     def documents(self, done: int, state: Any) -> Iterator[str]:
-        """The documents behind the first `done`; `state` is what `state` gave when the last of these had come."""
+        """Yields the documents after the first `done`; `state` is what `state()` returned after the last of those."""
 
     def state(self) -> Any:
-        """What the corpus needs, as JSON, to go on behind the document that came last; None: their number will do."""
+        """What it takes, as JSON, to resume after the last document; None if the number of documents is enough."""
 
     def is_held_out(self, number: int, held_out_tokens: int) -> bool:
-        """Whether a document is for validation: the `number`-th, counted from 0, so many tokens being there already."""
+        """Whether document `number`, from 0, is for validation, for which there are `held_out_tokens` already."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,17 @@ class TokenFiles:
     folder: Path
     source: str
     tokenizer: str
-    """What the tokenizer was called when the folder was made; it lies in `tokenizer_folder`."""
+    """The name of the tokenizer when the folder was made; the tokenizer itself is in `tokenizer_folder`."""
     vocabulary: int
     dtype: str
     tokens: dict[str, int]
-    """By part, end tokens among them."""
+    """Number of tokens of each part, with the end tokens."""
     documents: dict[str, int]
+    """Number of documents of each part."""
 
     @property
     def tokenizer_folder(self) -> Path:
-        """A plain Hugging Face tokenizer."""
+        """The folder of the tokenizer, in Hugging Face's format."""
         return self.folder / TOKENIZER_FOLDER
 
     def path(self, part: str) -> Path:
@@ -79,10 +83,10 @@ def is_token_folder(source: str | Path) -> bool:
 
 
 def read_token_files(folder: str | Path) -> TokenFiles:
-    """What lies in a finished folder; no token is read.
+    """Describes a finished folder without reading its tokens.
 
     Raises:
-        DataError: if it is not finished, is of another version, or its files are not as long as they should be.
+        DataError: if it is unfinished, is of another version, or its files do not have the expected size.
     """
     folder = Path(folder).expanduser()
     try:
@@ -100,10 +104,10 @@ def read_token_files(folder: str | Path) -> TokenFiles:
         )
     for part in PARTS:
         path, expected = files.path(part), files.tokens[part] * np.dtype(files.dtype).itemsize
-        found = path.stat().st_size if path.is_file() else 0
-        if found != expected:
+        size = path.stat().st_size if path.is_file() else 0
+        if size != expected:
             raise DataError(
-                f"{path} has {found:,} bytes, and {MANIFEST} says {expected:,}. Remove {folder} and make it again with "
+                f"{path} has {size:,} bytes, and {MANIFEST} says {expected:,}. Remove {folder} and make it again with "
                 "sbft prepare-data."
             )
     return files
@@ -121,20 +125,20 @@ def write_token_files(
     limit: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TokenFiles:
-    """Write a corpus as token files, or go on with what a killed process has begun; the bytes are the same either way.
+    """Writes a corpus as token files, or resumes what a killed process has begun; the bytes are the same either way.
 
-    Only one process at a time may write into a folder. The tokenizer is there already.
+    Only one process at a time may write to a folder. The tokenizer must already be there.
 
     Args:
-        folder: exists.
-        corpus: what to write.
-        encode: texts to token ids, without special tokens of its own.
-        end_token: put behind every document.
-        vocabulary: number of tokens, which decides the dtype.
-        tokenizer: what to call it.
-        content: a digest of what the corpus holds: a preparation of something else is not gone on with.
-        limit: stop at the end of the document with which the training tokens come to so many; None: write all.
-        say: told now and then how far it is.
+        folder: where to write; it must exist.
+        corpus: the documents to write.
+        encode: turns texts into token ids, without adding special tokens.
+        end_token: appended to every document.
+        vocabulary: number of tokens in the vocabulary, which decides the dtype.
+        tokenizer: its name.
+        content: a digest of the corpus, as a preparation of something else cannot be resumed.
+        limit: stop after the document that brings the training tokens to this number; None to write all.
+        say: called now and then with a line about the progress.
 
     Raises:
         DataError: if the folder holds an unfinished preparation of something else.
@@ -169,11 +173,11 @@ def write_token_files(
 
 @dataclass
 class _Progress:
-    """How far a preparation has come; what lies in the files behind that does not count."""
+    """How far a preparation has come; whatever the files hold beyond that does not count."""
 
     about: dict[str, Any]
     done: int
-    """Documents."""
+    """Number of documents written."""
     tokens: dict[str, int]
     documents: dict[str, int]
     state: Any
@@ -183,16 +187,16 @@ class _Progress:
         path = folder / _PROGRESS
         if not path.is_file():
             return cls(about, 0, dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0), None)
-        found = cls(**json.loads(path.read_text(encoding="utf-8")))
-        if found.about != about:
+        saved = cls(**json.loads(path.read_text(encoding="utf-8")))
+        if saved.about != about:
             differing = [
-                f"{key} ({found.about.get(key)}, here {about[key]})" for key in about if found.about[key] != about[key]
+                f"{key} ({saved.about.get(key)}, here {about[key]})" for key in about if saved.about[key] != about[key]
             ]
             raise DataError(
-                f"In {folder} lies an unfinished preparation of other tokens: they differ in {', '.join(differing)}. Finish "
-                "it with the recipe that it was begun with, type another --to, or remove the folder."
+                f"{folder} holds an unfinished preparation of other tokens: they differ in {', '.join(differing)}. Finish it "
+                "with the recipe that began it, type another --to, or remove the folder."
             )
-        return found
+        return saved
 
     def count(self, part: str, tokens: int) -> None:
         self.done += 1
@@ -207,7 +211,7 @@ class _Progress:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    """The file, cut off at what is known to be good, open at its end."""
+    """Opens the file for writing after its first `size` bytes, which are known to be good; the rest is discarded."""
     path.touch()
     file = path.open("r+b")
     file.truncate(size)
@@ -216,7 +220,7 @@ def _open_at(path: Path, size: int) -> BinaryIO:
 
 
 def save_tokenizer(folder: Path, save: Callable[[Path], object]) -> Path:
-    """The folder's tokenizer, written by `save` unless it is there already, whole or not at all."""
+    """Writes the tokenizer by `save` unless it is there already, whole or not at all; returns its folder."""
     destination = folder / TOKENIZER_FOLDER
     if not destination.is_dir():
         with replacing(destination) as part:

@@ -1,4 +1,4 @@
-"""Conversations as data sets write them, in the one form that chat templates are given."""
+"""Reads conversations, as data sets write them, into the one form that chat templates get."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sbft.errors import DataError
 
 THOUGHT_ENDS = "</think>"
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""What data sets and templates call the thoughts of a turn."""
+"""The names of a turn's thoughts in data sets and templates."""
 _ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 _READ = {"role", "content", "tool_calls", "tool_call_id", *REASONING}
 _LIKE = 'a list of messages such as [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
@@ -23,19 +23,19 @@ class Chat:
     """A conversation, ready for a chat template."""
 
     messages: list[Message]
-    """Contents are text, the arguments of tool calls objects; a key that a message lacks is absent."""
+    """Contents are text, and arguments of tool calls are objects; a key without a value is absent."""
     learned: tuple[int, ...] = ()
-    """Places of the assistant's turns that bear loss."""
+    """Indices of the assistant's turns that are trained on."""
     tools: list[Any] | None = None
-    """The functions that the assistant may call; None where there are none."""
+    """The functions that the assistant may call; None if there are none."""
 
     def until(self, place: int) -> Chat:
-        """The conversation before a turn."""
+        """The conversation before the turn at `place`."""
         learned = tuple(turn for turn in self.learned if turn < place)
         return replace(self, messages=self.messages[:place], learned=learned)
 
     def answers(self) -> tuple[int, ...]:
-        """Places of the assistant's turns that say something."""
+        """Indices of the assistant's turns that are not empty."""
         return tuple(
             place
             for place, message in enumerate(self.messages)
@@ -43,7 +43,7 @@ class Chat:
         )
 
     def learning_only(self, place: int) -> Chat:
-        """The same conversation, of which one turn is learned."""
+        """The same conversation, in which only the turn at `place` is learned."""
         return replace(self, learned=(place,))
 
     def beginning_with(self, system: str | None) -> Chat:
@@ -57,16 +57,16 @@ class Chat:
 def conversation(value: Any, column: str, tools: Any = None) -> Chat:
     """Reads the messages of one row, in the form of OpenAI (role, content) or of ShareGPT (from, value).
 
-    Tables fill the keys that an object lacks with None, which templates take for a value: at every depth, None is taken
-    for absent. JSON text keeps its null values, be it the arguments of a tool call or a whole list of tools.
+    Tables fill the keys that an object lacks with None, which templates take for a value. So None counts as absent, at
+    every depth. JSON text keeps its null values, both in the arguments of a tool call and in a whole list of tools.
 
     Args:
-        value: the row's messages; None for none.
-        column: their column, for messages to the user.
+        value: the row's messages, or None.
+        column: the name of their column, for error messages.
         tools: the row's tools: a list, JSON text of one, or None.
 
     Raises:
-        DataError: anything is of another kind than expected.
+        DataError: a value is not of the expected type.
     """
     listed = _from_json(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if listed is None:
@@ -76,19 +76,19 @@ def conversation(value: Any, column: str, tools: Any = None) -> Chat:
             f"A value of {column!r} is a {type(listed).__name__}, {str(listed)[:60]!r}; expected {_LIKE}, which .jsonl, "
             ".json and .parquet files can hold."
         )
-    messages = [_message(given, column) for given in listed]
+    messages = [_message(entry, column) for entry in listed]
     chat = Chat(messages, tools=_tools(tools))
-    weighty = [_weight(given, column) for given in listed]
-    return replace(chat, learned=tuple(place for place in chat.answers() if weighty[place]))
+    weighted = [_weight(entry, column) for entry in listed]
+    return replace(chat, learned=tuple(place for place in chat.answers() if weighted[place]))
 
 
 def question_of(value: Any) -> str:
-    """The words of the turns before the first answer, system turns aside; for people, and to compare questions by."""
+    """The text of the turns before the first answer, except system turns; for readers, and to compare questions."""
     turns = []
-    for given in value:
-        if not isinstance(given, dict):
-            break  # what is no message is refused, with its value, where it is rendered
-        message = _renamed(given)
+    for entry in value:
+        if not isinstance(entry, dict):
+            break  # not a message: it is refused, with its value, when it is rendered
+        message = _renamed(entry)
         if message.get("role") == "assistant":
             break
         if message.get("role") != "system":
@@ -98,24 +98,25 @@ def question_of(value: Any) -> str:
 
 
 def holds_reasoning(message: Message) -> bool:
-    """Whether an assistant's turn has thoughts, as a key of its own or in its content."""
+    """Whether an assistant's turn has thoughts, in a key of their own or in its content."""
     return bool(message.get(REASONING[0])) or THOUGHT_ENDS in str(message.get("content", ""))
 
 
 def keys_not_read(value: Any, template: str) -> set[str]:
-    """Keys of a row's messages that nobody reads: neither sbft, nor the chat template by its text."""
+    """Keys of a row's messages that neither sbft nor the chat template reads, judging by the template's text."""
     listed = value if isinstance(value, list) else []
-    keys = {key for given in listed if isinstance(given, dict) for key, held in given.items() if held is not None}
-    if any(isinstance(given, dict) and "from" in given for given in listed):
+    entries = [entry for entry in listed if isinstance(entry, dict)]
+    keys = {key for entry in entries for key, item in entry.items() if item is not None}
+    if any("from" in entry for entry in entries):
         keys -= {"from", "value"}
-    # A tool's answer has its name beside the id of its call, and most templates need neither.
+    # A tool's answer has the tool's name beside the id of the call, and most templates need neither.
     return {key for key in keys - _READ - {"weight", "name"} if key not in template}
 
 
-def _message(given: Any, column: str) -> Message:
-    message = _without_none(_renamed(given)) if isinstance(given, dict) else {}
+def _message(entry: Any, column: str) -> Message:
+    message = _without_none(_renamed(entry)) if isinstance(entry, dict) else {}
     if not isinstance(message.get("role"), str):
-        raise DataError(f"A value of {column!r} holds {repr(given)[:120]}; expected {_LIKE}.")
+        raise DataError(f"A value of {column!r} holds {repr(entry)[:120]}; expected {_LIKE}.")
     content = message.get("content")
     message["content"] = _text(content, column) if isinstance(content, list) else "" if content is None else content
     if not isinstance(message["content"], str):
@@ -125,7 +126,7 @@ def _message(given: Any, column: str) -> Message:
     for key in REASONING:
         message.pop(key, None)
     if reasoning is not None:
-        # Under each name, as templates know only one of them.
+        # Under every name, as each template knows only one of them.
         message |= dict.fromkeys(REASONING, reasoning)
     calls = message.pop("tool_calls", None)
     calls = _from_json(calls) if isinstance(calls, str) else calls
@@ -134,9 +135,9 @@ def _message(given: Any, column: str) -> Message:
     return message
 
 
-def _renamed(given: Message) -> Message:
-    """A message in the words of OpenAI."""
-    message = dict(given)
+def _renamed(entry: Message) -> Message:
+    """A message with OpenAI's keys and roles."""
+    message = dict(entry)
     if "role" not in message and isinstance(message.get("from"), str):
         message["role"] = message.pop("from")
         message["content"] = message.pop("value", None)
@@ -157,12 +158,12 @@ def _renamed(given: Message) -> Message:
 
 
 def _text(parts: list[Any], column: str) -> str:
-    """The text of a content that comes in parts."""
+    """The text of a content that is a list of parts."""
     for part in parts:
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise DataError(
-                f"A message of {column!r} holds a part of the type {part['type']!r}; expected text alone. Only texts are "
-                "read from data files: without its picture or sound the model would learn to answer to a mark."
+                f"A message of {column!r} holds a part of the type {part['type']!r}; expected text only. sbft reads "
+                "nothing else from data files: without its picture or sound, the model would learn to answer a placeholder."
             )
         if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
             raise DataError(
@@ -182,7 +183,7 @@ def _call(call: Any, column: str) -> Message:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _from_json(arguments)
-        # What is no object is the model's own doing, such as the source text of a program.
+        # Other text than an object is up to the model, such as the source text of a program.
         arguments = arguments if isinstance(arguments, dict) else function["arguments"]
     around = {key: value for key, value in call.items() if key not in ("function", "name", "arguments")}
     named = {key: value for key, value in function.items() if key in ("name", "arguments")}
@@ -213,8 +214,8 @@ def _says_something(message: Message) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls") or message.get(REASONING[0]))
 
 
-def _weight(given: Message, column: str) -> bool:
-    weight = given.get("weight")
+def _weight(entry: Message, column: str) -> bool:
+    weight = entry.get("weight")
     if weight not in (None, 0, 1):
         raise DataError(
             f"A message of {column!r} has the weight {str(weight)[:20]}; expected 1, or 0 for a turn that is not learned."
@@ -224,14 +225,14 @@ def _weight(given: Message, column: str) -> bool:
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_none(held) for key, held in value.items() if held is not None}
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_none(held) for held in value]
+        return [_without_none(item) for item in value]
     return value
 
 
 def _from_json(text: Any) -> Any:
-    """The value of JSON text; None where it is none."""
+    """The value of JSON text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Training examples of token files: windows of one length, each read where it lies when its turn comes."""
+"""Training examples from token files: windows of equal length, each read from the file when it is needed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sbft.data.token_files import TRAIN, VALIDATION, TokenFiles
 from sbft.errors import DataError
 
 VALIDATION_WINDOWS = 200
-"""Windows that the loss is measured on where a recipe has no `evaluation.limit`."""
+"""Number of windows to measure the loss on, unless a recipe sets `evaluation.limit`."""
 
 
 class TokenWindows(TorchDataset[dict[str, np.ndarray]]):
-    """Windows of `length` tokens, one behind the other; what is left at the end is no window.
+    """Consecutive windows of `length` tokens; an incomplete window at the end is left out.
 
-    Each window is mapped by itself, and let go once it is copied. A map of the whole file would count as memory of this
-    process as far as it was ever read, in which a run's peak is measured.
+    Each window is mapped separately, and unmapped once it is copied. With a map of the whole file, everything read so far
+    would count as memory of this process, and a run's peak is measured by that.
 
     Args:
         path: a file of token ids.
-        dtype: of the ids.
-        length: tokens of a window.
-        most: at most so many windows, spread evenly over the file; None: all.
+        dtype: dtype of the ids.
+        length: tokens per window.
+        most: largest number of windows, spread evenly over the file; None for all.
     """
 
     def __init__(self, path: Path, dtype: str, length: int, most: int | None = None) -> None:
@@ -42,36 +42,36 @@ class TokenWindows(TorchDataset[dict[str, np.ndarray]]):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """`input_ids`, int64 of shape (length,); they are the labels too."""
         if not 0 <= index < self._count:
-            raise IndexError(index)  # which ends a loop over the windows
+            raise IndexError(index)  # ends a loop over the windows
         place = index * self._whole // self._count
         offset = place * self.length * self._dtype.itemsize
         mapped = np.memmap(self.path, self._dtype, "r", offset=offset, shape=(self.length,))
         return {"input_ids": mapped.astype(np.int64)}
 
     def rows(self) -> list[dict[str, list[int]]]:
-        """All windows as `sbft.evaluation.likelihood.evaluate_loss` takes examples."""
+        """All windows, in the form in which `sbft.evaluation.likelihood.evaluate_loss` takes examples."""
         return self.first(len(self))
 
     def first(self, count: int) -> list[dict[str, list[int]]]:
-        """The first windows, as many of `count` as there are, in the same form."""
+        """The first `count` windows, or all if there are fewer, in the same form."""
         ids = [self[index]["input_ids"].tolist() for index in range(min(count, len(self)))]
-        return [{"input_ids": one, "labels": one} for one in ids]
+        return [{"input_ids": window, "labels": window} for window in ids]
 
 
 class TokenSplits:
-    """The parts of token files as a run reads them.
+    """The parts of token files, as a run reads them.
 
     Args:
         files: a finished folder of tokens.
-        length: tokens of a window.
-        limit: windows of the validation data; `VALIDATION_WINDOWS` when None.
+        length: tokens per window.
+        limit: number of validation windows; `VALIDATION_WINDOWS` when None.
 
     Raises:
-        DataError: if there is no whole window in a part.
+        DataError: if a part has less than one window.
     """
 
     eval: TokenWindows | None = None
-    """None: token files have validation data, and no other."""
+    """Always None: besides training data, token files have only validation data."""
     dropped_overlap = 0
 
     def __init__(self, files: TokenFiles, length: int, limit: int | None = None) -> None:

@@ -234,14 +234,14 @@ def test_a_template_that_writes_a_turn_into_another_is_refused() -> None:
 
 
 def test_a_thought_that_was_cut_off_is_refused() -> None:
-    with pytest.raises(DataError, match="begins a thought that it does not end: '<think>.nhm'"):
+    with pytest.raises(DataError, match="begins a thought that never ends: '<think>.nhm'"):
         learned([{"prompt": "2+2?", "completion": "<think>\nhm"}], tiny_tokenizer(RICH))
 
 
 def test_a_value_that_the_template_changes_is_refused() -> None:
     cutting = CHATML_WITHOUT_MARKERS.replace("message['content'] +", "message['content'].split('#')[0] +")
     assert learned([{"messages": [USER, {"role": "assistant", "content": "4"}]}], tiny_tokenizer(cutting)) == [f"4{EOS}"]
-    with pytest.raises(DataError, match="does not render the text of this answer as it stands: '4 # four'"):
+    with pytest.raises(DataError, match="does not render the text of this answer as it is written: '4 # four'"):
         learned([{"messages": [USER, {"role": "assistant", "content": "4 # four"}]}], tiny_tokenizer(cutting))
 
 
@@ -335,7 +335,7 @@ def test_a_conversation_that_begins_with_an_answer() -> None:
     assert learned([{"messages": [{**hello, "weight": 0}, USER, answer]}], tiny_tokenizer(RICH)) == [f"4{EOS}"]
     with pytest.raises(DataError, match="begins with the assistant's turn.*weight of 0"):
         learned([{"messages": [hello, USER, answer]}], tiny_tokenizer(unlike))
-    with pytest.raises(DataError, match="asks for an answer otherwise than it renders one"):
+    with pytest.raises(DataError, match="prompts for an answer differently than it renders one"):
         learned([{"messages": [USER, answer]}], tiny_tokenizer(unlike))
 
 

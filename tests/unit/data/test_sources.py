@@ -60,7 +60,7 @@ def test_keys_that_only_later_rows_have_are_kept(tmp_path: Path) -> None:
         ("a.jsonl", "", "empty"),
         ("a.jsonl", "\n \n", "empty"),
         ("a.json", '{"prompt": "a"}\n{"prompt": "b"}\n', r"named \.jsonl"),
-        ("a.json", '{"prompt": "a"}', "no list of objects"),
+        ("a.json", '{"prompt": "a"}', "not hold a list of objects"),
         ("a.json", "", "empty"),
         ("a.csv", "prompt,completion\n", "empty"),
         ("a.csv", "prompt,completion\na,b,c\n", r"Line 2 of .* values"),
@@ -200,7 +200,7 @@ def test_validation_is_split_off_without_leaving_copies(tmp_path: Path) -> None:
 
 def test_nothing_left_after_splitting_off_is_refused(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", ROWS[:5])
-    with pytest.raises(DataError, match="has 5 rows, so that 5 cannot"):
+    with pytest.raises(DataError, match="has 5 rows, so 5 cannot"):
         load_splits(train=train, validation_size=5)
     same = write_jsonl(tmp_path / "same.jsonl", ROWS[:1] * 5)
     with pytest.raises(DataError, match="No training row is left"):
