@@ -1,10 +1,10 @@
-"""What sbft raises when the mistake can be mended by its user.
+"""The errors that sbft raises for mistakes that its user can fix.
 
-Each message is whole sentences: what was found, what was expected, what to type. The command line prints it as one
-paragraph and ends with exit code 2, or as the shell does with a command that was told to stop; code that imports sbft
-can catch `SbftError` alone.
+Each message is in whole sentences: what was found, what was expected, what to type. The command line prints it as one
+paragraph. It exits with code 2, or with the shell's code for a signal if the command was stopped by one. Code that imports
+sbft can catch `SbftError` alone.
 
-What their messages share is here too: secrets are hidden, and a missing package comes with the command that installs it.
+What messages have in common is here too: secrets are hidden, and for a missing package there is the command that installs it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RecipeError(SbftError):
 
 
 class DataError(SbftError):
-    """A data set is missing, malformed, empty, or holds what it must not hold."""
+    """A data set is missing, malformed or empty, or has contents that are not allowed."""
 
 
 class ModelError(SbftError):
@@ -36,7 +36,7 @@ class MissingPackageError(SbftError):
 
 
 class TrainingError(SbftError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class DiskError(TrainingError):
@@ -44,18 +44,18 @@ class DiskError(TrainingError):
 
 
 class LostRankError(TrainingError):
-    """Another process of the same run has ended or does not answer: what went wrong, went wrong there."""
+    """Another process of the same run has ended or does not answer. The cause is in that process."""
 
 
 class Interrupted(TrainingError):
-    """Somebody told the command to stop.
+    """A signal stopped the command.
 
     Args:
         number: the signal: SIGINT is Ctrl-C.
-        rest: what follows "Stopped by Ctrl-C", its punctuation too.
+        rest: what follows "Stopped by Ctrl-C" in the message, including punctuation.
 
     Attributes:
-        exit_code: 128 and the signal's number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+        exit_code: 128 plus the signal's number, as in shells: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, number: int, rest: str = ".") -> None:
@@ -64,17 +64,17 @@ class Interrupted(TrainingError):
 
 
 def signal_of(interrupt: KeyboardInterrupt) -> int:
-    """The signal behind a KeyboardInterrupt: sbft's handlers put its number in, Python's own for Ctrl-C nothing."""
+    """The signal behind a KeyboardInterrupt: sbft's handlers put its number in; Python's own, for Ctrl-C, does not."""
     number: int = interrupt.args[0] if interrupt.args else signal.SIGINT
     return number
 
 
 class ExportError(SbftError):
-    """A trained model cannot be written in the form that was asked for."""
+    """A trained model cannot be written in the requested form."""
 
 
 class ClusterError(SbftError):
-    """A Ray cluster cannot be reached, or its machines cannot make runs."""
+    """A Ray cluster cannot be reached, or its machines cannot run a suite."""
 
 
 HIDDEN = "***"
@@ -85,9 +85,9 @@ _SECRET = re.compile(
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"  # AWS
     r"|\bsk-[A-Za-z0-9_-]{16,}|\bxox[abprs]-[A-Za-z0-9-]{8,}"
 )
-_NAME_OF_ONE = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_NAME_OF_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _SHORTEST = 8
-"""Characters of an environment variable's value that is taken for a secret: `1` and `true` are none."""
+"""Shortest value of an environment variable that counts as a secret, in characters: `1` and `true` do not."""
 
 
 def holds_secret(text: str) -> bool:
@@ -97,11 +97,11 @@ def holds_secret(text: str) -> bool:
 
 def names_secret(variable: str) -> bool:
     """Whether an environment variable of this name is likely to hold a password or a token."""
-    return _NAME_OF_ONE.search(variable) is not None
+    return _NAME_OF_SECRET.search(variable) is not None
 
 
 def without_secrets(text: str) -> str:
-    """The text with `***` in the place of passwords and tokens, those among them that the environment holds."""
+    """The text with `***` in place of passwords and tokens, including those in the environment."""
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and names_secret(name) and not value.startswith("/"):
             text = text.replace(value, HIDDEN)
@@ -109,14 +109,14 @@ def without_secrets(text: str) -> str:
 
 
 SETUP = Path(__file__).parent.parent / "scripts" / "setup.sh"
-"""Installs what the methods and the built-in model need; it is there in a checkout only."""
+"""Installs what the methods and the built-in model need; only a checkout has it."""
 
 
 def how_to_install(pip_arguments: str) -> str:
     """The end of a message about a missing package.
 
     Args:
-        pip_arguments: what installs it where sbft itself was installed by pip, such as `'sbft[lora]'`.
+        pip_arguments: arguments for pip that install it if pip installed sbft, such as `'sbft[lora]'`.
     """
     if not SETUP.is_file():
         return f"Type: pip install {pip_arguments}"

@@ -1,6 +1,6 @@
-"""Files that sbft itself reads and writes: the YAML that ships with it, its cache, and writes that are whole or not there.
+"""Files that sbft itself reads and writes: the YAML that ships with it, its cache, and atomic writes.
 
-Shell completion asks for shipped names at every key, so nothing heavy is imported.
+Shell completion looks up shipped names at every keystroke, so nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Literal
 
 
 def write_text(path: Path, text: str, *, synced: bool = False) -> None:
-    """Write UTF-8 text; a reader of `path` sees all of it or what was there before.
+    """Write UTF-8 text so that a reader of `path` sees either all of it or what was there before.
 
     Args:
-        path: of the file.
-        text: all of it.
+        path: the file.
+        text: its whole content.
         synced: wait until it is on the disk, so that this also holds after a crash of the machine.
     """
     with replacing(path) as part:
@@ -30,14 +30,14 @@ def write_text(path: Path, text: str, *, synced: bool = False) -> None:
 
 @contextmanager
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path` for a file or folder, which replaces `path` when the block ends without an error.
+    """Yields a temporary path beside `path`, for a file or folder that replaces `path` if the block ends without an error.
 
-    After an error or a crash `path` is as it was. What is at the temporary path stays there, and the next write finds it.
+    After an error or a crash, `path` is as it was. The temporary file or folder stays, and the next write finds it.
 
     Args:
-        path: of the file, or of a folder that is not there yet; the folder around it exists.
-        shared: other processes may write the same file at the same time. Each gets a temporary path of its own, and the file
-            there is removed if the block raises.
+        path: the file, or a folder that does not exist yet; the folder around it must exist.
+        shared: whether other processes may write the same file at the same time. Each then gets a temporary path of its own,
+            and the file there is removed if the block raises.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}" if shared else f"{path.name}.part")
     try:
@@ -84,17 +84,17 @@ def shipped_names(kind: Kind) -> list[str]:
 
 
 def shipped_file(kind: Kind, name: str) -> Path:
-    """The file of one of them."""
+    """The path of a shipped recipe or suite."""
     return _FOLDER / kind / f"{name}.yaml"
 
 
 def summary_of_recipe(name: str) -> str:
-    """What a recipe does, in a line: the second of its file."""
+    """What a recipe does, in one line: the second line of its file."""
     return _lines(name)[1].removeprefix("# ")
 
 
 def verb_of_recipe(name: str) -> str:
-    """The verb of the command that runs a recipe, `train` or `pretrain`: the first line of its file holds it."""
+    """The verb of the command that runs a recipe, `train` or `pretrain`: it is in the first line of the file."""
     return _lines(name)[0].split()[2]
 
 

@@ -1,8 +1,8 @@
 """Stochastic rounding of float32 to bfloat16: the definition that every backend follows bit for bit.
 
-A bfloat16 is the upper half of a float32. Adding 16 uniform random bits to the lower half and cutting it off rounds up
-with exactly the probability that the lower half stands for, so the expected value is the exact one. The bits come from
-a hash of (seed, step, parameter, global element index): there is no generator state, so resuming, the order of hooks,
+A bfloat16 is the upper half of a float32. Adding 16 uniform random bits to the lower half, and then cutting that half off,
+rounds up with exactly the probability that the lower half stands for. So the expected value is the exact one. The bits come
+from a hash of (seed, step, parameter, global element index). There is no generator state, so resuming, the order of hooks,
 sharding and the device cannot change them.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Key = tuple[int, int] | tuple[Tensor, Tensor]
-"""Two words, of 32 bits without a sign; in tensors, int32 of shape () with their bits."""
+"""Two unsigned words of 32 bits; as tensors, int32 of shape () with the same bits."""
 
 _MASK_64 = (1 << 64) - 1
 _MULTIPLIER_1 = 0x7FEB352D
@@ -42,7 +42,7 @@ def noise_key(seed: int, step: int, parameter: int) -> tuple[int, int]:
 
     Args:
         seed: the run's seed, any integer.
-        step: how many steps the optimizer has finished.
+        step: number of steps that the optimizer has finished.
         parameter: position of the parameter among all parameters of the optimizer.
 
     Returns:
@@ -67,7 +67,7 @@ def signed_32(word: int) -> int: ...
 @overload
 def signed_32(word: Tensor) -> Tensor: ...
 def signed_32(word: int | Tensor) -> int | Tensor:
-    """The int32 that has the bits of an unsigned 32-bit `word`, as torch and Triton want it; a tensor is one already."""
+    """The int32 with the bits of an unsigned 32-bit `word`, as torch and Triton require; a tensor already is one."""
     if isinstance(word, Tensor):
         return word
     return word - (1 << 32) if word >= 1 << 31 else word
@@ -91,13 +91,13 @@ def noise_from_key(key: Key, count: int, offset: int = 0, device: torch.device |
 
 
 def noise_at(key: Key, index: Tensor) -> Tensor:
-    """Noise of the elements with these global indices (int64), as `noise_from_key` has it; int32 of the same shape."""
+    """Noise of the elements with these global indices (int64), as `noise_from_key` gives it; int32 of the same shape."""
     x = _hash((index >> 5) * 16 + (index & 15), key)
     return torch.where((index & 16) == 0, x & 0xFFFF, (x >> 16) & 0xFFFF)
 
 
 def _hash(counter: Tensor, key: Key) -> Tensor:
-    """32-bit hashes of counters, int32, or int64 where one may reach 2^31; the counters are changed if they are int32."""
+    """32-bit hashes of counters: int32, or int64 if one may reach 2^31. Counters in int32 are overwritten."""
     high: Tensor | int = 0
     x = counter
     if counter.dtype == torch.int64:
@@ -117,9 +117,9 @@ def noise(seed: int, step: int, parameter: int, shape: Sequence[int], offset: in
 
     Args:
         seed: the run's seed.
-        step: how many steps the optimizer has finished.
+        step: number of steps that the optimizer has finished.
         parameter: position of the parameter among all parameters of the optimizer.
-        shape: shape of the part of the parameter that is wanted.
+        shape: shape of the requested part of the parameter.
         offset: global element index (row-major) of that part's first element, for rows of a shard.
 
     Returns:
@@ -134,12 +134,12 @@ def noise(seed: int, step: int, parameter: int, shape: Sequence[int], offset: in
 def stochastic_round(values: Tensor, noise: Tensor) -> Tensor:
     """Round float32 to bfloat16, up in magnitude if the lower 16 bits plus `noise` carry.
 
-    Values that bfloat16 holds stay. NaN stays NaN and infinities stay; a finite value never becomes NaN (beyond the largest
-    bfloat16 it may become infinite, as under rounding to nearest).
+    Values that bfloat16 can hold do not change, nor do infinities. NaN stays NaN. A finite value never becomes NaN, but
+    beyond the largest bfloat16 it may become infinite, as under rounding to nearest.
 
     Args:
         values: float32, any shape.
-        noise: int32 of the same shape in [0, 65535]; a fresh, independent one for each rounded tensor.
+        noise: int32 of the same shape in [0, 65535], drawn independently for each rounded tensor.
 
     Returns:
         bfloat16 of the same shape.

@@ -1,7 +1,7 @@
 """Half-lives in tokens, and the decay factors that follow from them. Pure arithmetic: no torch.
 
-An average with half-life `t` tokens that sees `n` tokens in a step decays by `2 ** (-n / t)`. Held constant in tokens, an
-average behaves alike at every batch size (Marek et al., arXiv 2507.07101, section 3.2).
+An average with half-life `t` tokens that sees `n` tokens in a step decays by `2 ** (-n / t)`. With a constant
+half-life in tokens, an average behaves the same at every batch size (Marek et al., arXiv 2507.07101, section 3.2).
 """
 
 import math
@@ -10,7 +10,7 @@ PRETRAINING_HALF_LIFE = 10_000_000.0
 """Default half-life of the second moment for pretraining, in tokens (arXiv 2507.07101, section 4)."""
 
 FINE_TUNING_HALF_LIFE = -16 * 1024 / math.log2(0.95)
-"""Default for fine-tuning, about 221,000 tokens: beta2 = 0.95 at 16 x 1024 tokens, hence 0.997 at 1 x 1024."""
+"""Default half-life for fine-tuning, about 221,000 tokens: beta2 = 0.95 at 16 x 1024 tokens, hence 0.997 at 1 x 1024."""
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -44,7 +44,7 @@ def half_life_from_beta(beta: float, tokens: float) -> float:
     """
     _require_positive("tokens", tokens)
     if not 0 < beta < 1:
-        raise ValueError(f"beta must lie strictly between 0 and 1, got {beta!r}")
+        raise ValueError(f"beta must be strictly between 0 and 1, got {beta!r}")
     return -tokens / math.log2(beta)
 
 

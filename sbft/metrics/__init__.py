@@ -1,4 +1,4 @@
-"""Metrics of generated answers, as modules of the package `evaluate` that ship with sbft: nothing is fetched."""
+"""Metrics of generated answers, as modules of the package `evaluate` that ship with sbft: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def available() -> list[str]:
 
 
 def check(names: list[str]) -> None:
-    """Makes sure that there are metrics of these names, before anything long begins.
+    """Makes sure that metrics of these names exist, before any long work begins.
 
     Raises:
         DataError: there is no metric of one of the names.
@@ -39,7 +39,7 @@ def compute(name: str, predictions: list[str], references: list[str], **options:
     Args:
         name: one of `available()`.
         predictions: what the model answered.
-        references: the right answers, as many.
+        references: the right answers, one for each prediction.
         **options: the metric's own options, for example `ignore_case=True`.
 
     Raises:

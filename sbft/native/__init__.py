@@ -1,1 +1,1 @@
-"""What talks to compilers, to malloc and to oneDNN, and what measures memory."""
+"""Code that calls the compiler, malloc, OpenMP and oneDNN, and that measures memory."""

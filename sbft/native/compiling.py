@@ -1,4 +1,4 @@
-"""C++ compiled on first use by the machine's compiler, into the user's cache."""
+"""Compiles C++ on first use, with the machine's compiler, into the user's cache."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def build(
 ) -> Path:
     """Compile a file to a shared library unless that was done before, and return the library's path.
 
-    Its name holds the source, the compiler's version, the flags and `facts`, so that it is never used where it does not fit.
+    The library's name has a hash of the source, the compiler, the flags and `facts`, so it is never used where it does not fit.
 
     Args:
-        source: a file of C++.
-        flags: for the compiler, before the source.
-        libraries: the same for the linker, after it.
-        facts: what else the result depends on, such as the processor.
-        folder: of built libraries; the user's cache by default. Several processes may build at once.
+        source: a C++ file.
+        flags: flags for the compiler, before the source.
+        libraries: flags for the linker, after the source.
+        facts: anything else that the result depends on, such as the processor.
+        folder: folder for built libraries; the user's cache by default. Several processes may build at once.
 
     Raises:
         CompilerMissing: if no compiler is found or it fails.
@@ -54,7 +54,7 @@ def build(
 
 
 def processor() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
+    """Describes the processor as far as -march=native depends on it: different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -76,5 +76,5 @@ def find_compiler() -> str:
 
 def _fingerprint(source: Path, compiler: str, flags: Sequence[str], facts: Iterable[str]) -> str:
     path = Path(shutil.which(compiler) or compiler).resolve()
-    known = [source.read_text(), " ".join(flags), str(path), str(path.stat().st_mtime_ns), *facts]
-    return hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
+    parts = [source.read_text(), " ".join(flags), str(path), str(path.stat().st_mtime_ns), *facts]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Meta tensors as stand-ins for those of a device: code that asks for the device of a tensor is told the one meant."""
+"""Lets meta tensors stand for tensors of a device: code that asks for their type of device gets that device's."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-_meant: ContextVar[str] = ContextVar("meant", default="meta")
+_stood_for: ContextVar[str] = ContextVar("stood_for", default="meta")
 
 
 def device_type(tensor: Tensor) -> str:
     """The type of device that a tensor is on, or stands for."""
     kind = tensor.device.type
-    return _meant.get() if kind == "meta" else kind
+    return _stood_for.get() if kind == "meta" else kind
 
 
 @contextmanager
 def standing_for(kind: str) -> Iterator[None]:
     """Within, meta tensors stand for tensors of this type of device."""
-    token = _meant.set(kind)
+    token = _stood_for.set(kind)
     try:
         yield
     finally:
-        _meant.reset(token)
+        _stood_for.reset(token)

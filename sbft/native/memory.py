@@ -1,4 +1,4 @@
-"""The true peak of this process, and what its parts weigh: bytes everywhere, as ints."""
+"""Measures the peak memory of this process, and the size of its parts. All sizes are in bytes, as ints."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from sbft.native.memory_pool import trim_pool
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _MEMORY = Path("/proc/meminfo")
-# Of a container, by the second and the first version of control groups.
+# Of a container, in the second and in the first version of control groups.
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_RESET_HIGHEST = "5"  # proc(5): sets the highest resident size back to the current one
+_RESET_HIGHEST = "5"  # proc(5): resets the highest resident size to the current one
 
 
 class PeakMemory:
-    """The highest memory this process held between entering and leaving; a context manager.
+    """Measures the most memory that this process held between entering and leaving; a context manager.
 
-    On CUDA it is what torch allocated on all visible devices. Elsewhere it is the resident memory of the process: on
-    Linux its highest value is set back at the start. Where that is not possible, `note` says so, and the peak is that
-    of the process's whole life so far, which is never too low. While entered, the peak so far can be read.
+    On CUDA it is what torch allocated on all visible devices. Elsewhere it is the resident memory of the process, whose
+    highest value is reset on entering (on Linux). If that is not possible, `note` says so. The peak is then that of the
+    process's whole life so far, which is never too low. The peak so far can be read before leaving.
 
     Args:
-        device: what the work runs on; CUDA where there is one, when None.
+        device: the device that does the work; None for this process's accelerator, or the CPU without one.
 
     Attributes:
-        baseline_bytes: held on entering.
-        peak_bytes: highest since.
-        reserved_peak_bytes: on CUDA the highest that torch reserved, else None.
+        baseline_bytes: memory held on entering.
+        peak_bytes: the most held since.
+        reserved_peak_bytes: on CUDA, the most that torch reserved; else None.
         kind: "cuda_allocated" or "resident".
         note: what limits the measurement, or None.
     """
@@ -53,13 +53,13 @@ class PeakMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """Highest so far; after leaving, highest within."""
+        """The most held so far, or before leaving."""
         self._read()
         return self._peak_bytes
 
     @property
     def reserved_peak_bytes(self) -> int | None:
-        """Highest that torch reserved on CUDA, None elsewhere."""
+        """The most that torch reserved on CUDA; None elsewhere."""
         self._read()
         return self._reserved_peak_bytes
 
@@ -95,7 +95,7 @@ class PeakMemory:
 
 
 def current_peak_bytes(device: torch.device | str | None = None) -> int:
-    """The highest since a `PeakMemory` of this device was last entered, read from anywhere: for those who only watch."""
+    """The peak since a `PeakMemory` of this device was last entered; for code that does not have that object."""
     return _cuda(torch.cuda.max_memory_allocated) if type_of(device) == "cuda" else _highest_resident_bytes()
 
 
@@ -110,11 +110,13 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def available_bytes(device: torch.device | str | None = None) -> int:
-    """The most memory that this process can hold on a device: all of a CUDA device's; elsewhere what it has, and what the
-    kernel can give it, within the limit of its container.
+    """The most memory that this process can hold on a device.
+
+    On CUDA it is all of the device's memory. Elsewhere it is what the process holds plus what the kernel can still give
+    it, within the limit of its container.
 
     Args:
-        device: where there is one, the accelerator of this process when None.
+        device: None for this process's accelerator, or the CPU without one.
     """
     if type_of(device) == "cuda":
         return torch.cuda.mem_get_info()[1]
@@ -126,7 +128,7 @@ def available_bytes(device: torch.device | str | None = None) -> int:
 
 
 def device_name(device: torch.device | str | None = None) -> str:
-    """A device by name, the one that torch trains on here when None: "NVIDIA H100 80GB HBM3", "Intel Xeon, 2 cores"."""
+    """The name of a device; None for the one that torch trains on here: "NVIDIA H100 80GB HBM3", "Intel Xeon, 2 cores"."""
     kind = type_of(device)
     if kind == "cuda":
         count = torch.cuda.device_count()
@@ -138,9 +140,11 @@ def device_name(device: torch.device | str | None = None) -> str:
 
 
 def type_of(device: torch.device | str | None = None) -> str:
-    """The type of a device, of the one that torch trains on here when None: "cuda", "mps", "cpu"."""
-    found = torch.accelerator.current_accelerator(check_available=True) if device is None else torch.device(device)
-    return "cpu" if found is None else found.type
+    """The type of a device; None for the one that torch trains on here: "cuda", "mps", "cpu"."""
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if accelerator is None else accelerator.type
+    return torch.device(device).type
 
 
 def stored_tensors(tensor: Tensor) -> list[Tensor]:
@@ -172,7 +176,7 @@ def _cuda(read: Callable[[int], int]) -> int:
 
 
 def _return_free_memory() -> None:
-    """Give back what malloc and the pool keep of freed memory: it would count as held, and be used again unseen."""
+    """Return freed memory that malloc and the pool keep: it counts as held, and its reuse would not show."""
     gc.collect()
     trim_pool()
     if sys.platform == "linux":
@@ -185,12 +189,12 @@ def _reset_highest_resident() -> str | None:
     try:
         _CLEAR.write_text(_RESET_HIGHEST)
     except OSError:
-        return "the highest resident memory cannot be set back here: the peak is that of the whole process so far"
+        return "the highest resident memory cannot be reset here: the peak is that of the whole process so far"
     return None
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now; where that is not known, the most that it ever held."""
+    """The memory that this process holds now; if that is unknown, the most that it ever held."""
     if _STATUS.exists():
         return _status_bytes("VmRSS")
     return _highest_resident_bytes()
@@ -206,19 +210,19 @@ def _highest_resident_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    known = _field_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known is None else known
+    available = _field_bytes(_MEMORY, "MemAvailable") if _MEMORY.exists() else None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if available is None else available
 
 
 def _status_bytes(key: str) -> int:
-    found = _field_bytes(_STATUS, key)
-    if found is None:
+    size = _field_bytes(_STATUS, key)
+    if size is None:
         raise OSError(f"{_STATUS} has no {key}")
-    return found
+    return size
 
 
 def _field_bytes(file: Path, key: str) -> int | None:
-    """A line `key:  123 kB` of a file in /proc."""
+    """The bytes in a line `key:  123 kB` of a file in /proc; None if it has no such line."""
     for line in file.read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

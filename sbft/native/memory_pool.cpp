@@ -1,5 +1,5 @@
-// Torch's allocator for tensors of 64 KiB and more on a CPU: freed memory is kept and given out again, but never so much that
-// more is held than was in use at once. See memory_pool.py.
+// An allocator for CPU tensors of 64 KiB and more: freed memory is kept and reused, but the pool never holds more than was in
+// use at once. See memory_pool.py.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -19,10 +19,10 @@
 
 namespace {
 
-constexpr size_t kSmallest = size_t{64} << 10;  // smaller ones are malloc's
+constexpr size_t kSmallest = size_t{64} << 10;  // smaller ones are left to malloc
 const size_t kPage = static_cast<size_t>(sysconf(_SC_PAGESIZE));  // 4 KiB on x86, up to 64 on ARM
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kWaste = 16;  // a kept block is taken if at most this part of what is asked for is left unused
+constexpr size_t kWaste = 16;  // a kept block is reused if it exceeds the request by at most 1/16
 
 size_t up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -34,14 +34,14 @@ struct Block {
 // Blocks of memory from the kernel, in use or kept. All functions may be called by many threads.
 class Pool {
  public:
-  // Null if the kernel has no more.
+  // Returns null if the kernel has no more memory.
   void* take(size_t asked) {
     const std::lock_guard<std::mutex> guard(mutex);
     Block block{nullptr, up(asked, kPage)};
-    const auto found = kept_by_length_.lower_bound(block.length);
-    if (found != kept_by_length_.end() && found->first - block.length <= block.length / kWaste) {
-      block = *found->second;
-      forget(found->second);
+    const auto kept = kept_by_length_.lower_bound(block.length);
+    if (kept != kept_by_length_.end() && kept->first - block.length <= block.length / kWaste) {
+      block = *kept->second;
+      forget(kept->second);
     } else {
       while (!kept_.empty() && in_use_ + kept_bytes_ + block.length > std::max(peak_, in_use_ + block.length)) drop_oldest();
       block.start = map(block.length);
@@ -57,13 +57,13 @@ class Pool {
     return block.start;
   }
 
-  // False if it was not taken here.
+  // Returns false if the memory was not taken from this pool.
   bool give_back(void* start) {
     const std::lock_guard<std::mutex> guard(mutex);
-    const auto found = length_of_.find(start);
-    if (found == length_of_.end()) return false;
-    const size_t length = found->second;
-    length_of_.erase(found);
+    const auto entry = length_of_.find(start);
+    if (entry == length_of_.end()) return false;
+    const size_t length = entry->second;
+    length_of_.erase(entry);
     in_use_ -= length;
     kept_bytes_ += length;
     kept_.push_back({start, length});
@@ -71,7 +71,7 @@ class Pool {
     return true;
   }
 
-  // Gives all that is kept back to the kernel, and begins the peak anew.
+  // Returns all kept memory to the kernel, and resets the peak.
   void trim() {
     const std::lock_guard<std::mutex> guard(mutex);
     drop_all();
@@ -88,7 +88,7 @@ class Pool {
   std::mutex mutex;
 
  private:
-  using Kept = std::list<Block>;  // the one that was given back first comes first
+  using Kept = std::list<Block>;  // in the order in which they were given back
 
   void forget(Kept::iterator block) {
     auto [first, last] = kept_by_length_.equal_range(block->length);
@@ -108,7 +108,7 @@ class Pool {
     while (!kept_.empty()) drop_oldest();
   }
 
-  // Pages of 2 MiB where they fit: the kernel clears a page when it is first touched, and one large page in a fraction of the time.
+  // Uses pages of 2 MiB where they fit: the kernel clears pages on first touch, and is much faster at one large page.
   static void* map(size_t length) {
     const size_t slack = length >= kHugePage ? kHugePage - kPage : 0;
     void* mapped = mmap(nullptr, length + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -132,11 +132,11 @@ class Pool {
 };
 
 Pool& pool() {
-  static Pool* const one = new Pool;  // never destroyed: tensors may outlive everything
-  return *one;
+  static Pool* const instance = new Pool;  // never destroyed: tensors may outlive everything
+  return *instance;
 }
 
-// Torch also calls it, through raw_deallocate, for what another allocator gave before ours was set.
+// Torch also calls this, through raw_deallocate, for memory from an allocator that was set before ours.
 void free_block(void* data) {
   if (data == nullptr) return;
   c10::profiledCPUMemoryReporter().Delete(data);
@@ -147,7 +147,7 @@ class PoolAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t size) override {
     void* const data = size < kSmallest ? nullptr : pool().take(size);
-    // Torch's own has an error to raise where there is no more memory.
+    // If there is no more memory, torch's own allocator raises the error.
     if (data == nullptr) return c10::GetDefaultCPUAllocator()->allocate(size);
     c10::profiledCPUMemoryReporter().New(data, size);
     return {data, data, &free_block, c10::Device(c10::DeviceType::CPU)};
@@ -160,7 +160,7 @@ class PoolAllocator final : public c10::Allocator {
 
 extern "C" {
 
-// A worker that is forked while another thread is in the pool would find it locked for ever.
+// Without this, a worker that is forked while another thread is in the pool would find it locked forever.
 void sbft_pool_use() {
   pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
   c10::SetCPUAllocator(new PoolAllocator, 1);

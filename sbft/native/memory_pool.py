@@ -1,13 +1,14 @@
-"""Memory for large tensors on a CPU that is used again, and never more of it than was in use at once.
+"""A pool that reuses the memory of large CPU tensors, and never holds more than was in use at once.
 
-Torch takes a CPU's tensors from the C library. Whatever is freed between two that stay is a gap there, which counts as held;
-and what the C library gives back to the kernel, the kernel clears again, a page at a time. Of 56 runs
-measured, gaps were a fifth in the median of what training takes above the model, and two thirds in the worst
+Without it, torch takes CPU tensors from the C library. Memory freed between two tensors that stay is a gap there, and counts
+as held. Memory that the C library returns to the kernel is cleared again, page by page, when it is next used. In 56 measured
+runs, gaps made up a fifth of what training takes beyond the model in the median, and two thirds in the worst run
 (benchmarks/README.md).
 
-The pool (memory_pool.cpp, compiled on first use) maps each tensor of 64 KiB or more by itself. What is freed is kept for the
-next of that size, in which its pages need not be cleared; before anything new is mapped, as much is given back as would else
-raise what is held above the most that was ever in use. So the peak is that of the tensors themselves, to within a page each.
+The pool (memory_pool.cpp, compiled on first use) maps each tensor of 64 KiB or more separately. Freed memory is kept for the
+next tensor of that size, and its pages need not be cleared. Before the pool maps anything new, it returns enough kept memory
+to the kernel that it never holds more than the most that was ever in use. So the peak is that of the tensors themselves, to
+within a page each.
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ class PoolBytes(NamedTuple):
 
     in_use: int
     kept: int
-    """Freed, and not given back."""
+    """Freed, but not returned to the kernel."""
     peak: int
     """The most in use since the pool was last trimmed."""
 
 
 def use_pool() -> bool:
-    """Take all further large tensors of this process on a CPU from a pool; from then on it cannot be undone.
+    """Take all further large CPU tensors of this process from a pool. This cannot be undone.
 
-    Tensors that exist already are left as they are. To go on without it, set `SBFT_MEMORY_POOL=0` in the environment.
+    Existing tensors are left as they are. To do without the pool, set `SBFT_MEMORY_POOL=0` in the environment.
 
     Returns:
-        Whether there is one now: on Linux, where a C++ compiler is.
+        Whether the pool is in use now. It requires Linux and a C++ compiler.
     """
     global _used
     if not _used and pool_available():
@@ -60,12 +61,12 @@ def use_pool() -> bool:
 
 
 def pool_available() -> bool:
-    """Whether `use_pool` would give one; compiles it where that has not been done."""
+    """Whether `use_pool` would work; compiles the pool if that has not been done."""
     return os.environ.get(SWITCH) != "0" and _library() is not None
 
 
 def pool_bytes() -> PoolBytes | None:
-    """What the pool of this process holds; None where none is used."""
+    """What the pool of this process holds; None if it uses none."""
     library = _library() if _used else None
     if library is None:
         return None
@@ -75,7 +76,7 @@ def pool_bytes() -> PoolBytes | None:
 
 
 def trim_pool() -> None:
-    """Give back what is kept, and begin the peak anew."""
+    """Return all kept memory to the kernel, and reset the peak."""
     library = _library() if _used else None
     if library is not None:
         library.sbft_pool_trim()
@@ -102,7 +103,7 @@ def _library() -> ctypes.CDLL | None:
         )
         library = ctypes.CDLL(str(path))
     except (CompilerMissing, OSError):
-        return None  # the kernels, which matter more, warn of it
+        return None  # no warning: the kernels, which matter more, give one
     library.sbft_pool_read.argtypes = [ctypes.c_void_p] * len(PoolBytes._fields)
     for name in ("use", "trim", "read"):
         getattr(library, f"sbft_pool_{name}").restype = None

@@ -1,13 +1,13 @@
-"""The OpenMP runtime that torch has loaded, and how long its threads spin for each other.
+"""The OpenMP runtime that torch has loaded, and how long its threads spin while they wait for each other.
 
-A thread of libgomp's that waits for another spins for some milliseconds before it sleeps. That is quickest where every thread
-has a core. Beside another busy process it is slowest: who spins has the core that the awaited thread needs, and a step of two
-threads on two cores takes several times as long (benchmarks/README.md). So `spinning_while_alone` watches whether this
-process's threads have to wait for a core that others use, and meanwhile has libgomp spin 100 times instead of 300,000.
+A libgomp thread that waits for another spins for some milliseconds before it sleeps. If every thread has a core, that is
+fastest. Beside another busy process it is slowest: the spinning thread has the core that the awaited thread needs, and a step
+of two threads on two cores takes several times as long (benchmarks/README.md). So `spinning_while_alone` watches whether this
+process's threads have to wait for a core that other processes use. While they do, libgomp spins 100 times instead of 300,000.
 
-It does so by libgomp's own rule: "if there are more OpenMP threads than available CPUs", the shorter spin is used (its manual,
-GOMP_SPINCOUNT). A team of threads that only sleep makes them more, and can be ended again. No setting is changed, and no
-result: the number of threads that compute, on which the bits of a sum depend, stays what it is.
+This uses libgomp's own rule: "if there are more OpenMP threads than available CPUs", the shorter spin is used (its manual,
+GOMP_SPINCOUNT). A team of threads that only sleep raises the number of threads, and can be ended again. No setting changes,
+and no result: the number of threads that compute, on which the bits of a sum depend, stays the same.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ import torch
 
 SWITCH = "SBFT_ADAPTIVE_SPIN"
 LOOK_S = 0.5
-"""From one look at the cores to the next."""
-# Of the time that threads ran or were ready to, the share in which they waited for a core: on 2 cores alone below 0.01, beside
-# one busy process 0.2 and more. Threads that spin little may be put on one core and wait there although another is free.
+"""Time from one look at the cores to the next."""
+# The share of their time (running, or ready to run) in which threads waited for a core. On 2 cores it is below 0.01 alone, and
+# 0.2 or more beside one busy process. Threads that spin little may share one core, and wait there although another is free.
 _WAITED = 0.1
-# Cores that other processes use beyond those that our threads leave them, where threads begin and cease to be crowded.
-# Measured on 2 cores: while others use a third of one, steps take equally long in the mean either way. While they use one,
-# steps take half as long with the short spin.
+# Cores that other processes use, beyond those that our threads leave free. Above the first number our threads count as crowded,
+# until it falls below the second. Measured on 2 cores: while others use a third of a core, steps take equally long on average
+# with either spin. While others use one core, steps take half as long with the short spin.
 _CROWDED, _FREE = 0.5, 0.35
-# With less work than this share of a core there is nothing to tell by.
+# With less work than this share of a core, nothing can be concluded.
 _LEAST_WORK = 0.1
 _RUNTIMES = ("libgomp", "libiomp5", "libomp")
 _SET_BY_THE_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -44,18 +44,18 @@ _NANOSECOND = 1e-9
 
 
 class Look(NamedTuple):
-    """What was done so far."""
+    """What this process's threads and the cores have done so far."""
 
     threads: dict[str, tuple[int, int]]
-    """Of each thread of this process: nanoseconds that it ran, and that it was ready to run and had no core."""
+    """For each thread of this process: nanoseconds that it ran, and that it was ready to run but had no core."""
     busy_s: float
-    """Seconds that the cores which this process may use computed, whoever for."""
+    """Seconds that the cores of this process were busy, for any process."""
     at_s: float
-    """When that was."""
+    """The time of the look."""
 
 
 def openmp_runtime() -> Path | None:
-    """The file of the OpenMP runtime in this process; None where there is none, or it cannot be told."""
+    """The file of the OpenMP runtime in this process; None if there is none, or it is unknown."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -68,14 +68,14 @@ def openmp_runtime() -> Path | None:
 def spinning_while_alone(device: torch.device | str = "cpu") -> Iterator[None]:
     """Within, threads that compute on a CPU spin for each other only while the cores are free.
 
-    Nothing is watched where nothing would be won: on another device, with one thread, with another runtime than libgomp, off
-    Linux; nor where the environment says how to wait (`OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`), or `SBFT_ADAPTIVE_SPIN=0`.
+    Nothing is done where nothing can be gained: on another device, with one thread, with a runtime other than libgomp, or off
+    Linux. Nor is it if the environment says how to wait (`OMP_WAIT_POLICY`, `GOMP_SPINCOUNT`) or sets `SBFT_ADAPTIVE_SPIN=0`.
 
     Args:
-        device: what computes.
+        device: the device that computes.
     """
     library = _library() if torch.device(device).type == "cpu" else None
-    if library is None or not _only_one.acquire(blocking=False):
+    if library is None or not _watching.acquire(blocking=False):
         yield
         return
     watch = SpinWatch(library, torch.get_num_threads())
@@ -84,14 +84,14 @@ def spinning_while_alone(device: torch.device | str = "cpu") -> Iterator[None]:
         yield
     finally:
         watch.stop()
-        _only_one.release()
+        _watching.release()
 
 
-_only_one = threading.Lock()  # an evaluation within training is watched already
+_watching = threading.Lock()  # an evaluation within training is watched already
 
 
 def _library() -> ctypes.CDLL | None:
-    """libgomp, where its threads' spinning may be changed."""
+    """libgomp, if its threads' spinning may be changed; else None."""
     if sys.platform != "linux" or torch.get_num_threads() < 2 or os.environ.get(SWITCH) == "0":
         return None
     if any(name in os.environ for name in _SET_BY_THE_USER):
@@ -103,11 +103,11 @@ def _library() -> ctypes.CDLL | None:
 
 
 class SpinWatch(threading.Thread):
-    """Looks every `LOOK_S` at who uses the cores, and has threads spin less while that is others too.
+    """A thread that looks every `LOOK_S` seconds at who uses the cores, and shortens the spin while others need them.
 
     Args:
         library: libgomp.
-        threads: that torch computes with.
+        threads: number of threads that torch computes with.
     """
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
@@ -118,11 +118,11 @@ class SpinWatch(threading.Thread):
 
     @property
     def crowded(self) -> bool:
-        """Whether threads spin less now."""
+        """Whether the spin is short now."""
         return self._short is not None
 
     def run(self) -> None:
-        """Until `stop`."""
+        """Watch until `stop` is called."""
         before = look()
         while before is not None and not self._ended.wait(LOOK_S):
             now = look()
@@ -133,11 +133,11 @@ class SpinWatch(threading.Thread):
         self._spin(short=False)
 
     def decide(self, before: Look, now: Look) -> None:
-        """Spin by what was done between two looks."""
+        """Set the spin by what happened between two looks."""
         self._spin(short=is_crowded(before, now, threads=self._threads, cores=_cores(), was=self.crowded))
 
     def stop(self) -> None:
-        """End, and leave spinning as it was."""
+        """End the watch, and restore the spin."""
         self._ended.set()
         self.join()
 
@@ -151,16 +151,16 @@ class SpinWatch(threading.Thread):
 
 
 class ShortSpin:
-    """A context manager: within, libgomp manages more threads than there are cores, and so spins shortly everywhere.
+    """A context manager: within, libgomp manages more threads than there are cores, so all of them use the short spin.
 
     Args:
         library: libgomp.
-        threads: that it manages already.
+        threads: number of threads that it manages already.
     """
 
     def __init__(self, library: ctypes.CDLL, threads: int) -> None:
         self._library = library
-        self._team = max(_cores() - threads, 0) + 2  # the first of them is not counted
+        self._team = max(_cores() - threads, 0) + 2  # libgomp does not count the first of them
         self._made, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._hold_team, name="sbft-short-spin", daemon=True)
 
@@ -187,10 +187,10 @@ def is_crowded(before: Look, now: Look, *, threads: int, cores: int, was: bool) 
     """Whether other work takes the cores from this process's threads.
 
     Args:
-        before, now: at the begin and at the end of a stretch of time.
-        threads: that this process computes with.
-        cores: that it may use.
-        was: whether it was so before, which stays where there is nothing to tell by.
+        before, now: looks at the start and at the end of an interval.
+        threads: number of threads that this process computes with.
+        cores: number of cores that it may use.
+        was: the previous answer, which stays if nothing can be concluded.
     """
     seconds = now.at_s - before.at_s
     if seconds <= 0:
@@ -201,15 +201,15 @@ def is_crowded(before: Look, now: Look, *, threads: int, cores: int, was: bool) 
         ran_ns, waited_ns = ran_ns + ran - ran_before, waited_ns + waited - waited_before
     if (ran_ns + waited_ns) * _NANOSECOND < _LEAST_WORK * seconds:
         return was
-    others = (now.busy_s - before.busy_s - ran_ns * _NANOSECOND) / seconds
-    too_many = others - max(cores - threads, 0)
+    used_by_others = (now.busy_s - before.busy_s - ran_ns * _NANOSECOND) / seconds
+    excess = used_by_others - max(cores - threads, 0)
     if was:
-        return too_many > _FREE
-    return too_many > _CROWDED and waited_ns > _WAITED * (ran_ns + waited_ns)
+        return excess > _FREE
+    return excess > _CROWDED and waited_ns > _WAITED * (ran_ns + waited_ns)
 
 
 def look() -> Look | None:
-    """What was done so far; None where the kernel does not tell."""
+    """Take a look; None if the kernel does not give the numbers."""
     busy_s = _busy_s()
     threads = {}
     try:
@@ -225,13 +225,13 @@ def look() -> Look | None:
 
 
 def _busy_s() -> float | None:
-    """Of the cores that this process may use."""
+    """Busy seconds of the cores that this process may use; None if unknown."""
     try:
         lines = [line.split() for line in _CORES.read_text().splitlines()]
     except OSError:
         return None
     own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    # Of proc_stat(5): user, nice, system, then idle and waiting for disks, then interrupts.
+    # Fields of proc_stat(5): user, nice, system, then idle and waiting for disks, then interrupts.
     ticks = [sum(map(int, [*line[1:4], *line[6:8]])) for line in lines if line[0] in own]
     return sum(ticks) / os.sysconf("SC_CLK_TCK") if ticks else None
 

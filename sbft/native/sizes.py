@@ -1,4 +1,4 @@
-"""Sizes of memory, as people read them and as they type them; imports nothing heavy."""
+"""Sizes of memory, as people read and type them; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def mib(size_bytes: float, digits: int = 0) -> str:
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Bytes of a size such as `20GiB` or `24GB`.
+    """The bytes in a size such as `20GiB` or `24GB`.
 
     Args:
         text: number and unit.
         option: the command-line option that it was given to.
 
     Raises:
-        RecipeError: if the text is no size, or one below 1 MiB.
+        RecipeError: if the text is not a size, or is below 1 MiB.
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 

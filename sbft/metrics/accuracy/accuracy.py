@@ -1,4 +1,4 @@
-"""Accuracy of labels: the share of answers that name the right label, however they go on.
+"""Accuracy of labels: the share of answers that name the right label first, whatever follows it.
 
 This file stands alone: the package `evaluate` copies it and loads the copy.
 """
@@ -10,8 +10,8 @@ import evaluate
 
 _DESCRIPTION = """
 The share of predictions whose label is the reference's. The labels are the different references. The label of a
-prediction is the one that it names first, as a whole word and in whatever case; of two that begin at one place the
-longer. A prediction that names none is wrong. For tasks with few labels, such as yes and no.
+prediction is the first one that it names, as a whole word, in upper or lower case. If two labels begin at the same place,
+the longer one counts. A prediction that names no label is wrong. For tasks with few labels, such as yes and no.
 """
 
 _INPUTS = """
@@ -26,8 +26,8 @@ Returns:
 def first_label(text: str, labels: list[str]) -> str | None:
     """The label that a text names first, or None."""
     longest_first = sorted(labels, key=len, reverse=True)
-    found = re.search(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)", text.casefold())
-    return found.group() if found else None
+    match = re.search(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)", text.casefold())
+    return match.group() if match else None
 
 
 class Accuracy(evaluate.Metric):

@@ -9,20 +9,21 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """
-The share of predictions whose final answer equals that of the reference. The final answer is what follows `answer_after`
-where that is given and there, else what follows the last "####" on its line, else what the last \\boxed{} holds, else the
-whole text; white space at both ends is left out and white space within counts as one space. An empty one matches nothing.
+The share of predictions whose final answer equals that of the reference. The final answer is what follows `answer_after`, if
+that is given and present. Else it is what follows the last "####" on its line, else the contents of the last \\boxed{}, else
+the whole text. White space at both ends is ignored, and white space inside counts as one space. An empty answer matches
+nothing.
 """
 
 _INPUTS = """
 Args:
     predictions (list of str): what the model answered.
     references (list of str): the right answers.
-    ignore_case (bool): take upper and lower case for the same. Default False.
-    ignore_punctuation (bool): leave out punctuation at both ends, signs excepted. Default False.
+    ignore_case (bool): treat upper and lower case as equal. Default False.
+    ignore_punctuation (bool): leave out punctuation at both ends, except signs. Default False.
     numeric (bool): compare numbers as numbers, without thousands separators, currency and per cent signs. Default False.
-    answer_after (str): words that a final answer comes after, to the end of its line, such as "The answer is:". It is
-        stripped of a closing full stop. Default None.
+    answer_after (str): words before the final answer, such as "The answer is:". The answer ends with its line; a full
+        stop at its end is left out. Default None.
 Returns:
     exact_match (float): between 0 and 1.
 """
@@ -32,7 +33,7 @@ _PUNCTUATION = " .,;:!?\"'`*()[]"
 
 
 def final_answer(text: str, answer_after: str | None = None) -> str:
-    """The part of an answer that counts, its white space made plain."""
+    """The part of an answer that counts, with single spaces."""
     if answer_after and answer_after in text:
         line = text.rpartition(answer_after)[2].strip().partition("\n")[0]
         text = line.strip().removesuffix(".")
@@ -44,7 +45,7 @@ def final_answer(text: str, answer_after: str | None = None) -> str:
 
 
 def _up_to_its_brace(text: str) -> str:
-    """What stands before the brace that closes one opened before the text; all of it where none does."""
+    """The text up to the brace that closes one opened before it; all of the text if none does."""
     depth = 1
     for index, letter in enumerate(text):
         depth += (letter == "{") - (letter == "}")
