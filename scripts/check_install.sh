@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Can a new user install sbft? Ask pip, without installing anything, with the public index alone in sight.
+# Can a new user install sbft? Asks pip, without installing anything, and with only the public index visible.
 #
 #   bash scripts/check_install.sh          for the running Python
 #   bash scripts/check_install.sh --all    also for every other Python that pyproject.toml names
 #
-# A folder of wheels, a second index or a constraint on this machine can hide that the pinned versions contradict each
-# other. So pip sees here no configuration file, no cache and no variable but those that say how the network is reached.
-# It resolves what training needs (scripts/setup.sh) and what the tests need (scripts/setup.sh test), held to
-# constraints.txt. PYTHON names the interpreter. SBFT_OFFLINE=1 skips all of it.
+# A folder of wheels, a second index or a constraint on this machine can hide that the pinned versions contradict each other. So pip
+# gets no configuration file, no cache, and only the variables that say how to reach the network. It resolves what training requires
+# (scripts/setup.sh) and what the tests require (scripts/setup.sh test), with the versions of constraints.txt. PYTHON names the
+# interpreter. SBFT_OFFLINE=1 skips all of it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/installing.sh
@@ -26,7 +26,7 @@ fi
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 mkdir "$scratch/home"
-# How the network is reached may be said; which index to ask may not.
+# Variables may say how to reach the network, but not which index to ask.
 network=()
 for name in HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy https_proxy no_proxy \
     SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE PIP_CERT PIP_PROXY TMPDIR; do
@@ -44,7 +44,7 @@ if ! isolated "$base" -m venv "$scratch/env"; then
     exit 1
 fi
 python="$scratch/env/bin/python"
-# One pip for everybody: this one reads what a wheel requires without downloading the wheel.
+# The same pip for everyone. This version reads what a wheel requires without downloading the wheel.
 if ! isolated "$python" -m pip install --quiet "pip==26.3" >"$scratch/log" 2>&1; then
     cat "$scratch/log" >&2
     echo "check_install.sh: no package index answers, so whether pip can install sbft is not known." \
@@ -58,7 +58,7 @@ if ! isolated "$python" -m pip wheel --quiet --no-deps --wheel-dir "$scratch" . 
 fi
 sbft="$(echo "$scratch"/sbft-*.whl)"
 
-# pip answers for another Python with --python-version, but would still judge `; python_version < "3.11"` by its own.
+# With --python-version pip answers for another Python, but it would still evaluate `; python_version < "3.11"` for its own.
 cat >"$scratch/pip_for.py" <<'EOF'
 import sys
 
@@ -72,7 +72,7 @@ sys.exit(main([*arguments, "--python-version", version, "--only-binary", ":all:"
 EOF
 
 running="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-resolve() { # a name for the report, the Python it is for, what to install
+resolve() { # name for the report, Python version, what to install
     local name="$1" version="$2" pip=("$python" -m pip) from=$SECONDS
     local base="$scratch/$version-$name"
     [ "$version" = "$running" ] || pip=("$python" "$scratch/pip_for.py" "$version")
@@ -82,12 +82,12 @@ resolve() { # a name for the report, the Python it is for, what to install
         echo "check_install.sh: Python $version, $name: resolved in $((SECONDS - from)) s"
     else
         touch "$scratch/failed"
-        # In one piece, because others may be writing too.
+        # In one piece, because other processes may be writing too.
         echo "$(sed -n '/^ERROR/,$p' "$base.log")
 check_install.sh: Python $version, $name: pip cannot install this; its reason is above" >&2
     fi
 }
-resolve_for() { # the Pythons; side by side, since pip mostly waits for answers
+resolve_for() { # Python versions; in parallel, since pip mostly waits for answers
     local version
     for version in "$@"; do
         resolve run "$version" "$sbft[$run_extras]" &
@@ -97,16 +97,16 @@ resolve_for() { # the Pythons; side by side, since pip mostly waits for answers
     wait
 }
 
-others=()
+other_versions=()
 for version in $promised; do
-    [ "$version" = "$running" ] || others+=("$version")
+    [ "$version" = "$running" ] || other_versions+=("$version")
 done
 mkdir "$scratch/built"
 resolve_for "$running"
 
-if [ ${#others[@]} -gt 0 ] && [ ! -e "$scratch/failed" ]; then
-    # Some packages come as source alone. What they require depends on no Python, so a wheel built here stands in for
-    # them where pip accepts wheels only.
+if [ ${#other_versions[@]} -gt 0 ] && [ ! -e "$scratch/failed" ]; then
+    # Some packages come only as source. What they require is the same for every Python, so a wheel built here can replace
+    # them where pip accepts only wheels.
     isolated "$python" - "$scratch/$running-test.json" >"$scratch/sources" <<'EOF'
 import json, sys
 
@@ -121,6 +121,6 @@ EOF
         any="$scratch/built/$(basename "$wheel" | cut -d- -f1,2)-py3-none-any.whl"
         [ "$wheel" = "$any" ] || [ ! -e "$wheel" ] || mv "$wheel" "$any"
     done
-    resolve_for "${others[@]}"
+    resolve_for "${other_versions[@]}"
 fi
 [ ! -e "$scratch/failed" ]

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Choose the learning rates of the quickstart: train every method over a grid of the same width, measure on the validation part
-# (never on the part that quickstart reports), and print the table. A quarter of an hour on two cores.
+# (never on the part that the quickstart reports), and print the table. This takes a quarter of an hour on two cores.
 #
-#   bash scripts/choose_learning_rate.sh          all; or name one: sbft, lora, nearest
+#   bash scripts/choose_learning_rate.sh          all methods, or those named: sbft, lora, nearest
 #
-# Records lie in runs/learning-rate; a run that is there already is not made again.
+# Records are in runs/learning-rate; finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +24,7 @@ for method in "${@:-sbft lora nearest}"; do
     case "$method" in
         *sbft*) try quickstart sbft 1e-3 3e-4 1e-4 3e-3 ;;&
         *lora*) try quickstart-lora lora 1e-3 5e-4 2e-3 2e-4 ;;&
-        *nearest*) try quickstart-nearest nearest 1e-3 ;; # at the rate of sbft: what the rounding alone does
+        *nearest*) try quickstart-nearest nearest 1e-3 ;; # at the rate of sbft, which shows the effect of rounding alone
     esac
 done
 "$sbft" report "$runs"

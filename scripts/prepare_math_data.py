@@ -1,4 +1,4 @@
-"""Fetch the data of the suites math-gemma3 and metamath-gsm8k from the hub, and write it as they read it.
+"""Download the data of the suites math-gemma3 and metamath-gsm8k from the hub, and write it in the form that they read.
 
 python scripts/prepare_math_data.py math          data/math/{train,validation,test}.jsonl
 python scripts/prepare_math_data.py metamath      data/metamath/{train,validation,test}.jsonl
@@ -22,11 +22,11 @@ MATH, MATH_PARTS = "EleutherAI/hendrycks_math", (
 METAMATH, GSM8K = "meta-math/MetaMathQA", "openai/gsm8k"
 MATH_VALIDATION, GSM8K_VALIDATION = 250, 200
 LONGEST = 1300
-"""Letters of question and answer in PEFT's comparison; longer ones hardly fit 768 tokens."""
+"""Longest question and answer, in characters, as in PEFT's comparison; longer ones hardly fit in 768 tokens."""
 
 
 def math_parts(train: Iterable[Row], test: Iterable[Row]) -> dict[str, list[Row]]:
-    """MATH with the paper's prompt; problems of the test that also stand in training are left out of training."""
+    """MATH with the paper's prompt; problems that are also in the test part are left out of training."""
     test_rows = [_problem(row) for row in test]
     asked = {_plain(row["prompt"]) for row in test_rows}
     rest = [row for row in map(_problem, train) if _plain(row["prompt"]) not in asked]
@@ -42,7 +42,7 @@ def _problem(row: Row) -> Row:
 
 
 def metamath_parts(train: Iterable[Row], gsm8k_train: Iterable[Row], gsm8k_test: Iterable[Row]) -> dict[str, list[Row]]:
-    """MetaMathQA as whole texts, GSM8K as questions; what is asked there is left out of training, rewritten or not."""
+    """MetaMathQA as whole texts, GSM8K as questions; those questions, rewritten or not, are left out of training."""
     problems = list(gsm8k_train)
     random.Random(0).shuffle(problems)
     held_out, test = problems[:GSM8K_VALIDATION], list(gsm8k_test)
@@ -69,7 +69,7 @@ def _plain(text: str) -> str:
 
 
 def main() -> None:
-    """Fetch, split, write."""
+    """Download, split and write the data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=["math", "metamath"])
     parser.add_argument("--output-dir", type=Path, default=Path("data"))

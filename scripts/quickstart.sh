@@ -2,11 +2,11 @@
 # Fine-tune the built-in model on a generated task, three times, and compare:
 #
 #   sbft      all weights, stochastic rounding
-#   nearest   the same with rounding to nearest: small updates to bfloat16 weights vanish
+#   nearest   the same with rounding to nearest, which loses small updates to bfloat16 weights
 #   lora      PEFT LoRA
 #
-# Makes .venv and installs what is missing first. Safe to run again: then it installs nothing and trains anew.
-# Records, models and predictions lie in runs/quickstart/NAME afterwards, the table and the picture beside them.
+# First makes .venv and installs what is missing. It is safe to run this again: it then installs nothing, and repeats the training.
+# Records, models and predictions are in runs/quickstart/NAME afterwards, next to the table and the picture.
 # Arguments go to every `sbft train`, for example --set data.train_size=100; QUICKSTART_DIR names another folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make the environment that sbft runs in, in .venv beside this folder, or in the virtual environment that is active.
+# Make the environment that sbft runs in: .venv in the checkout, or the active virtual environment.
 #
-#   bash scripts/setup.sh          what training needs: sbft, LoRA, generated tasks, pictures, the built-in model
-#   bash scripts/setup.sh test     the same and what the tests need
+#   bash scripts/setup.sh          what training requires: sbft, LoRA, generated tasks, plots, the built-in model
+#   bash scripts/setup.sh test     the same, and what the tests require
 #
-# Says first what it will fetch, and shows how far pip has come; what pip printed is in setup.log in the environment.
-# Safe to run again: while pyproject.toml and constraints.txt stay as they are, it then installs nothing.
+# It first says what it will download, then shows pip's progress; pip's output is in setup.log in the environment.
+# It is safe to run this again: as long as pyproject.toml and constraints.txt do not change, it installs nothing.
 # An environment whose torch was built for CUDA keeps that torch. PYTHON names the interpreter to start from.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ case "$what" in
     *) echo "setup.sh: found '$what', expected nothing or 'test'." >&2; exit 2 ;;
 esac
 
-# Prints the version of a torch that was built for CUDA or ROCm, else nothing; does not import torch, which takes seconds.
+# Prints the version of torch if it was built for CUDA or ROCm, without importing it, which would take seconds.
 accelerated_torch='
 import importlib.metadata, importlib.util, pathlib, re
 spec = importlib.util.find_spec("torch")
@@ -38,7 +38,7 @@ else
             echo "setup.sh: sbft requires Python 3.10 to 3.14, and '$base' is not. Type PYTHON=python3.12 bash $0" >&2
             exit 2
         fi
-        # A CUDA torch outside the new environment stays visible in it: it is gigabytes, and made for this machine.
+        # A CUDA torch outside the new environment stays visible in it: it has gigabytes, and is built for this machine.
         visible=()
         [ -n "$("$base" -c "$accelerated_torch")" ] && visible=(--system-site-packages)
         echo "setup.sh: making $venv"
@@ -55,7 +55,7 @@ if is_ready "$what"; then
     exit 0
 fi
 
-# Downloads wait beside the environment: /tmp is often small, and that disk must hold them anyway.
+# Downloads are kept in the environment: /tmp is often small, and that disk must hold them anyway.
 scratch="$(mktemp -d "${TMPDIR:-$venv}/setup.XXXXXX")"
 trap 'rm -rf "$scratch"' EXIT
 constraints="$scratch/constraints.txt"
@@ -65,7 +65,7 @@ log="$venv/setup.log"
 kept="$("$python" -c "$accelerated_torch")"
 if [ -n "$kept" ]; then
     echo "setup.sh: keeping torch $kept, built for this machine's accelerator"
-    # What belongs to the pinned torch alone goes with its pin.
+    # Packages that only the pinned torch requires are not pinned either.
     { grep -vE '^(torch|triton|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt; echo "torch==$kept"; } >"$constraints"
 else
     cp constraints.txt "$constraints"
@@ -73,14 +73,14 @@ else
 fi
 
 echo "setup.sh: installing sbft[$extras]"
-# First what comes as source alone: whether it can be built here is known in seconds, before gigabytes are fetched.
+# First the package that comes only as source: this shows within seconds, before gigabytes are downloaded, whether it can be built.
 if ! pip_install --constraint "$constraints" "$source_package"; then
     echo "setup.sh: pip builds $source_package, which generated tasks require, with a C compiler and Python's headers." \
         "On Debian and Ubuntu type: apt-get install g++ python3-dev" >&2
     exit 1
 fi
 if ! has_cpp_compiler; then
-    echo "setup.sh: no C++ compiler found; an optimizer's step on a CPU will be about 70 times slower." \
+    echo "setup.sh: no C++ compiler found; an optimizer step on a CPU will be about 70 times as slow." \
         "On Debian and Ubuntu type: apt-get install g++"
 fi
 pip_install --constraint "$constraints" --editable ".[$extras]"

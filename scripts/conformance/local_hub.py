@@ -1,4 +1,4 @@
-"""Models and data sets of TRL's tests, taken from a folder that `tiny_hub` filled in place of the hub."""
+"""Loads models and data sets of TRL's tests from a folder filled by `tiny_hub`, in place of the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "A
 
 
 def use(hub: Path) -> None:
-    """From here on, names of `OWNER` are looked for in `hub` first."""
+    """From now on, look up names of `OWNER` in `hub` first."""
     _load_data_from(hub)
     classes: list[Any] = [
         transformers.AutoConfig,

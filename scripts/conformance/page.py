@@ -1,4 +1,4 @@
-"""What docs/conformance.md shows of the committed table: `PYTHONPATH=scripts python -m conformance.page` writes it anew."""
+"""Writes the tables of docs/conformance.md from the committed table: `PYTHONPATH=scripts python -m conformance.page`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = ("own", "ours", results.BY_DESIGN, results.OPEN)
 
 
 def counts(table: dict[str, Any]) -> str:
-    """A table of the counts that were recorded, with the versions."""
+    """A table of the recorded counts, with the versions."""
     rows = ["| suite | mode | pass with the library's own trainer | with sbft's too | by design | open |"]
     rows.append("|---" * 6 + "|")
     for suite, modes in table["counts"].items():
@@ -26,14 +26,14 @@ def counts(table: dict[str, Any]) -> str:
 
 
 def reasons(table: dict[str, Any]) -> str:
-    """Every reason of a mode once, with the number of tests behind it."""
-    behind: dict[tuple[str, str], int] = {}
+    """A table of the reasons in each mode, with the number of tests for each."""
+    numbers: dict[tuple[str, str], int] = {}
     for suite, modes in table["suites"].items():
         for mode in modes:
             for line in results.lines_of(table, suite, mode):
-                behind[mode, line.because] = behind.get((mode, line.because), 0) + len(line.tests)
+                numbers[mode, line.because] = numbers.get((mode, line.because), 0) + len(line.tests)
     rows = ["| mode | tests | why |", "|---|---|---|"]
-    for (mode, because), count in sorted(behind.items(), key=lambda item: (item[0][0] == "default", -item[1])):
+    for (mode, because), count in sorted(numbers.items(), key=lambda item: (item[0][0] == "default", -item[1])):
         rows.append(f"| {mode} | {count} | {because} |")
     return "\n".join(rows)
 
@@ -42,7 +42,7 @@ def filled(page: str, table: dict[str, Any]) -> str:
     """The page with both tables between their marks."""
     for mark, text in (("counts", counts(table)), ("reasons", reasons(table))):
         pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- {mark} end -->)", re.DOTALL)
-        page = pattern.sub(lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}", page)
+        page = pattern.sub(lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", page)
     return page
 
 

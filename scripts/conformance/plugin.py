@@ -1,8 +1,8 @@
 """A pytest plugin, `-p conformance.plugin`: before a test module is imported, sbft's trainers take the place of the library's.
 
-`CONFORMANCE_MODE` says how (as `swap.put_in_place` takes it, or baseline for not at all), `CONFORMANCE_LIBRARY` whose trainers.
-`CONFORMANCE_HUB` names a folder that `tiny_hub` filled; without it nothing is looked up there. `CONFORMANCE_ONLY` names a file
-with the tests to run; all without it.
+`CONFORMANCE_MODE` is a mode of `swap.put_in_place`, or `baseline` to change nothing; `CONFORMANCE_LIBRARY` says whose
+trainers to replace. `CONFORMANCE_HUB` may name a folder that `tiny_hub` filled, and `CONFORMANCE_ONLY` a file with the
+tests to run instead of all.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    """A checkout older than the installed library imports names that are gone, and would lose whole files of tests."""
+    """Without this, a checkout older than the installed library would lose whole files of tests, which import removed names."""
     if isinstance(collector, pytest.Module) and collector.path.suffix == ".py":
         removed_names.stand_in_for(collector.path)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = os.environ.get("CONFORMANCE_ONLY")
-    if chosen:
-        names = set(Path(chosen).read_text().splitlines())
+    file = os.environ.get("CONFORMANCE_ONLY")
+    if file:
+        names = set(Path(file).read_text().splitlines())
         left_out = [item for item in items if results.name_of(item.nodeid) not in names]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if results.name_of(item.nodeid) in names]
 
 
 def pytest_collection_finish() -> None:
-    """All is imported: collections, of which TRL's tests make one each, need not walk it every time."""
+    """Everything is imported by now. TRL's tests each collect garbage, which then need not walk all of that every time."""
     gc.collect()
     gc.freeze()
 

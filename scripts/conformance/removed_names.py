@@ -1,6 +1,7 @@
-"""Stand-ins for what a test module imports from transformers or TRL and the installed version no longer has.
+"""Stand-ins for names that a test module imports from transformers or TRL, but that the installed version no longer has.
 
-A test that uses one fails, in the library's own run too, and so drops out of the comparison; the others of its file remain.
+A test that uses such a name fails, in the library's own run too, so it is left out of the comparison. Other tests of
+its file remain.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 
 class RemovedName:
-    """Fails when it is used."""
+    """Raises an ImportError when it is used."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -25,7 +26,7 @@ class RemovedName:
 
 
 def stand_in_for(test_module: Path) -> list[str]:
-    """Puts a stand-in where `test_module`, or a helper module beside it, imports a name that is gone; returns these names."""
+    """Adds stand-ins for removed names that `test_module`, or a helper module beside it, imports; returns these names."""
     names = []
     for path in (test_module, *test_module.parent.glob("*test*utils.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""What a run of pytest found, and what the committed table says of it."""
+"""The results of a pytest run, and their comparison with the committed table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BY_DESIGN, OPEN = "by design", "open"
 
 @dataclass(frozen=True)
 class Result:
-    """Of one test: `PASSED`, `FAILED` or `SKIPPED`, and the first line of the exception that failed it."""
+    """The result of one test: `PASSED`, `FAILED` or `SKIPPED`, and the first line of the exception if it failed."""
 
     outcome: str
     message: str = ""
 
 
 def read(path: Path) -> dict[str, Result]:
-    """Results in pytest's junit file by test, `module.Class::name`."""
+    """The results in pytest's junit file by test, `module.Class::name`."""
     results = {}
     for case in ET.parse(path).getroot().iter("testcase"):
         result = Result(PASSED)
@@ -32,13 +32,13 @@ def read(path: Path) -> dict[str, Result]:
                 result = Result(SKIPPED)
         name = _name(str(case.get("classname")).split("."), str(case.get("name")))
         if name in results and results[name].outcome == FAILED:
-            continue  # an error in its teardown is a case of its own
+            continue  # an error in the teardown is a separate case
         results[name] = result
     return results
 
 
 def name_of(nodeid: str) -> str:
-    """The same name, of a test as pytest collects it."""
+    """The same name, for a test as pytest collects it."""
     path, *classes, test = nodeid.split("::")
     return _name([*path.removesuffix(".py").split("/"), *classes], test)
 
@@ -55,7 +55,7 @@ class Line:
     Attributes:
         verdict: `BY_DESIGN` or `OPEN`.
         because: the reason, a sentence.
-        meets: regular expression that is found in the message of each of these failures.
+        meets: regular expression that the message of each of these failures matches.
         tests: their names.
     """
 
@@ -67,15 +67,15 @@ class Line:
 
 @dataclass
 class Comparison:
-    """Of a suite's run with sbft's trainer against one with the library's own and the table.
+    """A suite's run with sbft's trainer, compared with one with the library's own, and with the table.
 
     Attributes:
-        own: tests that pass with the library's own trainer.
-        ours: those of them that pass with sbft's too.
+        own: number of tests that pass with the library's own trainer.
+        ours: number of them that pass with sbft's too.
         unexplained: tests that newly fail, with their messages.
-        no_longer_needed: tests that the table has, and that pass.
+        no_longer_needed: tests in the table that pass.
         otherwise: tests that fail in another way than the table says, with their messages.
-        absent: tests of the table that this checkout lacks, or that do not pass with the library's own trainer.
+        absent: tests in the table that this checkout lacks, or that do not pass with the library's own trainer.
         explained: tests that fail as the table says, by verdict.
     """
 
@@ -89,38 +89,38 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the table says what was found."""
+        """Whether the run agrees with the table."""
         return not (self.unexplained or self.no_longer_needed or self.otherwise)
 
 
 def compare(own: dict[str, Result], ours: dict[str, Result], lines: list[Line]) -> Comparison:
-    """What of `own` is lost in `ours`, by the table's lines."""
-    found = Comparison()
+    """Compares which tests pass in `own` and in `ours`, given the table's lines."""
+    comparison = Comparison()
     line_of = {test: line for line in lines for test in line.tests}
     for test, result in own.items():
         if result.outcome != PASSED:
             continue
-        found.own += 1
+        comparison.own += 1
         here = ours.get(test, Result(FAILED, "it was not run"))
         if here.outcome == PASSED:
-            found.ours += 1
+            comparison.ours += 1
             if test in line_of:
-                found.no_longer_needed.append(test)
+                comparison.no_longer_needed.append(test)
         elif test not in line_of:
-            found.unexplained[test] = here.message if here.outcome == FAILED else "it was skipped"
+            comparison.unexplained[test] = here.message if here.outcome == FAILED else "it was skipped"
         elif not re.search(line_of[test].meets, here.message):
-            found.otherwise[test] = here.message
+            comparison.otherwise[test] = here.message
         else:
-            found.explained[line_of[test].verdict].append(test)
-    found.absent = [test for test in line_of if own.get(test, Result(SKIPPED)).outcome != PASSED]
-    return found
+            comparison.explained[line_of[test].verdict].append(test)
+    comparison.absent = [test for test in line_of if own.get(test, Result(SKIPPED)).outcome != PASSED]
+    return comparison
 
 
 def lines_of(table: dict[str, Any], suite: str, mode: str) -> list[Line]:
     """The table's lines for a suite in a mode.
 
     Raises:
-        ValueError: if a line has another verdict than the two, no reason, or a test twice.
+        ValueError: if a line has an unknown verdict, no reason, or a test twice.
     """
     lines = [
         Line(entry["verdict"], entry["because"].strip(), entry["meets"], tuple(entry["tests"]))
@@ -132,5 +132,7 @@ def lines_of(table: dict[str, Any], suite: str, mode: str) -> list[Line]:
         raise ValueError(f"The table has {', '.join(twice)} twice in {suite}, {mode}.")
     for line in lines:
         if line.verdict not in (BY_DESIGN, OPEN) or not line.because:
-            raise ValueError(f"{line.tests[0]} has verdict {line.verdict!r}; expected {BY_DESIGN!r} or {OPEN!r}, and a reason.")
+            raise ValueError(
+                f"{line.tests[0]} has verdict {line.verdict!r}; expected {BY_DESIGN!r} or {OPEN!r}, and a reason."
+            )
     return lines

@@ -1,4 +1,4 @@
-"""sbft's classes under the names of transformers' and TRL's."""
+"""Puts sbft's classes in place of those of transformers and TRL."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRAINERS = {
 
 
 def put_in_place(mode: str, library: str) -> None:
-    """Replaces the trainers and arguments of `library`, for whoever imports them from its top level later on.
+    """Replaces the trainers and arguments of `library` for all later imports from its top level.
 
     Args:
         mode: `default`, sbft as a user gets it; `mechanics`, sbft's trainer with the library's own optimizer and defaults.
@@ -37,7 +37,7 @@ def put_in_place(mode: str, library: str) -> None:
     for trainer_name, arguments_name in TRAINERS[library].items():
         arguments = _arguments(getattr(module, arguments_name), mode)
         trainer = _trainer(getattr(module, trainer_name), arguments)
-        for place in (module, sys.modules[__name__]):  # here, so that they can be pickled
+        for place in (module, sys.modules[__name__]):  # in this module too, so that they can be pickled
             _set(place, trainer_name, trainer)
             _set(place, arguments_name, arguments)
 

@@ -2,8 +2,8 @@
 
     python scripts/conformance/tiny_hub.py TRL_CHECKOUT FOLDER
 
-A machine without the hub then runs the same tests as one with it. The tokenizer is trained on the Zen of Python, of which most
-of that data is made, and has the chat templates that TRL ships.
+A machine without the hub can then run the same tests. The tokenizer is trained on the Zen of Python, of which most of
+that data is made, and has the chat templates that come with TRL.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _trained(special_tokens: tuple[str, ...]) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    with contextlib.redirect_stdout(io.StringIO()):  # what importing it prints
+    with contextlib.redirect_stdout(io.StringIO()):  # importing it prints
         import this
     zen = "".join(this.d.get(letter, letter) for letter in this.s)
     trainer = trainers.BpeTrainer(
@@ -58,7 +58,9 @@ def _trained(special_tokens: tuple[str, ...]) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(zen.splitlines() * 2 + ["user assistant system tool What is better than"] * 2, trainer)
+    tokenizer.train_from_iterator(
+        zen.splitlines() * 2 + ["user assistant system tool What is better than"] * 2, trainer
+    )
     return tokenizer.to_str()
 
 
@@ -78,7 +80,7 @@ def _shape(tokenizer: Any, **more: Any) -> dict[str, Any]:
 
 
 def _models() -> dict[str, tuple[Any, Any, Any]]:
-    """For every name on the hub: class, config and tokenizer."""
+    """Class, config and tokenizer for every name on the hub."""
     qwen2, qwen3 = _tokenizer("qwen2_5.jinja"), _tokenizer("qwen3.jinja")
     channels = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>")
     oss = _tokenizer("gptoss.jinja", channels, eos="<|return|>")
@@ -131,7 +133,7 @@ def _save(folder: Path, model_class: Any, config: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim < 2 and parameter.float().var(correction=0) == 0:
-                # Norms of ones everywhere hide what an update did to them.
+                # If norms are all ones, what an update did to them does not show.
                 parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.02)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
