@@ -2,8 +2,8 @@
 
     python benchmarks/archive_runs.py runs/paper-table --output benchmarks/results/DEVICE/paper-table
 
-Copies the suite and its report too, and leaves answers, logs and models behind. `sbft report` and `sbft bench` read the archive
-as they read the runs' folders: the tables can be made again, and a suite that was cut off continues from it.
+The suite and its report are copied too; answers, logs and models are not. `sbft report` and `sbft bench` read the
+archive as they read the runs' folders, so the tables can be made again, and an interrupted suite continues from it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BESIDE = ("suite.yaml", "suites", "report.md", "report.html", "*.csv", "*.png")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the suite's folder")
-    parser.add_argument("--output", type=Path, required=True, help="the folder for the archive, which is made")
+    parser.add_argument("--output", type=Path, required=True, help="the folder for the archive, created if missing")
     arguments = parser.parse_args()
     folder, output = arguments.folder, arguments.output
     output.mkdir(parents=True, exist_ok=True)

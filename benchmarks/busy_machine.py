@@ -1,9 +1,9 @@
-"""A training step on a CPU alone and beside one other busy process: how the threads of OpenMP wait for each other.
+"""A training step on a CPU, alone and beside one busy process, by how the threads of OpenMP wait for each other.
 
     python benchmarks/busy_machine.py --json busy_machine.json
 
-A process for each way to wait has its model loaded and trains when it is told to, all others meanwhile asleep, so that the ways
-alternate on the same machine in the same minutes. The busy process computes in Python, on one thread, and nothing else.
+For each way to wait, a process keeps its model loaded and trains when it is told to. All others sleep meanwhile, so the
+ways alternate on the same machine within minutes. The busy process computes in Python, on one thread.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ WAYS: dict[str, dict[str, str]] = {
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-TODAY = "libgomp as it is"
-WEATHERS = ("alone", "beside one busy process")
+LIBGOMP = "libgomp as it is"
+CONDITIONS = ("alone", "beside one busy process")
 _SET = ("OMP_", "GOMP_", "KMP_", "SBFT_ADAPTIVE_SPIN")
 
 
@@ -42,19 +42,22 @@ def main() -> None:
         train(arguments)
         return
     children = {way: Child.start(arguments, WAYS[way]) for way in arguments.ways}
-    seconds: dict[str, dict[str, list[dict[str, float]]]] = {way: {weather: [] for weather in WEATHERS} for way in children}
+    seconds: dict[str, dict[str, list[dict[str, float]]]] = {
+        way: {condition: [] for condition in CONDITIONS} for way in children
+    }
     try:
         for child in children.values():
             child.steps(arguments.warm_up)
         for _ in range(arguments.rounds):
-            for weather in WEATHERS:
-                with busy(weather != WEATHERS[0]):
+            for condition in CONDITIONS:
+                with busy(condition != CONDITIONS[0]):
                     for way, child in children.items():
-                        seconds[way][weather] += child.steps(arguments.steps)
+                        seconds[way][condition] += child.steps(arguments.steps)
     finally:
         for child in children.values():
             child.end()
-    record = {**facts(arguments), "steps": seconds, "rows": [row(way, found, seconds) for way, found in seconds.items()]}
+    rows = [row(way, steps, seconds) for way, steps in seconds.items()]
+    record = {**facts(arguments), "steps": seconds, "rows": rows}
     show(record)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +67,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="the NAME of a random:NAME")
-    parser.add_argument("--tokens", type=int, default=48, help="of every example")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of every example")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--steps", type=int, default=10, help="of each way before the next one's turn")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each way before the next way's turn")
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the record here")
@@ -75,9 +78,9 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def busy(wanted: bool) -> Iterator[None]:
-    """One process that computes without end, or none."""
-    if not wanted:
+def busy(another: bool) -> Iterator[None]:
+    """Within, one other process computes without end, if asked to."""
+    if not another:
         yield
         return
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -90,15 +93,15 @@ def busy(wanted: bool) -> Iterator[None]:
 
 @dataclass
 class Child:
-    """A process that trains so many steps as it is told, and then waits."""
+    """A process that trains the requested number of steps, then waits."""
 
     process: subprocess.Popen[str]
-    told: IO[str]
-    said: IO[str]
+    requests: IO[str]
+    answers: IO[str]
 
     @classmethod
     def start(cls, arguments: argparse.Namespace, environment: dict[str, str]) -> Child:
-        """With what the environment says of OpenMP replaced."""
+        """Starts the process, with the environment's settings of OpenMP replaced by these."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_SET)}
         command = [sys.executable, __file__, "--child", "--model", arguments.model, "--tokens", str(arguments.tokens)]
         process = subprocess.Popen(
@@ -108,34 +111,34 @@ class Child:
         return cls(process, process.stdin, process.stdout)
 
     def steps(self, count: int) -> list[dict[str, float]]:
-        """Wall time, processor time and involuntary switches of each, and how many cores all others used meanwhile."""
-        begin, at = cores_busy_s(), time.perf_counter()
-        done = self._steps(count)
-        others_s = cores_busy_s() - begin - sum(step["processor_s"] for step in done)
-        return [{**step, "others_cores": others_s / (time.perf_counter() - at)} for step in done]
+        """For each step: wall time, processor time, involuntary switches, and how many cores other processes used."""
+        busy_before_s, start = cores_busy_s(), time.perf_counter()
+        steps = self._steps(count)
+        others_s = cores_busy_s() - busy_before_s - sum(step["processor_s"] for step in steps)
+        return [{**step, "others_cores": others_s / (time.perf_counter() - start)} for step in steps]
 
     def _steps(self, count: int) -> list[dict[str, float]]:
-        self.told.write(f"{count}\n")
-        self.told.flush()
-        for line in self.said:
+        self.requests.write(f"{count}\n")
+        self.requests.flush()
+        for line in self.answers:
             if line.startswith("["):
                 return list(json.loads(line))
         raise SystemExit(f"A training process ended: {self.process.wait()}")
 
     def end(self) -> None:
-        """Training ends with the step after the last."""
-        self.told.close()
+        """Ends training at its next step, and the process."""
+        self.requests.close()
         self.process.wait()
 
 
 def cores_busy_s() -> float:
-    """Seconds that the cores of this machine have computed."""
+    """Seconds that the cores of this machine have been busy."""
     from sbft.native.openmp import look
 
-    found = look()
-    if found is None:
-        raise SystemExit("This kernel does not tell who uses the cores.")
-    return found.busy_s
+    now = look()
+    if now is None:
+        raise SystemExit("This kernel does not say who uses the cores.")
+    return now.busy_s
 
 
 # In a process that trains
@@ -151,8 +154,8 @@ def train(arguments: argparse.Namespace) -> None:
     from sbft.training.arguments import SmallBatchTrainingArguments
     from sbft.training.trainer import SmallBatchTrainer
 
-    class Told(TrainerCallback):
-        """Before each step waits until it is told to go on."""
+    class StepsOnRequest(TrainerCallback):
+        """Waits before a step until further steps are requested."""
 
         def __init__(self) -> None:
             self.left = 0
@@ -182,11 +185,11 @@ def train(arguments: argparse.Namespace) -> None:
             output_dir=folder, max_steps=len(examples), learning_rate=1e-6, logging_steps=len(examples) + 1,
             save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        SmallBatchTrainer(model=model, args=args, train_dataset=examples, callbacks=[Told()]).train()
+        SmallBatchTrainer(model=model, args=args, train_dataset=examples, callbacks=[StepsOnRequest()]).train()
 
 
 def usage() -> dict[str, float]:
-    """Of this process so far."""
+    """What this process has used so far."""
     import resource
 
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -197,19 +200,21 @@ def usage() -> dict[str, float]:
     }
 
 
-# What came of it
+# Results
 
 
-def row(way: str, found: dict[str, list[dict[str, float]]], everything: dict[str, Any]) -> dict[str, Any]:
-    alone, beside = (statistics.median(step["wall_s"] for step in found[weather]) for weather in WEATHERS)
-    today = everything.get(TODAY)
+def row(way: str, steps: dict[str, list[dict[str, float]]], all_ways: dict[str, Any]) -> dict[str, Any]:
+    alone, beside = (statistics.median(step["wall_s"] for step in steps[condition]) for condition in CONDITIONS)
+    libgomp = all_ways.get(LIBGOMP)
     return {
         "way": way,
         "alone_s": alone,
         "beside_s": beside,
-        "beside_processor_s": statistics.median(step["processor_s"] for step in found[WEATHERS[1]]),
+        "beside_processor_s": statistics.median(step["processor_s"] for step in steps[CONDITIONS[1]]),
         "beside_over_alone": beside / alone,
-        "alone_over_today": alone / statistics.median(step["wall_s"] for step in today[WEATHERS[0]]) if today else None,
+        "alone_over_today": alone / statistics.median(step["wall_s"] for step in libgomp[CONDITIONS[0]])
+        if libgomp
+        else None,
     }
 
 
@@ -236,13 +241,15 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the table of benchmarks/README.md."""
-    print("| how threads wait | alone, s | beside a busy process, s | its processor time, s | beside / alone | alone / today |")
+    print(
+        "| how threads wait | alone, s | beside a busy process, s | its processor time, s | beside / alone | alone / libgomp |"
+    )
     print("|---|---|---|---|---|---|")
-    for found in record["rows"]:
-        today = "" if found["alone_over_today"] is None else f"{found['alone_over_today']:.2f}"
+    for line in record["rows"]:
+        ratio = "" if line["alone_over_today"] is None else f"{line['alone_over_today']:.2f}"
         print(
-            f"| {found['way']} | {found['alone_s']:.2f} | {found['beside_s']:.2f} | {found['beside_processor_s']:.2f} "
-            f"| {found['beside_over_alone']:.2f} | {today} |"
+            f"| {line['way']} | {line['alone_s']:.2f} | {line['beside_s']:.2f} | {line['beside_processor_s']:.2f} "
+            f"| {line['beside_over_alone']:.2f} | {ratio} |"
         )
 
 

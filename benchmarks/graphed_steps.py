@@ -1,10 +1,10 @@
-"""Steps of pretraining a small model on a GPU: launched kernel by kernel, and as CUDA graphs (`optimizer.cuda_graphs`).
+"""Times steps of pretraining a small model on a GPU: kernel by kernel, and as CUDA graphs (`optimizer.cuda_graphs`).
 
     python benchmarks/graphed_steps.py --model scratch:30m --json graphed_steps.json
 
-Each row is the median of a run's steps after its first ones, by the wall clock; what the GPU computes in a step is counted in a
-second, short run under torch's profiler, when all times are taken: once used, it makes launches of its process slower. What is
-left between the two is the host's.
+Each row is the median wall-clock time of a run's steps after the first ones. What the GPU computes in a step is
+measured in a second, short run under torch's profiler. That is done after all times are taken: once the profiler was
+used, launches of its process are slower. The difference between the two times is the host's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 WARM_UP, PROFILED = 20, 12
 METHODS = {"adam": "float32", "sbft": "bfloat16", "sgd": "float32", "muon": "float32", "sinkgd": "float32"}
-"""Method, and what its weights are."""
+"""The dtype of the weights, by method."""
 GRAPHS = ("optimizer.cuda_graphs=true", "optimizer.gradient_release=true")
 
 
@@ -46,14 +46,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=100, help=f"measured, after {WARM_UP} others")
+    parser.add_argument("--steps", type=int, default=100, help=f"steps measured, after {WARM_UP} others")
     parser.add_argument("--tf32", action="store_true", help="products of float32 in TF32")
     parser.add_argument("--json", type=Path, help="write the rows here")
     return parser.parse_args()
 
 
 def write(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """A run that is stopped keeps what it has."""
+    """Write the rows so far, so that a run that is stopped keeps them."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1) + "\n")
@@ -86,9 +86,9 @@ def count_kernels(arguments: argparse.Namespace, method: str, graphs: bool) -> d
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             trainer.train()
             torch.cuda.synchronize()
-    kernels = [one for one in profiled.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return {
-        "gpu_ms": sum(one.device_time_total for one in kernels) / PROFILED / 1e3,
+        "gpu_ms": sum(kernel.device_time_total for kernel in kernels) / PROFILED / 1e3,
         "kernels": len(kernels) / PROFILED,
     }
 
@@ -123,7 +123,7 @@ def make(arguments: argparse.Namespace, method: str, graphs: bool, steps: int, f
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table of benchmarks/README.md."""
     print(
-        "| method | weights | a step, ms | as graphs, ms | ratio | of that the GPU's, ms |",
+        "| method | weights | step, ms | as graphs, ms | ratio | of that on the GPU, ms |",
         "|---|---|---|---|---|---|",
         sep="\n",
     )

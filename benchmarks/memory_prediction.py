@@ -1,11 +1,11 @@
-"""The planner's peak memory against the measured one: each row is trained in a process of its own, and predicted.
+"""Compares predicted with measured peak memory: each row is trained in a process of its own, and predicted.
 
     python benchmarks/memory_prediction.py --json memory_prediction.json [--only smollm2 sbft]
     python benchmarks/memory_prediction.py --json memory_prediction.json --large --jobs 3   # on a GPU of 80 GB
 
-On a CPU what is compared is the peak of resident memory above what the process held when the loop began, its model loaded;
-on CUDA the peak of allocated memory. There several rows may be measured at once, since each counts what it allocates itself.
-With `--again FILE` the measurements of a former run are predicted anew.
+On a CPU, this compares the peak of resident memory above what the process held when the loop began, with its model
+loaded. On CUDA it compares the peak of allocated memory. There, several rows may be measured at once, since each counts
+what it allocates itself. With `--again FILE`, the measurements of an earlier run are predicted again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import yaml
 MEBIBYTE = 1 << 20
 STEPS = 4
 STEPS_OF_MANY_LENGTHS = 24
-SHORTEST = 16  # of many lengths
+SHORTEST = 16  # of the many lengths
 
 RANDOM = "random:"
 METHODS = ("sbft", "sgd", "adam", "adam-accum", "adam-batch", "adam8bit", "hf-adafactor", "lora", "qlora")
 _COMMON = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
-# Real architectures, made small; the vocabulary of Gemma 3 stays large beside the rest.
+# Real architectures, made small; the vocabulary of Gemma 3 stays large in comparison.
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-untied": {
         "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """Its settings in words."""
+        """The settings in words."""
         return (
             f"{self.shape} {self.method} {self.tokens}{' checkpointing' * self.checkpointing}{' varied' * self.varied}"
         )
@@ -77,7 +77,11 @@ class Row:
 
 ROWS = [
     *(Row("smollm2", method, tokens) for tokens in (64, 256) for method in METHODS if method != "qlora"),
-    *(Row("smollm2", method, 1024, chosen) for method in ("sbft", "lora", "adam") for chosen in (False, True)),
+    *(
+        Row("smollm2", method, 1024, checkpointing)
+        for method in ("sbft", "lora", "adam")
+        for checkpointing in (False, True)
+    ),
     *(Row("smollm2", method, 1024) for method in ("sgd", "adam-accum", "adam8bit", "hf-adafactor")),
     Row("smollm2", "sgd", 1024, True),
     *(Row("smollm2", method, 256, True) for method in ("sbft", "lora", "adam")),
@@ -90,7 +94,7 @@ ROWS = [
         for shape in ("llama", "qwen3", "gemma3", "mixtral")
         for method in ("sbft", "lora", "adam")
     ),
-    # Random weights are not held in 4 bits; a checkpoint of them is.
+    # Only a checkpoint can be held in 4 bits, not random weights.
     Row("llama", "qlora", 256),
     *(Row("smollm2-untied", "qlora", tokens) for tokens in (64, 256, 1024)),
     Row("smollm2-untied", "qlora", 1024, True),
@@ -98,11 +102,11 @@ ROWS = [
     *(Row("smollm2", method, 256, varied=True) for method in ("sbft", "lora", "adam")),
     Row("smollm2", "sbft", 1024, varied=True),
 ]
-# In an order in which three of them fit together in 80 GB.
+# In an order in which any three in progress fit in 80 GB together.
 LARGE_ROWS = [
     Row("llama-8b", "sbft", 1024),
     Row("llama-8b", "lora", 1024),
-    *(Row("llama-1b", method, 1024, chosen) for chosen in (False, True) for method in ("sbft", "lora")),
+    *(Row("llama-1b", method, 1024, checkpointing) for checkpointing in (False, True) for method in ("sbft", "lora")),
     Row("llama-8b", "sbft", 1024, True),
     Row("qwen3-4b", "sbft", 1024),
     Row("gemma3-4b", "sbft", 1024),
@@ -113,7 +117,7 @@ LARGE_ROWS = [
     Row("llama-8b", "sgd", 1024),
     Row("llama-1b", "sbft", 4096),
 ]
-"""Of billions of weights, for a GPU."""
+"""Models with billions of weights, for a GPU."""
 
 
 def main() -> None:
@@ -131,8 +135,8 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], help="rows that hold all of these words")
-    parser.add_argument("--large", action="store_true", help="the rows of billions of weights, for a GPU")
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose names have all of these words")
+    parser.add_argument("--large", action="store_true", help="the rows with billions of weights, for a GPU")
     parser.add_argument("--jobs", type=int, default=1, help="rows to measure at once, on a GPU that has room for them")
     parser.add_argument("--measure-only", action="store_true", help="leave the predictions to --again")
     parser.add_argument("--again", type=Path, help="predict the rows measured in this file")
@@ -150,14 +154,14 @@ def measure_all(arguments: argparse.Namespace, folder: Path) -> list[dict[str, A
         row for row in (LARGE_ROWS if arguments.large else ROWS) if all(w in row.name.split() for w in arguments.only)
     ]
     for shape in {row.shape for row in rows}:
-        model_of(shape, folder)  # two rows that are measured at once would both write it
-    found: dict[int, dict[str, Any]] = {}
+        model_of(shape, folder)  # or two rows measured at once would both write it
+    results: dict[int, dict[str, Any]] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         waiting = {pool.submit(measure, row, folder): i for i, row in enumerate(rows)}
         for done in as_completed(waiting):
-            found[waiting[done]] = {**asdict(rows[waiting[done]]), **done.result()}
-            write(arguments.json, [found[i] for i in sorted(found)])  # a run that is stopped keeps what it has
-    return [found[i] for i in sorted(found)]
+            results[waiting[done]] = {**asdict(rows[waiting[done]]), **done.result()}
+            write(arguments.json, [results[i] for i in sorted(results)])  # a run that is stopped keeps what it has
+    return [results[i] for i in sorted(results)]
 
 
 def recipe_of(row: Row, model: str) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
 
 
 def model_of(shape: str, folder: Path) -> str:
-    """What a recipe calls the model of a shape."""
+    """The name in a recipe of the model with this shape."""
     if shape in SHAPES:
         return str(checkpoint(shape, folder))
     from sbft.models.random_weights import ARCHITECTURES
@@ -257,13 +261,13 @@ def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     sizes = row_sizes(prepare(recipe))._asdict()
     kind = "cuda" if result["memory_kind"] == "cuda_allocated" else "cpu"
     config = config_of(row.shape) if row.shape in SHAPES else load_config(model)
-    found = predict_recipe(recipe, **sizes, device=kind, config=config)
-    predicted = found.above_model_bytes if kind == "cpu" else found.peak_bytes
+    prediction = predict_recipe(recipe, **sizes, device=kind, config=config)
+    predicted = prediction.above_model_bytes if kind == "cpu" else prediction.peak_bytes
     return {
         "predicted_bytes": predicted,
         "error": predicted / result["measured_bytes"] - 1,
-        "phase": found.phase,
-        "parts": found.parts,
+        "phase": prediction.phase,
+        "parts": prediction.parts,
     }
 
 

@@ -1,13 +1,14 @@
-"""The time and the temporary memory of one optimizer step on a model's real parameter shapes, for many optimizers.
+"""Measures time and temporary memory of one optimizer step on a model's real parameter shapes, for many optimizers.
 
     python benchmarks/optimizer_step.py --model smollm2-135m --json optimizer_step.json
     python benchmarks/optimizer_step.py --model llama-8b        # or a folder with a config.json, or 4096x11008
 
-All work in one process on the same weights and random gradients, in turns: each round builds an optimizer, lets it take its
-first step unmeasured, measures some, and drops it. An optimizer that needs more than --limit-s for its first step is skipped;
-one that compiles in it takes it once in a process of its own before, which can be stopped. All run on the GPU where there is
-one; CUDA_VISIBLE_DEVICES= in front keeps them on the CPU. The bound is the time that a plain copy, measured in the same rounds,
-needs for 5 times the weights' bytes: an exact Adafactor reads the gradient three times and reads and writes the weight.
+All optimizers work in turns in one process, on the same weights and random gradients. Each round builds an optimizer,
+lets it take its first step unmeasured, measures some more, and drops it. An optimizer whose first step takes longer
+than --limit-s is skipped. One that compiles in its first step takes it beforehand in a process of its own, which can be
+stopped. All run on the GPU if there is one; CUDA_VISIBLE_DEVICES= before the command keeps them on the CPU. The bound
+is the time that a plain copy, measured in the same rounds, needs for 5 times the weights' bytes: an exact Adafactor
+reads the gradient three times, and reads and writes the weight.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--optimizers", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of a round")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="longest first step; who needs more is skipped")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per round")
+    parser.add_argument(
+        "--limit-s", type=float, default=120.0, help="longest first step; slower optimizers are skipped"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -73,7 +76,7 @@ def ours(name: str, stochastic_rounding: bool, kernels: str = "") -> Build:
         import sbft.optim
 
         if kernels == "reference" and weights[0].is_cuda and count(weights) > SLOW_REFERENCE:
-            raise RuntimeError("the reference goes block by block: minutes a step on a GPU")
+            raise RuntimeError("the reference goes block by block: minutes per step on a GPU")
         optimizer = getattr(sbft.optim, name)(weights.parameters(), lr=RATE, stochastic_rounding=stochastic_rounding)
 
         def step() -> None:
@@ -164,7 +167,7 @@ def benchmark(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> l
         print(f"{name}: {why}", file=sys.stderr)
 
     for name in arguments.optimizers:
-        # Before this process takes memory of its own.
+        # This comes before this process takes memory of its own.
         if name in COMPILING and (why := probe(name, arguments)) is not None:
             skip(name, why)
     weights, grads = tensors(shapes, arguments)
@@ -176,7 +179,7 @@ def benchmark(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> l
                 continue
             try:
                 measured, taken = measure(CONTENDERS[name], weights, grads, arguments.steps, arguments.limit_s)
-            except Exception as error:  # whatever another package raises is the reason why it cannot run here
+            except Exception as error:  # any error of another package is the reason why it cannot run here
                 skip(name, reason(error))
                 continue
             times[name] += measured
@@ -198,13 +201,13 @@ def tensors(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> tup
 
 
 def probe(name: str, arguments: argparse.Namespace) -> str | None:
-    """Why a contender is to be skipped that cannot take its first step in time, as a process of its own has found."""
+    """Takes a contender's first step in a process of its own; returns why to skip it, or None if it succeeds in time."""
     command = [sys.executable, __file__, "--probe", "--optimizers", name, "--dtype", arguments.dtype]
     command += ["--model", *arguments.model]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert child.stdout is not None
-        child.stdout.readline()  # said where the first step begins
+        child.stdout.readline()  # printed when the first step begins
         _, errors = child.communicate(timeout=arguments.limit_s)
     except subprocess.TimeoutExpired:
         return str(too_slow(arguments.limit_s))
@@ -216,7 +219,7 @@ def probe(name: str, arguments: argparse.Namespace) -> str | None:
 
 
 def take_first_step(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> None:
-    """In the process of a probe."""
+    """Takes one step, in the process of a probe."""
     weights, grads = tensors(shapes, arguments)
     begin(weights, grads)
     print("the first step begins", flush=True)
@@ -230,7 +233,7 @@ def take_first_step(shapes: list[tuple[int, ...]], arguments: argparse.Namespace
 def measure(
     build: Build, weights: nn.ParameterList, grads: list[Tensor], steps: int, limit_s: float
 ) -> tuple[list[float], int]:
-    """Milliseconds of each step, and bytes of temporary memory, without the state, of one more."""
+    """Milliseconds of each step, and bytes of temporary memory, without the state, of a further step."""
     from sbft.native.memory import PeakMemory
 
     try:
@@ -261,7 +264,7 @@ def too_slow(limit_s: float) -> TooSlow:
 
 
 def free_memory() -> None:
-    """Give back what torch and malloc keep for later, which would be used again unseen."""
+    """Returns memory that torch and malloc keep for later, whose reuse would not show."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -277,7 +280,7 @@ def begin(weights: nn.ParameterList, grads: list[Tensor]) -> float:
 
 
 def copy_bounds(parameters: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[float]:
-    """Milliseconds in which a copy moves `PASSES` times the weights' bytes; a copy reads and writes."""
+    """Milliseconds that a copy, which reads and writes, takes to move `PASSES` times the weights' bytes."""
     size = min(max(parameters, 1 << 16), 1 << 30)
     source, target = torch.ones(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
     milliseconds = []
@@ -318,14 +321,14 @@ def reason(error: Exception) -> str:
 def row(
     name: str, common: dict[str, Any], times: list[float], temporary: int | None, skipped: str | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {"optimizer": name, **common, "skipped": skipped}
+    line: dict[str, Any] = {"optimizer": name, **common, "skipped": skipped}
     if "reference" in name:
-        found["backend"] = "reference"
+        line["backend"] = "reference"
     if skipped is not None:
-        return {**found, "median_ms": None, "min_ms": None, "max_ms": None, "ratio": None, "temporary_bytes": None}
+        return {**line, "median_ms": None, "min_ms": None, "max_ms": None, "ratio": None, "temporary_bytes": None}
     median = statistics.median(times)
     return {
-        **found, "median_ms": median, "min_ms": min(times), "max_ms": max(times),
+        **line, "median_ms": median, "min_ms": min(times), "max_ms": max(times),
         "ratio": median / common["copy_bound_ms"], "temporary_bytes": temporary,
     }  # fmt: skip
 
@@ -335,14 +338,14 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"{first['model']}: {first['parameters']:,} parameters, {first['dtype']}, {first['device']}")
     print(f"copy bound ({PASSES} x the weights' bytes): {first['copy_bound_ms']:.2f} ms\n")
     print(f"{'':32} {'median ms':>10} {'min':>9} {'max':>9} {'/ bound':>8} {'temporary MiB':>14}")
-    for found in rows:
-        if found["skipped"] is not None:
-            print(f"{found['optimizer']:32} {found['skipped']}")
+    for line in rows:
+        if line["skipped"] is not None:
+            print(f"{line['optimizer']:32} {line['skipped']}")
             continue
         figures = "".join(
-            f" {found[key]:>{width}.2f}" for key, width in (("median_ms", 10), ("min_ms", 9), ("max_ms", 9))
+            f" {line[key]:>{width}.2f}" for key, width in (("median_ms", 10), ("min_ms", 9), ("max_ms", 9))
         )
-        print(f"{found['optimizer']:32}{figures} {found['ratio']:>8.2f} {found['temporary_bytes'] / 2**20:>14.1f}")
+        print(f"{line['optimizer']:32}{figures} {line['ratio']:>8.2f} {line['temporary_bytes'] / 2**20:>14.1f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shapes of a model's parameters, by name and without its weights."""
+"""Shapes of a model's parameters, without its weights."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""One batch-1 training step (forward, backward, update) of several methods: time, and peak memory of the process.
+"""Measures a training step at batch size 1 (forward, backward, update) of several methods: time and peak memory.
 
     python benchmarks/training_step.py --model builtin:smollm2-135m --tokens 64 512 --json training_step.json
 
-Each measurement is a process of its own, so that its memory is its own; the methods alternate, so that they meet the same
-weather on a shared machine. All see the same examples, every token of which counts in the loss. `above_model` is the peak
-of the training loop above what the process held once the bare model was loaded.
+Each measurement has a process of its own, so that its memory is its own. The methods alternate, so that all meet the
+same load on a shared machine. All see the same examples, with every token in the loss. `above_model` is the peak of the
+training loop above what the process held once the bare model was loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = {
     "adam": "torch AdamW, float32 weights, the same loss without logits",
 }
 INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-"""By which a CPU may be made to do without some of its instructions, as an older one would."""
+"""Variables that make a CPU do without some of its instructions, like an older one."""
 MEBIBYTE = 1 << 20
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for method in arguments.methods:
                 runs[method].append(run_child(arguments, method, tokens))
-        rows += [summarise(arguments, method, tokens, found) for method, found in runs.items()]
+        rows += [summarise(arguments, method, tokens, of_method) for method, of_method in runs.items()]
     show(rows)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +58,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="builtin:smollm2-135m", help="as in a recipe, or the NAME of a random:NAME")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="length of every example")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of a process, after --warm-up others")
+    parser.add_argument("--steps", type=int, default=12, help="measured steps per process, after --warm-up others")
     parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each method")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per method")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -155,7 +155,7 @@ def load(name: str, dtype: Any) -> Any:
 # The table
 
 
-def summarise(arguments: argparse.Namespace, method: str, tokens: int, found: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(arguments: argparse.Namespace, method: str, tokens: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
     from sbft.runs.record import git_commit
 
     row: dict[str, Any] = {"method": method, "model": arguments.model, "tokens": tokens, "steps": arguments.steps}
@@ -163,12 +163,12 @@ def summarise(arguments: argparse.Namespace, method: str, tokens: int, found: li
     row |= {"command": shlex.join(["python", *sys.argv]), "git_commit": git_commit()}
     row |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     row |= {"instructions": {name: os.environ[name] for name in INSTRUCTIONS if name in os.environ}}
-    failed = [one["failed"] for one in found if "failed" in one]
+    failed = [run["failed"] for run in runs if "failed" in run]
     if failed:
         return {**row, "failed": failed[0]}
-    row |= {key: found[0][key] for key in ("device", "torch", "parameters", "trainable_parameters", "memory_kind")}
+    row |= {key: runs[0][key] for key in ("device", "torch", "parameters", "trainable_parameters", "memory_kind")}
     for key in ("step_ms", "optimizer_ms", "peak_bytes", "above_model_bytes"):
-        values = [one[key] for one in found]
+        values = [run[key] for run in runs]
         row[key] = statistics.median(values)
         row[f"{key}_runs"] = values
     return row

@@ -2,14 +2,15 @@
 
     python benchmarks/lab/beyond_language.py --output runs/beyond-language --jobs 2
 
-Every example counts as one token of the optimizer's clock: the second moment's decay at the reference batch is the usual
-one, its half-life in examples follows from it, and at batch size 1 it is either held (the rule) or the decay factor is left
-as it is per step. Each row's learning rate is chosen on validation data over a grid of the same width, then measured with
-each seed on test data. Results go into OUTPUT/runs.jsonl as they come; the same command goes on where it was cut off.
+Every example counts as one token of the optimizer's clock. At the reference batch, the second moment has its usual
+decay, and its half-life in examples follows from that. At batch size 1, either the half-life is held (the rule), or the
+decay factor per step is left as it is. Each row's learning rate is chosen on validation data over a grid of the same
+width, then measured with each seed on test data. Results are written to OUTPUT/runs.jsonl as they come; the same
+command resumes where it was interrupted.
 
-Tasks: `digits` (scikit-learn's 1,797 images of 8 x 8, a small ViT), `co2` (statsmodels' weekly carbon dioxide at Mauna Loa,
-a small PatchTST: 96 weeks give the next 24), and `images`, any image data set of the hub or a folder of class folders, given
-with --images, such as ILSVRC/imagenet-1k, with a ViT-S/16. Needs: pip install scikit-learn statsmodels.
+Tasks: `digits` (scikit-learn's 1,797 images of 8 x 8, a small ViT), `co2` (statsmodels' weekly carbon dioxide at Mauna
+Loa, a small PatchTST: 96 weeks give the next 24), and `images` with a ViT-S/16: any image data set of the hub, such as
+ILSVRC/imagenet-1k, or a folder of class folders, given with --images. Requires: pip install scikit-learn statsmodels.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ ROWS = [
 
 @dataclass
 class Part:
-    """Examples: what the model is given, and what it shall answer."""
+    """Examples: inputs of the model, and the expected answers."""
 
     inputs: Any
     targets: Any
@@ -93,7 +94,7 @@ class Task:
     test: Part
     model: Callable[[], nn.Module]
     forward: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """Loss of a batch, and of each example the figure that is reported."""
+    """Returns the loss of a batch, and the reported figure of each example."""
     figure: str
     epochs: int
 
@@ -102,10 +103,10 @@ def digits(arguments: argparse.Namespace) -> Task:
     from sklearn.datasets import load_digits
     from transformers import ViTConfig
 
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-    images = (torch.tensor(found.images, dtype=torch.float32) / 16 - 0.5).unsqueeze(1)[order]
-    labels = torch.tensor(found.target, dtype=torch.int64)[order]
+    dataset = load_digits()
+    order = torch.randperm(len(dataset.target), generator=torch.Generator().manual_seed(0))
+    images = (torch.tensor(dataset.images, dtype=torch.float32) / 16 - 0.5).unsqueeze(1)[order]
+    labels = torch.tensor(dataset.target, dtype=torch.int64)[order]
     bounds = (0, 1077, 1437, 1797)
     parts = [Part(images[a:b], labels[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
     config = ViTConfig(
@@ -120,11 +121,11 @@ def images(arguments: argparse.Namespace) -> Task:
     from transformers import ViTConfig
 
     folder = Path(arguments.images)
-    found = load_dataset("imagefolder", data_dir=str(folder)) if folder.is_dir() else load_dataset(arguments.images)
-    train = found["train"]
+    splits = load_dataset("imagefolder", data_dir=str(folder)) if folder.is_dir() else load_dataset(arguments.images)
+    train = splits["train"]
     names = train.features["label"].names
-    # What the figures are taken on is not what the learning rate is chosen on.
-    held_out = next((found[name] for name in ("validation", "test") if name in found), None)
+    # The figures are measured on other data than the learning rate is chosen on.
+    held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
     split = train.train_test_split(0.05, seed=0, stratify_by_column="label")
     parts = [_Images(split["train"]), _Images(split["test"])]
     if held_out is None:
@@ -140,7 +141,7 @@ def images(arguments: argparse.Namespace) -> Task:
 
 
 class _Images(Part):
-    """Pictures that are read when they are asked for: scaled, cut to their middle square, about -1 to 1."""
+    """Pictures that are read when needed: scaled, cropped to the central square, with values from -1 to 1."""
 
     SIZE = 224
 
@@ -148,8 +149,9 @@ class _Images(Part):
         super().__init__(dataset, dataset.with_format(None).select_columns("label"))
 
     def batch(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        found = [self.inputs[row] for row in rows]
-        return torch.stack([self._tensor(one["image"]) for one in found]), torch.tensor([one["label"] for one in found])
+        examples = [self.inputs[row] for row in rows]
+        labels = torch.tensor([example["label"] for example in examples])
+        return torch.stack([self._tensor(example["image"]) for example in examples]), labels
 
     def _tensor(self, image: Any) -> Tensor:
         import numpy as np
@@ -176,7 +178,7 @@ def co2(arguments: argparse.Namespace) -> Task:
     past, future = 96, 24
     weekly = statsmodels.datasets.co2.load_pandas().data["co2"].interpolate()
     series = torch.tensor(weekly.to_numpy(), dtype=torch.float32)
-    # In time: what is forecast in one part is seen in no earlier one.
+    # Split in time: what is forecast in one part is in no earlier part.
     ends = [int(len(series) * share) for share in (0.7, 0.85, 1.0)]
     parts = []
     for begin, end in zip([past, *ends], ends, strict=False):
@@ -202,7 +204,7 @@ TASKS = {"digits": digits, "co2": co2, "images": images}
 
 
 def optimizer_of(row: Row, model: nn.Module, rate: float, seed: int) -> Any:
-    """The row's optimizer, its second moment as the row has it."""
+    """The row's optimizer, with the row's rule for its second moment."""
     held: dict[str, Any] = {"second_moment_half_life": half_life_from_beta(REFERENCE_BETA2, REFERENCE_BATCH)}
     settings = {"half-life": held, "decay": {"beta2": REFERENCE_BETA2}, "none": {}}[row.second_moment]
     made = {"adam": functools.partial(AdamW, beta1=0.9), "adafactor": Adafactor, "sgd": SGD}[row.optimizer]
@@ -210,7 +212,7 @@ def optimizer_of(row: Row, model: nn.Module, rate: float, seed: int) -> Any:
 
 
 def batches(count: int, size: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Rows of each step; what is left of an epoch begins the next."""
+    """Yields the rows of each step; the rest of an epoch begins the next batch."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)]).tolist()
     for begin in range(0, len(order) - size + 1, size):
@@ -231,7 +233,7 @@ def measured(task: Task, model: nn.Module, part: Any) -> tuple[float, float]:
 
 
 def train(task_name: str, row: Row, rate: float, seed: int, part: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run, measured on a part of the data."""
+    """Makes one run, measured on a part of the data."""
     torch.set_num_threads(1)
     task = TASKS[task_name](arguments)
     torch.manual_seed(seed)
@@ -256,7 +258,7 @@ def train(task_name: str, row: Row, rate: float, seed: int, part: str, arguments
             optimizer.step()
     loss, figure = (None, None) if error else measured(task, model, getattr(task, part))
     if loss is not None and not math.isfinite(loss):
-        loss, figure, error = None, None, "its loss is no finite number"
+        loss, figure, error = None, None, "its loss is not finite"
     return {
         "task": task_name, **asdict(row), "name": row.name, "learning_rate": rate, "seed": seed, "part": part, "steps": steps,
         "epochs": epochs, "figure": task.figure, "value": figure, "loss": loss, "error": error,
@@ -273,14 +275,16 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
     return run["task"], run["name"], run["learning_rate"], run["seed"], run["part"]
 
 
-def make(wanted: list[tuple[str, Row, float, int, str]], runs: dict[tuple[Any, ...], Any], arguments: Any) -> None:
-    """Make the runs that are not there yet; each is written down as it ends."""
-    missing = [one for one in wanted if (one[0], one[1].name, *one[2:]) not in runs]
+def make(requested: list[tuple[str, Row, float, int, str]], runs: dict[tuple[Any, ...], Any], arguments: Any) -> None:
+    """Makes the runs that are missing; each is written to the file as it ends."""
+    missing = [run for run in requested if (run[0], run[1].name, *run[2:]) not in runs]
     with ProcessPoolExecutor(arguments.jobs) as pool, (arguments.output / "runs.jsonl").open("a") as file:
-        begun = [pool.submit(train, *one, arguments) for one in missing]
+        begun = [pool.submit(train, *run, arguments) for run in missing]
         for done in as_completed(begun):
             if done.exception() is not None:
-                pool.shutdown(wait=False, cancel_futures=True)  # or it would make all others first, and throw them away
+                pool.shutdown(
+                    wait=False, cancel_futures=True
+                )  # or all others would still be made, and their results lost
             run = done.result()
             runs[key(run)] = run
             file.write(json.dumps(run) + "\n")
@@ -290,13 +294,13 @@ def make(wanted: list[tuple[str, Row, float, int, str]], runs: dict[tuple[Any, .
 
 
 def chosen_rate(task: str, row: Row, runs: dict[tuple[Any, ...], Any]) -> float:
-    """By the validation loss: of few examples it says more than a count of errors."""
+    """The rate with the lowest validation loss, which on few examples says more than a count of errors."""
     tried = [runs[task, row.name, rate, 0, "validation"] for rate in row.rates]
     return float(min(tried, key=lambda run: math.inf if run["loss"] is None else run["loss"])["learning_rate"])
 
 
 def table(tasks: list[str], runs: dict[tuple[Any, ...], Any], seeds: list[int]) -> str:
-    lines = ["| task | optimizer | learning rate | test | test loss | s a run |", "|---|---|---|---|---|---|"]
+    lines = ["| task | optimizer | learning rate | test | test loss | s per run |", "|---|---|---|---|---|---|"]
     for task in tasks:
         for row in ROWS:
             rate = chosen_rate(task, row, runs)
@@ -322,13 +326,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["digits", "co2"])
     parser.add_argument("--images", help="for task images: a hub id, or a folder of class folders")
-    parser.add_argument("--epochs", type=int, help="over the training data; each task's own where it is not given")
+    parser.add_argument("--epochs", type=int, help="passes over the training data; by default each task's own number")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread")
     parser.add_argument("--output", type=Path, required=True, help="folder of runs.jsonl and table.md")
     arguments = parser.parse_args()
     if "images" in arguments.tasks and not arguments.images:
-        parser.error("task images needs --images: a hub id such as ILSVRC/imagenet-1k, or a folder of class folders")
+        parser.error(
+            "the task images requires --images: a hub id such as ILSVRC/imagenet-1k, or a folder of class folders"
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
     stored = arguments.output / "runs.jsonl"
     lines = stored.read_text().splitlines() if stored.is_file() else []

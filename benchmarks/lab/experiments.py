@@ -2,8 +2,9 @@
 
     python -m benchmarks.lab.experiments --budget cpu --output runs/lab-cpu/suites
 
-writes a suite for each experiment; `sbft bench SUITE --output-dir runs/lab-cpu` runs it. All lie in one folder of runs, where
-what two experiments have in common is made once. benchmarks/lab/run.sh does all of it, benchmarks/lab/figures.py draws.
+writes a suite for each experiment; `sbft bench SUITE --output-dir runs/lab-cpu` runs it. All suites share one folder of
+runs, so runs that two experiments have in common are made once. benchmarks/lab/run.sh does all of it;
+benchmarks/lab/figures.py draws the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import yaml
 from sbft.tokens import beta_from_half_life, half_life_from_beta
 
 TASK = "corpus"
-LENGTH = 512  # tokens of a window
+LENGTH = 512  # tokens per window
 BETA2 = 0.95  # the usual one, per step
 LARGEST_MICROBATCH = 64
 
@@ -33,30 +34,30 @@ class Budget:
     train_tokens: int
     batches: tuple[int, ...]
     reference_batch: int
-    """Where the usual beta2 has the half-life of these runs: a tenth to a twentieth of their tokens. The paper's have 10 of
-    600 million; at so few tokens that would be less than a step of the larger batches."""
+    """The batch size at which the usual beta2 has the half-life of these runs: a tenth to a twentieth of their tokens. The
+    paper's is 10 of 600 million tokens; with so few tokens, that would be less than a step of the larger batches."""
     rates: int
-    """Learning rates of each grid, half a decade apart."""
+    """Number of learning rates in each grid, half a decade apart."""
     seeds: tuple[int, ...]
-    """Of the figures; the learning rates are chosen with seed 0."""
+    """Seeds of the figures; the learning rates are chosen with seed 0."""
     optimizers: tuple[str, ...]
     experiments: tuple[str, ...]
     takes: str
     betas1: tuple[float, ...] = (0.0, 0.5, 0.9, 0.95, 0.99)
     shift: int = 0
-    """Half-decades that all grids are moved by: the more tokens, the lower the best rates."""
+    """Half-decades to move all grids by: with more tokens, the best rates are lower."""
     on_gpu: bool = False
-    """Whether steps are launched as graphs, and products are made in TF32."""
+    """Whether steps are launched as graphs, with products in TF32."""
 
     @property
     def half_life(self) -> int:
-        """Of second moments, in tokens."""
+        """Half-life of second moments, in tokens."""
         return round(half_life_from_beta(BETA2, self.reference_batch * LENGTH))
 
 
 OF_THE_PAPER = ("sgd", "adam", "adafactor", "muon")
 CANDIDATES = ("sinkgd", "spectral", "row-adafactor")
-"""With no more state than Adafactor."""
+"""Further optimizers, with no more state than Adafactor."""
 BATCHES = (1, 4, 16, 64, 256, 1024)
 ALL = ("batch-size", "half-life", "momentum", "robustness", "rounding", "schedule")
 _SHORT = Budget(
@@ -65,17 +66,17 @@ _SHORT = Budget(
 )  # fmt: skip
 BUDGETS = {
     "short": _SHORT,
-    # Everything at that size; in the same folder, what was made for the short one is not made again.
+    # Everything at that size; in the same folder, runs of `short` are not repeated.
     "evening": replace(
         _SHORT, batches=(1, 8, 64), optimizers=(*OF_THE_PAPER, *CANDIDATES), experiments=ALL,
         takes="three to four hours on 2 cores",
     ),  # fmt: skip
-    # Without the candidate that half the tokens have shown to be no better than what it stands for.
+    # Without the candidate that was no better than Adafactor with half the tokens.
     "cpu": Budget(
         "scratch:0.4m", "builtin:python-stdlib", 2048 * LENGTH, BATCHES[:-1], 16, 3, (1, 2), (*OF_THE_PAPER, *CANDIDATES[:2]),
         ALL, "a night on 2 cores",
     ),
-    # The tokens that a model of this size is said to want, 20 a parameter, so that large batches too have steps enough.
+    # The usual 20 tokens per parameter, so that large batches have enough steps too.
     "gpu-small": Budget(
         "scratch:0.4m", "builtin:python-stdlib", 16 * 1024 * LENGTH, BATCHES, 64, 4, (1, 2), (*OF_THE_PAPER, *CANDIDATES), ALL,
         "an afternoon on one GPU", shift=-1, on_gpu=True,
@@ -89,19 +90,19 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer of the comparison in float32; its second moments, if it has any, have a half-life in tokens."""
+    """An optimizer in the comparison, in float32; second moments have a half-life in tokens."""
 
     method: str
     lowest_rate: float
-    """Of the grid at batch size 1."""
+    """The lowest rate of the grid at batch size 1."""
     settings: dict[str, Any] = field(default_factory=dict)
     second_moments: bool = True
     exponent: float = 0.3
-    """The grid rises with this power of the batch size, rounded to half-decades; where the best rates of pilot runs did not,
-    not at all."""
+    """The grid rises with this power of the batch size, rounded to half-decades; 0 if the best rates of pilot runs did not
+    rise."""
 
     def grid(self, batch: int, count: int, shift: int = 0) -> list[float]:
-        """So many half-decades, moved by `shift` of them."""
+        """A grid of `count` rates, half a decade apart, moved by `shift` half-decades."""
         lowest = round(2 * math.log10(self.lowest_rate)) + round(2 * self.exponent * math.log10(batch)) + shift
         return [float(f"{3 if i % 2 else 1}e{i // 2}") for i in range(lowest, lowest + count)]
 
@@ -110,7 +111,7 @@ _FLOAT32_ITERATIONS = {"optimizer.newton_schulz_dtype": "float32"}
 OPTIMIZERS = {
     "sgd": Optimizer("sgd", 1e-1, second_moments=False, exponent=0.25),
     "adam": Optimizer("adam", 1e-3),
-    # The smallest model's matrices are 96 wide: by default they would not be factored.
+    # The smallest model's matrices are 96 wide; by default they would not be factored.
     "adafactor": Optimizer("sbft", 3e-2, {"optimizer.min_dim_size_to_factor": 32}, exponent=0.0),
     "muon": Optimizer("muon", 3e-3, _FLOAT32_ITERATIONS),
     "sinkgd": Optimizer("sinkgd", 3e-4, exponent=0.15),
@@ -122,7 +123,7 @@ OPTIMIZERS = {
 
 
 def batch_settings(batch: int, on_gpu: bool = False) -> dict[str, Any]:
-    """Microbatches above the largest."""
+    """Settings of a batch size; batches above the largest microbatch are accumulated."""
     micro = min(batch, LARGEST_MICROBATCH)
     graphs = {"optimizer.cuda_graphs": True, "optimizer.gradient_release": True} if micro == batch else {}
     return {
@@ -139,14 +140,14 @@ FLOAT32 = {"dtype": "float32", "optimizer.stochastic_rounding": False, "optimize
 def variant(name: str, batch: int, budget: Budget, shift: int = 0, more: int = 0, **changes: Any) -> dict[str, Any]:
     """An optimizer at a batch size, its grid moved by `shift` half-decades and with `more` rates.
 
-    `changes` are of its settings, None removes one.
+    `changes` override its settings; None removes a setting.
     """
     optimizer = OPTIMIZERS[name]
     second = {"optimizer.second_moment_half_life": budget.half_life} if optimizer.second_moments else {}
-    chosen = {**FLOAT32, **second, **optimizer.settings, **batch_settings(batch, budget.on_gpu), **changes}
+    settings = {**FLOAT32, **second, **optimizer.settings, **batch_settings(batch, budget.on_gpu), **changes}
     return {
         "method": optimizer.method,
-        "set": {key: value for key, value in chosen.items() if value is not None},
+        "set": {key: value for key, value in settings.items() if value is not None},
         "learning_rates": optimizer.grid(batch, budget.rates + more, budget.shift + shift),
     }
 
@@ -159,23 +160,23 @@ def batch_size(budget: Budget) -> dict[str, Any]:
 def half_life(budget: Budget) -> dict[str, Any]:
     """b. beta2 fixed per step against a fixed half-life in tokens (their Figure 4)."""
     fixed = {"optimizer.second_moment_half_life": None, "optimizer.beta2": BETA2}
-    found = {}
+    variants = {}
     for batch in budget.batches:
-        found[f"adam-{batch}"] = variant("adam", batch, budget)
+        variants[f"adam-{batch}"] = variant("adam", batch, budget)
         if batch != budget.reference_batch:  # there the two are the same
-            found[f"adam-beta2-fixed-{batch}"] = variant("adam", batch, budget, **fixed)
-    return found
+            variants[f"adam-beta2-fixed-{batch}"] = variant("adam", batch, budget, **fixed)
+    return variants
 
 
 def momentum(budget: Budget) -> dict[str, Any]:
     """c. SGD without momentum against Adam at batch size 1, and what momentum is worth there and at a large batch."""
-    found = {}
+    variants = {}
     for batch in (1, min(256, budget.batches[-1])):
-        found[f"sgd-{batch}"] = variant("sgd", batch, budget)
-        # The momentum is an average, not a sum: a rate means the same, and higher ones are borne.
-        found[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, shift=1, **{"optimizer.momentum": 0.9})
-        found[f"adam-{batch}"] = variant("adam", batch, budget)
-    return found
+        variants[f"sgd-{batch}"] = variant("sgd", batch, budget)
+        # The momentum is an average, not a sum: a rate means the same, and higher rates are stable.
+        variants[f"sgd-momentum-{batch}"] = variant("sgd", batch, budget, shift=1, **{"optimizer.momentum": 0.9})
+        variants[f"adam-{batch}"] = variant("adam", batch, budget)
+    return variants
 
 
 def robustness(budget: Budget) -> dict[str, Any]:
@@ -189,31 +190,32 @@ def robustness(budget: Budget) -> dict[str, Any]:
 
 def rounding(budget: Budget) -> dict[str, Any]:
     """e. bfloat16 weights rounded to the nearest, stochastically, and float32, at batch size 1."""
-    found = {}
-    for name in ("adam", "adafactor", *(one for one in CANDIDATES if one in budget.optimizers)):
-        found[f"{name}-1"] = variant(name, 1, budget)
+    variants = {}
+    for name in ("adam", "adafactor", *(name for name in CANDIDATES if name in budget.optimizers)):
+        variants[f"{name}-1"] = variant(name, 1, budget)
         for kind, stochastic in (("nearest", False), ("stochastic", True)):
             changes = {"dtype": "bfloat16", "optimizer.stochastic_rounding": stochastic}
-            found[f"{name}-{kind}-1"] = variant(name, 1, budget, **changes)
-    return found
+            variants[f"{name}-{kind}-1"] = variant(name, 1, budget, **changes)
+    return variants
 
 
 def schedule(budget: Budget) -> dict[str, Any]:
     """f. A batch that doubles from 1 to 64, beta2 following the half-life in tokens or left alone, and constant batches."""
     windows = budget.train_tokens // LENGTH
-    # Seven sizes from 1 to 64, each for as many examples; the last for twice as many.
+    # Seven sizes from 1 to 64, each for the same number of examples, the last for twice that.
     doubling = {"batch_schedule.doubling_examples": windows // 8, "batch_schedule.largest": LARGEST_MICROBATCH}
     kinds: dict[str, dict[str, Any]] = {"": {}}
     for batch in (1, LARGEST_MICROBATCH):
         beta2 = beta_from_half_life(budget.half_life, batch * LENGTH)
         kinds[f"-beta2-of-{batch}"] = {"optimizer.second_moment_half_life": None, "optimizer.beta2": beta2}
-    found = {}
+    variants = {}
     for name in ("adam", "adafactor"):
         for batch in (1, 16, LARGEST_MICROBATCH):
-            found[f"{name}-{batch}"] = variant(name, batch, budget)
+            variants[f"{name}-{batch}"] = variant(name, batch, budget)
         for kind, changes in kinds.items():
-            found[f"{name}-doubling{kind}-to-{LARGEST_MICROBATCH}"] = variant(name, 1, budget, **doubling, **changes)
-    return found
+            key = f"{name}-doubling{kind}-to-{LARGEST_MICROBATCH}"
+            variants[key] = variant(name, 1, budget, **doubling, **changes)
+    return variants
 
 
 EXPERIMENTS = {
@@ -242,7 +244,7 @@ def suite(name: str, budget: Budget) -> dict[str, Any]:
         },
         "methods": methods,
         "baseline": next(iter(methods)),
-        # The heat maps are of the search itself.
+        # The heat maps show the search itself.
         "seeds": list(budget.seeds[:1] if name == "robustness" else budget.seeds),
         "search_seeds": [0],
         "training": {"lr_scheduler_type": "cosine", "warmup_steps": 0.05},

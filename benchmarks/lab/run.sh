@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's experiments: benchmarks/lab/run.sh [--budget short|evening|cpu|gpu-small|gpu] [--data DATA] [--output DIR] [--jobs N]
-# Goes on where it was cut off; what two experiments have in common is run once.
+# Resumes where it was interrupted; runs that two experiments have in common are made once.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -22,7 +22,7 @@ bin="${VIRTUAL_ENV:-$PWD/.venv}/bin"
 "$bin/python" -m benchmarks.lab.experiments --budget "$budget" ${data:+--data "$data"} --output "$output/suites" |
     while read -r suite; do
         only=()
-        if [[ $suite == */robustness.yaml ]]; then only=(--only '*/validation-seed=*'); fi # its figure is of the search alone
+        if [[ $suite == */robustness.yaml ]]; then only=(--only '*/validation-seed=*'); fi # its figure shows the search only
         "$bin/sbft" bench "$suite" --output-dir "$output" --jobs "$jobs" ${only[@]+"${only[@]}"} < /dev/null
     done
 "$bin/python" -m benchmarks.lab.figures "$output" --output "$output/figures"
