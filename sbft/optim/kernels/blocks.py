@@ -73,6 +73,13 @@ def stored(weight: Weight) -> Weight:
     return weight.quantized
 
 
+def opened(weight: Weight) -> Weight:
+    """What a weight is stored in, to be changed: the version of one on a grid rises."""
+    if isinstance(weight, GridTensor):
+        weight.mark_changed()
+    return stored(weight)
+
+
 def version_of(weight: Tensor) -> tuple[int, int]:
     """Where a weight's memory is and how often it was changed: the same pair means the same values."""
     memory = weight.codes if isinstance(weight, GridTensor) else weight
@@ -81,9 +88,7 @@ def version_of(weight: Tensor) -> tuple[int, int]:
 
 def weight_matrices(weight: Weight) -> Weight:
     """A (B, R, C) view, to be changed, of what a weight of any shape is stored in, as `matrices` makes it."""
-    if isinstance(weight, GridTensor):
-        weight.mark_changed()
-    memory = stored(weight)
+    memory = opened(weight)
     return memory.view(-1, weight.shape[-2]) if isinstance(memory, Quantized) else matrices(memory)
 
 

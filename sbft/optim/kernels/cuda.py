@@ -9,6 +9,8 @@ graph replays.
 A large factored parameter takes four launches and moves 10 bytes per bfloat16 element: the gradient is read three times, the
 weight read and written once. A vector takes one launch. Partial sums need at most 1 MiB, or 1% of the tensor beyond its rows
 and columns if that is more. A weight that is not contiguous falls back to the reference.
+
+A weight on a grid takes the same launches, and moves 8 bytes per element on 8 bits.
 """
 
 from __future__ import annotations
@@ -21,25 +23,38 @@ from torch import Tensor
 
 from sbft.grid.codes import Quantized
 from sbft.optim.kernels import cuda_elementwise
-from sbft.optim.kernels.blocks import Key, matrices, stored
-from sbft.optim.kernels.cuda_plans import FactoredPlan, LineLaunches, factored_launches, line_launches
+from sbft.optim.kernels.blocks import Key, Weight, matrices, opened, stored
+from sbft.optim.kernels.cuda_plans import (
+    NO_GRID,
+    FactoredPlan,
+    GridKind,
+    LineLaunches,
+    factored_launches,
+    line_launches,
+)
 from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
 from sbft.rounding import signed_32
 
+_LARGEST_BLOCK = 128  # of a grid; tiles consist of whole blocks
+
 # Where the reference takes over
 
 
-def _covers(weight: Tensor, grad: Tensor, shard: Shard | None) -> bool:
+def _covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
     """Whether the programs can update a weight.
 
     The programs take noise for consecutive elements. Where a row is split over several ranks, every row of a rank begins at
     another index. The reference, in blocks of a million elements there, takes some 20 launches each, and the ranks share the
     work.
     """
-    if isinstance(stored(weight), Quantized):
+    weight = stored(weight)
+    if isinstance(weight, Quantized):
+        if weight.block > _LARGEST_BLOCK or not all(tensor.is_contiguous() for tensor in weight.tensors.values()):
+            return False
+    elif not weight.is_contiguous():
         return False
-    return weight.is_contiguous() and weight.numel() > 0 and (shard is None or not shard.columns_split)
+    return weight.numel() > 0 and (shard is None or not shard.columns_split)
 
 
 def _keep_pace(shard: Shard | None, grad_square_sum: Tensor, counts: list[int]) -> None:
@@ -68,7 +83,7 @@ def _keep_pace_with_full(shard: Shard | None, sums: tuple[Tensor, Tensor | None]
 
 @or_reference(_covers, after=_keep_pace_with_factored)
 def adafactor_factored(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     row: Tensor,
     column: Tensor,
@@ -85,11 +100,12 @@ def adafactor_factored(
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_factored`; what it returns stays on the device."""
-    g, shrink = matrices(grad), 1.0 - lr * weight_decay
+    g, memory = matrices(grad), opened(weight)
+    shrink = _shrink(memory, lr * weight_decay)
     launches = factored_launches(
-        g.shape, g.stride(), weight.dtype, g.dtype, grad.is_contiguous(), weight.device,
+        g.shape, g.stride(), _dtype(memory), g.dtype, grad.is_contiguous(), weight.device,
         None if shard is None else (shard.offset, float(shard.count), float(shard.shape[0]) if shard.rows_split else None),
-        key is not None, relative_step, isinstance(shrink, Tensor),
+        key is not None, relative_step, isinstance(shrink, Tensor), _grid(memory),
     )  # fmt: skip
     plan = launches.plan
     with _current(weight.device):
@@ -106,7 +122,7 @@ def adafactor_factored(
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
             numbers = launches.measure_numbers if measure else launches.apply_numbers
             settings = average_weight, lr, shrink, float(clip_threshold), *_words(key), _offset(shard)
-            launches.apply((weight, g, mass, square_sum, scratch, results), (*numbers, *settings))
+            launches.apply((*_tensors(memory), g, mass, square_sum, scratch, results), (*numbers, *settings))
 
         squares = None if shard is None else scratch[plan.squares_at :][: launches.applying]
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
@@ -114,7 +130,7 @@ def adafactor_factored(
 
 @or_reference(_covers, after=_keep_pace_with_full)
 def adafactor_full(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     second_moment: Tensor,
     mass: Tensor,
@@ -130,8 +146,9 @@ def adafactor_full(
     shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_full`; what it returns stays on the device."""
-    g, shrink = matrices(grad), 1.0 - lr * weight_decay
-    line = _line(weight, grad, shard, cuda_elementwise.apply_full, shrink, key, RELATIVE=relative_step)
+    g, memory = matrices(grad), opened(weight)
+    shrink = _shrink(memory, lr * weight_decay)
+    line = _line(memory, grad, shard, cuda_elementwise.apply_full, shrink, key, RELATIVE=relative_step)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
     with _current(weight.device):
         scratch, scalars = line.allocate(3, weight.device)
@@ -143,7 +160,7 @@ def adafactor_full(
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
             settings = average_weight, float(eps), lr, shrink, float(clip_threshold), *_words(key), _offset(shard)
             counts = line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard)
-            tensors = weight, g, second_moment, mass, square_sum, scratch, results
+            tensors = *_tensors(memory), g, second_moment, mass, square_sum, scratch, results
             line.apply(tensors, (*line.numbers, *counts, *settings))
 
         squares = None if shard is None else scratch[squares_at:][: line.programs]
@@ -209,7 +226,7 @@ def _sum_squares(line: LineLaunches, grad: Tensor, scratch: Tensor, shard: Shard
         _sum_over_ranks(shard, scratch[16:][: line.programs].view(-1, 1))
 
 
-def _count(weight: Tensor, shard: Shard | None) -> float:
+def _count(weight: Weight, shard: Shard | None) -> float:
     return float(weight.numel() if shard is None else shard.count)
 
 
@@ -218,7 +235,7 @@ def _count(weight: Tensor, shard: Shard | None) -> float:
 
 @or_reference(_covers)
 def adamw(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     first_moment: Tensor | None,
     second_moment: Tensor,
@@ -234,8 +251,9 @@ def adamw(
     shard: Shard | None = None,
 ) -> Tensor:
     """As `reference.adamw`; what it returns stays on the device."""
-    g, shrink, has_first = matrices(grad), 1.0 - lr * weight_decay, first_moment is not None
-    line = _line(weight, grad, shard, cuda_elementwise.apply_adamw, shrink, key, FIRST_MOMENT=has_first)
+    g, memory, has_first = matrices(grad), opened(weight), first_moment is not None
+    shrink = _shrink(memory, lr * weight_decay)
+    line = _line(memory, grad, shard, cuda_elementwise.apply_adamw, shrink, key, FIRST_MOMENT=has_first)
     with _current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
@@ -243,14 +261,15 @@ def adamw(
         moments = second_moment if first_moment is None else first_moment, second_moment
         settings = first_weight, second_weight, lr, shrink, float(eps), *_words(key), _offset(shard)
         line.apply(
-            (weight, g, *moments, first_mass, second_mass, scratch, scalars), (*line.numbers, line.programs, *settings)
+            (*_tensors(memory), g, *moments, first_mass, second_mass, scratch, scalars),
+            (*line.numbers, line.programs, *settings),
         )
     return scalars[0]
 
 
 @or_reference(_covers)
 def sgd(
-    weight: Tensor,
+    weight: Weight,
     grad: Tensor,
     momentum: Tensor | None,
     mass: Tensor | None,
@@ -262,27 +281,48 @@ def sgd(
     shard: Shard | None = None,
 ) -> Tensor:
     """As `reference.sgd`; what it returns stays on the device."""
-    g, shrink = matrices(grad), 1.0 - lr * weight_decay
-    line = _line(weight, grad, shard, cuda_elementwise.apply_sgd, shrink, key, MOMENTUM=momentum is not None)
+    g, memory = matrices(grad), opened(weight)
+    shrink = _shrink(memory, lr * weight_decay)
+    line = _line(memory, grad, shard, cuda_elementwise.apply_sgd, shrink, key, MOMENTUM=momentum is not None)
     with _current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
             _sum_squares(line, g, scratch, shard)
         average = scalars if momentum is None else momentum, scalars if mass is None else mass
         settings = 1.0 if momentum is None else momentum_weight, lr, shrink, *_words(key), _offset(shard)
-        line.apply((weight, g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
+        line.apply((*_tensors(memory), g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
     return scalars[0]
 
 
 def _line(
-    weight: Tensor, grad: Tensor, shard: Shard | None, program: Any, shrink: float | Tensor, key: Key, **kinds: bool
+    weight: Weight, grad: Tensor, shard: Shard | None, program: Any, shrink: float | Tensor, key: Key, **kinds: bool
 ) -> LineLaunches:
     g = matrices(grad)
     return line_launches(
-        g.shape, None if grad.is_contiguous() else g.stride(), weight.dtype, grad.dtype, weight.device,
-        None if shard is None else shard.offset, program, ("STOCHASTIC", key is not None),
+        g.shape, None if grad.is_contiguous() else g.stride(), _dtype(weight), grad.dtype, weight.device,
+        None if shard is None else shard.offset, program, _grid(weight), ("STOCHASTIC", key is not None),
         ("CAPTURED", isinstance(shrink, Tensor)), *kinds.items(),
     )  # fmt: skip
+
+
+def _tensors(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """What the programs take for a weight: values, or codes, their lower bits and scales; what a kind lacks is any tensor."""
+    if isinstance(weight, Quantized):
+        return weight.codes, weight.codes if weight.low is None else weight.low, weight.scales
+    return weight, weight, weight
+
+
+def _dtype(weight: Weight) -> torch.dtype:
+    return weight.codes.dtype if isinstance(weight, Quantized) else weight.dtype
+
+
+def _grid(weight: Weight) -> GridKind:
+    return (weight.grid.bits, weight.block, weight.grid.largest) if isinstance(weight, Quantized) else NO_GRID
+
+
+def _shrink(weight: Weight, decay: float | Tensor) -> float | Tensor:
+    """What the programs take for the weight's decay: the share that is left of values, or that codes lose."""
+    return decay if isinstance(weight, Quantized) else 1.0 - decay
 
 
 _NO_CHANGE: AbstractContextManager[Any] = nullcontext()

@@ -18,9 +18,9 @@ from sbft.optim.kernels.cuda_programs import (
     COUNTS,
     average,
     is_last,
+    move,
     numbers_of_step,
     step_size,
-    store_weight,
     sum_partials,
     weight_of_step,
 )
@@ -169,6 +169,8 @@ def update_full_moment(
 @triton.jit(do_not_specialize=COUNTS)
 def apply_full(
     weight,
+    low,
+    scales,
     grad,
     second_moment,
     mass,
@@ -203,6 +205,9 @@ def apply_full(
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
+    BITS: tl.constexpr,
+    GRID_BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` only that of the old weights."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
@@ -227,16 +232,15 @@ def apply_full(
     for block in range(0, blocks):
         start = (first + block) * BLOCK
         mask = start + lane < count
-        w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
         g = load_gradient(grad, start, lane, STRIDED)
         moment = tl.load(second_moment + start + lane, mask, 1.0)
-        new = w * shrink - tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass))) * step
-        stored = store_weight(
-            weight + start + lane, new, start + offset, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED
-        )
+        update = tl.div_rn(g, tl.sqrt_rn(tl.div_rn(moment, new_mass)))
+        stored = move(
+            weight, low, scales, (start + lane)[None, :], update[None, :], step, shrink, start + offset, lane[None, :], key_0,
+            key_1, mask[None, :], write, STOCHASTIC, ALIGNED, BITS, GRID_BLOCK, LARGEST,
+        )  # fmt: skip
         if RELATIVE:
-            stored = tl.where(write, stored, w)
-            square_sum += stored * stored  # zero where the mask is false
+            square_sum += tl.reshape(stored * stored, [BLOCK])
     if ALONE:
         last = program == 0
         tl.store(scalars + 1, tl.sum(square_sum))
@@ -256,6 +260,8 @@ def apply_full(
 @triton.jit(do_not_specialize=COUNTS)
 def apply_adamw(
     weight,
+    low,
+    scales,
     grad,
     first_moment,
     second_moment,
@@ -287,6 +293,9 @@ def apply_adamw(
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
+    BITS: tl.constexpr,
+    GRID_BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Update the moments and weights of AdamW."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
@@ -300,7 +309,6 @@ def apply_adamw(
     for block in range(0, blocks):
         start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
         mask = start + lane < count
-        w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
         g = load_gradient(grad, start, lane, STRIDED)
         second = average(tl.load(second_moment + start + lane, mask, 0.0), g * g, second_weight)
         tl.store(second_moment + start + lane, second, mask & write)
@@ -309,8 +317,11 @@ def apply_adamw(
             first = average(tl.load(first_moment + start + lane, mask, 0.0), g, first_weight)
             tl.store(first_moment + start + lane, first, mask & write)
             mean = tl.div_rn(first, new_first_mass)
-        new = w * shrink - tl.div_rn(mean, tl.sqrt_rn(tl.div_rn(second, new_second_mass)) + eps) * lr
-        store_weight(weight + start + lane, new, start + offset, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
+        update = tl.div_rn(mean, tl.sqrt_rn(tl.div_rn(second, new_second_mass)) + eps)
+        move(
+            weight, low, scales, (start + lane)[None, :], update[None, :], lr, shrink, start + offset, lane[None, :], key_0,
+            key_1, mask[None, :], write, STOCHASTIC, ALIGNED, BITS, GRID_BLOCK, LARGEST,
+        )  # fmt: skip
     last = tl.program_id(0) == 0
     if not ALONE:
         last = is_last(scratch, partials)
@@ -322,6 +333,8 @@ def apply_adamw(
 @triton.jit(do_not_specialize=COUNTS)
 def apply_sgd(
     weight,
+    low,
+    scales,
     grad,
     momentum,
     mass,
@@ -349,6 +362,9 @@ def apply_sgd(
     STRIDED: tl.constexpr,
     BLOCK: tl.constexpr,
     INDEX: tl.constexpr,
+    BITS: tl.constexpr,
+    GRID_BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Update the weights, and with `MOMENTUM` the gradient's average."""
     grad = Gradient(grad, count, rows, columns, stack_stride, row_stride, column_stride)
@@ -363,14 +379,15 @@ def apply_sgd(
     for block in range(0, blocks):
         start = (tl.program_id(0).to(INDEX) * blocks + block) * BLOCK
         mask = start + lane < count
-        w = tl.load(weight + start + lane, mask, 0.0).to(tl.float32)
         update = load_gradient(grad, start, lane, STRIDED)
         if MOMENTUM:
             mean = average(tl.load(momentum + start + lane, mask, 0.0), update, momentum_weight)
             tl.store(momentum + start + lane, mean, mask & write)
             update = tl.div_rn(mean, new_mass)
-        new = w * shrink - update * lr
-        store_weight(weight + start + lane, new, start + offset, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
+        move(
+            weight, low, scales, (start + lane)[None, :], update[None, :], lr, shrink, start + offset, lane[None, :], key_0,
+            key_1, mask[None, :], write, STOCHASTIC, ALIGNED, BITS, GRID_BLOCK, LARGEST,
+        )  # fmt: skip
     if MOMENTUM:
         last = tl.program_id(0) == 0
         if not ALONE:

@@ -81,6 +81,16 @@ def _cut(tiles: int, most_groups: int) -> tuple[int, int]:
     return size, triton.cdiv(tiles, size)
 
 
+GridKind = tuple[int, int, int]
+"""Bits, block and largest code of the grid that a weight is on; zeros for one of values."""
+
+NO_GRID: GridKind = (0, 0, 0)
+
+
+def _grid_constants(grid: GridKind) -> dict[str, int]:
+    return dict(zip(("BITS", "GRID_BLOCK", "LARGEST"), grid, strict=True))
+
+
 class FactoredLaunches:
     """Launches that all updates of weights of one shape share, with the numbers that do not change between them."""
 
@@ -95,6 +105,7 @@ class FactoredLaunches:
         stochastic: bool,
         relative: bool,
         captured: bool,
+        grid: GridKind,
     ) -> None:
         stack, rows, columns = shape
         self.plan = plan = factored_plan(*shape, weight_dtype.itemsize)
@@ -121,7 +132,7 @@ class FactoredLaunches:
         self.apply = Launch(
             cuda_programs.apply_factored,
             applying,
-            {**kinds, "TILE_ROWS": APPLY_ROWS, **tile},
+            {**kinds, "TILE_ROWS": APPLY_ROWS, **tile, **_grid_constants(grid)},
             {**_OPTIONS, "maxnreg": APPLY_REGISTERS if usual else None},
         )
         self.sums_numbers = (rows, columns, *strides, plan.tiles, plan.column_sums_at, plan.totals_at)
@@ -154,12 +165,15 @@ def factored_launches(
     stochastic: bool,
     relative: bool,
     captured: bool,
+    grid: GridKind,
 ) -> FactoredLaunches:
     """The launches for one kind of weight on one device, because compiled programs belong to a device.
 
     `shard` is its offset, the number of elements of the whole weight, and the number of its rows if they are split over ranks.
     """
-    return FactoredLaunches(shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative, captured)
+    return FactoredLaunches(
+        shape, strides, weight_dtype, grad_dtype, contiguous, shard, stochastic, relative, captured, grid
+    )
 
 
 # Lines
@@ -174,6 +188,7 @@ class LineLaunches:
         offset: global index of a shard's first element; None if the weight is whole.
         program: applies the update.
         kinds: compile-time arguments of `program`.
+        grid: the grid that the weight is on.
     """
 
     def __init__(
@@ -183,6 +198,7 @@ class LineLaunches:
         offset: int | None,
         program: Any,
         kinds: dict[str, bool],
+        grid: GridKind = NO_GRID,
     ) -> None:
         # A contiguous gradient needs no shape: with equal arguments one compilation serves all shapes.
         size, sizes = math.prod(shape), (16, 16, 16, 16, 16) if strides is None else (*shape[1:], *strides)
@@ -194,13 +210,13 @@ class LineLaunches:
         self.numbers = (size, *sizes, self.blocks)
         index = _index(shape, (1, 1, 1) if strides is None else strides, offset or 0)
         line = {"STRIDED": strides is not None, "BLOCK": BLOCK, "INDEX": index}
-        grid = (self.programs, 1, 1)
-        self.sums = Launch(cuda_elementwise.grad_square_sums, grid, line, _OPTIONS)
+        programs = (self.programs, 1, 1)
+        self.sums = Launch(cuda_elementwise.grad_square_sums, programs, line, _OPTIONS)
         self.moment = Launch(
-            cuda_elementwise.update_full_moment, grid, {"CAPTURED": kinds["CAPTURED"], **line}, _OPTIONS
+            cuda_elementwise.update_full_moment, programs, {"CAPTURED": kinds["CAPTURED"], **line}, _OPTIONS
         )
         kinds = {**kinds, "ALONE": self.alone, "ALIGNED": (offset or 0) % 32 == 0}
-        self.apply = Launch(program, grid, {**kinds, **line}, _OPTIONS)
+        self.apply = Launch(program, programs, {**kinds, **line, **_grid_constants(grid)}, _OPTIONS)
 
     def allocate(self, sections: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Memory for the arrivals and `sections` partial sums per program, and for two results."""
@@ -219,10 +235,11 @@ def line_launches(
     device: torch.device,
     offset: int | None,
     program: Any,
+    grid: GridKind,
     *kinds: tuple[str, bool],
 ) -> LineLaunches:
     """The launches for one kind of weight on one device, because compiled programs belong to a device."""
-    return LineLaunches(shape, strides, offset, program, dict(kinds))
+    return LineLaunches(shape, strides, offset, program, dict(kinds), grid)
 
 
 # Both

@@ -12,6 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sbft.optim.kernels.cuda_grid import move_codes
+from sbft.optim.kernels.cuda_rounding import noise_bits
+
 PARTIALS = tl.constexpr(1024)  # partial sums added at once
 PARTIAL_ROWS, FACTOR_BLOCK = tl.constexpr(32), tl.constexpr(64)  # tile of partial row and column sums
 SMALLEST_RMS, SMALLEST_RATIO = tl.constexpr(1e-3), tl.constexpr(2.0**-126)  # as in reference
@@ -52,30 +55,6 @@ def weight_of_step(weight, CAPTURED: tl.constexpr):
 
 
 @triton.jit
-def noise_bits(base, lane, key_0, key_1, ALIGNED: tl.constexpr):
-    """Noise of the elements with global index `base + lane`, as `sbft.rounding.noise_from_key`; uint32 below 65536.
-
-    `ALIGNED` promises that `base` is a multiple of 32.
-    """
-    if ALIGNED:
-        counter = (base >> 1) + ((lane >> 5) * 16 + (lane & 15))
-        half = lane & 16
-    else:
-        index = base + lane
-        counter = (index >> 5) * 16 + (index & 15)
-        half = (index & 16).to(tl.int32)
-    x = counter.to(tl.uint32) + key_0.to(tl.uint32)
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= (x >> 15) ^ key_1.to(tl.uint32)
-    if counter.dtype.primitive_bitwidth == 64:
-        x ^= (counter >> 32).to(tl.uint32) * 0x9E3779B9
-    x *= 0x846CA68B
-    x ^= x >> 16
-    return (x >> half.to(tl.uint32)) & 0xFFFF
-
-
-@triton.jit
 def bfloat16_bits(values, noise, STOCHASTIC: tl.constexpr):
     """Bits (uint16) of float32 values rounded to bfloat16, stochastically or to nearest even; NaN stays NaN."""
     bits = values.to(tl.uint32, bitcast=True)
@@ -94,6 +73,29 @@ def store_weight(pointers, values, base, lane, key_0, key_1, mask, STOCHASTIC: t
     else:
         tl.store(pointers, values, mask)
         return values
+
+
+@triton.jit
+def move(
+    weight, low, scales, element, update, step, shrink, base, lane, key_0, key_1, mask, write,
+    STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr, BITS: tl.constexpr, GRID_BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Store the new weights of a (rows, columns) tile if `write`; returns the weights afterwards, zero where the mask is not.
+
+    `element` is the index of each in the weight, `base + lane` in the parameter. With `BITS` the weight is on a grid: then
+    `weight` points to its codes, and `shrink` is the share by which it shrinks, not what it shrinks to.
+    """
+    if BITS == 0:
+        w = tl.load(weight + element, mask, 0.0).to(tl.float32)
+        new = w * shrink - update * step
+        stored = store_weight(weight + element, new, base, lane, key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
+        stored = tl.where(write, stored, w)
+    else:
+        stored = move_codes(
+            weight, low, scales, element, update, step, shrink, base, lane, key_0, key_1, mask, write, BITS, GRID_BLOCK,
+            LARGEST, STOCHASTIC, ALIGNED,
+        )  # fmt: skip
+    return stored
 
 
 # Sums over programs
@@ -291,6 +293,8 @@ def update_square_sums(
 @triton.jit(do_not_specialize=COUNTS)
 def apply_factored(
     weight,
+    low,
+    scales,
     grad,
     mass,
     weight_square_sum,
@@ -324,6 +328,9 @@ def apply_factored(
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     INDEX: tl.constexpr,
+    BITS: tl.constexpr,
+    GRID_BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
     """Store the new weights and, with `RELATIVE`, the sum of their squares; with `measure` only that sum, of the old weights.
 
@@ -346,17 +353,17 @@ def apply_factored(
         r = (row_group * groups + tile) * TILE_ROWS + tl.arange(0, TILE_ROWS)
         mask = (r < rows)[:, None] & (c < columns)[None, :]
         base = ((b * rows).to(INDEX) + r)[:, None] * columns
-        pointers = weight + (base + c[None, :])
-        w = tl.load(pointers, mask, 0.0).to(tl.float32)
         g = tl.load(grad + (r.to(INDEX)[:, None] * row_stride + column_offsets), mask, 0.0).to(tl.float32)
         row_factor = tl.load(scratch + b * rows + r, r < rows, 0.0)[:, None]
-        new = w * shrink - g * row_factor * column_factor * step
+        update = g * row_factor * column_factor
         noise_base = base
         if SHARDED:
             noise_base = base + offset
-        stored = store_weight(pointers, new, noise_base, c[None, :], key_0, key_1, mask & write, STOCHASTIC, ALIGNED)
+        stored = move(
+            weight, low, scales, base + c[None, :], update, step, shrink, noise_base, c[None, :], key_0, key_1, mask, write,
+            STOCHASTIC, ALIGNED, BITS, GRID_BLOCK, LARGEST,
+        )  # fmt: skip
         if RELATIVE:
-            stored = tl.where(write, stored, w)
             square_sum += stored * stored  # zero where the mask is false
     if RELATIVE:
         tl.store(scratch + weight_squares_at + linear_program_id(), tl.sum(square_sum))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import re
@@ -17,6 +18,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from sbft.grid.codes import quantize
+from sbft.grid.formats import GRIDS, INT4, INT8, INT12, Grid
 from sbft.optim.kernels import cuda
 from sbft.rounding import noise_key
 
@@ -111,9 +114,12 @@ DEVICES: dict[str, Any] = {**HOSTS, "lr": NUMBER, "key": (WORDS[0], WORDS[1])}
 """Numbers of a step: Python's own, and where a captured launch finds them."""
 
 
-def adafactor(shape: tuple[int, ...], transposed: bool = False, step: dict[str, Any] = HOSTS) -> Callable[[], object]:
-    weight = torch.zeros(shape, dtype=BF16)
-    grad = torch.zeros(shape[::-1], dtype=BF16).T if transposed else torch.zeros_like(weight)
+def adafactor(
+    shape: tuple[int, ...], transposed: bool = False, step: dict[str, Any] = HOSTS, grid: Grid | None = None
+) -> Callable[[], object]:
+    zeros = torch.zeros(shape, dtype=BF16)
+    weight: Any = zeros if grid is None else quantize(zeros, grid)
+    grad = torch.zeros(shape[::-1], dtype=BF16).T if transposed else torch.zeros_like(zeros)
     state = [torch.zeros(s) for s in (shape[:-1], shape[:-2] + shape[-1:], ())]
     function = cuda.adafactor_factored
     if len(shape) == 1 or min(shape[-2:]) < 128:
@@ -122,9 +128,11 @@ def adafactor(shape: tuple[int, ...], transposed: bool = False, step: dict[str, 
     return lambda: function(weight, grad, *state, None, relative_step=True, **settings)
 
 
-def others(numel: int, step: dict[str, Any] = HOSTS) -> Callable[[], object]:
-    weight, grad, mass = torch.zeros(numel, dtype=BF16), torch.zeros(numel, dtype=BF16), torch.zeros(())
-    moments: list[Tensor] = [torch.zeros(numel), torch.zeros(numel)]
+def others(numel: int, step: dict[str, Any] = HOSTS, grid: Grid | None = None) -> Callable[[], object]:
+    shape = (numel,) if grid is None else (numel // 1024, 1024)
+    grad, mass = torch.zeros(shape, dtype=BF16), torch.zeros(())
+    weight: Any = torch.zeros_like(grad) if grid is None else quantize(grad, grid)
+    moments: list[Tensor] = [torch.zeros(shape), torch.zeros(shape)]
     of_average = NUMBER if step is DEVICES else 0.1
     weights = {"first_weight": of_average, "second_weight": of_average, "eps": 1e-8}
     return lambda: (
@@ -144,11 +152,17 @@ CAPTURED = {
     "captured vector": (lambda: adafactor((4096,), step=DEVICES), 1),
     "captured AdamW and SGD": (lambda: others(1 << 20, step=DEVICES), 3),
 }
+ON_GRIDS = {
+    **{f"matrix on {name}": (functools.partial(adafactor, (1024, 2048), grid=grid), 4) for name, grid in GRIDS.items()},
+    "long and narrow on int8": (functools.partial(adafactor, (8192, 32), grid=INT8), 3),
+    "AdamW and SGD on int4": (functools.partial(others, 1 << 20, grid=INT4), 3),
+    "captured matrix on int12": (functools.partial(adafactor, (1024, 2048), step=DEVICES, grid=INT12), 4),
+}
 
 
-@pytest.mark.parametrize("case", {**CASES, **CAPTURED})
+@pytest.mark.parametrize("case", {**CASES, **CAPTURED, **ON_GRIDS})
 def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_path: Path) -> None:
-    make, launches = {**CASES, **CAPTURED}[case]
+    make, launches = {**CASES, **CAPTURED, **ON_GRIDS}[case]
     make()()
     assert len(compiled) == launches
     for name, kernel in compiled.items():

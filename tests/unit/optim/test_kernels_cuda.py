@@ -35,10 +35,15 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
     run("cuda_cases", tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+def test_grids_in_the_interpreter(tmp_path: Path) -> None:
+    run("cuda_grid_cases", tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("cases", ["cuda_cases", "cuda_grid_cases"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_the_gpu(tmp_path: Path) -> None:
-    run("cuda_cases", tmp_path)
+def test_on_the_gpu(tmp_path: Path, cases: str) -> None:
+    run(cases, tmp_path)
 
 
 def test_compiled_for_hopper(tmp_path: Path) -> None:

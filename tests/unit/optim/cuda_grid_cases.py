@@ -1,0 +1,190 @@
+"""The Triton kernels on weights on a grid against the reference; `test_kernels_cuda` runs this in processes of its own.
+
+With `TRITON_INTERPRET=1` in the environment on CPU tensors, else on the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    from tests.unit.optim import cuda_interpreter  # noqa: F401
+
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from sbft.grid import codes  # noqa: E402
+from sbft.grid.codes import Quantized, load_codes, quantize  # noqa: E402
+from sbft.grid.formats import GRIDS, INT4, INT8, Grid  # noqa: E402
+from sbft.optim.kernels import cuda, cuda_plans, reference  # noqa: E402
+from sbft.optim.matrix import whole_part  # noqa: E402
+from sbft.rounding import noise_key  # noqa: E402
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+KEY = noise_key(seed=11, step=5, parameter=3)
+GRIDS_TRIED = [*GRIDS.values(), Grid("int8 per 32", 127, 32)]
+ADAFACTOR = {"average_weight": 0.3, "lr": 1e-2, "relative_step": True, "clip_threshold": 1.0, "eps": 1e-30}
+ADAMW = {"first_weight": 0.1, "second_weight": 0.02, "lr": 1e-2, "eps": 1e-8}
+SGD = {"momentum_weight": 0.2, "lr": 1e-2}
+RULES = ["factored", "full", "adamw", "sgd", "sgd-momentum"]
+pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy says where the hash wraps around, as it should
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter a tile costs its size; smaller ones give small tensors several."""
+    if INTERPRETED:
+        for name, value in {"TILE_COLUMNS": 128, "BLOCK": 512}.items():
+            monkeypatch.setattr(cuda_plans, name, value)
+        for cached in (cuda_plans.factored_plan, cuda_plans.factored_launches, cuda_plans.line_launches):
+            cached.cache_clear()
+
+
+def randn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def copy_of(weight: Quantized) -> Quantized:
+    low = None if weight.low is None else weight.low.clone()
+    return weight.with_tensors(weight.codes.clone(), low, weight.scales.clone())
+
+
+def same(one: Quantized, other: Quantized) -> bool:
+    return all(
+        torch.equal(tensor.view(torch.uint8), other.tensors[name].view(torch.uint8))
+        for name, tensor in one.tensors.items()
+    )
+
+
+def update(backend: Any, rule: str, weight: Quantized, grad: Tensor, key: Any, **changed: Any) -> dict[str, Tensor]:
+    """Runs one update in place, from a state that is not zero; returns the state and what the update returned."""
+
+    def filled(shape: Any) -> Tensor:
+        return torch.rand(shape, generator=torch.Generator().manual_seed(5)).to(DEVICE) + 0.1
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, device=DEVICE)
+
+    shape, changed = weight.shape, {"weight_decay": 0.1, "key": key, **changed}
+    state = {"mass": scalar(0.7), "second_mass": scalar(0.4)}
+    sums: Any
+    if rule == "factored":
+        state |= {"row": filled(shape[:-1]), "column": filled(shape[:-2] + shape[-1:])}
+        arguments = (state["row"], state["column"], state["mass"], None)
+        sums = backend.adafactor_factored(weight, grad, *arguments, **{**ADAFACTOR, **changed})
+    elif rule == "full":
+        state["v"] = filled(shape)
+        sums = backend.adafactor_full(weight, grad, state["v"], state["mass"], None, **{**ADAFACTOR, **changed})
+    elif rule == "adamw":
+        state |= {"m": filled(shape), "v": filled(shape)}
+        moments = (state["m"], state["v"], state["mass"], state["second_mass"])
+        sums = (backend.adamw(weight, grad, *moments, **{**ADAMW, **changed}),)
+    else:
+        state["m"] = filled(shape)
+        momentum = (state["m"], state["mass"]) if rule == "sgd-momentum" else (None, None)
+        sums = (backend.sgd(weight, grad, *momentum, **{**SGD, **changed}),)
+    return state | {f"sum {i}": torch.as_tensor(each) for i, each in enumerate(sums) if each is not None}
+
+
+@pytest.mark.parametrize("grid", GRIDS_TRIED, ids=lambda grid: grid.name)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(70, 160), (2, 33, 192)], ids=str)
+def test_triton_and_reference_agree(grid: Grid, rule: str, shape: tuple[int, ...]) -> None:
+    for key, dtype, turned in [(KEY, torch.bfloat16, False), (None, torch.float32, True)]:
+        start, grad = quantize(randn(shape, 1), grid), randn(shape, 2).to(dtype)
+        if turned:
+            grad = grad.mT.contiguous().mT
+        expected, got = copy_of(start), copy_of(start)
+        wanted, made = (update(b, rule, w, grad, key) for b, w in ((reference, expected), (cuda, got)))
+        for name, value in wanted.items():  # sums in another order
+            torch.testing.assert_close(made[name], value, rtol=2e-5, atol=0)
+        if rule in ("factored", "full"):
+            assert (load_codes(got) - load_codes(expected)).abs().max() <= grid.largest / 100 + 1
+            assert (load_codes(got) != load_codes(expected)).float().mean() < 2e-3
+        else:
+            assert same(got, expected)
+        assert key is None or not same(got, start)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+@pytest.mark.parametrize("key", [None, KEY], ids=["nearest", "stochastic"])
+def test_given_the_same_sums_adafactors_codes_are_equal(grid: Grid, key: Any) -> None:
+    """With squares of one, and with codes and scales that are powers of two, every sum is exact in any order."""
+    shape = (40, 160)
+    signs = torch.where(randn(shape, 2) > 0, 1, -1)
+    start = codes.empty(grid, shape, DEVICE)
+    codes.store_codes(start, signs * (grid.largest + 1) // 2)
+    start.scales.fill_(2.0**-12)
+    made = []
+    for backend in (reference, cuda):
+        weight, row, column = copy_of(start), torch.zeros(40, device=DEVICE), torch.zeros(160, device=DEVICE)
+        arguments = (weight, -signs.float(), row, column, torch.zeros((), device=DEVICE), None)
+        backend.adafactor_factored(*arguments, **{**ADAFACTOR, "lr": 0.0123}, weight_decay=0.1, key=key)
+        made.append(weight)
+    assert same(*made)
+    assert not same(made[0], start) or (key is None and grid is INT4)  # 4.03 steps are 4
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
+def test_extreme_directions_are_rounded_as_defined(grid: Grid) -> None:
+    """What grows a little, much, beyond fixed point, and beyond float16; and blocks of zeros."""
+    values = randn((64, 128), 1)
+    values[::3] = 0
+    grad = randn((64, 128), 2) * torch.logspace(-12, 18, 64, device=DEVICE)[:, None]
+    start = quantize(values, grid)
+    for key in (KEY, None):
+        expected, got = copy_of(start), copy_of(start)
+        reference.sgd(expected, grad, None, None, **SGD, weight_decay=0.1, key=key)
+        cuda.sgd(got, grad, None, None, **SGD, weight_decay=0.1, key=key)
+        assert same(got, expected)
+    grown = expected.scales.float() / start.scales.float()
+    assert grown.isnan().any() and (grown == 1).any() and ((grown > 1) & (grown < 1.5)).any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_gradient_that_is_not_finite_changes_nothing(rule: str) -> None:
+    start, grad = quantize(randn((70, 160), 1), INT8), randn((70, 160), 2)
+    grad[3, 5] = torch.nan
+    weight = copy_of(start)
+    update(cuda, rule, weight, grad, KEY)
+    assert same(weight, start)
+
+
+def test_the_carried_sum_of_squares_is_the_one_that_would_be_taken_anew() -> None:
+    start, grad = quantize(randn((40, 160), 1), INT8), randn((40, 160), 2)
+
+    def run(carry: bool) -> Quantized:
+        weight, total = copy_of(start), None
+        state = [torch.zeros(size, device=DEVICE) for size in (40, 160, ())]
+        for _ in range(3):
+            _, total = cuda.adafactor_factored(
+                weight, grad, *state, total if carry else None, **{**ADAFACTOR, "lr": 0.1}, weight_decay=0.1, key=KEY
+            )
+            torch.testing.assert_close(total, codes.square_sum(weight), rtol=1e-5, atol=0)
+        return weight
+
+    assert same(run(carry=True), run(carry=False))
+
+
+def test_rows_that_are_updated_apart_get_the_bits_of_the_whole() -> None:
+    start, grad = quantize(randn((30, 320), 1), INT8), randn((30, 320), 2)
+    whole, part = copy_of(start), copy_of(start.rows(11, 25))
+    cuda.sgd(whole, grad, None, None, **SGD, weight_decay=0.1, key=KEY)
+    shard = whole_part(torch.Size((30, 320)), 11 * 320)
+    cuda.sgd(part, grad[11:25], None, None, **SGD, weight_decay=0.1, key=KEY, shard=shard)
+    assert same(part, whole.rows(11, 25))
+
+
+def test_numbers_in_the_devices_memory_change_no_bit() -> None:
+    """As updates that a CUDA graph replays have them."""
+    start, grad = quantize(randn((40, 160), 1), INT8), randn((40, 160), 2)
+    expected, got = copy_of(start), copy_of(start)
+    cuda.sgd(expected, grad, None, None, momentum_weight=1.0, lr=0.01, weight_decay=0.1, key=KEY)
+    words = tuple(torch.tensor(word - (1 << 32) * (word >> 31), dtype=torch.int32, device=DEVICE) for word in KEY)
+    rate = torch.tensor(0.01, dtype=torch.float64, device=DEVICE)
+    cuda.sgd(got, grad, None, None, momentum_weight=1.0, lr=rate, weight_decay=0.1, key=words)
+    assert same(got, expected)
