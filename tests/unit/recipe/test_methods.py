@@ -84,6 +84,10 @@ PER_STEP = {"second_moment_half_life": None, "beta1": 0.9, "beta2": 0.95}
 ABSOLUTE = {"scale_parameter": False, "relative_step": False}
 EXPECTED: dict[str, tuple[str, dict[str, Any], torch.dtype, int]] = {
     "sbft": ("sbft.Adafactor", {**HALF_LIFE, "schedule": "half_life"}, torch.bfloat16, 1),
+    **{
+        f"sbft-{form}": ("sbft.Adafactor", {**HALF_LIFE, "schedule": "half_life"}, torch.bfloat16, 1)
+        for form in ("int12", "int8", "int4")
+    },
     "sgd": ("sbft.SGD", {"momentum": 0.0}, torch.bfloat16, 1),
     "adam": ("sbft.AdamW", {**HALF_LIFE, "beta1": 0.9}, torch.float32, 1),
     "adam-accum": ("sbft.AdamW", PER_STEP, torch.float32, 16),
@@ -106,7 +110,7 @@ def test_every_method_trains_and_saves_what_it_measured(
     optimizer, settings, dtype, examples = EXPECTED[method]
     # Rates at which a few steps show on a tiny model of random weights.
     rates = {"sgd": 0.1, "sbft": 1e-2, "row-adafactor": 1e-2, "sinkgd": 1e-3, "lora": 1e-2, "qlora": 1e-2}
-    rate = rates.get(method, 5e-3)
+    rate = rates.get("sbft" if method.startswith("sbft-") else method, 5e-3)
     seen = Optimizers()
     # Measured before training too: nothing that this leaves behind may keep the model from learning.
     record = train(method, f"training.learning_rate={rate}", "training.num_train_epochs=3", callbacks=[seen])

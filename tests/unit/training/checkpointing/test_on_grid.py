@@ -13,15 +13,10 @@ from transformers import AutoModelForCausalLM
 from sbft import SmallBatchTrainer, SmallBatchTrainingArguments
 from sbft.grid.state import has_grid_weights, holds_grid_weights
 from sbft.grid.weight import GridWeight
-from sbft.training.checkpointing.on_grid import GridCheckpoints
 from tests.unit.grid.cases import FORMATS, dense_copy, grid_model, tokens
 
 
-class Trained(GridCheckpoints, SmallBatchTrainer):
-    pass
-
-
-def trainer(folder: Path, steps: int, form: str = "int4", **settings: Any) -> Trained:
+def trainer(folder: Path, steps: int, form: str = "int4", **settings: Any) -> SmallBatchTrainer:
     model = grid_model("llama tied", form, smallest_elements=4096)
     data: Any = [{"input_ids": tokens(seed=i)[0], "labels": tokens(seed=i)[0]} for i in range(4)]
     arguments = SmallBatchTrainingArguments(
@@ -38,7 +33,7 @@ def trainer(folder: Path, steps: int, form: str = "int4", **settings: Any) -> Tr
         use_cpu=True,
         **settings,
     )
-    return Trained(model, arguments, train_dataset=data, eval_dataset=data[:1])
+    return SmallBatchTrainer(model, arguments, train_dataset=data, eval_dataset=data[:1])
 
 
 def stored(model: Any) -> list[Tensor]:
