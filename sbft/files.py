@@ -6,6 +6,7 @@ Shell completion looks up shipped names at every keystroke, so nothing heavy is 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import uuid
 from collections.abc import Iterator
@@ -75,17 +76,43 @@ def cache_dir() -> Path:
 
 
 Kind = Literal["recipes", "suites"]
-_FOLDER = Path(__file__).parent
+_PACKAGE = Path(__file__).parent
+_IN_CHECKOUT = {"recipes": "recipes", "suites": "benchmarks/suites"}
 
 
 def shipped_names(kind: Kind) -> list[str]:
     """Names of the recipes, or of the suites, that ship with sbft."""
-    return sorted(path.stem for path in (_FOLDER / kind).glob("*.yaml"))
+    return sorted(_shipped(kind))
 
 
 def shipped_file(kind: Kind, name: str) -> Path:
-    """The path of a shipped recipe or suite."""
-    return _FOLDER / kind / f"{name}.yaml"
+    """The path of a shipped recipe or suite.
+
+    Raises:
+        KeyError: if there is none of that name.
+    """
+    return _shipped(kind)[name]
+
+
+def recipe_families() -> dict[str, list[str]]:
+    """Names of the recipes by the folder that they are in: "" first, for those that are in none, then one per model family."""
+    families: dict[str, list[str]] = {"": []}
+    folder = _folder("recipes")
+    for name, path in sorted(_shipped("recipes").items(), key=lambda item: (item[1].parent, item[0])):
+        family = path.parent.relative_to(folder).as_posix()
+        families.setdefault("" if family == "." else family, []).append(name)
+    return families
+
+
+@functools.cache
+def _shipped(kind: Kind) -> dict[str, Path]:
+    return {path.stem: path for path in _folder(kind).rglob("*.yaml")}
+
+
+def _folder(kind: Kind) -> Path:
+    """In the package, where a wheel puts it; else in the checkout that the package is run from."""
+    packaged = _PACKAGE / kind
+    return packaged if packaged.is_dir() else _PACKAGE.parent / _IN_CHECKOUT[kind]
 
 
 def summary_of_recipe(name: str) -> str:
