@@ -22,13 +22,16 @@ app = typer.Typer(
 
 @app.command("ls")
 def ls() -> None:
-    """List the recipes, each with what it does."""
-    from sbft.files import shipped_names, summary_of_recipe
+    """List the recipes by model family, with what each does."""
+    from sbft.files import recipe_families, summary_of_recipe
 
-    names = shipped_names("recipes")
-    column = max(map(len, names)) + 2
-    for name in names:
-        print(_in_columns(name, summary_of_recipe(name), column))
+    families = recipe_families()
+    column = max(len(name) for names in families.values() for name in names) + 2
+    for family, names in families.items():
+        if family:
+            print(f"\n{family}:")
+        for name in names:
+            print(_in_columns(name, summary_of_recipe(name), column))
     print("\nNext: sbft train quickstart\n\nTo change a recipe first, type: sbft recipes cp quickstart my.yaml")
 
 

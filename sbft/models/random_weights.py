@@ -19,6 +19,22 @@ _STD = 0.02
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 8192}
 _LLAMA_3: dict[str, Any] = {**_LLAMA, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+_LONG_LLAMA_3: dict[str, Any] = {**_LLAMA_3, "max_position_embeddings": 131072}
+_SMOLLM2: dict[str, Any] = {**_LLAMA, "vocab_size": 49152, "tie_word_embeddings": True}
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+}  # fmt: skip
+_ROTARY_PAIRS_OF_PHI4 = 48
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **scaling}
+
+
+def _rope(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -50,6 +66,78 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 1024,
         "tie_word_embeddings": True, "max_position_embeddings": 131072,
     },
+    # Of the recipes in recipes/, each beside the checkpoint that it fine-tunes.
+    "smollm2-360m": {
+        **_SMOLLM2, "hidden_size": 960, "num_hidden_layers": 32, "intermediate_size": 2560, "num_attention_heads": 15,
+        "num_key_value_heads": 5, "rope_parameters": _rope(1e5),
+    },
+    "smollm2-1.7b": {
+        **_SMOLLM2, "hidden_size": 2048, "num_hidden_layers": 24, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "rope_parameters": _rope(1.3e5),
+    },
+    "smollm3-3b": {
+        "model_type": "smollm3", "hidden_size": 2048, "num_hidden_layers": 36, "intermediate_size": 11008,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256, "no_rope_layer_interval": 4,
+        "tie_word_embeddings": True, "max_position_embeddings": 65536, "rope_parameters": _rope(5e6),
+    },
+    "llama3.2-1b": {
+        **_LONG_LLAMA_3, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+        "tie_word_embeddings": True, "rope_parameters": _llama3_rope(32.0),
+    },
+    "llama3.2-3b": {
+        **_LONG_LLAMA_3, "hidden_size": 3072, "num_hidden_layers": 28, "intermediate_size": 8192,
+        "num_attention_heads": 24, "tie_word_embeddings": True, "rope_parameters": _llama3_rope(32.0),
+    },
+    "llama3.1-8b": {
+        **_LONG_LLAMA_3, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "tie_word_embeddings": False, "rope_parameters": _llama3_rope(8.0),
+    },
+    "qwen3-0.6b": {
+        **_QWEN3, "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072, "num_attention_heads": 16,
+        "tie_word_embeddings": True, "rope_parameters": _rope(1e6),
+    },
+    "qwen3-1.7b": {
+        **_QWEN3, "hidden_size": 2048, "num_hidden_layers": 28, "intermediate_size": 6144, "num_attention_heads": 16,
+        "tie_word_embeddings": True, "rope_parameters": _rope(1e6),
+    },
+    "qwen3-8b": {
+        **_QWEN3, "hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288, "num_attention_heads": 32,
+        "tie_word_embeddings": False, "rope_parameters": _rope(1e6),
+    },
+    "gemma3-1b": {
+        "model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "sliding_window": 512,
+        "tie_word_embeddings": True, "max_position_embeddings": 32768,
+    },
+    # The checkpoint: the text model above and the tower that reads images, which is loaded though no text reaches it.
+    "gemma3-4b-vision": {
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "intermediate_size": 10240,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+            "sliding_window": 1024, "max_position_embeddings": 131072,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 27, "intermediate_size": 4304,
+            "num_attention_heads": 16, "image_size": 896, "patch_size": 14, "vision_use_head": False,
+        },
+        "mm_tokens_per_image": 256, "tie_word_embeddings": True,
+    },
+    "phi4-mini": {
+        "model_type": "phi3", "hidden_size": 3072, "num_hidden_layers": 32, "intermediate_size": 8192,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064, "sliding_window": 262144,
+        "tie_word_embeddings": True, "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+        # The published factors differ from 1, which changes values and no shape.
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "factor": 32.0,
+            "short_factor": [1.0] * _ROTARY_PAIRS_OF_PHI4, "long_factor": [1.0] * _ROTARY_PAIRS_OF_PHI4,
+        },
+    },
+    "mistral-7b": {
+        "model_type": "mistral", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "sliding_window": None,
+        "tie_word_embeddings": False, "max_position_embeddings": 32768, "rope_parameters": _rope(1e6),
+    },
     # The paper's memory figure: 40 layers, width 5140, vocabulary 50257, 2048 tokens. GPT-3's 13B has 40 heads of 128,
     # which make 5120, not 5140, so the heads' size cannot be derived from the width; 257 (20 heads), what the width
     # would divide into, is odd and above the 256 that flash attention takes. With 40 heads of 128 there are 13.18e9
@@ -61,7 +149,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "max_position_embeddings": 2048,
     },
 }  # fmt: skip
-"""Settings of each model's transformers config. SmolLM2, Llama 3, Qwen3 and Gemma 3 (text) are as published."""
+"""Settings of each model's transformers config, as published. `gemma3-4b` is the text model of that checkpoint alone."""
 
 
 def is_random(model: str) -> bool:

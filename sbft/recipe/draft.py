@@ -99,7 +99,7 @@ def recipe_text(name: str) -> str:
         near = difflib.get_close_matches(name, recipe_names(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise RecipeError(
-            f"There is no recipe {name!r}: expected a YAML file or one of {', '.join(recipe_names())}.{hint} "
+            f"There is no recipe {name!r}: expected a YAML file or the name of a recipe that ships with sbft.{hint} "
             "Type `sbft recipes ls` to see them all."
         )
     return shipped_file("recipes", name).read_text(encoding="utf-8")
@@ -160,7 +160,7 @@ def source_text(source: str | Path) -> tuple[str, str]:
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise RecipeError(
             f"There is no file {str(source)!r}. Type the path of a YAML file, or one of the recipes that ship with "
-            f"sbft: {', '.join(recipe_names())}."
+            "sbft: `sbft recipes ls` shows them."
         )
     return recipe_text(str(source)), f"recipe {source}"
 

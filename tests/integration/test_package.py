@@ -47,17 +47,29 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_recipes_metrics_types_and_licence_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"sbft/py.typed", "sbft/metrics/exact_match/exact_match.py"} <= set(names)
-    assert {f"sbft/recipes/{name}.yaml" for name in recipe_names()} <= set(names)
-    assert {f"sbft/suites/{name}.yaml" for name in suite_names()} <= set(names)
+    recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
+    suites = {path.name for path in (ROOT / "benchmarks" / "suites").glob("*.yaml")}
+    assert {f"sbft/{path}" for path in recipes} | {f"sbft/suites/{name}" for name in suites} <= set(names)
+    assert len(recipes) == len(recipe_names()) and len(suites) == len(suite_names())
+    # Nothing beside the package and its metadata.
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sbft"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sbft").rglob("*.py")}
     assert sources <= set(names)
 
 
+def test_an_editable_install_copies_no_recipe() -> None:
+    # What is force-included would be copied, and shown as it was, whatever is changed in the checkout.
+    from hatchling.builders.wheel import WheelBuilder
+
+    assert WheelBuilder(str(ROOT)).config.get_force_include() == {}
+
+
 def test_the_command_runs_from_another_folder_with_its_recipes(environment: Path, tmp_path: Path) -> None:
     listed = run(environment / "sbft", "recipes", "ls", cwd=tmp_path)
     assert all(name in listed for name in recipe_names())
+    assert "qwen3-4b-full" in run(environment / "sbft", "recipes", "show", "qwen3-4b-full", cwd=tmp_path)
     where = run(environment / "python", "-c", "import sbft; print(sbft.__file__)", cwd=tmp_path)
     assert str(environment.parent) in where
 

@@ -16,6 +16,7 @@ from sbft import __version__
 from sbft.cli.app import app
 from sbft.cli.shared.errors import shown_as_a_paragraph
 from sbft.errors import DataError, Interrupted
+from sbft.files import shipped_names
 from sbft.recipe import recipe_text
 
 HELP_LIMIT_S = 0.4
@@ -56,6 +57,17 @@ def test_version_names_sbft_and_torch() -> None:
 def test_recipes_are_listed_with_what_they_do() -> None:
     code, out, _ = sbft("recipes", "ls")
     assert code == 0 and "quickstart " in out and "built-in model" in out
+
+
+def test_recipes_of_a_model_family_are_listed_together_one_line_each() -> None:
+    listed = sbft("recipes", "ls")[1].partition("\nNext:")[0].split("\n\n")
+    first, families = listed[0].splitlines(), [group.splitlines() for group in listed[1:]]
+    assert "quickstart" in {line.split()[0] for line in first} and not [line for line in first if line.endswith(":")]
+    assert [group[0] for group in families] == ["gemma:", "llama:", "mistral:", "phi:", "qwen:", "smollm:"]
+    names = [line.split()[0] for group in (first, *(group[1:] for group in families)) for line in group]
+    assert sorted(names) == shipped_names("recipes")
+    qwen = families[4][1:]
+    assert all(line.startswith("qwen3-") and " Qwen3 " in line for line in qwen)
 
 
 def test_a_recipe_is_shown_as_it_is() -> None:

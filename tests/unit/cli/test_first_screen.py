@@ -74,7 +74,8 @@ QUICK = ["quickstart", "quickstart-lora", "quickstart-nearest"]
         (["train", ""], [*shipped_names("recipes"), "my.yaml"]),
         (["train", "qu"], ["questions", *QUICK, "quarry/"]),
         (["check", "quickstart-"], QUICK[1:]),
-        (["batch-size", "m"], ["mine/", "my.yaml"]),
+        (["batch-size", "m"], ["mistral-7b-full", "mistral-7b-lora", "mistral-7b-qlora", "mine/", "my.yaml"]),
+        (["train", "qwen3-4b-"], ["qwen3-4b-full", "qwen3-4b-lora", "qwen3-4b-qlora"]),
         (["train", "mine/"], ["mine/deeper/", "mine/one.yml"]),
         # The shell itself goes on into a folder that is the only one: it puts no space behind it.
         (["train", "min"], []),

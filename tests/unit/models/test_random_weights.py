@@ -29,17 +29,54 @@ def llama_parameters(*, layers: int, width: int, mlp: int, kv: int, vocabulary: 
 
 # L (4 D 40 128 + 8 D^2 + 4 D) + 2 V D + 2 D: attention, MLP and the two LayerNorms, embedding and head, last LayerNorm.
 GPT3_13B = 40 * (4 * 5140 * 40 * 128 + 8 * 5140**2 + 4 * 5140) + 2 * 50257 * 5140 + 2 * 5140
-# Query and output; key and value; a gated MLP; the norms of the layer and of its heads. Then embedding and last norm.
-QWEN3_4B = 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728 + 2 * 2560 + 2 * 128) + (151936 + 1) * 2560
-GEMMA3_4B = 34 * (2 * 2560 * 2048 + 2 * 2560 * 1024 + 3 * 2560 * 10240 + 4 * 2560 + 2 * 256) + (262208 + 1) * 2560
+
+
+def parameters(*, layers: int, width: int, mlp: int, heads: int, kv: int, head: int, norms: int, embeddings: int) -> int:
+    """Query and output; key and value; a gated MLP; what the norms of a layer have. Then embeddings, and the last norm."""
+    layer = 2 * width * heads * head + 2 * width * kv * head + 3 * width * mlp + norms
+    return layers * layer + embeddings + width
+
+
+def qwen3_parameters(*, layers: int, width: int, mlp: int, heads: int, embeddings: int = 1) -> int:
+    """Two norms of the width in a layer, and two of the heads."""
+    shape = {"layers": layers, "width": width, "mlp": mlp, "heads": heads, "kv": 8, "head": 128}
+    return parameters(**shape, norms=2 * width + 2 * 128, embeddings=embeddings * 151936 * width)
+
+
+def gemma3_parameters(*, layers: int, width: int, mlp: int, heads: int, kv: int, vocabulary: int) -> int:
+    """Four norms of the width in a layer, and two of the heads."""
+    shape = {"layers": layers, "width": width, "mlp": mlp, "heads": heads, "kv": kv, "head": 256}
+    return parameters(**shape, norms=4 * width + 2 * 256, embeddings=vocabulary * width)
+
+
+GEMMA3_4B = gemma3_parameters(layers=34, width=2560, mlp=10240, heads=8, kv=4, vocabulary=262208)
+# SigLIP at 896 pixels, 64 x 64 patches of 14 x 14: four square matrices, an MLP, two LayerNorms, all with biases; patches,
+# positions and the last LayerNorm. Then the projection to the text's width, and its norm.
+SIGLIP = (
+    27 * (4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 1152 + 4304 + 4 * 1152)
+    + (3 * 14 * 14 + 1) * 1152 + 64 * 64 * 1152 + 2 * 1152
+)  # fmt: skip
 PARAMETERS = {
     "tiny": llama_parameters(layers=2, width=160, mlp=320, kv=80, vocabulary=512, heads=1),
     "smollm2-135m": llama_parameters(layers=30, width=576, mlp=1536, kv=192, vocabulary=49152, heads=1),
     "llama-1b": llama_parameters(layers=16, width=2048, mlp=8192, kv=512, vocabulary=128256, heads=1),
     "llama-8b": llama_parameters(layers=32, width=4096, mlp=14336, kv=1024, vocabulary=128256, heads=2),
     "llama-70b": llama_parameters(layers=80, width=8192, mlp=28672, kv=1024, vocabulary=128256, heads=2),
-    "qwen3-4b": QWEN3_4B,
+    "smollm2-360m": llama_parameters(layers=32, width=960, mlp=2560, kv=320, vocabulary=49152, heads=1),
+    "smollm2-1.7b": llama_parameters(layers=24, width=2048, mlp=8192, kv=2048, vocabulary=49152, heads=1),
+    "smollm3-3b": llama_parameters(layers=36, width=2048, mlp=11008, kv=512, vocabulary=128256, heads=1),
+    "llama3.2-1b": llama_parameters(layers=16, width=2048, mlp=8192, kv=512, vocabulary=128256, heads=1),
+    "llama3.2-3b": llama_parameters(layers=28, width=3072, mlp=8192, kv=1024, vocabulary=128256, heads=1),
+    "llama3.1-8b": llama_parameters(layers=32, width=4096, mlp=14336, kv=1024, vocabulary=128256, heads=2),
+    "phi4-mini": llama_parameters(layers=32, width=3072, mlp=8192, kv=1024, vocabulary=200064, heads=1),
+    "mistral-7b": llama_parameters(layers=32, width=4096, mlp=14336, kv=1024, vocabulary=32768, heads=2),
+    "qwen3-0.6b": qwen3_parameters(layers=28, width=1024, mlp=3072, heads=16),
+    "qwen3-1.7b": qwen3_parameters(layers=28, width=2048, mlp=6144, heads=16),
+    "qwen3-4b": qwen3_parameters(layers=36, width=2560, mlp=9728, heads=32),
+    "qwen3-8b": qwen3_parameters(layers=36, width=4096, mlp=12288, heads=32, embeddings=2),
+    "gemma3-1b": gemma3_parameters(layers=26, width=1152, mlp=6912, heads=4, kv=1, vocabulary=262144),
     "gemma3-4b": GEMMA3_4B,
+    "gemma3-4b-vision": GEMMA3_4B + SIGLIP + 1152 * 2560 + 1152,
     "gpt3-13b": GPT3_13B,
 }
 
@@ -53,7 +90,7 @@ def on_meta(name: str) -> Any:
 def test_each_has_the_parameters_of_its_formula(name: str) -> None:
     model = on_meta(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-    assert model.config.vocab_size >= len(byte_tokenizer())
+    assert model.config.get_text_config().vocab_size >= len(byte_tokenizer())
 
 
 def test_the_13b_model_is_the_one_of_the_paper() -> None:
