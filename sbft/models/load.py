@@ -105,7 +105,8 @@ def load_model(
     """Load a causal language model in one dtype. A folder with a LoRA adapter loads as its base with the adapter on it.
 
     Args:
-        model: hub id, folder, `builtin:NAME`, or `random:NAME` for random weights.
+        model: hub id, folder, `builtin:NAME`, or `random:NAME` for random weights. Of a checkpoint on a grid, the values
+            are loaded.
         dtype: dtype of all weights, whatever the checkpoint holds; float16 is refused.
         trust_remote_code: run the Python code that comes with the checkpoint.
         attn_implementation: "sdpa", "eager", ...; transformers' choice when None.
@@ -134,7 +135,10 @@ def load_model(
         refuse_pickle(model, Path(folder))
     adapter = adapter_config(folder)
     if adapter is None:
-        return _load_checkpoint(model, folder, how)
+        from sbft.grid.plain import plain_folder
+
+        with plain_folder(Path(folder)) as plain:
+            return _load_checkpoint(model, folder if plain == Path(folder) else str(plain), how)
     if distributed is not None:
         raise ModelError(f"{model} holds an adapter, which is not sharded. Merge it first: sbft export {model} --to DIR")
     return _load_adapter(folder, adapter, how)
@@ -313,5 +317,3 @@ def _not_causal(model: str, config: Any) -> ModelError:
         "text from left to right. Give one whose architecture ends in ForCausalLM, or train this one in Python with "
         "sbft.SmallBatchTrainer."
     )
-
-
