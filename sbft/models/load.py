@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -187,6 +188,14 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
     config = _causal_config(model, folder, how.trust_remote_code)
     if not how.allow_pickle and str(config.to_dict().get("transformers_weights", "")).endswith(".bin"):
         raise pickled(model, "its config.json names a .bin file")
+    if _is_compressed(config) and importlib.util.find_spec("compressed_tensors") is None:
+        raise MissingPackageError(
+            f"The weights in {model} are stored as compressed-tensors has them, which needs that package. "
+            + how_to_install("'sbft[compressed-tensors]'")
+        )
+    quantized: dict[str, Any] = {}  # None would hide what the checkpoint says of itself
+    if how.quantization is not None:
+        quantized["quantization_config"] = quantization_config(how.quantization, how.dtype)
     # Otherwise transformers asks a public service, with the user's token, to convert a hub id's pickle to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
@@ -196,7 +205,7 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
             trust_remote_code=how.trust_remote_code,
             attn_implementation=how.attn_implementation,
             local_files_only=local_only(folder),
-            quantization_config=None if how.quantization is None else quantization_config(how.quantization, how.dtype),
+            **quantized,
             distributed_config=None if how.distributed is None else DistributedConfig(**how.distributed),
             # True refuses all else; None prefers safetensors.
             use_safetensors=None if how.allow_pickle else True,
@@ -219,6 +228,11 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
         _own_weights(loaded)
     result: PreTrainedModel = loaded.eval()
     return result
+
+
+def _is_compressed(config: PreTrainedConfig) -> bool:
+    about = config.to_dict().get("quantization_config") or {}
+    return bool(about.get("quant_method") == "compressed-tensors")
 
 
 def _own_weights(model: PreTrainedModel) -> None:

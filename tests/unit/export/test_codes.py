@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,19 @@ def test_a_checkpoint_is_exported_as_the_run_would_be(file_format: str, tmp_path
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     generated = runner.invoke(app, ["generate", str(checkpoint), "What is 12 and 30?", "--max-new-tokens", "4"])
     assert generated.exit_code == 0, generated.output
+
+
+def test_an_exported_model_generates_if_the_package_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "run", "int8")
+    export_compressed(tmp_path / "run", tmp_path / "to")
+    runner = CliRunner()
+    arguments = ["What is 12 and 30?", "--max-new-tokens", "8"]
+    if importlib.util.find_spec("compressed_tensors"):
+        answers = [runner.invoke(app, ["generate", str(tmp_path / folder), *arguments]) for folder in ("run", "to")]
+        assert answers[0].exit_code == 0 and answers[0].stdout == answers[1].stdout != ""
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused = runner.invoke(app, ["generate", str(tmp_path / "to"), *arguments])
+    assert refused.exit_code == 2 and "compressed-tensors has them" in " ".join(refused.output.split())
 
 
 def test_what_has_no_codes_is_refused(tmp_path: Path) -> None:
