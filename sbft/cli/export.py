@@ -16,7 +16,7 @@ from sbft.native.sizes import mib, parse_bytes
 if TYPE_CHECKING:
     from sbft.export.checkpoint import Export
 
-FORMATS = ("safetensors", "gguf")
+FORMATS = ("safetensors", "gguf", "compressed-tensors")
 
 
 @verb
@@ -32,7 +32,8 @@ def export(
         typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in OUT names it."),
     ] = None,
     file_format: Annotated[
-        str, typer.Option("--format", help="safetensors, or gguf for llama.cpp and Ollama.")
+        str,
+        typer.Option("--format", help="safetensors; gguf for llama.cpp and Ollama; compressed-tensors for vLLM."),
     ] = "safetensors",
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float32, float16, or q8_0 (gguf); default: that of the run.")
@@ -46,12 +47,15 @@ def export(
 ) -> None:
     """Write a trained model for other tools, or as an adapter.
 
-    The result is plain safetensors, or one GGUF file; an adapter is merged into its base. With --as-lora, a LoRA adapter is
+    The result is plain safetensors, or one GGUF file; an adapter is merged into its base. Weights that were trained in 8 or 4
+    bits stay as they are in gguf and compressed-tensors. With --as-lora, a LoRA adapter is
     extracted from a full fine-tuning.
     """
     _refuse_contradictions(file_format, as_lora, no_eval, max_shard_size)
+    _refuse_for_codes(file_format, base, dtype)
     with loading_libraries():
         from sbft.export.checkpoint import MAX_SHARD_BYTES, export_model
+        from sbft.export.compressed import export_compressed
         from sbft.export.gguf_file import export_gguf
 
     if as_lora is not None:
@@ -62,6 +66,9 @@ def export(
         _print_written(export_gguf(source, to, base=base, dtype=dtype, overwrite=overwrite))
         return
     size = MAX_SHARD_BYTES if max_shard_size is None else parse_bytes(max_shard_size, "--max-shard-size")
+    if file_format == "compressed-tensors":
+        _print_written(export_compressed(source, to, max_shard_bytes=size, overwrite=overwrite))
+        return
     written = export_model(
         source,
         to,
@@ -78,6 +85,11 @@ def _print_written(written: Export) -> None:
     if written.merged_into is not None:
         values = ", with the 4-bit values it was trained on" if written.dequantized else ""
         print(f"The adapter is merged into {written.merged_into}{values}.")
+    if written.coded:
+        print(f"The codes of {written.coded} weights are those that were trained.")
+    if written.uncoded:
+        names = ", ".join(written.uncoded[:3]) + (", ..." if len(written.uncoded) > 3 else "")
+        print(f"In bfloat16, because the format has no place for their codes: {len(written.uncoded)} weights ({names}).")
     files = "1 file" if written.files == 1 else f"{written.files} files"
     print(f"Written to {written.folder}: {mib(written.size_bytes)} of weights in {files}.")
 
@@ -87,6 +99,8 @@ def _refuse_contradictions(
 ) -> None:
     if file_format not in FORMATS:
         raise ExportError(f"--format is {file_format!r}, expected one of {', '.join(FORMATS)}.")
+    if file_format == "compressed-tensors" and as_lora is not None:
+        raise ExportError("--format compressed-tensors writes a whole model, so --as-lora cannot be given with it.")
     if file_format == "gguf" and (as_lora is not None or max_shard_size is not None):
         flag = "--as-lora" if as_lora is not None else "--max-shard-size"
         raise ExportError(f"--format gguf writes a whole model in one file, so {flag} cannot be given with it.")
@@ -96,6 +110,12 @@ def _refuse_contradictions(
         )
     if as_lora is not None and max_shard_size is not None:
         raise ExportError("--max-shard-size is for whole models; an adapter is one file. Leave out one of the two.")
+
+
+def _refuse_for_codes(file_format: str, base: str | None, dtype: str | None) -> None:
+    if file_format == "compressed-tensors" and (base is not None or dtype is not None):
+        flag = "--base" if base is not None else "--dtype"
+        raise ExportError(f"--format compressed-tensors writes the codes that were trained, so {flag} cannot be given.")
 
 
 def _extract(

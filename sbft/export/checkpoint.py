@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from sbft.errors import ExportError, MissingPackageError, ModelError, how_to_install
 from sbft.export.lora_files import ADAPTER_FILE
+from sbft.grid.plain import plain_folder
 from sbft.models.load import load_config, load_model, load_tokenizer
 from sbft.models.quantized import read_note
 from sbft.models.tensor_files import TensorFiles, cast, write_shards
@@ -36,7 +37,7 @@ TOKENIZER_FILES = (
     *("chat_template*", "additional_chat_templates"),
 )
 # Of a run's folder only what belongs to the model: its recipe, record and predictions may name what is private.
-_OF_THE_MODEL = (_CONFIG, GENERATION_FILE, *TOKENIZER_FILES, "*.py", "README.md", "LICENSE*", "NOTICE*")
+OF_THE_MODEL = (_CONFIG, GENERATION_FILE, *TOKENIZER_FILES, "*.py", "README.md", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Export:
     """The base model, where an adapter was merged."""
     dequantized: bool = False
     """Whether that base was in 4 bits when the adapter was trained, and is written with the values it had so."""
+    coded: int = 0
+    """How many weights are written as the codes that were trained."""
+    uncoded: tuple[str, ...] = ()
+    """Weights that were trained on a grid which the format does not have, written in bfloat16."""
 
 
 def export_model(
@@ -67,7 +72,7 @@ def export_model(
     """Write a trained model as a folder of safetensors, config and tokenizer that `from_pretrained` and others load.
 
     The weights of a full fine-tuning are read and written one file's worth at a time; an adapter needs its base model in
-    memory.
+    memory. Weights on a grid are written as their values.
 
     Args:
         source: folder of a run, one of its checkpoints, or any folder of a checkpoint; LoRA adapters too.
@@ -91,6 +96,12 @@ def export_model(
         raise ExportError(
             f"{source} holds a whole model, which needs no base. Leave --base out, or add --as-lora RANK."
         )
+    with plain_folder(source) as plain:
+        _copy(plain, destination, dtype, max_shard_bytes)
+    return written(destination)
+
+
+def _copy(source: Path, destination: Path, dtype: str | None, max_shard_bytes: int) -> None:
     tensors = TensorFiles(source)
     config = json.loads((source / _CONFIG).read_text(encoding="utf-8"))
     if dtype is not None and "quantization_config" in config:
@@ -101,12 +112,11 @@ def export_model(
     with new_folder(
         destination, takes_bytes=sum(tensors.size_bytes(name, written_dtype) for name in tensors)
     ) as folder:
-        copy_files(source, folder, _OF_THE_MODEL)
+        copy_files(source, folder, OF_THE_MODEL)
         write_shards(tensors, folder, written_dtype, max_shard_bytes)
         if dtype is not None:
             _set_dtype(config, dtype)
             (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return _written(destination)
 
 
 def check_source(source: Path) -> None:
@@ -290,10 +300,11 @@ def _merge(
         merged.save_pretrained(folder, max_shard_size=max_shard_bytes)
         if not copy_files(source, folder, TOKENIZER_FILES):
             tokenizer.save_pretrained(folder)
-    return _written(destination, merged_into=base, dequantized=quantization is not None)
+    return written(destination, merged_into=base, dequantized=quantization is not None)
 
 
-def _written(folder: Path, **more: Any) -> Export:
+def written(folder: Path, **more: Any) -> Export:
+    """What a folder of safetensors holds that was exported."""
     files = list(folder.glob("*.safetensors"))
     return Export(folder, sum(file.stat().st_size for file in files), len(files), **more)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,12 @@ from sbft.export.checkpoint import (
     is_adapter,
     new_folder,
 )
-from sbft.export.gguf_model import architecture_of, named_tensors, rope_factors, write_hyperparameters
+from sbft.export.codes import gguf_blocks, reordered
+from sbft.export.gguf_model import NamedTensor, architecture_of, named_tensors, rope_factors, write_hyperparameters
 from sbft.export.gguf_tokenizer import write_tokenizer
+from sbft.grid.formats import Grid
+from sbft.grid.plain import plain_folder
+from sbft.grid.scales import TrainedCodes
 from sbft.models.load import load_config, load_tokenizer
 from sbft.models.tensor_files import TensorFiles
 from sbft.recipe.wording import nearest
@@ -34,6 +41,15 @@ TYPES = ("bfloat16", "float32", "float16", "q8_0")
 """What the matrices of a model can be written in. Norms and biases are always float32."""
 _Q8_0_BLOCK = 32
 _CHUNK_ROWS = 4_096
+_KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0", "Q4_0": "q4_0"}
+_BITS = {"Q8_0": 8, "Q4_0": 4}
+_FILE_TYPES = {
+    "float32": "ALL_F32",
+    "float16": "MOSTLY_F16",
+    "bfloat16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_0": "MOSTLY_Q4_0",
+}
 
 
 def export_gguf(
@@ -46,13 +62,16 @@ def export_gguf(
 ) -> Export:
     """Write a trained model as a GGUF file, its tokenizer and chat template included.
 
-    Tensors are read, converted and written one at a time; an adapter is merged into its base first.
+    Tensors are read, converted and written one at a time; an adapter is merged into its base first. Weights that were trained
+    in 8 or 4 bits are written as the codes that they have, in Q8_0 and Q4_0.
 
     Args:
         source: folder of a run, one of its checkpoints, or any folder of a checkpoint; LoRA adapters too.
-        destination: the folder to make, for `model-DTYPE.gguf`. It appears when the file is written.
+        destination: the folder to make, for `model-TYPE.gguf`, named after the type of most elements. It appears when the
+            file is written.
         base: the model under an adapter, as in `export_model`.
-        dtype: one of `TYPES`; None: bfloat16, or float32 for a model in float32, or float16.
+        dtype: one of `TYPES`; None: that of the model, and codes for weights that were trained on a grid. `q8_0` keeps codes
+            of 8 and 4 bits too.
         overwrite: replace a model that is at the destination.
 
     Raises:
@@ -67,12 +86,11 @@ def export_gguf(
         raise ExportError(f"{source} holds a whole model, which needs no base. Leave --base out.")
     with _whole_model(source, base, dtype) as (folder, merged):
         config = load_config(str(folder))
-        kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
+        plan = _plan(folder, config, dtype)
         with new_folder(destination) as made:
-            size_bytes = _write(folder, config, kind, made / f"model-{kind}.gguf")
-    return Export(
-        destination, size_bytes, 1, merged.merged_into if merged else None, merged.dequantized if merged else False
-    )
+            size_bytes = _write(plan, config, made / f"model-{plan.kind}.gguf")
+    about = (merged.merged_into, merged.dequantized) if merged else (None, False)
+    return Export(destination, size_bytes, 1, *about, coded=len(plan.coded), uncoded=plan.uncoded)
 
 
 def _import_gguf() -> Any:
@@ -87,32 +105,82 @@ def _import_gguf() -> Any:
 def _whole_model(source: Path, base: str | None, dtype: str | None) -> Iterator[tuple[Path, Export | None]]:
     """A folder with all weights of a model: the source, or its adapter merged, for a while."""
     if not is_adapter(source):
-        yield source, None
+        with plain_folder(source) as plain:
+            yield plain, None
         return
     with tempfile.TemporaryDirectory(prefix="sbft-merged-") as folder:
         merged = export_model(source, Path(folder) / "model", base=base, dtype=None if dtype == "q8_0" else dtype)
         yield merged.folder, merged
 
 
-def _write(folder: Path, config: PreTrainedConfig, kind: str, file: Path) -> int:
-    """Write the file, and return the bytes of all tensors in it."""
-    gguf = _import_gguf()
+@dataclass(frozen=True)
+class _Plan:
+    """What goes into a file."""
+
+    folder: Path
+    tensors: TensorFiles
+    codes: TrainedCodes
+    named: list[NamedTensor]
+    types: dict[str, Any]
+    """GGUF type of each tensor, by its name in the file."""
+    coded: set[str]
+    """The weights whose codes are written, by their names in the model."""
+    uncoded: tuple[str, ...]
+    """The weights on grids that GGUF does not have, if codes were to be kept."""
+
+    @property
+    def kind(self) -> str:
+        """The type of most elements."""
+        elements: Counter[str] = Counter()
+        for entry in self.named:
+            elements[self.types[entry.name].name] += math.prod(self.tensors.shape(entry.source))
+        return _KINDS[elements.most_common(1)[0][0]]
+
+    def encoded(self, entry: NamedTensor) -> NDArray[np.uint8]:
+        """The bytes of a tensor in the file."""
+        values, kind = self.tensors.read(entry.source), self.types[entry.name]
+        if entry.source not in self.coded:
+            return _encode(entry.transform(values), kind)
+        weight = self.codes.recover(entry.source, values)
+        return gguf_blocks(reordered(weight, entry.transform), _BITS[kind.name])
+
+
+def _plan(folder: Path, config: PreTrainedConfig, dtype: str | None) -> _Plan:
+    """How the tensors of a model are stored.
+
+    Raises:
+        ExportError: if sbft does not know how llama.cpp would run it.
+    """
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"The weights in {folder} are quantized. Export the model that they were made from.")
-    architecture = architecture_of(config)
-    tensors = TensorFiles(folder)
-    named = named_tensors(list(tensors), config, architecture)
+    tensors, codes = TensorFiles(folder), TrainedCodes(folder)
+    named = named_tensors(list(tensors), config, architecture_of(config))
+    kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
+    types, coded = {}, set()
+    for entry in named:
+        grid = codes.grids.get(entry.source) if dtype in (None, "q8_0") else None
+        stored = None if grid is None else _type_of_codes(grid, dtype)
+        if stored is not None:
+            coded.add(entry.source)
+        types[entry.name] = stored or _type_of(tensors.shape(entry.source), kind)
+    uncoded = tuple(name for name in codes.grids if name not in coded) if dtype is None else ()
+    return _Plan(folder, tensors, codes, named, types, coded, uncoded)
+
+
+def _write(plan: _Plan, config: PreTrainedConfig, file: Path) -> int:
+    """Write the file, and return the bytes of all tensors in it."""
+    gguf = _import_gguf()
+    folder, tensors, named, types = plan.folder, plan.tensors, plan.named, plan.types
     tokenizer = load_tokenizer(str(folder))
     embedding = next((entry.source for entry in named if entry.name == "token_embd.weight"), None)
     if embedding is None:
         raise ModelError(f"The model in {folder} has no input embedding.")
     generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_FILE).is_file() else None
 
-    writer = gguf.GGUFWriter(file, architecture.name)
+    writer = gguf.GGUFWriter(file, architecture_of(config).name)
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
-    file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[plan.kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_hyperparameters(writer, config)
     write_tokenizer(writer, tokenizer, generation, tensors.shape(embedding)[0])
@@ -121,7 +189,6 @@ def _write(folder: Path, config: PreTrainedConfig, kind: str, file: Path) -> int
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
     total = 0
-    types = {entry.name: _type_of(tensors.shape(entry.source), kind) for entry in named}
     for entry in named:
         shape = tensors.shape(entry.source)
         bytes_shape = gguf.quant_shape_to_byte_shape(shape, types[entry.name])
@@ -135,10 +202,18 @@ def _write(folder: Path, config: PreTrainedConfig, kind: str, file: Path) -> int
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for entry in named:
-            writer.write_tensor_data(_encode(entry.transform(tensors.read(entry.source)), types[entry.name]))
+            writer.write_tensor_data(plan.encoded(entry))
     finally:
         writer.close()
     return total
+
+
+def _type_of_codes(grid: Grid, dtype: str | None) -> Any:
+    """The type that stores the codes of a grid as they are; None where there is none."""
+    types = _import_gguf().GGMLQuantizationType
+    if grid.bits == 4 and dtype is None:
+        return types.Q4_0
+    return types.Q8_0 if grid.bits <= 8 else None
 
 
 def _type_of(shape: tuple[int, ...], kind: str) -> Any:

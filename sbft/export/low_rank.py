@@ -28,6 +28,7 @@ from sbft.export.checkpoint import (
     torch_dtype,
 )
 from sbft.export.lora_files import ADAPTER_FILE, Factors, save_lora
+from sbft.grid.plain import plain_folder
 from sbft.models.load import load_config
 from sbft.models.tensor_files import TensorFiles, cast, checkpoint_folder
 
@@ -117,19 +118,20 @@ def extract_lora(
     folder_of_base = checkpoint_folder(base)
     check_destination(destination, overwrite=overwrite, needed=[source, folder_of_base])
     model = _without_weights(source, trust_remote_code)
-    tuned, start = TensorFiles(source), TensorFiles(folder_of_base)
     kinds: dict[str, Kind] = {}
     factors: dict[str, Factors] = {}
-    for name in tuned:
-        progress(name)
-        pair = _pair(name, tuned, start, model.base_model_prefix)
-        if torch.equal(*pair):
-            continue
-        path, module = _module_of(name, pair[0], model, source)
-        kind = kinds.setdefault(_kind(name), Kind(_kind(name), _takes_adapter(name, module, model)))
-        found = _measure(name, pair, kind, module, rank, None if dtype is None else torch_dtype(dtype))
-        if found is not None:
-            factors[path] = found
+    with plain_folder(source) as plain:
+        tuned, start = TensorFiles(plain), TensorFiles(folder_of_base)
+        for name in tuned:
+            progress(name)
+            pair = _pair(name, tuned, start, model.base_model_prefix)
+            if torch.equal(*pair):
+                continue
+            path, module = _module_of(name, pair[0], model, source)
+            kind = kinds.setdefault(_kind(name), Kind(_kind(name), _takes_adapter(name, module, model)))
+            found = _measure(name, pair, kind, module, rank, None if dtype is None else torch_dtype(dtype))
+            if found is not None:
+                factors[path] = found
     _check_there_is_something(kinds, factors, source, base)
     with new_folder(destination) as folder:
         save_lora(folder, model, factors, base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbft.errors import ModelError
+from sbft.grid.codes import Quantized
+from sbft.grid.formats import Grid
+from sbft.grid.scales import describe, write_scales
 from sbft.grid.weight import GridWeight
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ def write_exact(model: nn.Module, folder: Path, *, file_bytes: int = FILE_BYTES)
             tensors, grids, number = {}, {}, number + 1
         tensors |= parts
         if isinstance(tensor, GridWeight):
-            grids[names[0]] = _describe(tensor)
+            grids[names[0]] = describe(tensor.quantized)
     _write(tensors, grids, folder / f"grid-{number:05}.safetensors")
 
 
@@ -93,8 +96,37 @@ def read_exact(model: nn.Module, folder: Path) -> None:
         )
 
 
+def exact_files(folder: Path) -> Iterator[Callable[[], Iterator[tuple[str, Tensor | Quantized]]]]:
+    """For each file that `write_exact` wrote, what reads its weights by name, one after the other.
+
+    Raises:
+        ModelError: if a file is damaged.
+    """
+
+    def reader(path: Path) -> Callable[[], Iterator[tuple[str, Tensor | Quantized]]]:
+        return lambda: _read_file(path)
+
+    for path in sorted(folder.glob(FILES)):
+        yield reader(path)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
+    with _opened(path) as file:
+        grids = json.loads(file.metadata()[_GRIDS])
+        stored = set(file.keys())
+        for name, about in grids.items():
+            names = {part: f"{name}.{part}" for part in ("codes", "low", "scales")}
+            parts = {part: file.get_tensor(full) for part, full in names.items() if full in stored}
+            stored -= set(names.values())
+            yield name, Quantized(Grid(**about), parts["codes"], parts.get("low"), parts["scales"])
+        for name in sorted(stored):
+            yield name, file.get_tensor(name)
+
+
 def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_BYTES) -> None:
     """Write a model as `save_pretrained` writes it, the weights on a grid as bfloat16; one file of them is in memory at once.
+
+    Beside it, `write_scales` leaves what gives the codes back.
 
     Args:
         model: the model.
@@ -102,16 +134,19 @@ def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_B
         file_bytes: about the most bytes in one file, unless a single tensor is larger.
     """
     tied = set(model.all_tied_weights_keys)
-    state = {}
+    state: dict[str, Tensor] = {}
+    on_grid: dict[str, Quantized] = {}
     smallest_share = 1.0
     for names, tensor in _by_tensor(model):
         name = next((name for name in names if name not in tied), names[0])
         state[name] = tensor.detach()
         if isinstance(tensor, GridWeight):
             state[name] = _WrittenDense(tensor.quantized)
+            on_grid[name] = tensor.quantized
             smallest_share = min(smallest_share, tensor.nbytes / (tensor.numel() * tensor.element_size()))
     # Files are filled by what tensors take before they are brought to bfloat16.
     model.save_pretrained(folder, state_dict=state, max_shard_size=int(file_bytes * smallest_share))
+    write_scales(on_grid, folder)
 
 
 def dense_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,10 +185,6 @@ def _parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{name}.{part}": stored for part, stored in tensor.quantized.tensors.items()}
 
 
-def _describe(weight: GridWeight) -> dict[str, Any]:
-    return {"name": weight.grid.name, "largest": weight.grid.largest, "block": weight.quantized.block}
-
-
 def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -171,7 +202,7 @@ def _opened(path: Path) -> Any:
 
 def _fill(tensor: Tensor, name: str, grid: dict[str, Any] | None, places: dict[str, Path]) -> None:
     on_grid = isinstance(tensor, GridWeight)
-    own = _describe(tensor) if isinstance(tensor, GridWeight) else None
+    own = describe(tensor.quantized) if isinstance(tensor, GridWeight) else None
     if own != grid:
         raise ModelError(
             f"The weight {name} is stored {_words(grid)} in the checkpoint {next(iter(places.values())).parent}, and in the "

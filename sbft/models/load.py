@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -105,7 +106,8 @@ def load_model(
     """Load a causal language model in one dtype. A folder with a LoRA adapter loads as its base with the adapter on it.
 
     Args:
-        model: hub id, folder, `builtin:NAME`, or `random:NAME` for random weights.
+        model: hub id, folder, `builtin:NAME`, or `random:NAME` for random weights. Of a checkpoint on a grid, the values
+            are loaded.
         dtype: dtype of all weights, whatever the checkpoint holds; float16 is refused.
         trust_remote_code: run the Python code that comes with the checkpoint.
         attn_implementation: "sdpa", "eager", ...; transformers' choice when None.
@@ -134,7 +136,10 @@ def load_model(
         refuse_pickle(model, Path(folder))
     adapter = adapter_config(folder)
     if adapter is None:
-        return _load_checkpoint(model, folder, how)
+        from sbft.grid.plain import plain_folder
+
+        with plain_folder(Path(folder)) as plain:
+            return _load_checkpoint(model, folder if plain == Path(folder) else str(plain), how)
     if distributed is not None:
         raise ModelError(f"{model} holds an adapter, which is not sharded. Merge it first: sbft export {model} --to DIR")
     return _load_adapter(folder, adapter, how)
@@ -183,6 +188,14 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
     config = _causal_config(model, folder, how.trust_remote_code)
     if not how.allow_pickle and str(config.to_dict().get("transformers_weights", "")).endswith(".bin"):
         raise pickled(model, "its config.json names a .bin file")
+    if _is_compressed(config) and importlib.util.find_spec("compressed_tensors") is None:
+        raise MissingPackageError(
+            f"The weights in {model} are stored as compressed-tensors has them, which needs that package. "
+            + how_to_install("'sbft[compressed-tensors]'")
+        )
+    quantized: dict[str, Any] = {}  # None would hide what the checkpoint says of itself
+    if how.quantization is not None:
+        quantized["quantization_config"] = quantization_config(how.quantization, how.dtype)
     # Otherwise transformers asks a public service, with the user's token, to convert a hub id's pickle to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
@@ -192,7 +205,7 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
             trust_remote_code=how.trust_remote_code,
             attn_implementation=how.attn_implementation,
             local_files_only=local_only(folder),
-            quantization_config=None if how.quantization is None else quantization_config(how.quantization, how.dtype),
+            **quantized,
             distributed_config=None if how.distributed is None else DistributedConfig(**how.distributed),
             # True refuses all else; None prefers safetensors.
             use_safetensors=None if how.allow_pickle else True,
@@ -215,6 +228,11 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
         _own_weights(loaded)
     result: PreTrainedModel = loaded.eval()
     return result
+
+
+def _is_compressed(config: PreTrainedConfig) -> bool:
+    about = config.to_dict().get("quantization_config") or {}
+    return bool(about.get("quant_method") == "compressed-tensors")
 
 
 def _own_weights(model: PreTrainedModel) -> None:
@@ -313,5 +331,3 @@ def _not_causal(model: str, config: Any) -> ModelError:
         "text from left to right. Give one whose architecture ends in ForCausalLM, or train this one in Python with "
         "sbft.SmallBatchTrainer."
     )
-
-

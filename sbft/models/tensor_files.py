@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sbft.errors import ExportError, ModelError
 from sbft.models.hub import hub_reachable
@@ -154,7 +154,20 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
-def write_shards(source: TensorFiles, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+class TensorSource(Protocol):
+    """Tensors by name, each read on demand, as `TensorFiles` has them."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+
+    def size_bytes(self, name: str, dtype: torch.dtype | None = None) -> int:
+        """Bytes of a tensor."""
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor on the CPU."""
+
+
+def write_shards(source: TensorSource, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
     """Write all tensors of a checkpoint into a folder, under the same names, with one file in memory at a time.
 
     Args:
