@@ -27,9 +27,13 @@ METHODS = {
     "sbft-float32": "sbft with float32 weights",
     "sbft-frozen-embeddings": "sbft, input and output embeddings frozen: the layers that LoRA trains",
     "lora": "PEFT LoRA r=16 on all linear layers, torch AdamW, the same loss without logits",
+    "sbft-int12": "as sbft, weights in 12 bits",
+    "sbft-int8": "as sbft, weights in 8 bits",
+    "sbft-int4": "as sbft, weights in 4 bits",
     "lora-model-loss": "the same with the model's own loss, which holds the logits of all tokens",
     "adam": "torch AdamW, float32 weights, the same loss without logits",
 }
+GRIDS = ("sbft-int12", "sbft-int8", "sbft-int4")
 INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 """Variables that make a CPU do without some of its instructions, like an older one."""
 MEBIBYTE = 1 << 20
@@ -119,6 +123,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             logits_free_loss=method != "lora-model-loss",
             cuda_graphs=method == "sbft-graphs",
             cast_weights=method != "sbft-float32",
+            weights=method.removeprefix("sbft-") if method in GRIDS else None,
             **own,
         )
         generator = torch.Generator().manual_seed(0)
