@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sbft.bench.running import Active
+from sbft.bench.active_run import Active
 from sbft.bench.runs import RateChoice, choose_rate, groups
 from sbft.bench.schedule import Planned, duration, predictions, time_left
 from sbft.bench.suite import Suite

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sbft.bench import outcome, process
-from sbft.bench.running import Active, Place
+from sbft.bench.active_run import Active, Place
 from sbft.bench.runs import Run
 from sbft.bench.suite import Suite
 

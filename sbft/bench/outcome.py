@@ -8,9 +8,9 @@ import re
 import signal
 from pathlib import Path
 
+from sbft.bench.active_run import Active
 from sbft.bench.archive import PROCESS_FILE
 from sbft.bench.process import log_beside, recipe_beside
-from sbft.bench.running import Active
 from sbft.bench.runs import (
     LOG_FILE,
     RECIPE_FILE,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from sbft.bench.running import Active
+from sbft.bench.active_run import Active
 from sbft.bench.runs import Run, run_folder
 from sbft.bench.suite import Suite
 

@@ -15,12 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from sbft import files
+from sbft.bench.active_run import Active, Place
 from sbft.bench.archive import ARCHIVE_FILE
 from sbft.bench.live import SuiteProgress
 from sbft.bench.machine import ThisMachine
 from sbft.bench.outcome import conclude, tidy, write_unsupported
 from sbft.bench.process import held_locks, log_beside, try_lock
-from sbft.bench.running import Active, Place
 from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.bench.schedule import Planned, is_wanted, plan
 from sbft.bench.suite import Suite

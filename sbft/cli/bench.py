@@ -132,11 +132,11 @@ def _make(suite: Suite, folder: Path, only: list[str], jobs: int | None, ray: st
 
     from rich.console import Console
 
+    from sbft.bench.active_run import Place
     from sbft.bench.live import SuiteProgress
     from sbft.bench.machine import ThisMachine
     from sbft.bench.ray.cluster import Cluster
     from sbft.bench.runner import prepare, run_suite
-    from sbft.bench.running import Place
     from sbft.bench.suite_check import check_recipes
 
     # First of all, because a missing cluster shows at once.

@@ -21,15 +21,15 @@ FORMATS = ("safetensors", "gguf", "compressed-tensors")
 
 @verb
 def export(
-    source: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a run, or one of its checkpoints.")],
-    to: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or one of its checkpoints.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Output folder.")],
     as_lora: Annotated[
         int | None,
         typer.Option(min=1, metavar="RANK", help="Write an adapter of this rank: what training changed."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in OUT names it."),
+        typer.Option(metavar="MODEL", help="The base model, if no recipe.yaml in RUN names it."),
     ] = None,
     file_format: Annotated[
         str,

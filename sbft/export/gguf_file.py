@@ -28,7 +28,13 @@ from sbft.export.checkpoint import (
     new_folder,
 )
 from sbft.export.codes import gguf_blocks, reordered
-from sbft.export.gguf_model import NamedTensor, architecture_of, named_tensors, rope_factors, write_hyperparameters
+from sbft.export.gguf_architectures import (
+    NamedTensor,
+    architecture_of,
+    named_tensors,
+    rope_factors,
+    write_hyperparameters,
+)
 from sbft.export.gguf_tokenizer import write_tokenizer
 from sbft.grid.formats import Grid
 from sbft.grid.plain import plain_folder

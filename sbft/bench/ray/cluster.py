@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import sbft
+from sbft.bench.active_run import Active, Place
 from sbft.bench.outcome import write_failure, write_unsupported
 from sbft.bench.process import clear
 from sbft.bench.ray import worker as ray_worker
@@ -25,7 +26,6 @@ from sbft.bench.ray.connection import LOCAL, connect, last_line
 from sbft.bench.ray.needs import local_files, needs, passed_on, room
 from sbft.bench.ray.transfer import pack, unpack_run
 from sbft.bench.ray.worker import Delivery, Inputs, Order, Worker, seen
-from sbft.bench.running import Active, Place
 from sbft.bench.runs import Run, run_folder
 from sbft.bench.suite import Suite
 from sbft.errors import ClusterError

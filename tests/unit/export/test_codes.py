@@ -19,8 +19,8 @@ from sbft.errors import ExportError
 from sbft.export.checkpoint import export_model
 from sbft.export.codes import packed
 from sbft.export.compressed import export_compressed
+from sbft.export.gguf_architectures import with_adjacent_pairs
 from sbft.export.gguf_file import export_gguf
-from sbft.export.gguf_model import with_adjacent_pairs
 from sbft.grid.codes import load_codes
 from sbft.grid.convert import put_on_grids
 from sbft.grid.scales import SCALES_FILE

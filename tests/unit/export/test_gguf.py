@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from sbft.cli.app import app
 from sbft.errors import ExportError
+from sbft.export.gguf_architectures import rope_factors, with_adjacent_pairs
 from sbft.export.gguf_file import export_gguf
-from sbft.export.gguf_model import rope_factors, with_adjacent_pairs
 from sbft.models.load import resolve
 from tests.tiny import save_tiny, tiny_model
 
