@@ -17,6 +17,7 @@ from sbft.cli.shared.options import (
     RecipeArgument,
     SetOption,
     TrustRemoteCodeOption,
+    WeightsOption,
 )
 from sbft.cli.shared.recipe import recipe_of
 from sbft.cli.shared.starting import loading_libraries
@@ -28,6 +29,7 @@ from sbft.recipe.methods import METHODS
 if TYPE_CHECKING:
     from sbft.planning.check.check_recipe import Check
     from sbft.planning.check.finding import Finding
+    from sbft.recipe import Recipe
 
 _WIDTH = 80
 _LABEL = 10
@@ -41,6 +43,7 @@ def check(
     data: DataOption = None,
     eval_data: EvalDataOption = None,
     method: MethodOption = None,
+    weights: WeightsOption = None,
     output_dir: OutputOption = None,
     overrides: SetOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
@@ -61,6 +64,7 @@ def check(
             data=data,
             eval_data=eval_data,
             method=method,
+            weights=weights,
             output_dir=output_dir,
             trust_remote_code=trust_remote_code or None,
             allow_pickle=allow_pickle or None,
@@ -102,7 +106,7 @@ def _summary(result: Check) -> dict[str, str]:
     epochs = f"{length.epochs:.3g} epoch{'s' * (length.epochs != 1)}"
     peak = "not known" if result.prediction is None else f"a peak of {gib(result.prediction.peak_bytes)}, predicted"
     return {
-        "model": f"{recipe.model}, {recipe.dtype}",
+        "model": f"{recipe.model}, {_formats(recipe)}",
         "method": f"{recipe.method}: {METHODS[recipe.method].summary}",
         "data": f"{report.examples:,} examples, {report.tokens:,} tokens, the longest {report.longest:,}{packed}",
         "run": f"{length.steps:,} steps on {length.rows:,} {rows}, {tokens} tokens, {epochs}",
@@ -110,6 +114,11 @@ def _summary(result: Check) -> dict[str, str]:
         "time": _time(result),
         "device": device_name(),
     }
+
+
+def _formats(recipe: Recipe) -> str:
+    formats = recipe.dtype if recipe.grids is None else recipe.grids
+    return ", ".join(f"{name}: {form}" for name, form in formats.items()) if isinstance(formats, dict) else str(formats)
 
 
 def _time(result: Check) -> str:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.options import TrustRemoteCodeOption
+from sbft.cli.shared.options import TrustRemoteCodeOption, WeightsOption
 from sbft.cli.shared.starting import loading_libraries
 from sbft.cli.shared.verb import verb
 from sbft.errors import RecipeError
 from sbft.native.sizes import GIB, parse_bytes
 from sbft.recipe.methods import METHODS
+from sbft.recipe.settings import OPTIMIZERS
 
 if TYPE_CHECKING:
     from sbft.planning.memory.fit import Plan, Row
@@ -47,6 +48,7 @@ def plan(
             help=f"Any of {', '.join(METHODS)}. Default: all whose packages are installed.",
         ),
     ] = None,
+    weights: WeightsOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
@@ -59,7 +61,7 @@ def plan(
 
         from sbft.native.memory import available_bytes, type_of
         from sbft.planning.memory.fit import make_plan
-    planned, left_out = _methods_to_plan(methods)
+    planned, left_out = _methods_to_plan(methods, weights)
     device = "cuda" if gpu_memory is not None else type_of()
     memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     with Console(stderr=True).status("Planning") as status:
@@ -70,6 +72,7 @@ def plan(
             device=device,
             methods=planned,
             batch_size=batch_size,
+            weights=weights,
             trust_remote_code=trust_remote_code,
             say=lambda method: status.update(f"Planning {method}"),
         )
@@ -83,10 +86,20 @@ def plan(
         Console(stderr=True, highlight=False).print(left_out, markup=False, soft_wrap=True)
 
 
-def _methods_to_plan(methods: str | None) -> tuple[list[str], str | None]:
-    """The methods to plan, and a line on those left out; if none was named, those whose packages are installed."""
+def _methods_to_plan(methods: str | None, weights: str | None) -> tuple[list[str], str | None]:
+    """The methods to plan, and a line on those left out.
+
+    If none was named, it is those whose packages are installed; with `weights`, those of them that have no format of their own
+    and compute in bfloat16 with an optimizer of sbft's.
+    """
     from sbft.recipe.wording import nearest
 
+    if methods is None and weights is not None:
+        return [
+            name
+            for name, method in METHODS.items()
+            if method.weights is None and method.dtype == "bfloat16" and method.optimizer in OPTIMIZERS
+        ], None
     if methods is None:
         usable = [name for name, method in METHODS.items() if not method.missing_packages]
         left_out = [name for name in METHODS if name not in usable]

@@ -20,6 +20,7 @@ from sbft.cli.shared.options import (
     ResumeOption,
     SetOption,
     TrustRemoteCodeOption,
+    WeightsOption,
 )
 from sbft.cli.shared.recipe import recipe_of
 from sbft.cli.shared.starting import loading_libraries
@@ -40,6 +41,7 @@ def train(
     data: DataOption = None,
     eval_data: EvalDataOption = None,
     method: MethodOption = None,
+    weights: WeightsOption = None,
     output_dir: OutputOption = None,
     overrides: SetOption = None,
     resume: ResumeOption = False,
@@ -59,6 +61,7 @@ def train(
         data=data,
         eval_data=eval_data,
         method=method,
+        weights=weights,
         output_dir=output_dir,
         trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,

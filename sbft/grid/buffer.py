@@ -2,10 +2,14 @@
 
 On a CPU one buffer is kept for all weights, as large as the largest. A second thread, or a use within a use, takes memory of
 its own. Elsewhere torch's caching allocator reuses memory as well, and knows which stream still reads it.
+
+Meta tensors that stand for those of a CPU take such a buffer too, so that the planner sees what is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,12 +17,14 @@ from torch import Tensor
 
 from sbft.grid import values
 from sbft.grid.codes import Quantized
+from sbft.native.device_type import device_type
 from sbft.native.huge_pages import in_huge_pages
 
 LARGEST_KEPT_BYTES = 16 << 20
 """A larger buffer, such as that of a whole output head, is freed as soon as it is not in use."""
 
 _kept: list[Tensor] = []  # at most one; taking it out is atomic, so threads never share it
+_planned: list[Tensor] = []  # the same of meta tensors
 
 
 class Borrowed(NamedTuple):
@@ -44,13 +50,11 @@ def in_one_piece(weight: Quantized) -> Quantized:
 def borrow(weight: Quantized) -> Borrowed:
     """The bfloat16 values of a weight, in memory that the next weight takes after `give_back`."""
     weight = in_one_piece(weight)
-    if weight.codes.device.type == "meta":
-        return Borrowed(torch.empty(weight.shape, dtype=torch.bfloat16, device="meta"), None)
-    if weight.codes.device.type != "cpu":
+    if device_type(weight.codes) != "cpu":
         return Borrowed(values.dequantize(weight), None)
     shape = weight.shape
     count = shape.numel()
-    memory = _take(count)
+    memory = _take(count, weight.codes.device)
     return Borrowed(values.dequantize(weight, out=memory[:count].view(shape)), memory)
 
 
@@ -58,17 +62,32 @@ def give_back(memory: Tensor | None) -> None:
     """Let another weight use the memory."""
     if memory is None or memory.nbytes > LARGEST_KEPT_BYTES:
         return
-    if not _kept or _kept[0].numel() < memory.numel():
-        _kept[:] = [memory]
+    kept = _kept_on(memory.device)
+    if not kept or kept[0].numel() < memory.numel():
+        kept[:] = [memory]
 
 
-def _take(count: int) -> Tensor:
+@contextmanager
+def planned_buffer() -> Iterator[list[Tensor]]:
+    """Within, meta tensors begin without a buffer; the list holds the one that is kept while it is not in use."""
+    _planned.clear()
     try:
-        memory = _kept.pop()
+        yield _planned
+    finally:
+        _planned.clear()
+
+
+def _kept_on(device: torch.device) -> list[Tensor]:
+    return _planned if device.type == "meta" else _kept
+
+
+def _take(count: int, device: torch.device) -> Tensor:
+    try:
+        memory = _kept_on(device).pop()
     except IndexError:
         memory = None
     if memory is not None and memory.numel() >= count:
         return memory
     del memory  # before the larger one is made
     with torch.inference_mode(False):  # or it could be written to in inference mode alone
-        return in_huge_pages(torch.empty(count, dtype=torch.bfloat16))
+        return in_huge_pages(torch.empty(count, dtype=torch.bfloat16, device=device))

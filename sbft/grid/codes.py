@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sbft.grid.formats import GROUP, Grid, fits
+from sbft.native.device_type import device_type
 
 _HALF = GROUP // 2
 _NIBBLE_ZERO = 8  # what a code of zero is in four bits
@@ -210,6 +211,24 @@ def dequantize_entries(weight: Quantized, index: Tensor, dtype: torch.dtype = to
     return dequantize(weight.gather(index), dtype)
 
 
+def elements(weight: Quantized, positions: Tensor) -> Tensor:
+    """The exact values of some elements.
+
+    Args:
+        weight: the weight, contiguous.
+        positions: int64 of shape (K,), in the flattened weight.
+
+    Returns:
+        float32 of shape (K,).
+    """
+    groups = positions // GROUP
+    low = None if weight.low is None else weight.low.view(-1, _HALF)[groups]
+    codes = weight.codes.view(-1, _HALF if weight.grid.bits == 4 else GROUP)[groups]
+    scales = weight.scales.view(-1)[positions // weight.block]
+    read = weight.with_tensors(codes, low, scales[:, None])
+    return dequantize(read, torch.float32).gather(1, (positions % GROUP)[:, None]).squeeze(1)
+
+
 def square_sum(weight: Quantized) -> Tensor:
     """Sum of the squared values; float32 of shape ()."""
     flat = weight.flat()
@@ -220,11 +239,15 @@ def square_sum(weight: Quantized) -> Tensor:
 
 
 def chunks(flat: Quantized) -> Iterator[tuple[int, int]]:
-    """Cut the rows of a (rows, C) weight into runs whose float32 temporaries stay small: pairs (start, stop)."""
+    """Cut the rows of a (rows, C) weight into runs whose float32 temporaries stay small: pairs (start, stop).
+
+    On the meta device, which only measures memory, the first run is enough.
+    """
     rows, columns = flat.shape
-    most = _CHUNK_ELEMENTS if flat.codes.device.type in ("cpu", "meta") else _GPU_CHUNK_ELEMENTS
+    most = _CHUNK_ELEMENTS if device_type(flat.codes) in ("cpu", "meta") else _GPU_CHUNK_ELEMENTS
     each = max(1, most // columns)
-    for start in range(0, rows, each):
+    starts = range(0, rows, each)
+    for start in starts[:1] if flat.codes.device.type == "meta" else starts:
         yield start, min(start + each, rows)
 
 

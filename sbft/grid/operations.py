@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sbft.grid import values
@@ -179,7 +180,8 @@ def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = args[0]
     if tensor.is_transposed:
         return NotImplemented
-    shape = func(torch.empty(tensor.shape, device="meta"), *args[1:], **kwargs).shape
+    with _disable_current_modes():
+        shape = func(torch.empty(tensor.shape, device="meta"), *args[1:], **kwargs).shape
     stored = tensor.quantized
     if shape[-1:] != tensor.shape[-1:] or shape.numel() != tensor.numel() or stored is not in_one_piece(stored):
         return NotImplemented
@@ -251,7 +253,8 @@ def _write(target: Quantized, source: Quantized) -> None:
 )
 def _plain_alike(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = args[0]
-    alike = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device="meta")
+    with _disable_current_modes():  # it has no memory, and no mode that measures memory may count it
+        alike = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device="meta")
     device = kwargs.pop("device", None)
     return func(alike, *args[1:], **kwargs, device=device or tensor.device)
 

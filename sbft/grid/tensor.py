@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -191,7 +192,7 @@ def rounded(dense: Tensor, like: Quantized) -> Quantized:
 @functools.lru_cache(maxsize=1024)
 def _layout(shape: torch.Size, transposed: bool) -> tuple[list[int], list[int]]:
     """Shape and strides of a contiguous tensor, or of one whose last two dimensions are swapped."""
-    sizes, strides = list(shape), list(torch.empty(shape, device="meta").stride())
+    sizes, strides = list(shape), [math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape))]
     if transposed:
         sizes[-2:], strides[-2:] = sizes[:-3:-1], strides[:-3:-1]
     return sizes, strides

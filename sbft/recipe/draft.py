@@ -75,6 +75,7 @@ def _nodes_below(node: yaml.Node, above: tuple[int, ...], known: dict[int, int])
 FLAGS: dict[str, Key] = {
     "model": ("model",),
     "method": ("method",),
+    "weights": ("weights",),
     "data": ("data", "train"),
     "eval_data": ("data", "eval"),
     "output_dir": ("output_dir",),

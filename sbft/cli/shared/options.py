@@ -22,6 +22,14 @@ EvalDataOption = Annotated[str | None, typer.Option(help="Data to evaluate on, b
 MethodOption = Annotated[
     str | None, typer.Option(help=f"One of {', '.join(METHODS)}.", autocompletion=completion.methods)
 ]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        help="What weights are stored in: float32, bfloat16, int12, int8 or int4. Default: that of the method. "
+        "By names of weights: --set weights='{default: int4, lm_head: int8}'.",
+    ),
+]
 OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and run.json.")]
 SetOption = Annotated[
     list[str] | None,

@@ -14,6 +14,7 @@ from sbft.models.scratch import is_scratch, scratch_config
 from sbft.native.memory import available_bytes
 from sbft.planning.check.examples import EXAMPLES_CHECKS, truncated
 from sbft.planning.check.finding import Finding
+from sbft.planning.check.grid_noise import grid_noise
 from sbft.planning.check.length import Duration, RunLength, duration, row_sizes, run_length
 from sbft.planning.check.memory import Predict, Prediction, fit
 from sbft.planning.check.model import MODEL_CHECKS, find_in_model
@@ -64,7 +65,7 @@ def check(recipe: Recipe, predict: Predict = predict_recipe) -> Check:
         SbftError: with every problem at once, if the run could not begin.
     """
     prepared = _prepare(recipe)
-    findings = [*find(prepared), *find_in_model(prepared, MODEL_CHECKS)]
+    findings = [*find(prepared), *find_in_model(prepared, (*MODEL_CHECKS, grid_noise))]
     length = run_length(prepared)
     available = available_bytes()
     prediction, of_memory = expected_memory(prepared, predict, available=available)

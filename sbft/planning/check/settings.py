@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from transformers.trainer_utils import SchedulerType
 
+from sbft.grid.formats import GRIDS
 from sbft.planning.check.finding import Finding
+from sbft.planning.check.grid_noise import spacing
 from sbft.planning.check.length import run_length, tokens_per_row, tokens_per_step
 from sbft.recipe.methods import METHODS
 from sbft.runs.prepare import Prepared
@@ -54,9 +56,11 @@ def short_second_moment(prepared: Prepared) -> Finding | None:
 
 
 def rounded_to_nearest(prepared: Prepared) -> Finding | None:
-    """bfloat16 weights that are not rounded stochastically; adapters are float32."""
+    """Weights in bfloat16 or on a grid that are not rounded stochastically; adapters are float32."""
     recipe = prepared.recipe
     method = METHODS[recipe.method]
+    if recipe.grids is not None and not recipe.optimizer.stochastic_rounding:
+        return _rounded_to_nearest_on_a_grid(prepared, recipe.grids)
     if recipe.dtype != "bfloat16" or recipe.lora is not None or recipe.optimizer.stochastic_rounding:
         return None
     can_round = "stochastic_rounding" in method.settings
@@ -67,6 +71,24 @@ def rounded_to_nearest(prepared: Prepared) -> Finding | None:
         "An update of less than 1/512 of a weight is always lost when the result is rounded to the nearest bfloat16, "
         f"and most updates of fine-tuning are smaller.{'' if can_round else _defined_so(recipe.method)}",
         "--set optimizer.stochastic_rounding=true" if can_round else "--method sbft",
+    )
+
+
+def _rounded_to_nearest_on_a_grid(prepared: Prepared, formats: str | dict[str, str]) -> Finding:
+    names = formats.values() if isinstance(formats, dict) else [formats]
+    on_grids = [GRIDS[name] for name in names if name in GRIDS]
+    name, step = max(((grid.name, spacing(grid, grid.block)) for grid in on_grids), key=lambda one: one[1])
+    rate = prepared.arguments.learning_rate
+    absolute = not prepared.recipe.optimizer.relative_step
+    return Finding(
+        "no-stochastic-rounding",
+        "error" if absolute or rate < step / 2 else "warning",
+        f"Weights in {name} without stochastic rounding",
+        f"An update of less than half the spacing of the grid is lost when it is rounded to nearest. In {name} that is about "
+        f"{step / 2:.1g} of a weight matrix's RMS{'' if absolute else f', and a step is {rate:g} of it'}. "
+        "A model with 8 bits stayed untrained: 47 % of its answers were right before and after. With stochastic rounding it "
+        "was 91 %.",
+        "--set optimizer.stochastic_rounding=true",
     )
 
 

@@ -81,6 +81,7 @@ def make_plan(
     device: str,
     methods: Iterable[str] = tuple(METHODS),
     batch_size: int | None = None,
+    weights: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda method: None,
 ) -> Plan:
@@ -93,11 +94,12 @@ def make_plan(
         device: "cpu" or "cuda", which need not be there.
         methods: names of `sbft.recipe.methods.METHODS`; those of adapters are left out for a fresh model.
         batch_size: examples in a forward pass; the method's own when None.
+        weights: what weights are stored in; the method's own when None.
         trust_remote_code: run the Python code that comes with the model.
         say: called with the name of each method before it is planned.
 
     Raises:
-        SbftError: if the model is not found.
+        SbftError: if the model is not found, or a method cannot train weights in this format.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     fresh = is_scratch(model)
@@ -110,6 +112,7 @@ def make_plan(
         for checkpointing in (False, True):
             settings = [f"data.max_length={sequence_length}"]
             settings += [f"training.per_device_train_batch_size={batch_size}"] if batch_size is not None else []
+            settings += [f"weights={weights}"] if weights is not None else []
             settings += ["training.gradient_checkpointing=true"] if checkpointing else []
             settings += ["trust_remote_code=true"] if trust_remote_code else []
             recipe = resolve(load_recipe(None, settings, model=model, data=data, method=method))

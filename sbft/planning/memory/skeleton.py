@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from sbft.grid.convert import put_on_grids
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
 from sbft.runs.build import DTYPES, make_trainable
@@ -21,14 +22,14 @@ _BLOCK, _BLOCKS_OF_SCALES = 64, 256  # elements that share a scale in NF4, and s
 
 
 def skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a resolved recipe with its adapter on it or its weights frozen, on the meta device.
+    """The model of a resolved recipe, its weights as they are stored, frozen or with an adapter, on the meta device.
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
         config: of its model.
 
     Raises:
-        SbftError: as `make_trainable`.
+        SbftError: as `make_trainable` and `put_on_grids`.
     """
     with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -37,7 +38,10 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
         model.tie_weights()
         if METHODS[recipe.method].quantization is not None:
             _quantize(model)
-        return make_trainable(model, recipe)
+        model = make_trainable(model, recipe)
+        if recipe.grids is not None:
+            put_on_grids(model, recipe.grids)
+        return model
 
 
 def layers_of(model: nn.Module) -> dict[str, int]:

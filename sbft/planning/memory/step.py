@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from sbft.grid.buffer import planned_buffer
 from sbft.native.device_type import standing_for
 from sbft.planning.memory.attention import attention_on
 from sbft.planning.memory.optimizers import PlannedOptimizer
@@ -81,15 +82,28 @@ def trace_step(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if recipe.lora is not None:
             model.enable_input_require_grads()
-    with standing_for(device), _replaced(shape, device), torch.device("meta"), AllocationTrace(device) as trace:
-        return _Simulation(model.train(), recipe, shape, device, trace).run()
+    with (
+        standing_for(device),
+        _replaced(shape, device),
+        torch.device("meta"),
+        AllocationTrace(device) as trace,
+        planned_buffer() as buffer,
+    ):
+        return _Simulation(model.train(), recipe, shape, device, trace, buffer).run()
 
 
 class _Simulation:
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, shape: StepShape, device: str, trace: AllocationTrace
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        shape: StepShape,
+        device: str,
+        trace: AllocationTrace,
+        buffer: list[Tensor],
     ) -> None:
         self.model, self.recipe, self.shape, self.device, self.trace = model, recipe, shape, device, trace
+        self.buffer = buffer
         self.releases = bool(recipe.optimizer.gradient_release)
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = PlannedOptimizer(recipe, model, device)
@@ -203,7 +217,7 @@ class _Simulation:
         else:
             assert head_weight is not None
             hidden = head.hidden_states(self.model, {**inputs, "use_cache": False})
-            trace.label_unknown("activations", since=begin)
+            self._label_activations(begin)
             trace.phase = LOSS
             rows = torch.zeros(shape.labelled, dtype=torch.int64)
             labelled = hidden[:, :-1][rows, rows]
@@ -223,12 +237,17 @@ class _Simulation:
         loss.backward()
         trace.label_born_in(LOSS_BACKWARD, "logits")
 
+    def _label_activations(self, begin: int) -> None:
+        """What is left of the forward pass, but for the buffer of weights on a grid."""
+        self.trace.label(self.buffer, "workspace")
+        self.trace.label_unknown("activations", since=begin)
+
     def _model_loss(self, inputs: dict[str, Any], begin: int) -> Tensor:
         base: Any = unwrap(self.model)
         trace = self.trace
 
         def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            trace.label_unknown("activations", since=begin)
+            self._label_activations(begin)
             _at_gradient(args[0], trace)
             trace.phase = LOSS
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sbft.grid.tensor import GridTensor
+from sbft.native.memory import stored_tensors
 from sbft.native.memory_pool import pool_available
 from sbft.planning.memory.cached_operations import recalled
 from sbft.planning.memory.heap import Heap, PooledHeap
@@ -84,6 +86,8 @@ class AllocationTrace(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
+        if any(issubclass(kind, GridTensor) for kind in types):
+            return NotImplemented  # torch then asks the weight on a grid, and comes back with what that is made of
         if function is _aten._local_scalar_dense.default:
             return self.answer
         grouped = function is _aten._grouped_mm.default
@@ -135,7 +139,8 @@ class AllocationTrace(TorchDispatchMode):
     def label(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Label the storages of these tensors for their whole life; the last label counts."""
         for tensor in tensors:
-            self._kinds[self._record(tensor)] = kind
+            for stored in stored_tensors(tensor):
+                self._kinds[self._record(stored)] = kind
 
     def label_unknown(self, kind: str, *, since: int = 0) -> None:
         """Label all live storages without a label, except the first `since` that were ever allocated."""

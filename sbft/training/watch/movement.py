@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sbft.grid.codes import elements
+from sbft.grid.weight import GridWeight
 from sbft.optim.base import TokenOptimizer
 from sbft.training.peft_models import unwrap
 
@@ -25,7 +27,9 @@ _ROUND_TO_NEAREST = ("torch", "transformers", "bitsandbytes")
 
 
 class MovementWatch:
-    """Samples the share of weights whose bits one step changes, among the larger half of a few large parameters.
+    """Samples the share of weights that one step changes, among the larger half of a few large parameters.
+
+    Of a weight on a grid, it is the values on the grid that are compared: code times scale.
 
     It is the larger half, because weights near zero change under any rounding. Word embeddings are left out if there are
     other parameters, because most of their rows have no gradient in a step. The positions follow a fixed sequence, so that
@@ -40,10 +44,11 @@ class MovementWatch:
         self._before: list[Tensor] | None = None
         self.elements = sum(positions.numel() for _, positions in self._sampled)
         self.bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter, _ in self._sampled)
+        self.on_grid = any(isinstance(parameter, GridWeight) for parameter, _ in self._sampled)
 
     def before_step(self) -> None:
         """Copy the sampled weights."""
-        self._before = [parameter.detach().take(positions) for parameter, positions in self._sampled]
+        self._before = [_values_at(parameter, positions) for parameter, positions in self._sampled]
 
     def discard(self) -> None:
         """Discard the copy."""
@@ -55,7 +60,7 @@ class MovementWatch:
         if not before:
             return None
         changed = [
-            (_bits(old) != _bits(parameter.detach().take(positions))).sum()
+            (_bits(old) != _bits(_values_at(parameter, positions))).sum()
             for old, (parameter, positions) in zip(before, self._sampled, strict=True)
         ]
         device = changed[0].device
@@ -69,11 +74,11 @@ def _large_parameters(model: nn.Module) -> list[Tensor]:
     head = None if inner is None else inner.get_output_embeddings()
     if head is not None:
         embeddings.update(id(parameter) for parameter in head.parameters())
-    # Only plain tensors: reading elements of a sharded one would need all ranks.
+    # Only plain tensors and those on a grid: reading elements of a sharded one would need all ranks.
     trainable = [
         parameter
         for parameter in model.parameters()
-        if parameter.requires_grad and parameter.is_floating_point() and type(parameter.detach()) is Tensor
+        if parameter.requires_grad and parameter.is_floating_point() and type(parameter.detach()) in (Tensor, GridWeight)
     ]
     candidates = [parameter for parameter in trainable if id(parameter) not in embeddings] or trainable
     largest = max((parameter.numel() for parameter in candidates), default=0)
@@ -91,8 +96,15 @@ def _larger_half(parameter: Tensor) -> Tensor:
         spread = positions.double().add_(1.0).mul_(_GOLDEN_RATIO).remainder_(1.0)
         positions = spread.mul_(parameter.numel()).long()
     positions = positions.to(parameter.device)
-    size = parameter.detach().take(positions).float().abs()
+    size = _values_at(parameter, positions).float().abs()
     return positions[size.topk(max(count // 2, 1)).indices]
+
+
+def _values_at(parameter: Tensor, positions: Tensor) -> Tensor:
+    """A copy of some elements of a parameter, by their positions in the flattened one: (positions,)."""
+    if isinstance(parameter, GridWeight):
+        return elements(parameter.quantized, positions)
+    return parameter.detach().take(positions)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -105,9 +117,18 @@ def transformers_model(model: nn.Module) -> PreTrainedModel | None:
     return inner if isinstance(inner, PreTrainedModel) else None
 
 
-def is_stall(share: float, optimizer: torch.optim.Optimizer, bfloat16: bool) -> bool:
-    """Whether the weights are stuck if a step changes this share of them, on average over several samples."""
+def is_stall(share: float, optimizer: torch.optim.Optimizer, bfloat16: bool, on_grid: bool = False) -> bool:
+    """Whether the weights are stuck if a step changes this share of them, on average over several samples.
+
+    On a grid, stochastic rounding changes few of them. At 1e-5 with 4 bits it is one in 30,000, as many as all samples hold.
+    """
+    if on_grid and not _rounds_to_nearest(optimizer):
+        return share == 0 and _has_no_gradient(optimizer)
     return share == 0 or (share < _STALLED_BELOW and (not bfloat16 or _rounds_to_nearest(optimizer)))
+
+
+def _has_no_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, TokenOptimizer) and optimizer.grad_norm is not None and not optimizer.grad_norm
 
 
 def _rounds_to_nearest(optimizer: torch.optim.Optimizer) -> bool:
@@ -117,16 +138,24 @@ def _rounds_to_nearest(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__module__.partition(".")[0] in _ROUND_TO_NEAREST
 
 
-def message_of_stall(share: float, step: int, optimizer: torch.optim.Optimizer, rate: float, bfloat16: bool) -> str:
+def message_of_stall(
+    share: float, step: int, optimizer: torch.optim.Optimizer, rate: float, bfloat16: bool, on_grid: bool = False
+) -> str:
     """What does not move, the likely cause, and what to set; `rate` is the peak learning rate."""
     observation = (
         f"The weights hardly move: of those sampled (the larger half of some weights of the largest layers), a step "
         f"changes {share:.2%}, measured {SAMPLES} times up to step {step}."
     )
-    if isinstance(optimizer, TokenOptimizer) and optimizer.grad_norm is not None and not optimizer.grad_norm:
+    if _has_no_gradient(optimizer):
         cause = (
             "Likely cause: the gradient is zero, because the loss does not depend on them. Check whether the examples "
             "have labels other than -100, and whether the model's outputs are detached."
+        )
+    elif on_grid and _rounds_to_nearest(optimizer):
+        cause = (
+            "Likely cause: the weights are on a grid and stochastic_rounding is off, so an update below half the grid's "
+            f"spacing is rounded off, and at learning_rate {rate:g} most of them are. Set stochastic_rounding to true "
+            "(in a recipe, optimizer: {stochastic_rounding: true})."
         )
     elif bfloat16 and _rounds_to_nearest(optimizer):
         lost = f"an update below {_HALF_SPACING} of a weight is rounded off, and at learning_rate {rate:g} most of them are"

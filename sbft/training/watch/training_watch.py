@@ -155,14 +155,21 @@ class TrainingWatch(TrainerCallback):
             self._warned_of_stall = True
             assert self._movement is not None
             logger.warning(
-                message_of_stall(self._share, last_step, optimizer, _peak_rate(optimizer), self._movement.bfloat16)
+                message_of_stall(
+                    self._share,
+                    last_step,
+                    optimizer,
+                    _peak_rate(optimizer),
+                    self._movement.bfloat16,
+                    self._movement.on_grid,
+                )
             )
 
     def _is_stalled(self, optimizer: torch.optim.Optimizer) -> bool:
         assert self._movement is not None
         if len(self._changed) < SAMPLES or not self._movement.elements:
             return False
-        if not is_stall(self._share, optimizer, self._movement.bfloat16):
+        if not is_stall(self._share, optimizer, self._movement.bfloat16, self._movement.on_grid):
             self._have_moved = True
             return False
         first = self._losses.first_loss if self._began_at is None else self._began_at

@@ -15,6 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from sbft.data.collate import Collator
+from sbft.grid.codes import elements
+from sbft.grid.convert import put_on_grids
+from sbft.grid.weight import GridWeight
 from sbft.optim import Adafactor, AdamW
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.trainer import SmallBatchTrainer
@@ -149,6 +152,23 @@ def test_sampling_takes_views_and_transposed_weights_as_they_are() -> None:
     with torch.no_grad():
         layer.weight[largest // 4, largest % 4] = 0.0
     assert int(watch.after_step() or 0) == 1
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "int12"])
+def test_sampling_compares_values_on_a_grid(name: str) -> None:
+    layer = nn.Linear(64, 128, bias=False).to(torch.bfloat16)
+    put_on_grids(layer, name)
+    weight = layer.weight
+    assert isinstance(weight, GridWeight)
+    positions = torch.randperm(weight.numel())[:100]
+    assert torch.equal(elements(weight.quantized, positions), weight.dequantize(torch.float32).view(-1)[positions])
+    watch = MovementWatch(layer)
+    assert watch.on_grid and watch.elements == 512
+    watch.before_step()
+    assert int(watch.after_step() or 0) == 0
+    watch.before_step()
+    weight.scales.mul_(2)  # the codes stay
+    assert int(watch.after_step() or 0) == 512
 
 
 # In training
