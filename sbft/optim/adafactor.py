@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.group_settings import Average
+from sbft.optim.kernels import sliced
 from sbft.optim.kernels.blocks import version_of
-from sbft.optim.sharding import zeros_beside
+from sbft.optim.sharding import is_sharded, zeros_beside
 from sbft.optim.update import Update
+from sbft.optim.vocabulary import SlicedGradient
 
 FACTORED_FROM = 128
 SECOND_MOMENT = Average("second_moment_half_life", "beta2")
@@ -110,6 +112,14 @@ class Adafactor(TokenOptimizer):
             return self._weight(group, SECOND_MOMENT)
         return (self.clock.steps + 1.0) ** -group["beta2"]
 
+    def takes_slices(self, param: Tensor) -> bool:
+        """Whether the second moment of a matrix is factored, so that sums over its gradient are all that is kept."""
+        if param not in self._positions or self._captured or param.ndim != 2 or is_sharded(param):
+            return False
+        state = self.state.get(param)
+        group = self.param_groups[self._positions[param][0]]
+        return "row" in state if state else is_factored(param, group.get("min_dim_size_to_factor", FACTORED_FROM))
+
     def _init_state(self, param: Tensor, group: dict[str, Any], state: dict[str, Tensor]) -> None:
         # State dicts that were saved before the setting existed have none.
         init_factored_moment(param, state, group.get("min_dim_size_to_factor", FACTORED_FROM))
@@ -134,11 +144,16 @@ class Adafactor(TokenOptimizer):
         return grad_square_sum
 
 
+def is_factored(param: Tensor, smallest: int = FACTORED_FROM) -> bool:
+    """Whether a parameter's second moment is factored: none of its last two dimensions is below `smallest`."""
+    return param.ndim >= 2 and min(param.shape[-2:]) >= smallest
+
+
 def init_factored_moment(param: Tensor, state: dict[str, Tensor], smallest: int = FACTORED_FROM) -> None:
     """Put Adafactor's state of a parameter into an empty `state`; not factored where a dimension is below `smallest`."""
     if state:
         return
-    if param.ndim >= 2 and min(param.shape[-2:]) >= smallest:
+    if is_factored(param, smallest):
         state["row"] = zeros_beside(param, range(param.ndim - 1))
         # Where the rows (or columns) that one of them sums over are on several ranks, each of these has the whole average.
         state["column"] = zeros_beside(param, [*range(param.ndim - 2), param.ndim - 1])
@@ -162,7 +177,11 @@ def update_with_factored_moment(
     """
     param, grad, _, state, key, shard, kernels = update
     square_sums: tuple[float | Tensor, float | Tensor | None]
-    if "row" in state:
+    if isinstance(grad, SlicedGradient):
+        square_sums = sliced.adafactor_factored(
+            param, grad, state["row"], state["column"], state["mass"], weight_square_sum, kernels=kernels, key=key, **settings
+        )  # fmt: skip
+    elif "row" in state:
         square_sums = kernels.adafactor_factored(
             param, grad, state["row"], state["column"], state["mass"], weight_square_sum, key=key, shard=shard, **settings
         )  # fmt: skip

@@ -17,6 +17,7 @@ from sbft.optim.release import GradientRelease
 from sbft.optim.sharding import in_order_of, local, shard_of
 from sbft.optim.state import CLOCK, TokenClock
 from sbft.optim.update import OpenStep, Update
+from sbft.optim.vocabulary import SlicedGradient
 
 
 class TokenOptimizer(ClockedOptimizer):
@@ -41,6 +42,7 @@ class TokenOptimizer(ClockedOptimizer):
     _grad_norm: Tensor | None
     _nonfinite: int | Tensor
     _release: GradientRelease | None
+    _handed: dict[Tensor, SlicedGradient]  # gradients in slices that wait for their update
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         self.seed = int(seed)
@@ -129,7 +131,7 @@ class TokenOptimizer(ClockedOptimizer):
         self._require_tokens()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None or p in self._handed:
                     self._update_parameter(p)
         self._close_step()
         return loss
@@ -172,6 +174,7 @@ class TokenOptimizer(ClockedOptimizer):
         self._tokens_per_step = self._needs_tokens = None
         self._open_step.updated.clear()
         self._open_step.square_sums.clear()
+        self._handed.clear()
         self._kernels.clear()
 
     def take_open_step(self) -> OpenStep:
@@ -209,6 +212,28 @@ class TokenOptimizer(ClockedOptimizer):
         """Whether a `GradientRelease` is attached."""
         return self._release is not None and self._release.is_attached
 
+    # Gradients in slices
+
+    def takes_slices(self, param: Tensor) -> bool:
+        """Whether `hand_over` may give a parameter's gradient in slices."""
+        return False
+
+    def hand_over(self, param: Tensor, gradient: SlicedGradient) -> None:
+        """Give a parameter's whole gradient in slices, in place of `param.grad`; its next update uses and drops it.
+
+        Raises:
+            ValueError: if the optimizer takes no slices for it.
+        """
+        if not self.takes_slices(param):
+            raise ValueError(
+                f"{type(self).__name__} takes no gradient in slices for this parameter: see takes_slices()"
+            )
+        self._handed[param] = gradient
+
+    def handed_over(self, param: Tensor) -> SlicedGradient | None:
+        """What `hand_over` gave for a parameter that was not updated since."""
+        return self._handed.get(param)
+
     # Updates
 
     def update_parameter(self, param: Tensor) -> None:
@@ -224,21 +249,26 @@ class TokenOptimizer(ClockedOptimizer):
     def _update_parameter(self, param: Tensor) -> None:
         self._require_tokens()
         updated, square_sums = self._open_step
-        if param in updated:
+        handed = self._handed.pop(param, None) if self._handed else None
+        if param in updated and not (handed is None and param.grad is None):
             raise RuntimeError(
                 "a second backward ran before step(): with released gradients every backward is an update. Call step() after "
                 "each backward (discard_step() after one that failed); to accumulate gradients, train without "
                 "release_gradients()."
             )
-        grad = param.grad
-        if grad is None or param.numel() == 0:
-            return
-        if grad.is_sparse:
-            raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
-        shard = shard_of(param)
-        grad = grad if shard is None else local(in_order_of(grad, param))
-        if grad.ndim > 3 and not grad.is_contiguous():
-            grad = grad.contiguous()  # channels-last kernels of convolutions: no stack of matrices can be seen in them
+        grad: Tensor | SlicedGradient | None = handed
+        shard = None
+        if grad is None:
+            grad = param.grad
+            if grad is None or param.numel() == 0:
+                return
+            if grad.is_sparse:
+                raise RuntimeError("sparse gradients are not supported: build the embedding with sparse=False")
+            shard = shard_of(param)
+            grad = grad if shard is None else local(in_order_of(grad, param))
+            if grad.ndim > 3 and not grad.is_contiguous():
+                # Channels-last kernels of convolutions: no stack of matrices can be seen in them.
+                grad = grad.contiguous()
         group_index, index = self._positions[param]
         group = self.param_groups[group_index]
         key = self._noise_key(index) if group["stochastic_rounding"] and param.dtype == torch.bfloat16 else None
@@ -277,6 +307,7 @@ class TokenOptimizer(ClockedOptimizer):
         self._grad_norm = None
         self._nonfinite = 0
         self._release = None
+        self._handed = {}
 
 
 def _norm(square_sums: list[float | Tensor]) -> tuple[Tensor, int | Tensor]:

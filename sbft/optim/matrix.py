@@ -143,6 +143,7 @@ class MatrixOptimizer(TokenOptimizer):
 
     def _update_matrices(self, update: Update) -> Tensor:
         param, grad, group = update.param, update.grad, update.group
+        assert isinstance(grad, Tensor)  # it takes no slices
         weights, grads = matrices(param), matrices(grad)
         total = torch.stack([_square_sum(matrix) for matrix in grads]).sum().float()
         usable = total.isfinite()  # stays on the device, so that the host does not wait for a GPU

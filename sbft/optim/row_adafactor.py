@@ -37,6 +37,9 @@ class RowAdafactor(Adafactor):
             state["row"] = zeros_beside(param, range(param.ndim - 1))
             state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
+    def takes_slices(self, param: Tensor) -> bool:
+        return False
+
     def _update(self, update: Update) -> float | Tensor:
         param, grad, group, state, key, shard, kernels = update
         if param.ndim < 2:
@@ -46,6 +49,7 @@ class RowAdafactor(Adafactor):
                 f"RowAdafactor works on whole rows, and tensor parallelism has split those of a parameter of shape "
                 f"{tuple(shard.shape)} over several processes: use Adafactor, or shard the model with FSDP2"
             )
+        assert isinstance(grad, Tensor)  # it takes no slices
         row, mass = state["row"], state["mass"]
         w, g = matrices(param), matrices(grad)
         row_sum = torch.zeros(g.shape[:-1], dtype=torch.float32, device=param.device)

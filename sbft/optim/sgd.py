@@ -9,8 +9,10 @@ from torch import Tensor
 
 from sbft.optim.base import TokenOptimizer
 from sbft.optim.group_settings import Average
-from sbft.optim.sharding import zeros_beside
+from sbft.optim.kernels import sliced
+from sbft.optim.sharding import is_sharded, zeros_beside
 from sbft.optim.update import Update
+from sbft.optim.vocabulary import SlicedGradient
 
 _MOMENTUM = Average("momentum_half_life", "momentum", default_beta=0.0)
 
@@ -62,8 +64,17 @@ class SGD(TokenOptimizer):
             state["momentum"] = zeros_beside(param)
             state["mass"] = torch.zeros((), dtype=torch.float32, device=param.device)
 
+    def takes_slices(self, param: Tensor) -> bool:
+        """Whether a matrix is trained without momentum, which would be as large as its gradient."""
+        if param not in self._positions or self._captured or param.ndim != 2 or is_sharded(param):
+            return False
+        return not self._is_kept(self.param_groups[self._positions[param][0]], _MOMENTUM)
+
     def _update(self, update: Update) -> float | Tensor:
         param, grad, group, state, key, shard, kernels = update
+        if isinstance(grad, SlicedGradient):
+            settings = {"lr": self._rate(group), "weight_decay": group["weight_decay"], "key": key}
+            return sliced.sgd(param, grad, kernels=kernels, **settings)
         grad_square_sum: float | Tensor = kernels.sgd(
             param,
             grad,

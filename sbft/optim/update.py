@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sbft.optim.sharding import Shard
+from sbft.optim.vocabulary import SlicedGradient
 from sbft.rounding import Key
 
 
@@ -18,7 +19,7 @@ class Update(NamedTuple):
 
     Attributes:
         param: the weight, changed in place. Of a sharded parameter, this and all other tensors are the local parts.
-        grad: its gradient, of the same shape, with any strides.
+        grad: its gradient, of the same shape, with any strides; or in slices, if the optimizer takes those for it.
         group: settings of its parameter group.
         state: its state by name, float32, changed in place.
         key: noise key if the weight is rounded stochastically, else None.
@@ -27,7 +28,7 @@ class Update(NamedTuple):
     """
 
     param: Tensor
-    grad: Tensor
+    grad: Tensor | SlicedGradient
     group: dict[str, Any]
     state: dict[str, Tensor]
     key: Key | None

@@ -203,6 +203,11 @@ SETTINGS = (
         OPTIMIZERS, of_trainer=True, default=False,
     ),
     Setting(
+        "sliced_vocabulary", bool, None,
+        "Update embeddings and output head without making their whole gradient; default: on a CPU.",
+        ("adafactor", "sgd"), of_trainer=True,
+    ),
+    Setting(
         "max_skipped_steps", int, _COUNT, "Stop after this many steps in a row whose loss is not finite.",
         _ALL, of_trainer=True, default=20,
     ),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 
@@ -23,6 +25,7 @@ from sbft.training.checkpointing.sharded import ShardedCheckpoints, sharded_chec
 from sbft.training.foreign_optimizers import ForeignOptimizers
 from sbft.training.graphs.graphed_training import GraphedTraining
 from sbft.training.loss.logits_free import LogitsFreeLoss
+from sbft.training.loss.sliced_vocabulary import SlicedVocabulary
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from sbft.training.model_state import shard_again
 from sbft.training.model_weights import ModelWeights, tied_and_sharded
@@ -115,7 +118,7 @@ class SmallBatchMixin(
                 return super().train(*args, **kwargs)
         finally:
             self._attached.close()
-            self._tied = self._graphed = None
+            self._tied = self._sliced = self._graphed = None
             optimizer = self._token_optimizer
             if optimizer is not None:
                 optimizer.discard_step()  # an error or an interrupt may have left it half done
@@ -128,7 +131,12 @@ class SmallBatchMixin(
         optimizer = self._token_optimizer
         head = self._find_head()
         if head is not None and not self._is_sharded:
-            self._tied = self._attached.enter_context(TiedEmbedding(self.model, head))
+            slicing = optimizer if self._hands_over_slices(optimizer) else None
+            self._tied = self._attached.enter_context(TiedEmbedding(self.model, head, slicing))
+            if slicing is not None:
+                update = functools.partial(self._update_in_backward, slicing)
+                sliced = SlicedVocabulary(self.model, head, slicing, self._tied, update)
+                self._sliced = self._attached.enter_context(sliced)
         self._resume_counters()
         self._check_optimizer()
         if optimizer is None:
@@ -146,6 +154,21 @@ class SmallBatchMixin(
             self._hook_parameters(optimizer, self._update_ends)
             if self.args.cuda_graphs and self.args.device.type == "cuda":
                 self._start_graphs(optimizer, head)
+
+    def _hands_over_slices(self, optimizer: TokenOptimizer | None) -> bool:
+        """Whether gradients of embeddings may reach the optimizer in slices: where this trainer releases gradients."""
+        wanted = self.args.sliced_vocabulary
+        if wanted is None:
+            wanted = self.args.device.type == "cpu"
+        released = optimizer is not None and self.args.gradient_release and not optimizer.releases_gradients
+        return bool(wanted and released and not self.args.cuda_graphs)
+
+    def _update_in_backward(self, optimizer: TokenOptimizer, parameter: Tensor) -> None:
+        self._update_begins()
+        try:
+            optimizer.update_parameter(parameter)
+        finally:
+            self._update_ends()
 
     def _hook_parameters(self, optimizer: TokenOptimizer, hook: Any) -> None:
         for group in optimizer.param_groups:

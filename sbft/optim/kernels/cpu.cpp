@@ -295,187 +295,338 @@ double global_sum(const Settings& s, double value) {
 
 // One matrix or a stack of them, second moment factored
 
+// Runs of a gradient's rows that have any entry, from a table of them; the others are zeros.
+template <class G>
+struct SomeRows {
+    const G* data;         // (entries, columns)
+    const int32_t* place;  // of each row in `data`; -1 where it has none
+    const G* zeros;        // columns of them
+    bool decays;           // whether rows of zeros move as well
+
+    static constexpr int ROWS = Gradient<G>::ROWS;
+    static constexpr int64_t column_stride = 1;
+
+    void rows(int64_t, int64_t r, int n, int64_t columns, G*, const G** out) const {
+        for (int i = 0; i < n; i++) out[i] = place[r + i] < 0 ? zeros : data + place[r + i] * columns;
+    }
+    bool moves(int64_t r) const { return decays || place[r] >= 0; }
+    bool any(int64_t r, int n) const {
+        for (int i = 0; i < n; i++)
+            if (place[r + i] >= 0) return true;
+        return false;
+    }
+};
+
+template <class G>
+bool any(const SomeRows<G>& grad, int64_t r, int n) { return grad.any(r, n); }
+template <class G>
+bool any(const Gradient<G>&, int64_t, int) { return true; }
+template <class G>
+bool moves(const SomeRows<G>& grad, int64_t r) { return grad.moves(r); }
+template <class G>
+constexpr bool moves(const Gradient<G>&, int64_t) { return true; }
+
+// The update in phases. Each but the short ones in between works part by part, so that a gradient may exist in parts only:
+// `sum_part` for all, `add_columns` for all columns, `finish_sums`, `factors`, `square_part` for all, `choose_step`, and
+// `move_part` for all.
+template <class W, class G>
+struct Factored {
+    static constexpr int ROWS = Gradient<G>::ROWS;
+
+    W weight;
+    int64_t stack, rows, columns;
+    float *row, *column, *mass;
+    double known_sum;  // of the squared weights; negative if unknown
+    Settings s;
+    int64_t count;
+    Parts parts;
+    int64_t shared;
+    Scratch scratch;
+    float *column_parts, *row_factor, *column_factor;  // the factors hold the sums first
+    double *sums, *update_sums, *weight_sums, *message, *row_totals;
+    double grad_sum = 0;
+    float step = 0;
+    bool prefetch_weight;
+
+    Factored(W weight, int64_t stack, int64_t rows, int64_t columns, float* row, float* column, float* mass,
+             double known_sum, const Settings& s)
+        : weight(weight), stack(stack), rows(rows), columns(columns), row(row), column(column), mass(mass),
+          known_sum(known_sum), s(s), count(stack * rows * columns),
+          parts(Parts::of_matrices(stack, rows, columns, std::max<int64_t>(512 << 10, W::size_bytes(count) / 200))),
+          shared(s.shard.sum ? stack * (s.shard.columns_split ? rows : columns) + 2 : 0),
+          scratch(parts.total * (columns * 4 + 3 * 8 + 512) + stack * (rows + columns) * 4 * 2 + (shared + stack) * 8 + 1024) {
+        column_parts = scratch.template take<float>(parts.total * columns);
+        sums = scratch.template take<double>(parts.total);
+        update_sums = scratch.template take<double>(parts.total);
+        weight_sums = scratch.template take<double>(parts.total);
+        row_factor = scratch.template take<float>(stack * rows);
+        column_factor = scratch.template take<float>(stack * columns);
+        message = scratch.template take<double>(shared);
+        row_totals = scratch.template take<double>(stack);
+        // Where gradient and weight fit in the second-level caches, the weight is fetched while the squared update is summed.
+        prefetch_weight = W::size_bytes(count) + count * (int64_t)sizeof(G) <= s.threads * (int64_t)(3 << 19);
+    }
+
+    // Calls `run(b, r, n)` for rows r .. r + n of matrix b, all that are in a part.
+    template <class F>
+    INLINE void for_rows(int64_t p, F run) const {
+        const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
+        const int64_t end = std::min(begin + parts.rows_each, rows);
+        for (int64_t r = begin; r < end; r += ROWS) run(b, r, (int)std::min<int64_t>(ROWS, end - r));
+    }
+
+    // Sums of the squared gradient over rows and columns, one read.
+    template <class S>
+    void sum_part(int64_t p, const S& grad, G* buffer) {
+        const int64_t columns = this->columns, rows = this->rows;
+        float *columns_here = column_parts + p * columns, *row_sums = row_factor;
+        double part_sum = 0;
+        for_rows(p, [&](int64_t b, int64_t r, int n) INLINE {
+            if (!any(grad, r, n)) return;  // the sums of its rows are zero already
+            const G* g[ROWS];
+            grad.rows(b, r, n, columns, buffer, g);
+            F16 row_total[ROWS] = {};
+            auto add = [&](int64_t c, int64_t width, int rows_now) INLINE {
+                F16 column_total = {};
+                for (int i = 0; i < rows_now; i++) {
+                    F16 v = load_any(g[i] + c, width);
+                    v *= v;
+                    row_total[i] += v;
+                    column_total += v;
+                }
+                column_total += load_any(columns_here + c, width);
+                memcpy(columns_here + c, &column_total, std::min<int64_t>(width, LANES) * sizeof(float));
+            };
+            int64_t c = 0;
+            if (n == ROWS)
+                for (; c + LANES <= columns; c += LANES) {
+                    add(c, LANES, ROWS);
+                    // The next rows: eight short streams side by side are too many for the hardware's prefetcher.
+                    for (int i = 0; i < ROWS && c % CACHE_LINE<G> == 0; i++) __builtin_prefetch(g[i] + c + ROWS * columns);
+                }
+            for (; c < columns; c += LANES) add(c, columns - c, n);
+            for (int i = 0; i < n; i++) {
+                row_sums[b * rows + r + i] = sum(row_total[i]);
+                part_sum += row_sums[b * rows + r + i];
+            }
+        });
+        sums[p] = part_sum;
+    }
+
+    void add_columns(int64_t i) {
+        const float* from = column_parts + i / columns * parts.per_matrix * columns + i % columns;
+        float total = 0;
+        for (int64_t p = 0; p < parts.per_matrix; p++) total += from[p * columns];
+        column_factor[i] = total;
+    }
+
+    // Sums over ranks, and whether the gradient is finite.
+    bool finish_sums() {
+        const Shard& shard = s.shard;
+        grad_sum = (float)ordered_sum(sums, parts.total);
+        if (shard.sum) {
+            const int64_t split = shard.rows_split ? stack * columns : shard.columns_split ? stack * rows : 0;
+            float* sums_here = shard.columns_split ? row_factor : column_factor;
+            for (int64_t i = 0; i < split; i++) message[i] = sums_here[i];
+            message[split] = grad_sum;
+            shard.sum(message, split + 1);
+            for (int64_t i = 0; i < split; i++) sums_here[i] = (float)message[i];
+            grad_sum = (float)message[split];
+        }
+        return std::isfinite(grad_sum);
+    }
+
+    // The averages, and what a gradient is multiplied with.
+    void factors() {
+        const Shard& shard = s.shard;
+        const float w_average = (float)s.average_weight, eps = (float)s.eps;
+        average(mass, 1.0f, w_average);
+        for (int64_t i = 0; i < stack * columns; i++) {
+            average(column + i, column_factor[i] / (float)shard.rows + eps, w_average);
+            column_factor[i] = 1.0f / std::sqrt(column[i] / *mass);
+        }
+        for (int64_t b = 0; b < stack; b++) {
+            for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
+                average(row + r, row_factor[r] / (float)shard.columns + eps, w_average);
+                row_totals[b] += row[r];
+            }
+        }
+        if (shard.sum && shard.rows_split) shard.sum(row_totals, stack);
+        for (int64_t b = 0; b < stack; b++) {
+            const float mean = (float)(row_totals[b] / (double)shard.rows);
+            for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
+                row_factor[r] = 1.0f / std::sqrt(std::max(row[r] / mean, SMALLEST_RATIO));
+            }
+        }
+    }
+
+    // Sum of the squared update, and of the weights where the last update did not leave it.
+    template <class S>
+    void square_part(int64_t p, const S& grad, G* buffer) {
+        const int64_t columns = this->columns, rows = this->rows;
+        const bool measures = s.relative_step && known_sum < 0, prefetches = prefetch_weight;
+        const float *row_factor = this->row_factor, *column_factor = this->column_factor;
+        double update_sum = 0, weight_sum = 0;
+        for_rows(p, [&](int64_t b, int64_t r, int n) INLINE {
+            const float* cf = column_factor + b * columns;
+            const bool has_entries = any(grad, r, n);
+            if (!has_entries && !measures) return;
+            const G* g[ROWS];
+            grad.rows(b, r, n, columns, buffer, g);
+            F16 total[4] = {};
+            for (int i = 0; i < n; i++) {
+                const F16 rf = splat(row_factor[b * rows + r + i]);
+                if (prefetches) weight.prefetch((b * rows + r + i) * columns, columns);
+                int64_t c = 0;
+                for (; has_entries && c + 4 * LANES <= columns; c += 4 * LANES)
+                    for (int k = 0; k < 4; k++) {
+                        F16 u = load(g[i] + c + k * LANES) * rf * load(cf + c + k * LANES);
+                        total[k] += u * u;
+                    }
+                for (; has_entries && c < columns; c += LANES) {
+                    F16 u = load_any(g[i] + c, columns - c) * rf * load_any(cf + c, columns - c);
+                    total[0] += u * u;
+                }
+                if (measures) {
+                    const int64_t origin = (b * rows + r + i) * columns;
+                    weight_sum += weight.square_sum(origin, columns, s.shard.global(origin, columns));
+                }
+            }
+            update_sum += sum(total[0] + total[1] + (total[2] + total[3]));
+        });
+        update_sums[p] = update_sum;
+        weight_sums[p] = weight_sum;
+    }
+
+    void choose_step() {
+        if (known_sum < 0) known_sum = ordered_sum(weight_sums, parts.total);
+        step = global_step_size(s, ordered_sum(update_sums, parts.total), known_sum);
+    }
+
+    // The new weights, rounded, and their sum of squares.
+    template <class S>
+    void move_part(int64_t p, const S& grad, G* buffer) {
+        const int64_t columns = this->columns, rows = this->rows;
+        const Motion motion = s.motion(step);
+        const float *row_factor = this->row_factor, *column_factor = this->column_factor;
+        double weight_sum = 0;
+        for_rows(p, [&](int64_t b, int64_t r, int n) INLINE {
+            const float* cf = column_factor + b * columns;
+            const G* g[ROWS];
+            grad.rows(b, r, n, columns, buffer, g);
+            for (int i = 0; i < n; i++) {
+                const int64_t origin = (b * rows + r + i) * columns;
+                const F16 rf = splat(row_factor[b * rows + r + i]);
+                const G* gi = g[i];
+                const int64_t index = s.shard.global(origin, columns);
+                if (!moves(grad, r + i)) {
+                    if (s.relative_step) weight_sum += weight.square_sum(origin, columns, index);
+                    continue;
+                }
+                weight_sum += weight.move(origin, columns, index, motion, [=](int64_t c, int64_t m) INLINE {
+                    return load_any(gi + c, m) * rf * load_any(cf + c, m);
+                });
+            }
+        });
+        weight_sums[p] = weight_sum;
+    }
+
+    double new_weight_sum() const { return s.relative_step ? ordered_sum(weight_sums, parts.total) : -1.0; }
+};
+
 template <class W, class G>
 double adafactor_factored(W weight, const Gradient<G>& grad, int64_t stack, int64_t rows, int64_t columns, float* row,
                           float* column, float* mass, double* weight_sum, const Settings& s) {
-    const int64_t count = stack * rows * columns;
-    const Shard& shard = s.shard;
-    const int64_t budget = std::max<int64_t>(512 << 10, W::size_bytes(count) / 200);
-    const Parts parts = Parts::of_matrices(stack, rows, columns, budget);
+    Factored<W, G> work(weight, stack, rows, columns, row, column, mass, *weight_sum, s);
     const bool gathered = grad.column_stride != 1;
-    const int64_t shared = shard.sum ? stack * (shard.columns_split ? rows : columns) + 2 : 0;
-    Scratch scratch(parts.total * (columns * 4 + 3 * 8 + 512) + stack * (rows + columns) * 4 * 2 + (shared + stack) * 8 + 1024);
-    float* column_parts = scratch.take<float>(parts.total * columns);
-    double* sums = scratch.take<double>(parts.total);
-    double* update_sums = scratch.take<double>(parts.total);
-    double* weight_sums = scratch.take<double>(parts.total);
-    float* row_factor = scratch.take<float>(stack * rows);  // holds the row sums first
-    float* column_factor = scratch.take<float>(stack * columns);
-    double* message = scratch.take<double>(shared);
-    double* row_totals = scratch.take<double>(stack);
-    double grad_sum = 0, known_sum = *weight_sum;
-    float step = 0;
-    const float w_average = (float)s.average_weight, eps = (float)s.eps;
-    // Where gradient and weight fit in the second-level caches, the weight is fetched while the squared update is summed.
-    const bool prefetch_weight = W::size_bytes(count) + count * (int64_t)sizeof(G) <= s.threads * (int64_t)(3 << 19);
+    bool usable = false;
 
 #pragma omp parallel num_threads(s.threads)
     {
         G* buffer = gathered ? (G*)malloc(Gradient<G>::ROWS * columns * sizeof(G)) : nullptr;
-        const G* g[Gradient<G>::ROWS];
-
-        // Sums of the squared gradient over rows and columns, one read.
 #pragma omp for schedule(static)
-        for (int64_t p = 0; p < parts.total; p++) {
-            const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
-            const int64_t end = std::min(begin + parts.rows_each, rows);
-            float* columns_here = column_parts + p * columns;
-            for (int64_t r = begin; r < end; r += Gradient<G>::ROWS) {
-                const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
-                grad.rows(b, r, n, columns, buffer, g);
-                F16 row_total[Gradient<G>::ROWS] = {};
-                auto add = [&](int64_t c, int64_t width, int rows_now) INLINE {
-                    F16 column_total = {};
-                    for (int i = 0; i < rows_now; i++) {
-                        F16 v = load_any(g[i] + c, width);
-                        v *= v;
-                        row_total[i] += v;
-                        column_total += v;
-                    }
-                    column_total += load_any(columns_here + c, width);
-                    memcpy(columns_here + c, &column_total, std::min<int64_t>(width, LANES) * sizeof(float));
-                };
-                int64_t c = 0;
-                if (n == Gradient<G>::ROWS)
-                    for (; c + LANES <= columns; c += LANES) {
-                        add(c, LANES, Gradient<G>::ROWS);
-                        // The next rows: eight short streams side by side are too many for the hardware's prefetcher.
-                        for (int i = 0; i < Gradient<G>::ROWS && c % CACHE_LINE<G> == 0; i++)
-                            __builtin_prefetch(g[i] + c + Gradient<G>::ROWS * columns);
-                    }
-                for (; c < columns; c += LANES) add(c, columns - c, n);
-                for (int i = 0; i < n; i++) {
-                    row_factor[b * rows + r + i] = sum(row_total[i]);
-                    sums[p] += row_factor[b * rows + r + i];
-                }
-            }
-        }
-
+        for (int64_t p = 0; p < work.parts.total; p++) work.sum_part(p, grad, buffer);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < stack * columns; i++) {
-            const float* from = column_parts + i / columns * parts.per_matrix * columns + i % columns;
-            float total = 0;
-            for (int64_t p = 0; p < parts.per_matrix; p++) total += from[p * columns];
-            column_factor[i] = total;
-        }
-
+        for (int64_t i = 0; i < stack * columns; i++) work.add_columns(i);
 #pragma omp master
         {
-            grad_sum = (float)ordered_sum(sums, parts.total);
-            if (shard.sum) {
-                const int64_t split = shard.rows_split ? stack * columns : shard.columns_split ? stack * rows : 0;
-                float* sums_here = shard.columns_split ? row_factor : column_factor;
-                for (int64_t i = 0; i < split; i++) message[i] = sums_here[i];
-                message[split] = grad_sum;
-                shard.sum(message, split + 1);
-                for (int64_t i = 0; i < split; i++) sums_here[i] = (float)message[i];
-                grad_sum = (float)message[split];
-            }
+            usable = work.finish_sums();
+            if (usable) work.factors();
         }
 #pragma omp barrier
-
-        if (std::isfinite(grad_sum)) {
-            // The averages, and what a gradient is multiplied with.
-#pragma omp master
-            {
-                average(mass, 1.0f, w_average);
-                for (int64_t i = 0; i < stack * columns; i++) {
-                    average(column + i, column_factor[i] / (float)shard.rows + eps, w_average);
-                    column_factor[i] = 1.0f / std::sqrt(column[i] / *mass);
-                }
-                for (int64_t b = 0; b < stack; b++) {
-                    for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
-                        average(row + r, row_factor[r] / (float)shard.columns + eps, w_average);
-                        row_totals[b] += row[r];
-                    }
-                }
-                if (shard.sum && shard.rows_split) shard.sum(row_totals, stack);
-                for (int64_t b = 0; b < stack; b++) {
-                    const float mean = (float)(row_totals[b] / (double)shard.rows);
-                    for (int64_t r = b * rows; r < (b + 1) * rows; r++) {
-                        row_factor[r] = 1.0f / std::sqrt(std::max(row[r] / mean, SMALLEST_RATIO));
-                    }
-                }
-            }
-#pragma omp barrier
-
-            // Sum of the squared update, and of the weights where the last update did not leave it.
+        if (usable) {
 #pragma omp for schedule(static)
-            for (int64_t p = 0; p < parts.total; p++) {
-                const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
-                const int64_t end = std::min(begin + parts.rows_each, rows);
-                const float* cf = column_factor + b * columns;
-                for (int64_t r = begin; r < end; r += Gradient<G>::ROWS) {
-                    const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
-                    grad.rows(b, r, n, columns, buffer, g);
-                    F16 total[4] = {};
-                    for (int i = 0; i < n; i++) {
-                        const F16 rf = splat(row_factor[b * rows + r + i]);
-                        if (prefetch_weight) weight.prefetch((b * rows + r + i) * columns, columns);
-                        int64_t c = 0;
-                        for (; c + 4 * LANES <= columns; c += 4 * LANES)
-                            for (int k = 0; k < 4; k++) {
-                                F16 u = load(g[i] + c + k * LANES) * rf * load(cf + c + k * LANES);
-                                total[k] += u * u;
-                            }
-                        for (; c < columns; c += LANES) {
-                            F16 u = load_any(g[i] + c, columns - c) * rf * load_any(cf + c, columns - c);
-                            total[0] += u * u;
-                        }
-                        if (s.relative_step && known_sum < 0) {
-                            const int64_t origin = (b * rows + r + i) * columns;
-                            weight_sums[p] += weight.square_sum(origin, columns, shard.global(origin, columns));
-                        }
-                    }
-                    update_sums[p] += sum(total[0] + total[1] + (total[2] + total[3]));
-                }
-            }
-
+            for (int64_t p = 0; p < work.parts.total; p++) work.square_part(p, grad, buffer);
 #pragma omp master
-            {
-                if (known_sum < 0) known_sum = ordered_sum(weight_sums, parts.total);
-                step = global_step_size(s, ordered_sum(update_sums, parts.total), known_sum);
-            }
+            work.choose_step();
 #pragma omp barrier
-
-            // The new weights, rounded, and their sum of squares.
-            const Motion motion = s.motion(step);
 #pragma omp for schedule(static)
-            for (int64_t p = 0; p < parts.total; p++) {
-                const int64_t b = p / parts.per_matrix, begin = p % parts.per_matrix * parts.rows_each;
-                const int64_t end = std::min(begin + parts.rows_each, rows);
-                const float* cf = column_factor + b * columns;
-                weight_sums[p] = 0;
-                for (int64_t r = begin; r < end; r += Gradient<G>::ROWS) {
-                    const int n = (int)std::min<int64_t>(Gradient<G>::ROWS, end - r);
-                    grad.rows(b, r, n, columns, buffer, g);
-                    for (int i = 0; i < n; i++) {
-                        const int64_t origin = (b * rows + r + i) * columns;
-                        const F16 rf = splat(row_factor[b * rows + r + i]);
-                        const G* gi = g[i];
-                        const int64_t index = shard.global(origin, columns);
-                        weight_sums[p] += weight.move(origin, columns, index, motion, [=](int64_t c, int64_t m) INLINE {
-                            return load_any(gi + c, m) * rf * load_any(cf + c, m);
-                        });
-                    }
-                }
-            }
+            for (int64_t p = 0; p < work.parts.total; p++) work.move_part(p, grad, buffer);
         }
         free(buffer);
     }
-    if (std::isfinite(grad_sum)) *weight_sum = s.relative_step ? ordered_sum(weight_sums, parts.total) : -1.0;
-    return grad_sum;
+    if (usable) *weight_sum = work.new_weight_sum();
+    return work.grad_sum;
 }
+
+// The same update of one matrix, called phase by phase, whose gradient is there for a few parts at a time.
+struct Slices {
+    int64_t parts_total = 0, rows_each = 0;
+    virtual ~Slices() {}
+    // Of parts first .. last: either their rows, or a table of some rows of the whole gradient.
+    virtual void sums(int64_t first, int64_t last, const void* grad, const int32_t* place) = 0;
+    virtual void squares(int64_t first, int64_t last, const void* grad, const int32_t* place) = 0;
+    virtual void moves(int64_t first, int64_t last, const void* grad, const int32_t* place) = 0;
+    virtual double factors() = 0;  // the sum of the squared gradient; nothing is changed if it is not finite
+    virtual void choose_step() = 0;
+    virtual double new_weight_sum() = 0;
+};
+
+template <class W, class G>
+struct SlicesOf final : Slices {
+    Factored<W, G> work;
+    Scratch zeros;
+
+    SlicesOf(W weight, int64_t rows, int64_t columns, float* row, float* column, float* mass, double known_sum,
+             const Settings& s)
+        : work(weight, 1, rows, columns, row, column, mass, known_sum, s), zeros((columns + 64) * sizeof(G)) {
+        parts_total = work.parts.total;
+        rows_each = work.parts.rows_each;
+        work.prefetch_weight = false;
+    }
+
+    template <class F>
+    void for_parts(int64_t first, int64_t last, const void* grad, const int32_t* place, F run) {
+        const int64_t columns = work.columns;
+        const G* data = (const G*)grad;
+        if (place) {
+            const SomeRows<G> some{data, place, (const G*)zeros.data, work.s.weight_decay != 0};
+#pragma omp parallel for schedule(static) num_threads(work.s.threads)
+            for (int64_t p = first; p < last; p++) run(p, some);
+            return;
+        }
+        const Gradient<G> whole{data - first * work.parts.rows_each * columns, 0, columns, 1};
+#pragma omp parallel for schedule(static) num_threads(work.s.threads)
+        for (int64_t p = first; p < last; p++) run(p, whole);
+    }
+
+    void sums(int64_t first, int64_t last, const void* grad, const int32_t* place) override {
+        for_parts(first, last, grad, place, [&](int64_t p, const auto& g) { work.sum_part(p, g, nullptr); });
+    }
+    void squares(int64_t first, int64_t last, const void* grad, const int32_t* place) override {
+        for_parts(first, last, grad, place, [&](int64_t p, const auto& g) { work.square_part(p, g, nullptr); });
+    }
+    void moves(int64_t first, int64_t last, const void* grad, const int32_t* place) override {
+        for_parts(first, last, grad, place, [&](int64_t p, const auto& g) { work.move_part(p, g, nullptr); });
+    }
+    double factors() override {
+        for (int64_t i = 0; i < work.columns; i++) work.add_columns(i);
+        if (work.finish_sums()) work.factors();
+        return work.grad_sum;
+    }
+    void choose_step() override { work.choose_step(); }
+    double new_weight_sum() override { return work.new_weight_sum(); }
+};
 
 // Updates with a state per element
 
@@ -667,6 +818,46 @@ double sbft_adafactor_factored(Call* c) {
                               &c->weight_sum, settings(*c));
     FOR_DTYPES(CALL)
 #undef CALL
+}
+
+// Begins an update of a matrix whose gradient is there in slices of its rows; `sbft_slices_end` ends it. Writes the number of
+// parts and the rows of each.
+void* sbft_slices_begin(Call* c, int64_t* parts_and_rows) {
+    Slices* slices = nullptr;
+#define CALL(G)                                                                                                       \
+    {                                                                                                                 \
+        const auto weight = WEIGHT(G);                                                                                \
+        slices = new SlicesOf<decltype(WEIGHT(G)), G>(weight, c->rows, c->columns, c->row, c->column, c->mass,        \
+                                                      c->weight_sum, settings(*c));                                   \
+    }
+    FOR_DTYPES(CALL)
+#undef CALL
+    parts_and_rows[0] = slices->parts_total;
+    parts_and_rows[1] = slices->rows_each;
+    return slices;
+}
+
+void sbft_slices_sums(void* slices, int64_t first, int64_t last, const void* grad, const int32_t* place) {
+    ((Slices*)slices)->sums(first, last, grad, place);
+}
+
+double sbft_slices_factors(void* slices) { return ((Slices*)slices)->factors(); }
+
+void sbft_slices_squares(void* slices, int64_t first, int64_t last, const void* grad, const int32_t* place) {
+    ((Slices*)slices)->squares(first, last, grad, place);
+}
+
+void sbft_slices_choose_step(void* slices) { ((Slices*)slices)->choose_step(); }
+
+void sbft_slices_moves(void* slices, int64_t first, int64_t last, const void* grad, const int32_t* place) {
+    ((Slices*)slices)->moves(first, last, grad, place);
+}
+
+// Frees it, and returns the sum of the squared new weights, negative if it was not taken.
+double sbft_slices_end(void* slices) {
+    const double total = ((Slices*)slices)->new_weight_sum();
+    delete (Slices*)slices;
+    return total;
 }
 
 double sbft_adafactor_full(Call* c) {

@@ -26,6 +26,7 @@ from sbft.native import compiling
 from sbft.optim.kernels.blocks import Key, Weight, matrices, stored
 from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
+from sbft.optim.vocabulary import SlicedGradient
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _ELEMENTS_PER_THREAD = 1 << 15  # below this, waking a second thread costs more than it saves
@@ -35,8 +36,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 # The argument of every compiled function, `struct Call` in cpu.cpp. Packed, not a ctypes.Structure: setting its 34 fields one
 # by one takes longer than updating the weight of a layer norm.
-_CALL = struct.Struct("@9P10q7d6i2I")
-_CALL_MEMORY = ctypes.c_char * _CALL.size
+CALL = struct.Struct("@9P10q7d6i2I")
+CALL_MEMORY = ctypes.c_char * CALL.size
 _PLANES_MEMORY = ctypes.c_char * grid.PLANES.size
 _WEIGHT_SUM = struct.Struct("@d")
 _WEIGHT_SUM_OFFSET = struct.calcsize("@9P10q")
@@ -76,6 +77,14 @@ def load(path: Path) -> ctypes.CDLL:
         ctypes.c_uint32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
     compiled.sbft_noise.restype = None
+    handle, part, pointer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p
+    compiled.sbft_slices_begin.argtypes, compiled.sbft_slices_begin.restype = [pointer, pointer], handle
+    for name in ("sums", "squares", "moves"):
+        function = getattr(compiled, f"sbft_slices_{name}")
+        function.argtypes, function.restype = [handle, part, part, pointer, pointer], None
+    for name, result in (("factors", ctypes.c_double), ("choose_step", None), ("end", ctypes.c_double)):
+        function = getattr(compiled, f"sbft_slices_{name}")
+        function.argtypes, function.restype = [handle], result
     return compiled
 
 
@@ -85,7 +94,7 @@ def build(bits: int = 0, folder: Path | None = None, flags: Sequence[str] = grid
     return compiling.build(_SOURCE, [*flags, *defined], facts=grid.facts(), folder=folder)
 
 
-def _covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
+def covers(weight: Weight, grad: Tensor | SlicedGradient, shard: Shard | None) -> bool:
     """Whether the compiled code can do this update; otherwise the reference does."""
     weight = stored(weight)
     if isinstance(weight, Quantized):
@@ -96,10 +105,11 @@ def _covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
         usual = weight.is_contiguous() and grad.dtype == weight.dtype
     # It sums over all other ranks, not apart over those with other rows and those with other columns.
     one_cut = shard is None or shard.over_rows is None
-    return usual and one_cut and weight.numel() > 0 and library(_bits(weight)) is not None
+    return usual and one_cut and weight.numel() > 0 and library(bits_of(weight)) is not None
 
 
-def _bits(weight: Weight) -> int:
+def bits_of(weight: Weight) -> int:
+    """Those of a weight's grid; 0 for float32 and bfloat16."""
     return weight.grid.bits if isinstance(weight, Quantized) else 0
 
 
@@ -124,6 +134,14 @@ class _SumOverRanks:
         del self._function  # breaks the cycle with this object
         if self._error is not None:
             raise self._error
+
+
+def address_of(memory: Weight) -> tuple[int, object]:
+    """Where compiled code finds a weight, and what has to live as long as it reads there."""
+    if isinstance(memory, Quantized):
+        planes = _PLANES_MEMORY.from_buffer_copy(grid.planes(memory))
+        return ctypes.addressof(planes), planes
+    return memory.data_ptr(), None
 
 
 State = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -164,13 +182,9 @@ def _run(
         sums, split = _SumOverRanks(shard), (shard.rows_split, shard.columns_split)
         rows, columns = shard.shape[0] if split[0] else geometry[1], shard.shape[-1] if split[1] else geometry[2]
         whole = (shard.offset, rows, columns, shard.count)
-    if isinstance(memory, Quantized):
-        planes = _PLANES_MEMORY.from_buffer_copy(grid.planes(memory))
-        address = ctypes.addressof(planes)
-    else:
-        address = memory.data_ptr()
-    call = _CALL_MEMORY.from_buffer_copy(
-        _CALL.pack(
+    address, _planes = address_of(memory)
+    call = CALL_MEMORY.from_buffer_copy(
+        CALL.pack(
             address,
             grad.data_ptr(),
             *[0 if tensor is None else tensor.data_ptr() for tensor in state],
@@ -183,7 +197,7 @@ def _run(
             *(key or (0, 0)),
         )
     )
-    grad_square_sum: float = getattr(library(_bits(memory)), function)(call)
+    grad_square_sum: float = getattr(library(bits_of(memory)), function)(call)
     if sums is not None:
         sums.check()
     if isinstance(weight, Tensor):
@@ -192,7 +206,7 @@ def _run(
     return grad_square_sum, new_sum if new_sum >= 0 else None
 
 
-@or_reference(_covers)
+@or_reference(covers)
 def adafactor_factored(
     weight: Weight,
     grad: Tensor,
@@ -212,7 +226,7 @@ def adafactor_factored(
     )
 
 
-@or_reference(_covers)
+@or_reference(covers)
 def adafactor_full(
     weight: Weight,
     grad: Tensor,
@@ -229,7 +243,7 @@ def adafactor_full(
     return _run("sbft_adafactor_full", weight, grad, state, key, shard, weight_square_sum=weight_square_sum, **settings)
 
 
-@or_reference(_covers)
+@or_reference(covers)
 def adamw(
     weight: Weight,
     grad: Tensor,
@@ -248,7 +262,7 @@ def adamw(
     return _run("sbft_adamw", weight, grad, state, key, shard, average_weight=second_weight, **settings)[0]
 
 
-@or_reference(_covers)
+@or_reference(covers)
 def sgd(
     weight: Weight,
     grad: Tensor,

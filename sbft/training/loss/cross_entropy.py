@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from sbft.grid.tensor import GridTensor
 from sbft.native.device_type import device_type
 from sbft.native.huge_pages import in_huge_pages
+from sbft.optim.vocabulary import OuterProduct
 from sbft.training.loss.token_statistics import StatisticsOfSlices, TokenStatistics
 
 # 64 MiB of float32, 341 rows of a 49152-token vocabulary. One piece needs three products of the head's size, and slices need
@@ -35,6 +36,10 @@ _SMALLEST_SLICE = 256
 # 8 MiB of bfloat16, and where launching costs more than memory 32.
 DENSE_ELEMENTS, GPU_DENSE_ELEMENTS = 2**22, 2**24
 """Of a head on a grid, how many weights are dense at once."""
+
+
+Receiver = Callable[[OuterProduct], None]
+"""What is done with the gradient of a head that autograd does not get."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ def linear_cross_entropy(
     weight_elements: int | None = None,
     part: VocabularyPart | None = None,
     statistics: TokenStatistics | None = None,
+    receiver: Receiver | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of `softcap(scale * (hidden @ weight.T + bias))` and `labels`, divided by `num_items`.
 
@@ -83,6 +89,8 @@ def linear_cross_entropy(
         part: which rows of the vocabulary `weight` and `bias` are, if it is sharded. `hidden` and `labels` are the same on all
             ranks.
         statistics: filled in, which costs a few passes over the logits.
+        receiver: called in backward with the gradient of `weight` as a product, in place of autograd, which gets none. It may
+            change `weight`. Not called where the two factors are not much smaller than the gradient, nor under autocast.
 
     Returns:
         float32 of shape (); differentiable once with respect to `hidden`, `weight` and `bias`.
@@ -118,6 +126,7 @@ def linear_cross_entropy(
         part,
         torch.is_grad_enabled(),
         None if statistics is None else StatisticsOfSlices(statistics, counted),
+        receiver if part is None and weight.dtype == dtype and 2 * hidden.shape[0] <= hidden.shape[1] else None,
     )
 
 
@@ -137,11 +146,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         part: VocabularyPart | None,
         needs_grad: bool,
         gathered: StatisticsOfSlices | None,
+        receiver: Receiver | None,
     ) -> Tensor:
         rows, vocabulary = hidden.shape[0], weight.shape[0]
         ctx.has_bias = bias is not None
         ctx.settings = (weight_of_row, scale, softcap)
-        ctx.part, ctx.weight_rows = part, weight_rows
+        ctx.part, ctx.weight_rows, ctx.receiver = part, weight_rows, receiver
         if part is None and rows * vocabulary <= piece_elements:
             loss, grad_logits = _one_piece(
                 hidden, weight, bias, labels, weight_of_row, scale, softcap, needs_grad, gathered, weight_rows
@@ -185,6 +195,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        receiver: Receiver | None = ctx.receiver if needs_weight else None
+        needs_weight = needs_weight and receiver is None
+        grads: tuple[Tensor | None, ...]
         if ctx.slice_size is None:
             hidden, weight, grad_logits = ctx.saved_tensors
             grad_logits = grad_logits * grad_loss
@@ -193,9 +206,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _weight_gradient(grad_logits, hidden, weight) if needs_weight else None,
                 grad_logits.sum(0) if needs_bias else None,
             )
+            product = None if receiver is None else OuterProduct(_by_token_id(grad_logits, hidden).T, hidden)
         else:
-            grads = _sliced_gradients(ctx, grad_loss, needs_hidden, needs_weight, needs_bias)
-        return (*grads, *([None] * 9))
+            needs_product = receiver is not None
+            grads, product = _sliced_gradients(ctx, grad_loss, needs_hidden, needs_weight, needs_bias, needs_product)
+        if receiver is not None and product is not None:
+            receiver(product)
+        return (*grads, *([None] * 10))
 
 
 def _one_piece(
@@ -257,23 +274,29 @@ _WIDTH_PER_ROW = 11
 
 def _weight_gradient(grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
     """`grad_logits.T @ hidden`, (vocabulary, hidden size)."""
+    return torch.mm(_by_token_id(grad_logits, hidden).T, hidden, out=in_huge_pages(torch.empty_like(weight)))
+
+
+def _by_token_id(grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """The gradient of the logits, in the memory layout in which its product with the hidden states is faster."""
     rows, hidden_size = hidden.shape
-    if device_type(weight) == "cpu" and hidden.dtype == torch.bfloat16 and rows * _WIDTH_PER_ROW <= hidden_size:
+    if device_type(hidden) == "cpu" and hidden.dtype == torch.bfloat16 and rows * _WIDTH_PER_ROW <= hidden_size:
         # A copy and a plain product are faster than a product with a transposed view (on one core, view and copy: 49152 x 576
         # with 40 rows 20 and 14 ms, with 192 rows 27 and 41; 32000 x 2048 with 128 rows 63 and 41).
-        grad_logits = grad_logits.T.contiguous().T
-    return torch.mm(grad_logits.T, hidden, out=in_huge_pages(torch.empty_like(weight)))
+        return grad_logits.T.contiguous().T
+    return grad_logits
 
 
 def _sliced_gradients(
-    ctx: Any, grad_loss: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ctx: Any, grad_loss: Tensor, needs_hidden: bool, needs_weight: bool, needs_bias: bool, needs_product: bool
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], OuterProduct | None]:
     hidden, weight, labels, log_sum, *rest = ctx.saved_tensors
     bias = rest[0] if ctx.has_bias else None
     weight_of_row, scale, softcap = ctx.settings
     grad_hidden = torch.zeros(hidden.shape, device=hidden.device) if needs_hidden else None
     grad_weight = in_huge_pages(torch.empty_like(weight)) if needs_weight else None
     grad_bias = torch.empty_like(bias) if needs_bias and bias is not None else None
+    grad_logits = hidden.new_empty(weight.shape[0], hidden.shape[0]) if needs_product else None
     for start in _starts(weight, ctx.slice_size):
         logits, tanh = _logits(hidden, weight, bias, start, ctx.slice_size, scale, softcap)
         part = slice(start, start + logits.shape[1])
@@ -285,11 +308,14 @@ def _sliced_gradients(
             grad_hidden += grad @ weight[part]
         if grad_weight is not None:
             torch.mm(grad.T, hidden, out=grad_weight[part])
+        if grad_logits is not None:
+            grad_logits[part] = grad.T
         if grad_bias is not None:
             torch.sum(grad, 0, out=grad_bias[part])
     if grad_hidden is not None and ctx.part is not None:
         ctx.part.all_reduce(grad_hidden)
-    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+    product = None if grad_logits is None else OuterProduct(grad_logits, hidden)
+    return (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias), product
 
 
 def _starts(weight: Tensor, size: int) -> Sequence[int]:

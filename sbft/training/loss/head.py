@@ -23,7 +23,7 @@ from sbft.data.collate import IGNORED_LABEL
 from sbft.errors import ModelError
 from sbft.native.device_type import device_type
 from sbft.optim.sharding import differentiable_part, is_sharded, shard_of, tensor_parallel_group, whole
-from sbft.training.loss.cross_entropy import VocabularyPart, linear_cross_entropy
+from sbft.training.loss.cross_entropy import Receiver, VocabularyPart, linear_cross_entropy
 from sbft.training.loss.token_statistics import TokenStatistics
 from sbft.training.model_state import pre_hook
 from sbft.training.peft_models import learns_a_prompt, unwrap
@@ -95,6 +95,7 @@ class Head:
         every_position: bool = False,
         all_labelled: bool = False,
         statistics: TokenStatistics | None = None,
+        receiver: Receiver | None = None,
     ) -> Tensor:
         """Next-token cross entropy: its sum over the positions with a label, divided by `num_items`.
 
@@ -108,6 +109,7 @@ class Head:
                 device.
             all_labelled: with `every_position`, every position has a label.
             statistics: filled in with the number of correct tokens and the entropy.
+            receiver: of the weight's gradient; see `linear_cross_entropy`.
 
         Raises:
             ModelError: if the number of hidden states differs from the number of labels.
@@ -143,6 +145,7 @@ class Head:
                 counted=counted,
                 part=vocabulary_part(weight),
                 statistics=statistics,
+                receiver=receiver,
             )
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer
 from sbft.training.loss.head import Head, NoHead, UnknownHead, source_of_head
 from sbft.training.loss.head_trial import check_batch, find_head
 from sbft.training.loss.sft_metrics import SftMetrics
+from sbft.training.loss.sliced_vocabulary import SlicedVocabulary
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from sbft.training.loss.token_statistics import TokenStatistics
 
@@ -43,6 +44,7 @@ class LogitsFreeLoss(_Base):
     args: Any
     model: Any
     _tied: TiedEmbedding | None = None
+    _sliced: SlicedVocabulary | None = None
     _in_training_step = False
     _head: Head | None = None
     _head_made_from: Hashable = None
@@ -65,11 +67,12 @@ class LogitsFreeLoss(_Base):
         head = self._find_head()
         assert head is not None
         weight = self._tied.head_weight() if self._tied is not None and self._in_training_step else None
+        receiver = self._sliced.receiver if self._sliced is not None and self._in_training_step else None
         if not self.model_accepts_loss_kwargs:
             num_items_in_batch = None
         metrics = self._metrics_of_sft()
         statistics = None if metrics is None else TokenStatistics()
-        loss = head.loss(model, inputs, num_items_in_batch, weight=weight, statistics=statistics)
+        loss = head.loss(model, inputs, num_items_in_batch, weight=weight, statistics=statistics, receiver=receiver)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         if metrics is not None and statistics is not None:

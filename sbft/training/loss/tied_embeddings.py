@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sbft.grid.weight import GridWeight
+from sbft.optim.base import TokenOptimizer
+from sbft.optim.vocabulary import SlicedGradient
 from sbft.training.loss.head import Head
 from sbft.training.peft_models import unwrap
 
@@ -19,10 +21,13 @@ class TiedEmbedding:
     their sum (SmolLM2-135M on two cores at 40 tokens: 49 of 430 ms of backward, and twice 54 MiB). Here the head's gradient is
     held until the input embedding's sparse gradient arrives, which is added to it in place.
 
+    Where an optimizer takes slices, not even that table is made: the head's gradient is a product that the optimizer got in
+    the head's backward (`hand_over`), and the rows are added to it.
+
     Enter it before gradients are released: the hook that joins the two has to run before the hooks that use the gradient.
     """
 
-    def __init__(self, model: nn.Module, head: Head) -> None:
+    def __init__(self, model: nn.Module, head: Head, optimizer: TokenOptimizer | None = None) -> None:
         base = unwrap(model)
         weight = head.linear.weight
         embedding = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
@@ -38,6 +43,8 @@ class TiedEmbedding:
             and type(weight) in (nn.Parameter, GridWeight)
         ):
             self._embedding = embedding
+        self.takes_slices = self._embedding is not None and optimizer is not None and optimizer.takes_slices(weight)
+        self._optimizer = optimizer
 
     def head_weight(self) -> Tensor:
         """The tensor that the loss of one backward uses as the head's weight."""
@@ -52,7 +59,13 @@ class TiedEmbedding:
         grad = param.grad
         if grad is None or (head is None and not grad.is_sparse):
             return
-        if head is None:
+        if head is None and self.takes_slices:
+            assert self._optimizer is not None
+            of_head = self._optimizer.handed_over(param)
+            gradient = SlicedGradient(param.shape, None, None) if of_head is None else of_head
+            self._optimizer.hand_over(param, gradient.with_rows(grad))
+            param.grad = None
+        elif head is None:
             param.grad = grad.to_dense()
         elif grad.is_sparse:
             # Not `head + sparse`: that copies the whole table first.
