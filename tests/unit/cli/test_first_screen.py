@@ -65,6 +65,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 PRETRAINING = ["pretrain-fineweb", "pretrain-stdlib"]
+ON_GRIDS = ["sbft-int12", "sbft-int8", "sbft-int4"]
 QUICK = ["quickstart", "quickstart-lora", "quickstart-nearest"]
 
 
@@ -89,8 +90,8 @@ QUICK = ["quickstart", "quickstart-lora", "quickstart-nearest"]
         (["bench", "pap"], ["paper-table"]),
         (["train", "quickstart", "--method", ""], list(METHODS)),
         (["train", "--method", "adam-"], ["adam-accum", "adam-batch"]),
-        (["plan", "--methods", "lora,sb"], ["lora,sbft"]),
-        (["plan", "--methods", "sbft,sg,s"], ["sbft,sg,sgd", "sbft,sg,sinkgd"]),
+        (["plan", "--methods", "lora,sb"], ["lora,sbft", *(f"lora,{name}" for name in ON_GRIDS)]),
+        (["plan", "--methods", "sbft,sg,s"], [f"sbft,sg,{name}" for name in (*ON_GRIDS, "sgd", "sinkgd")]),
         (["b"], ["batch-size", "bench"]),
         # What follows is for the shell, which completes files.
         (["train", "quickstart", "--data", "my"], []),
