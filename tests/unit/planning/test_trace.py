@@ -621,5 +621,5 @@ def test_the_head_is_guessed_without_running_the_model() -> None:
     llama.lm_head = nn.Sequential(nn.Linear(64, 512))
     with pytest.raises(UnknownHead, match="Sequential"):
         head_candidates(llama)
-    with pytest.raises(UnknownHead, match="no transformers model"):
+    with pytest.raises(UnknownHead, match="Linear is not a transformers model"):
         head_candidates(nn.Linear(2, 2))
