@@ -193,7 +193,7 @@ def test_the_sentences_on_graphs_are_those_of_the_record():
 def test_the_shipped_sizes_are_those_of_the_records():
     by_variant = {one.variant: one for one in paper_rows() if one.task == "needle"}
     adapter, model = (by_variant[name].records[0].saved_bytes / MIB for name in ("lora", "sbft"))
-    assert f"LoRA's adapter is {adapter:.0f} MiB against {model:.0f} here" in page("docs/methods.md")
+    assert f"LoRA's adapter is {adapter:.0f} MiB, the full model {model:.0f} in our benchmark" in page("docs/methods.md")
     assert f"in one file of {adapter:.0f} MiB" in page("docs/shipping.md")
 
 
@@ -218,7 +218,7 @@ def test_what_older_and_busy_machines_cost_is_what_was_measured():
     text = " ".join(page("docs/methods.md").split())
     busy = {one["way"]: one["beside_over_alone"] for one in read(EPYC / "busy_machine.json")["rows"]}
     assert f"a step on two cores takes {busy['sbft']:.1f} times as long as alone" in text
-    assert f"watch over OpenMP's threads it takes {busy['libgomp as it is']:.1f} times as long" in text
+    assert f"control of OpenMP's spinning threads it takes {busy['libgomp as it is']:.1f} times as long" in text
     steps = read(EPYC / "training_step_instructions.json")
     step = {one["method"]: one["step_ms"] for one in steps if one["instructions"].get("ONEDNN_MAX_CPU_ISA") == "AVX2"}
     ratio = step["sbft"] / step["sbft-float32"]
