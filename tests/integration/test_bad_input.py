@@ -186,7 +186,7 @@ def test_overwriting_the_folder_that_the_model_or_the_data_lie_in(refused: Any, 
 def test_nothing_to_resume(refused: Any, tmp_path: Path) -> None:
     assert "no checkpoint" in refused("--resume")
     (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
-    assert "no intact checkpoint (checkpoint-3: it was cut off" in refused("--resume")
+    assert "no intact checkpoint (checkpoint-3: it was not written completely" in refused("--resume")
 
 
 # ---- what needs a process of its own -----------------------------------------------------------------------------

@@ -457,10 +457,10 @@ def test_as_many_processes_are_needed_as_the_model_is_sharded_over(recipe: Path,
             "distributed is given, but method qlora holds the model in 4 bits",
         ),
         (["method=lora", "distributed.tp_size=2"], "tp_size is 2, but method lora trains an adapter.* write fsdp_size"),
-        (["method=lora", "distributed.fsdp_size=2", "lora.dora=true"], "DoRA goes by the norms of whole matrices"),
+        (["method=lora", "distributed.fsdp_size=2", "lora.dora=true"], "DoRA requires the norms of whole matrices"),
         (
             ["method=lora", "distributed.tp_size=2", "lora.dora=true"],
-            r"(?s)tp_size is 2, but method lora.*DoRA goes by the norms",
+            r"(?s)tp_size is 2, but method lora.*DoRA requires the norms",
         ),
     ],
 )

@@ -31,7 +31,7 @@ def _rows() -> Dataset:
     return Dataset.from_dict({"prompt": questions, "completion": answers})
 
 
-def _make(tmp_path: Path, **arguments: Any) -> SmallBatchSFTTrainer:
+def _make(tmp_path: Path, dtype: torch.dtype = torch.bfloat16, **arguments: Any) -> SmallBatchSFTTrainer:
     args = SmallBatchSFTConfig(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -42,7 +42,11 @@ def _make(tmp_path: Path, **arguments: Any) -> SmallBatchSFTTrainer:
         **{"logging_steps": 1, "save_strategy": "no", "learning_rate": 2e-3, **arguments},
     )
     return SmallBatchSFTTrainer(
-        model=tiny_model(), args=args, train_dataset=_rows(), eval_dataset=_rows(), processing_class=tiny_tokenizer()
+        model=tiny_model(dtype=dtype),
+        args=args,
+        train_dataset=_rows(),
+        eval_dataset=_rows(),
+        processing_class=tiny_tokenizer(),
     )
 
 
@@ -71,8 +75,11 @@ def test_it_trains_to_the_weights_of_the_plain_trainer(tmp_path: Path) -> None:
 
 
 def test_trl_logs_what_it_logs_of_its_own_loss(tmp_path: Path) -> None:
-    settings = {"per_device_train_batch_size": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
-    settings["learning_rate"] = 2e-2
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4
+    }  # fmt: skip
+    # In float32: roundings of bfloat16, which differ between processors, make one token in fifty the likeliest or not.
+    settings |= {"learning_rate": 2e-2, "cast_weights": False, "dtype": torch.float32}
     ours, theirs = _make(tmp_path, **settings), _make(tmp_path, logits_free_loss=False, **settings)
     for trainer in (ours, theirs):
         trainer.train()
