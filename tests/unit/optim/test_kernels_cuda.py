@@ -35,6 +35,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
     run("cuda_cases", tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+@pytest.mark.long
 def test_grids_in_the_interpreter(tmp_path: Path) -> None:
     run("cuda_grid_cases", tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
