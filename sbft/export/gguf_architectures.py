@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from sbft.errors import ExportError
+from sbft.errors import ExportError, MissingPackageError, how_to_install
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -116,7 +116,7 @@ def write_hyperparameters(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     rope = _rope(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(_gguf().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_type(import_gguf().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if config.model_type == "gemma3_text":
         writer.add_sliding_window(config.sliding_window)
@@ -185,7 +185,7 @@ def named_tensors(names: list[str], config: PreTrainedConfig, architecture: Arch
     Raises:
         ExportError: if llama.cpp has no place for a tensor.
     """
-    gguf = _gguf()
+    gguf = import_gguf()
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     places = gguf.get_tensor_name_map(kinds[architecture.name], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -219,7 +219,14 @@ def with_adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _gguf() -> Any:
-    import gguf
+def import_gguf() -> Any:
+    """The package gguf.
 
+    Raises:
+        MissingPackageError: if it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingPackageError("Writing GGUF needs the package gguf. " + how_to_install("'sbft[gguf]'")) from error
     return gguf

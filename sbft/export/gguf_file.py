@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from sbft.errors import ExportError, MissingPackageError, ModelError, how_to_install
+from sbft.errors import ExportError, ModelError
 from sbft.export.checkpoint import (
     GENERATION_FILE,
     Export,
@@ -29,8 +29,10 @@ from sbft.export.checkpoint import (
 )
 from sbft.export.codes import gguf_blocks, reordered
 from sbft.export.gguf_architectures import (
+    Architecture,
     NamedTensor,
     architecture_of,
+    import_gguf,
     named_tensors,
     rope_factors,
     write_hyperparameters,
@@ -83,7 +85,7 @@ def export_gguf(
     Raises:
         SbftError: if there is no model, or sbft does not know how llama.cpp would run it.
     """
-    _import_gguf()
+    import_gguf()
     check_source(source)
     if dtype is not None and dtype not in TYPES:
         raise ExportError(f"--dtype is {dtype!r}, expected one of {', '.join(TYPES)}{nearest(dtype, TYPES)}.")
@@ -97,14 +99,6 @@ def export_gguf(
             size_bytes = _write(plan, config, made / f"model-{plan.kind}.gguf")
     about = (merged.merged_into, merged.dequantized) if merged else (None, False)
     return Export(destination, size_bytes, 1, *about, coded=len(plan.coded), uncoded=plan.uncoded)
-
-
-def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingPackageError("Writing GGUF needs the package gguf. " + how_to_install("'sbft[gguf]'")) from error
-    return gguf
 
 
 @contextmanager
@@ -124,6 +118,7 @@ class _Plan:
     """What goes into a file."""
 
     folder: Path
+    architecture: Architecture
     tensors: TensorFiles
     codes: TrainedCodes
     named: list[NamedTensor]
@@ -160,7 +155,8 @@ def _plan(folder: Path, config: PreTrainedConfig, dtype: str | None) -> _Plan:
     if getattr(config, "quantization_config", None) is not None:
         raise ExportError(f"The weights in {folder} are quantized. Export the model that they were made from.")
     tensors, codes = TensorFiles(folder), TrainedCodes(folder)
-    named = named_tensors(list(tensors), config, architecture_of(config))
+    architecture = architecture_of(config)
+    named = named_tensors(list(tensors), config, architecture)
     kind = dtype or str(config.dtype or "float32").removeprefix("torch.")
     types, coded = {}, set()
     for entry in named:
@@ -170,12 +166,12 @@ def _plan(folder: Path, config: PreTrainedConfig, dtype: str | None) -> _Plan:
             coded.add(entry.source)
         types[entry.name] = stored or _type_of(tensors.shape(entry.source), kind)
     uncoded = tuple(name for name in codes.grids if name not in coded) if dtype is None else ()
-    return _Plan(folder, tensors, codes, named, types, coded, uncoded)
+    return _Plan(folder, architecture, tensors, codes, named, types, coded, uncoded)
 
 
 def _write(plan: _Plan, config: PreTrainedConfig, file: Path) -> int:
     """Write the file, and return the bytes of all tensors in it."""
-    gguf = _import_gguf()
+    gguf = import_gguf()
     folder, tensors, named, types = plan.folder, plan.tensors, plan.named, plan.types
     tokenizer = load_tokenizer(str(folder))
     embedding = next((entry.source for entry in named if entry.name == "token_embd.weight"), None)
@@ -183,7 +179,7 @@ def _write(plan: _Plan, config: PreTrainedConfig, file: Path) -> int:
         raise ModelError(f"The model in {folder} has no input embedding.")
     generation = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_FILE).is_file() else None
 
-    writer = gguf.GGUFWriter(file, architecture_of(config).name)
+    writer = gguf.GGUFWriter(file, plan.architecture.name)
     writer.add_type("model")
     writer.add_name(folder.resolve().name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[plan.kind]])
@@ -216,7 +212,7 @@ def _write(plan: _Plan, config: PreTrainedConfig, file: Path) -> int:
 
 def _type_of_codes(grid: Grid, dtype: str | None) -> Any:
     """The type that stores the codes of a grid as they are; None where there is none."""
-    types = _import_gguf().GGMLQuantizationType
+    types = import_gguf().GGMLQuantizationType
     if grid.bits == 4 and dtype is None:
         return types.Q4_0
     return types.Q8_0 if grid.bits <= 8 else None
@@ -224,7 +220,7 @@ def _type_of_codes(grid: Grid, dtype: str | None) -> Any:
 
 def _type_of(shape: tuple[int, ...], kind: str) -> Any:
     """How a tensor is stored: matrices in the type that was asked for, unless its blocks do not divide their rows."""
-    types = _import_gguf().GGMLQuantizationType
+    types = import_gguf().GGMLQuantizationType
     if len(shape) < 2:
         return types.F32
     if kind == "q8_0":
@@ -234,7 +230,7 @@ def _type_of(shape: tuple[int, ...], kind: str) -> Any:
 
 def _encode(tensor: Tensor, kind: Any) -> NDArray[np.uint8]:
     """The bytes of a tensor in a GGUF type, of shape (..., bytes of a row)."""
-    gguf = _import_gguf()
+    gguf = import_gguf()
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if kind.name in dtypes:
         cast = tensor.to(dtypes[kind.name]).contiguous()

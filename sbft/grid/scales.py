@@ -24,7 +24,8 @@ from sbft.grid.formats import Grid
 
 SCALES_FILE = Path("grid", "scales.safetensors")
 """In the folder of a model."""
-_GRIDS = "sbft_grids"  # where the file's header says which grid each weight is on
+GRIDS_KEY = "sbft_grids"
+"""Where the header of a file says which grid each of its weights is on."""
 
 
 def write_scales(weights: dict[str, Quantized], folder: Path) -> None:
@@ -44,7 +45,7 @@ def write_scales(weights: dict[str, Quantized], folder: Path) -> None:
     grids = {name: describe(weight) for name, weight in weights.items()}
     path = folder / SCALES_FILE
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt", _GRIDS: json.dumps(grids)})
+    save_file(tensors, path, metadata={"format": "pt", GRIDS_KEY: json.dumps(grids)})
 
 
 def describe(weight: Quantized) -> dict[str, Any]:
@@ -65,13 +66,13 @@ class TrainedCodes:
         self.grids: dict[str, Grid] = {}
         """The grid of each weight that is on one; its block is that of the weight's rows."""
         if self._path.is_file():
-            with _opened(self._path) as file:
-                described = json.loads(file.metadata()[_GRIDS])
+            with opened(self._path) as file:
+                described = json.loads(file.metadata()[GRIDS_KEY])
             self.grids = {name: Grid(**grid) for name, grid in described.items()}
 
     def scales(self, name: str) -> Tensor:
         """The scales of a weight; float16 of shape (..., C / block)."""
-        with _opened(self._path) as file:
+        with opened(self._path) as file:
             scales: Tensor = file.get_tensor(f"{name}.scales")
         return scales
 
@@ -87,7 +88,7 @@ class TrainedCodes:
         """
         grid = self.grids[name]
         scales = self.scales(name)
-        with _opened(self._path) as file:
+        with opened(self._path) as file:
             low = file.get_tensor(f"{name}.low") if grid.bits == 12 else None
         weight = None
         if values.dtype == torch.bfloat16 and scales.shape == (*values.shape[:-1], values.shape[-1] // grid.block):
@@ -131,7 +132,12 @@ def recover(values: Tensor, grid: Grid, scales: Tensor, low: Tensor | None) -> Q
     return made
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> Any:
+    """An open safetensors file.
+
+    Raises:
+        ModelError: if it is damaged.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

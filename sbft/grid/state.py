@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbft.errors import ModelError
 from sbft.grid.codes import Quantized
 from sbft.grid.formats import Grid
-from sbft.grid.scales import describe, write_scales
+from sbft.grid.scales import GRIDS_KEY, describe, opened, write_scales
 from sbft.grid.weight import GridWeight
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ FILES = "grid-*.safetensors"
 """Files of a checkpoint whose weights are on a grid."""
 FILE_BYTES = 2**31
 """Most bytes of a file, unless a single tensor is larger: what is on a GPU is in the host's memory while a file is written."""
-_GRIDS = "sbft_grids"  # where the header of a file says which grid each of its weights is on
 
 
 def has_grid_weights(model: nn.Module) -> bool:
@@ -80,9 +78,9 @@ def read_exact(model: nn.Module, folder: Path) -> None:
     places: dict[str, Path] = {}
     grids: dict[str, Any] = {}
     for path in sorted(folder.glob(FILES)):
-        with _opened(path) as file:
+        with opened(path) as file:
             places |= dict.fromkeys(file.keys(), path)
-            grids |= json.loads(file.metadata()[_GRIDS])
+            grids |= json.loads(file.metadata()[GRIDS_KEY])
     lacking = []
     for names, tensor in _by_tensor(model):
         stored = next((name for name in names if name in places or name in grids), None)
@@ -111,8 +109,8 @@ def exact_files(folder: Path) -> Iterator[Callable[[], Iterator[tuple[str, Tenso
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
-    with _opened(path) as file:
-        grids = json.loads(file.metadata()[_GRIDS])
+    with opened(path) as file:
+        grids = json.loads(file.metadata()[GRIDS_KEY])
         stored = set(file.keys())
         for name, about in grids.items():
             names = {part: f"{name}.{part}" for part in ("codes", "low", "scales")}
@@ -151,10 +149,10 @@ def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_B
 
 def dense_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict whose weights on a grid are plain bfloat16 tensors, tied ones still one tensor."""
-    dense: dict[int, Tensor] = {}
+    on_grid = {tensor.codes.data_ptr(): tensor for tensor in state.values() if isinstance(tensor, GridWeight)}
+    dense = {address: tensor.dequantize() for address, tensor in on_grid.items()}
     return {
-        name: dense.setdefault(tensor.codes.data_ptr(), tensor.dequantize()) if isinstance(tensor, GridWeight) else tensor
-        for name, tensor in state.items()
+        name: dense[tensor.codes.data_ptr()] if isinstance(tensor, GridWeight) else tensor for name, tensor in state.items()
     }
 
 
@@ -190,14 +188,7 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _write(tensors: dict[str, Tensor], grids: dict[str, Any], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt", _GRIDS: json.dumps(grids)})
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"The file {path} is damaged: {error}. Copy or save it once more.") from error
+    save_file(tensors, path, metadata={"format": "pt", GRIDS_KEY: json.dumps(grids)})
 
 
 def _fill(tensor: Tensor, name: str, grid: dict[str, Any] | None, places: dict[str, Path]) -> None:
@@ -211,7 +202,7 @@ def _fill(tensor: Tensor, name: str, grid: dict[str, Any] | None, places: dict[s
     for stored, target in (_parts(name, tensor) if on_grid else {name: tensor.detach()}).items():
         if stored not in places:
             raise ModelError(f"The checkpoint lacks {stored}. Resume from another one.")
-        with _opened(places[stored]) as file:
+        with opened(places[stored]) as file:
             source = file.get_tensor(stored)
         if source.shape != target.shape:
             raise ModelError(

@@ -7,7 +7,7 @@ anything above the recipe.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sbft.recipe.settings import OPTIMIZER_KEYS
@@ -98,23 +98,22 @@ _PLAIN_TRAINER = {"max_grad_norm": 1.0}
 # The default of transformers' TrainingArguments, which most people leave as it is.
 _USUAL_LEARNING_RATE = 5e-5
 
+_SBFT = Method(
+    summary="All weights, Adafactor at batch size 1, bfloat16 with stochastic rounding, gradients released.",
+    optimizer="adafactor",
+    # Relative to each parameter's RMS.
+    learning_rate=1e-4,
+    dtype="bfloat16",
+    optimizer_defaults=_RELATIVE_ADAFACTOR,
+)
+
 METHODS: dict[str, Method] = {
-    "sbft": Method(
-        summary="All weights, Adafactor at batch size 1, bfloat16 with stochastic rounding, gradients released.",
-        optimizer="adafactor",
-        # Relative to each parameter's RMS.
-        learning_rate=1e-4,
-        dtype="bfloat16",
-        optimizer_defaults=_RELATIVE_ADAFACTOR,
-    ),
+    "sbft": _SBFT,
     **{
-        f"sbft-{name}": Method(
+        f"sbft-{name}": replace(
+            _SBFT,
             summary=f"As sbft, the weights in {bits} bits, stochastically rounded: {memory} of the memory of bfloat16.",
-            optimizer="adafactor",
-            learning_rate=1e-4,
-            dtype="bfloat16",
             weights=name,
-            optimizer_defaults=_RELATIVE_ADAFACTOR,
         )
         for name, bits, memory in (("int12", 12, "three quarters"), ("int8", 8, "half"), ("int4", 4, "0.28"))
     },
