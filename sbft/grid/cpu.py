@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sbft.grid import codes
 from sbft.grid.codes import Quantized
 from sbft.grid.formats import Grid
 from sbft.native import compiling
-from sbft.native.openmp import openmp_runtime
+from sbft.native.openmp import load_sharing_openmp
 
 FOLDER = Path(__file__).parent
 _HEADERS = [FOLDER / "vectors.h", FOLDER / "blocks.h"]
@@ -51,8 +50,7 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: if it cannot be loaded.
     """
-    share_openmp_runtime()
-    compiled = ctypes.CDLL(str(path))
+    compiled = load_sharing_openmp(path)
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     compiled.sbft_dequantize.argtypes = [pointer, count, pointer, number, number]
     compiled.sbft_gather.argtypes = [pointer, count, count, pointer, count, pointer, number, number]
@@ -65,22 +63,8 @@ def load(path: Path) -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, built if need be; None, after one warning, where it cannot be built."""
-    try:
-        return load(build())
-    except (compiling.CompilerMissing, OSError) as error:
-        warnings.warn(
-            f"sbft's compiled CPU kernels are not available ({error}), so weights of 4, 8 and 12 bits are read in plain torch, "
-            "which is several times slower; install g++ (Debian: apt-get install g++) to have them built",
-            stacklevel=2,
-        )
-        return None
-
-
-def share_openmp_runtime() -> None:
-    """Let compiled code use the OpenMP runtime that torch has loaded; a second one's threads would fight over the cores."""
-    path = openmp_runtime()
-    if path is not None:
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    consequence = "weights of 4, 8 and 12 bits are read in plain torch, which is several times slower"
+    return compiling.loaded_or_warned(lambda: load(build()), consequence)
 
 
 def planes(weight: Quantized) -> bytes:

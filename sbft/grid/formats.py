@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 GROUP = 32
@@ -66,6 +66,17 @@ INT8 = Grid("int8", LARGEST_OF_BYTE, 128)
 INT12 = Grid("int12", LARGEST_OF_12_BITS, 128)
 GRIDS = {grid.name: grid for grid in (INT4, INT8, INT12)}
 """The grids that a recipe can ask for, by name."""
+
+DTYPES = ("bfloat16", "float32")
+"""Formats of weights that are dtypes, and no grids."""
+
+
+def on_grids(weights: str | Mapping[str, str] | None) -> str | dict[str, str] | None:
+    """The format of all weights, or the formats by pattern, as they were given; None if no weight is on a grid."""
+    formats = weights.values() if isinstance(weights, Mapping) else [weights]
+    if not any(name in GRIDS for name in formats):
+        return None
+    return dict(weights) if isinstance(weights, Mapping) else weights
 
 
 def fits(shape: Sequence[int]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from sbft.files import cache_dir, replacing
@@ -51,6 +53,24 @@ def build(
         if run.returncode != 0:
             raise CompilerMissing(f"{compiler} failed: {run.stderr.strip()[:500]}")
     return target
+
+
+def loaded_or_warned(load: Callable[[], ctypes.CDLL], consequence: str) -> ctypes.CDLL | None:
+    """What `load` has built and loaded; None, after a warning, where there is no compiler or the library cannot be loaded.
+
+    Args:
+        load: builds and loads a library.
+        consequence: what follows where it is missing, for the warning.
+    """
+    try:
+        return load()
+    except (CompilerMissing, OSError) as error:
+        warnings.warn(
+            f"sbft's compiled CPU kernels are not available ({error}), so {consequence}; install g++ (Debian: apt-get install "
+            "g++) to have them built",
+            stacklevel=3,
+        )
+        return None
 
 
 def processor() -> str:

@@ -54,6 +54,18 @@ class Look(NamedTuple):
     """The time of the look."""
 
 
+def load_sharing_openmp(path: Path) -> ctypes.CDLL:
+    """Load compiled code that uses the OpenMP runtime of torch: the threads of a second one would compete for the cores.
+
+    Raises:
+        OSError: if it cannot be loaded.
+    """
+    runtime = openmp_runtime()
+    if runtime is not None:
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
 def openmp_runtime() -> Path | None:
     """The file of the OpenMP runtime in this process; None if there is none, or it is unknown."""
     try:

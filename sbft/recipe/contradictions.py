@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sbft.errors import how_to_install
-from sbft.recipe.defaults import DTYPES, EXCLUSIVE, complete
+from sbft.grid.formats import DTYPES
+from sbft.recipe.defaults import EXCLUSIVE, complete
 from sbft.recipe.draft import Key
 from sbft.recipe.methods import METHODS, Method
 from sbft.recipe.pretraining import problems_of_pretraining

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sbft.grid.formats import DTYPES
 from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import has_budget
 from sbft.recipe.settings import RIVALS
-
-DTYPES = ("bfloat16", "float32")
-"""Formats of weights that are dtypes, in which a model computes too."""
 
 EXCLUSIVE = (*RIVALS, ("training", "max_steps", "num_train_epochs"))
 """A section and two of its keys that set the same thing in two ways. Giving one drops the default of the other."""

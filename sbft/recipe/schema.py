@@ -19,6 +19,7 @@ from pydantic import (
     create_model,
 )
 
+from sbft.grid.formats import on_grids
 from sbft.recipe.settings import Setting, settings_in
 
 WeightFormat = Literal["float32", "bfloat16", "int12", "int8", "int4"]
@@ -214,10 +215,7 @@ class Recipe(_Section):
     @property
     def grids(self) -> str | dict[str, str] | None:
         """The formats of weights on a grid, as `sbft.grid.convert.put_on_grids` takes them; None if no weight is on one."""
-        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
-        if not any(str(name).startswith("int") for name in formats):
-            return None
-        return dict(self.weights) if isinstance(self.weights, dict) else self.weights
+        return on_grids(self.weights)
 
     @property
     def largest_batch(self) -> int:

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from sbft.errors import ModelError, RecipeError
 from sbft.grid.convert import check_formats
-from sbft.grid.formats import GRIDS
+from sbft.grid.formats import DTYPES, on_grids
 from sbft.recipe.pretraining import PRETRAINING
 from sbft.recipe.settings import ARGUMENTS, OPTIMIZERS, RIVALS, Range, Setting
 from sbft.training.batches.batch_schedule import BatchSchedule
@@ -51,9 +51,6 @@ _TRANSFORMERS_ONLY = {
     },
 }
 """Arguments that only transformers' own optimizers read, and what to set in their place."""
-
-
-_DTYPES = ("float32", "bfloat16")
 
 
 class ArgumentError(RecipeError, ValueError):
@@ -161,8 +158,7 @@ class SmallBatchArguments:
     @property
     def grids(self) -> str | dict[str, str] | None:
         """The formats of weights on a grid, as `sbft.grid.convert.put_on_grids` takes them; None if no weight is on one."""
-        formats = self.weights.values() if isinstance(self.weights, dict) else [self.weights]
-        return self.weights if any(name in GRIDS for name in formats) else None
+        return on_grids(self.weights)
 
     def given_optimizer_settings(self) -> dict[str, Any]:
         """Settings that were given for the token optimizer, by the names of these arguments."""
@@ -179,7 +175,7 @@ class SmallBatchArguments:
         """Refuse formats that do not exist, and those that cannot be trained as the other fields say."""
         if isinstance(self.weights, str) and self.weights.startswith("{"):
             self.weights = json.loads(self.weights)  # from a command line, as transformers reads its dicts
-        if self.weights in (None, *_DTYPES):
+        if self.weights in (None, *DTYPES):
             return
         try:
             formats = check_formats(self.weights)

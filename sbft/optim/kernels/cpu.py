@@ -11,7 +11,6 @@ import ctypes
 import functools
 import math
 import struct
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from torch.autograd.graph import increment_version
 from sbft.grid import cpu as grid
 from sbft.grid.codes import Quantized
 from sbft.native import compiling
+from sbft.native.openmp import load_sharing_openmp
 from sbft.optim.kernels.blocks import Key, Weight, matrices, stored
 from sbft.optim.kernels.fallback import or_reference
 from sbft.optim.sharding import Shard
 from sbft.optim.vocabulary import SlicedGradient
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_ELEMENTS_PER_THREAD = 1 << 15  # below this, waking a second thread costs more than it saves
-
 _LARGEST_BLOCK = 128  # of a grid
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,15 +49,8 @@ def library(bits: int = 0) -> ctypes.CDLL | None:
     Args:
         bits: those of the grid that the weights are on; 0 for float32 and bfloat16.
     """
-    try:
-        return load(build(bits))
-    except (compiling.CompilerMissing, OSError) as error:
-        warnings.warn(
-            f"sbft's compiled CPU kernels are not available ({error}), so the optimizer step runs in plain torch, which is "
-            "about ten times slower; install g++ (Debian: apt-get install g++) to have them built",
-            stacklevel=2,
-        )
-        return None
+    consequence = "the optimizer step runs in plain torch, which is about ten times slower"
+    return compiling.loaded_or_warned(lambda: load(build(bits)), consequence)
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -68,8 +59,7 @@ def load(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: if it cannot be loaded.
     """
-    grid.share_openmp_runtime()
-    compiled = ctypes.CDLL(str(path))
+    compiled = load_sharing_openmp(path)
     for name in ("sbft_adafactor_factored", "sbft_adafactor_full", "sbft_adamw", "sbft_sgd"):
         function = getattr(compiled, name)
         function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_double
@@ -175,8 +165,6 @@ def _run(
         stack_stride, row_stride, column_stride = view.stride()
         geometry = (*view.shape, stack_stride, row_stride, 1 if view.shape[2] == 1 else column_stride)
     count = weight.numel()
-    shares = count // _ELEMENTS_PER_THREAD
-    threads = 1 if shares <= 1 else min(torch.get_num_threads(), shares)
     sums, whole, split = None, (0, geometry[1], geometry[2], count), (False, False)
     if shard is not None:
         sums, split = _SumOverRanks(shard), (shard.rows_split, shard.columns_split)
@@ -193,7 +181,7 @@ def _run(
             *whole,
             -1.0 if weight_square_sum is None else weight_square_sum,
             *(average_weight, first_weight, lr, clip_threshold, eps, weight_decay),
-            *(grad.dtype == torch.bfloat16, relative_step, threads, key is not None, *split),
+            *(grad.dtype == torch.bfloat16, relative_step, grid.threads_for(count), key is not None, *split),
             *(key or (0, 0)),
         )
     )

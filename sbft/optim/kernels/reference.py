@@ -12,7 +12,7 @@ of the squared gradient; if that is not finite, nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -176,8 +176,8 @@ def adafactor_factored(
         return grad_square_sum, weight_square_sum
     factors = update_factors(row, column, mass, row_sum, column_sum, average_weight, eps, shard)
     update = factored_update(g, *factors)
-    return grad_square_sum, _step_and_apply(
-        w, update, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, shard
+    return grad_square_sum, step_and_apply(
+        w, lambda: [(w, update, shard)], weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, shard
     )
 
 
@@ -212,8 +212,8 @@ def adafactor_full(
     def update(block: Block) -> Tensor:
         return g[block.index].float() / square_root(v[block.index] / mass)
 
-    return grad_square_sum, _step_and_apply(
-        w, update, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, shard
+    return grad_square_sum, step_and_apply(
+        w, lambda: [(w, update, shard)], weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, shard
     )
 
 
@@ -222,9 +222,13 @@ def _gradient_square_sum(grad: Tensor, shard: Shard | None) -> Tensor:
     return total if shard is None else shard.sum(total)[0]
 
 
-def _step_and_apply(
+Part = tuple[Weight, Callable[[Block], Tensor], Shard | None]
+"""Some rows of a weight, their unscaled update, and which part of the parameter they are."""
+
+
+def step_and_apply(
     w: Weight,
-    update: Callable[[Block], Tensor],
+    parts: Callable[[], Iterable[Part]],
     weight_square_sum: float | Tensor | None,
     lr: float | Tensor,
     relative_step: bool,
@@ -233,7 +237,16 @@ def _step_and_apply(
     key: Key,
     shard: Shard | None,
 ) -> Tensor | None:
-    update_square_sum = sum_of_squares(w, update)
+    """Scale the update of a (B, R, C) weight and apply it, part by part; the sum of the squared new weights if they are known.
+
+    Args:
+        w: the weight.
+        parts: makes its parts, which are gone through twice.
+        weight_square_sum: see `adafactor_factored`, as of all further arguments.
+    """
+    update_square_sum = torch.zeros((), dtype=torch.float32, device=w.device)
+    for part, update, _ in parts():
+        update_square_sum += sum_of_squares(part, update)
     if not isinstance(weight_square_sum, Tensor):
         weight_square_sum = None
     if relative_step and weight_square_sum is None:
@@ -244,7 +257,12 @@ def _step_and_apply(
         known = torch.zeros_like(update_square_sum) if weight_square_sum is None else weight_square_sum
         update_square_sum, weight_square_sum = shard.sum(update_square_sum, known)
     step = step_size(lr, relative_step, clip_threshold, count, update_square_sum, weight_square_sum)
-    return apply_(w, update, step, lr * weight_decay, key, shard, relative_step)
+    new_square_sum = torch.zeros((), dtype=torch.float32, device=w.device) if relative_step else None
+    for part, update, place in parts():
+        of_part = apply_(part, update, step, lr * weight_decay, key, place, relative_step)
+        if new_square_sum is not None and of_part is not None:
+            new_square_sum += of_part
+    return new_square_sum
 
 
 # AdamW and SGD

@@ -133,27 +133,15 @@ def _adafactor(
         row[None], column[None], mass, row_sum, column_sum, average_weight, eps, None
     )
 
-    def updates() -> Iterator[tuple[int, Weight, Callable[[Any], Tensor]]]:
+    def parts() -> Iterator[reference.Part]:
         for start, part in grad.slices(height):
             factors = row_factor[:, start : start + len(part)], column_factor
-            yield start, _rows_of(w, start, start + len(part)), reference.factored_update(part[None], *factors)
+            place = _part(weight, start)
+            yield _rows_of(w, start, start + len(part)), reference.factored_update(part[None], *factors), place
 
-    update_square_sum = torch.zeros((), device=row.device)
-    for _, part_of_weight, update in updates():
-        update_square_sum += reference.sum_of_squares(part_of_weight, update)
-    if not isinstance(weight_square_sum, Tensor):
-        weight_square_sum = None
-    if relative_step and weight_square_sum is None:
-        weight_square_sum = reference.sum_of_squares(w, lambda block: reference.values_of(w, block))
-    step = reference.step_size(lr, relative_step, clip_threshold, rows * columns, update_square_sum, weight_square_sum)
-    new_square_sum = torch.zeros((), device=row.device) if relative_step else None
-    for start, part_of_weight, update in updates():
-        total = reference.apply_(
-            part_of_weight, update, step, lr * weight_decay, key, _part(weight, start), relative_step
-        )
-        if new_square_sum is not None and total is not None:
-            new_square_sum += total
-    return grad_square_sum, new_square_sum
+    return grad_square_sum, reference.step_and_apply(
+        w, parts, weight_square_sum, lr, relative_step, clip_threshold, weight_decay, key, None
+    )
 
 
 # Compiled
