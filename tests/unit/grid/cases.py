@@ -67,3 +67,12 @@ def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
 def tokens(count: int = 12, seed: int = 1) -> Tensor:
     """Token ids, (1, count)."""
     return torch.randint(0, 512, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of what a model's weights are stored in: codes and scales of those on a grid, by `NAME.PART`."""
+    return {
+        f"{name}.{part}": tensor.detach().clone()
+        for name, parameter in model.named_parameters()
+        for part, tensor in (parameter.quantized.tensors if isinstance(parameter, GridWeight) else {"": parameter}).items()
+    }

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sbft.grid import codes, cpu
-from sbft.grid.codes import Quantized, load_codes
+from sbft.grid.codes import load_codes
 from sbft.grid.formats import GRIDS, INT8, Grid
+from tests.unit.grid.quantized import same
 
 GRIDS_TRIED = [*GRIDS.values(), Grid("int6", 31, 128), Grid("int4 per 64", 7, 64), Grid("int12 per 512", 2047, 512)]
 SHAPES = [(1, 32), (7, 96), (130, 576), (2, 3, 160), (50, 1536), (3, 2048)]
@@ -44,13 +45,6 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     values = torch.randn(shape, generator=generator) * size
     values.view(-1)[3] = torch.nan if shape[0] == 3 else 0.0
     return values.to(dtype)
-
-
-def same(one: Quantized, other: Quantized) -> bool:
-    return one.tensors.keys() == other.tensors.keys() and all(
-        torch.equal(tensor.view(torch.uint8), other.tensors[name].view(torch.uint8))
-        for name, tensor in one.tensors.items()
-    )
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sbft.errors import ModelError
 from sbft.grid.state import FILES, has_grid_weights, holds_grid_weights, read_exact, save_dense, write_exact
 from sbft.grid.update import apply_
 from sbft.grid.weight import GridWeight
-from tests.unit.grid.cases import FORMATS, bfloat16_model, dense_copy, grid_model, tokens
+from tests.unit.grid.cases import FORMATS, bfloat16_model, dense_copy, grid_model, stored, tokens
 
 KINDS = ("llama", "llama tied", "gpt2", "moe eager")
 
@@ -24,14 +23,6 @@ def erase(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros(parameter.shape))
-
-
-def stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {
-        f"{name}.{part}": one
-        for name, p in model.named_parameters()
-        for part, one in (p.quantized.tensors if isinstance(p, GridWeight) else {"": p}).items()
-    }
 
 
 def train(model: PreTrainedModel, steps: range) -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbft.grid.codes import Quantized, dequantize, load_codes, quantize, smallest_scale
+from sbft.grid.codes import dequantize, load_codes, quantize, smallest_scale
 from sbft.grid.formats import GRIDS, INT4, INT8, INT12
 from sbft.grid.update import NEAREST, apply_, moved, noise_of
 from sbft.rounding import noise_from_key, noise_key
+from tests.unit.grid.quantized import copy_of, same
 
 ALL_NOISE = torch.arange(65536, dtype=torch.int32)
 KEY = noise_key(1, 2, 3)
@@ -211,16 +212,6 @@ def test_new_codes_are_those_of_exact_arithmetic(grid, decay, step):
 
 
 # Whole weights
-
-
-def copy_of(weight: Quantized) -> Quantized:
-    return weight.with_tensors(
-        weight.codes.clone(), None if weight.low is None else weight.low.clone(), weight.scales.clone()
-    )
-
-
-def same(one: Quantized, other: Quantized) -> bool:
-    return all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)

@@ -23,13 +23,12 @@ from sbft.grid.formats import GRIDS, INT4, INT8, Grid  # noqa: E402
 from sbft.optim.kernels import cuda, cuda_plans, reference  # noqa: E402
 from sbft.optim.matrix import whole_part  # noqa: E402
 from sbft.rounding import noise_key  # noqa: E402
+from tests.unit.grid.quantized import copy_of, same  # noqa: E402
+from tests.unit.optim.updates import ADAFACTOR, SGD, update  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 KEY = noise_key(seed=11, step=5, parameter=3)
 GRIDS_TRIED = [*GRIDS.values(), Grid("int8 per 32", 127, 32)]
-ADAFACTOR = {"average_weight": 0.3, "lr": 1e-2, "relative_step": True, "clip_threshold": 1.0, "eps": 1e-30}
-ADAMW = {"first_weight": 0.1, "second_weight": 0.02, "lr": 1e-2, "eps": 1e-8}
-SGD = {"momentum_weight": 0.2, "lr": 1e-2}
 RULES = ["factored", "full", "adamw", "sgd", "sgd-momentum"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy says where the hash wraps around, as it should
 
@@ -46,48 +45,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def randn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def copy_of(weight: Quantized) -> Quantized:
-    low = None if weight.low is None else weight.low.clone()
-    return weight.with_tensors(weight.codes.clone(), low, weight.scales.clone())
-
-
-def same(one: Quantized, other: Quantized) -> bool:
-    return all(
-        torch.equal(tensor.view(torch.uint8), other.tensors[name].view(torch.uint8))
-        for name, tensor in one.tensors.items()
-    )
-
-
-def update(backend: Any, rule: str, weight: Quantized, grad: Tensor, key: Any, **changed: Any) -> dict[str, Tensor]:
-    """Runs one update in place, from a state that is not zero; returns the state and what the update returned."""
-
-    def filled(shape: Any) -> Tensor:
-        return torch.rand(shape, generator=torch.Generator().manual_seed(5)).to(DEVICE) + 0.1
-
-    def scalar(value: float) -> Tensor:
-        return torch.tensor(value, device=DEVICE)
-
-    shape, changed = weight.shape, {"weight_decay": 0.1, "key": key, **changed}
-    state = {"mass": scalar(0.7), "second_mass": scalar(0.4)}
-    sums: Any
-    if rule == "factored":
-        state |= {"row": filled(shape[:-1]), "column": filled(shape[:-2] + shape[-1:])}
-        arguments = (state["row"], state["column"], state["mass"], None)
-        sums = backend.adafactor_factored(weight, grad, *arguments, **{**ADAFACTOR, **changed})
-    elif rule == "full":
-        state["v"] = filled(shape)
-        sums = backend.adafactor_full(weight, grad, state["v"], state["mass"], None, **{**ADAFACTOR, **changed})
-    elif rule == "adamw":
-        state |= {"m": filled(shape), "v": filled(shape)}
-        moments = (state["m"], state["v"], state["mass"], state["second_mass"])
-        sums = (backend.adamw(weight, grad, *moments, **{**ADAMW, **changed}),)
-    else:
-        state["m"] = filled(shape)
-        momentum = (state["m"], state["mass"]) if rule == "sgd-momentum" else (None, None)
-        sums = (backend.sgd(weight, grad, *momentum, **{**SGD, **changed}),)
-    return state | {f"sum {i}": torch.as_tensor(each) for i, each in enumerate(sums) if each is not None}
 
 
 @pytest.mark.parametrize("grid", GRIDS_TRIED, ids=lambda grid: grid.name)
@@ -123,7 +80,7 @@ def test_given_the_same_sums_adafactors_codes_are_equal(grid: Grid, key: Any) ->
     for backend in (reference, cuda):
         weight, row, column = copy_of(start), torch.zeros(40, device=DEVICE), torch.zeros(160, device=DEVICE)
         arguments = (weight, -signs.float(), row, column, torch.zeros((), device=DEVICE), None)
-        backend.adafactor_factored(*arguments, **{**ADAFACTOR, "lr": 0.0123}, weight_decay=0.1, key=key)
+        backend.adafactor_factored(*arguments, **{**ADAFACTOR, "lr": 0.0123}, key=key)
         made.append(weight)
     assert same(*made)
     assert not same(made[0], start) or (key is None and grid is INT4)  # 4.03 steps are 4
@@ -138,8 +95,8 @@ def test_extreme_directions_are_rounded_as_defined(grid: Grid) -> None:
     start = quantize(values, grid)
     for key in (KEY, None):
         expected, got = copy_of(start), copy_of(start)
-        reference.sgd(expected, grad, None, None, **SGD, weight_decay=0.1, key=key)
-        cuda.sgd(got, grad, None, None, **SGD, weight_decay=0.1, key=key)
+        reference.sgd(expected, grad, None, None, **SGD, key=key)
+        cuda.sgd(got, grad, None, None, **SGD, key=key)
         assert same(got, expected)
     grown = expected.scales.float() / start.scales.float()
     assert grown.isnan().any() and (grown == 1).any() and ((grown > 1) & (grown < 1.5)).any()
@@ -162,7 +119,7 @@ def test_the_carried_sum_of_squares_is_the_one_that_would_be_taken_anew() -> Non
         state = [torch.zeros(size, device=DEVICE) for size in (40, 160, ())]
         for _ in range(3):
             _, total = cuda.adafactor_factored(
-                weight, grad, *state, total if carry else None, **{**ADAFACTOR, "lr": 0.1}, weight_decay=0.1, key=KEY
+                weight, grad, *state, total if carry else None, **{**ADAFACTOR, "lr": 0.1}, key=KEY
             )
             torch.testing.assert_close(total, codes.square_sum(weight), rtol=1e-5, atol=0)
         return weight
@@ -173,9 +130,9 @@ def test_the_carried_sum_of_squares_is_the_one_that_would_be_taken_anew() -> Non
 def test_rows_that_are_updated_apart_get_the_bits_of_the_whole() -> None:
     start, grad = quantize(randn((30, 320), 1), INT8), randn((30, 320), 2)
     whole, part = copy_of(start), copy_of(start.rows(11, 25))
-    cuda.sgd(whole, grad, None, None, **SGD, weight_decay=0.1, key=KEY)
+    cuda.sgd(whole, grad, None, None, **SGD, key=KEY)
     shard = whole_part(torch.Size((30, 320)), 11 * 320)
-    cuda.sgd(part, grad[11:25], None, None, **SGD, weight_decay=0.1, key=KEY, shard=shard)
+    cuda.sgd(part, grad[11:25], None, None, **SGD, key=KEY, shard=shard)
     assert same(part, whole.rows(11, 25))
 
 
@@ -183,8 +140,8 @@ def test_numbers_in_the_devices_memory_change_no_bit() -> None:
     """As updates that a CUDA graph replays have them."""
     start, grad = quantize(randn((40, 160), 1), INT8), randn((40, 160), 2)
     expected, got = copy_of(start), copy_of(start)
-    cuda.sgd(expected, grad, None, None, momentum_weight=1.0, lr=0.01, weight_decay=0.1, key=KEY)
+    cuda.sgd(expected, grad, None, None, **SGD, key=KEY)
     words = tuple(torch.tensor(word - (1 << 32) * (word >> 31), dtype=torch.int32, device=DEVICE) for word in KEY)
     rate = torch.tensor(0.01, dtype=torch.float64, device=DEVICE)
-    cuda.sgd(got, grad, None, None, momentum_weight=1.0, lr=rate, weight_decay=0.1, key=words)
+    cuda.sgd(got, grad, None, None, **{**SGD, "lr": rate}, key=words)
     assert same(got, expected)

@@ -19,17 +19,13 @@ from sbft.optim.kernels import backend_for, cpu, reference
 from sbft.rounding import noise_from_key, noise_key
 from tests.measure import BACKENDS
 from tests.measure import SHAPES as MEASURED_SHAPES
+from tests.unit.optim.updates import ADAFACTOR, ADAMW, SGD
 
 SHAPES = [
     (1, 1), (1,), (7,), (33,), (1000,), (70_000,), (5, 40_000), (128, 128), (130, 129), (513, 577), (200, 1536),
     (1536, 200), (3, 128, 200), (2, 3, 130, 131), (4, 3, 5, 7), (4096, 130),
 ]  # fmt: skip
 KEY = noise_key(1, 2, 3)
-ADAFACTOR = {
-    "average_weight": 0.3, "lr": 1e-2, "relative_step": True, "clip_threshold": 1.0, "eps": 1e-30, "weight_decay": 0.1,
-}  # fmt: skip
-ADAMW = {"first_weight": 0.1, "second_weight": 0.02, "lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
-SGD = {"momentum_weight": 0.2, "lr": 1e-2, "weight_decay": 0.1}
 
 
 def strided(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
@@ -122,7 +118,7 @@ def test_noise_is_bit_identical(offset):
 
 @pytest.mark.parametrize("shape", [(513, 577), (70_000,), (3, 128, 200)], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape, monkeypatch):
-    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr("sbft.grid.cpu.ELEMENTS_PER_THREAD", 1)
     weight, grad = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
     threads, results = torch.get_num_threads(), []
     try:

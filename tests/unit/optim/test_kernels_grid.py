@@ -7,11 +7,9 @@ import functools
 import platform
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from sbft.grid import codes
 from sbft.grid import cpu as grid_cpu
@@ -20,53 +18,14 @@ from sbft.grid.formats import GRIDS, INT4, INT8, INT12, Grid
 from sbft.optim.kernels import cpu, reference
 from sbft.optim.matrix import whole_part
 from sbft.rounding import noise_key
-from tests.unit.optim.test_kernels_cpu import ADAFACTOR, ADAMW, SGD, strided
+from tests.unit.grid.quantized import copy_of, same
+from tests.unit.optim.test_kernels_cpu import strided
+from tests.unit.optim.updates import ADAFACTOR, SGD, update
 
 KEY = noise_key(1, 2, 3)
 RULES = ["factored", "full", "adamw", "adamw-no-momentum", "sgd", "sgd-momentum"]
 SHAPES = [(130, 160), (200, 1536), (3, 128, 192), (2, 2, 130, 128)]
 TRIED = [*GRIDS.values(), Grid("int6", 31, 128), Grid("int4 per 64", 7, 64), Grid("int8 per 32", 127, 32)]
-
-
-def copy_of(weight: Quantized) -> Quantized:
-    low = None if weight.low is None else weight.low.clone()
-    return weight.with_tensors(weight.codes.clone(), low, weight.scales.clone())
-
-
-def same(one: Quantized, other: Quantized) -> bool:
-    return all(
-        torch.equal(tensor.view(torch.uint8), other.tensors[name].view(torch.uint8))
-        for name, tensor in one.tensors.items()
-    )
-
-
-def update(backend: Any, rule: str, weight: Any, grad: Tensor, key: Any, **changed: Any) -> dict[str, Tensor]:
-    """Runs one update in place, from a state that is not zero; returns the state and what the update returned."""
-
-    def filled(shape: Any) -> Tensor:
-        return torch.rand(shape, generator=torch.Generator().manual_seed(5)) + 0.1
-
-    shape = weight.shape
-    state = {"mass": torch.tensor(0.7), "second_mass": torch.tensor(0.4)}
-    sums: Any
-    if rule == "factored":
-        state |= {"row": filled(shape[:-1]), "column": filled(shape[:-2] + shape[-1:])}
-        arguments = (state["row"], state["column"], state["mass"], None)
-        sums = backend.adafactor_factored(weight, grad, *arguments, **{**ADAFACTOR, **changed}, key=key)
-    elif rule == "full":
-        state["v"] = filled(shape)
-        sums = backend.adafactor_full(
-            weight, grad, state["v"], state["mass"], None, **{**ADAFACTOR, **changed}, key=key
-        )
-    elif rule.startswith("adamw"):
-        state |= {"m": filled(shape), "v": filled(shape)}
-        moments = (state["m"] if rule == "adamw" else None, state["v"], state["mass"], state["second_mass"])
-        sums = (backend.adamw(weight, grad, *moments, **{**ADAMW, **changed}, key=key),)
-    else:
-        state["m"] = filled(shape)
-        momentum = (state["m"], state["mass"]) if rule == "sgd-momentum" else (None, None)
-        sums = (backend.sgd(weight, grad, *momentum, **{**SGD, **changed}, key=key),)
-    return state | {f"sum {i}": torch.as_tensor(float(each)) for i, each in enumerate(sums) if each is not None}
 
 
 @pytest.mark.parametrize("grid", TRIED, ids=lambda grid: grid.name)
@@ -200,7 +159,7 @@ def test_the_mean_over_keys_is_the_update_of_plain_float32(grid, rule):
 @pytest.mark.parametrize("shape", [(513, 576), (3, 130, 192)], ids=str)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 def test_the_number_of_threads_changes_no_bit(shape, grid, monkeypatch):
-    monkeypatch.setattr(cpu, "_ELEMENTS_PER_THREAD", 1)
+    monkeypatch.setattr("sbft.grid.cpu.ELEMENTS_PER_THREAD", 1)
     start, grad = quantize(torch.randn(shape), grid), torch.randn(shape).bfloat16()
     threads, made = torch.get_num_threads(), []
     try:

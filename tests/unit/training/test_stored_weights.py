@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sbft import SmallBatchTrainer, SmallBatchTrainingArguments, load_recipe, run
@@ -18,6 +17,7 @@ from sbft.recipe import resolve
 from sbft.runs.record import RunRecord
 from sbft.training.arguments import ArgumentError
 from tests.tiny import save_tiny, tiny_model
+from tests.unit.grid.cases import stored
 
 ROWS = [{"input_ids": [5 + i % 7, 6, 7, 8 + i % 3], "labels": [5 + i % 7, 6, 7, 8 + i % 3]} for i in range(24)]
 BITS = {"int12": 12, "int8": 8, "int4": 4}
@@ -29,14 +29,6 @@ def train(folder: Path, model: PreTrainedModel, resume: bool = False, **argument
     trainer = SmallBatchTrainer(model, args, train_dataset=Dataset.from_list(ROWS))
     trainer.train(resume_from_checkpoint=resume or None)
     return trainer
-
-
-def stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {
-        f"{name}/{part}": tensor.clone()
-        for name, parameter in model.named_parameters()
-        for part, tensor in (parameter.quantized.tensors if isinstance(parameter, GridWeight) else {"": parameter}).items()
-    }
 
 
 @pytest.mark.parametrize("form", BITS)

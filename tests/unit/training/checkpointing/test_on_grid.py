@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sbft import SmallBatchTrainer, SmallBatchTrainingArguments
 from sbft.grid.state import has_grid_weights, holds_grid_weights
-from sbft.grid.weight import GridWeight
-from tests.unit.grid.cases import FORMATS, dense_copy, grid_model, tokens
+from tests.unit.grid.cases import FORMATS, dense_copy, grid_model, stored, tokens
 
 
 def trainer(folder: Path, steps: int, form: str = "int4", **settings: Any) -> SmallBatchTrainer:
@@ -36,16 +35,9 @@ def trainer(folder: Path, steps: int, form: str = "int4", **settings: Any) -> Sm
     return SmallBatchTrainer(model, arguments, train_dataset=data, eval_dataset=data[:1])
 
 
-def stored(model: Any) -> list[Tensor]:
-    return [
-        one
-        for parameter in model.parameters()
-        for one in (parameter.quantized.tensors.values() if isinstance(parameter, GridWeight) else [parameter.detach()])
-    ]
-
-
-def equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(*both) for both in zip(one, other, strict=True))
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.mark.parametrize("form", FORMATS)
