@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from sbft.errors import SbftError
-from sbft.grid.formats import GRIDS, Grid
+from sbft.grid.formats import NAMED, Grid
 from sbft.grid.weight import GridWeight
 from sbft.planning.check.finding import Finding
 from sbft.planning.check.length import run_length
@@ -127,14 +127,14 @@ def grid_noise(known: Known) -> Finding | None:
 
 
 def _by_bits(name: str) -> int:
-    return GRIDS[name].bits
+    return NAMED[name].bits
 
 
 def _finding(known: Known, way: Travel, grid: str, widest: float, names: list[str]) -> Finding | None:
     prepared = known.prepared
     noise, distance, rate = way.noise(widest), way.distance, prepared.arguments.learning_rate
     steps = run_length(prepared).steps
-    finer = f"--weights {_FINER[grid]}"
+    finer = f"--weights {_FINER[f'int{_by_bits(grid)}']}"
     if noise > MOST_NOISE:
         return Finding(
             "grid-noise-too-large",
