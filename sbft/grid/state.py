@@ -152,7 +152,8 @@ def dense_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     on_grid = {tensor.codes.data_ptr(): tensor for tensor in state.values() if isinstance(tensor, GridWeight)}
     dense = {address: tensor.dequantize() for address, tensor in on_grid.items()}
     return {
-        name: dense[tensor.codes.data_ptr()] if isinstance(tensor, GridWeight) else tensor for name, tensor in state.items()
+        name: dense[tensor.codes.data_ptr()] if isinstance(tensor, GridWeight) else tensor
+        for name, tensor in state.items()
     }
 
 
