@@ -40,8 +40,8 @@ def dequantize_entries(weight: Quantized, index: Tensor, dtype: torch.dtype = to
 
 
 def _only_measures(codes: Tensor) -> bool:
-    """Whether codes are on the meta device and stand for a CPU's, whose compiled code allocates nothing but its result."""
-    return codes.device.type == "meta" and device_type(codes) in ("cpu", "meta")
+    """Whether codes are on the meta device and stand for a device whose compiled code allocates nothing but its result."""
+    return codes.device.type == "meta" and device_type(codes) in ("cpu", "cuda", "meta")
 
 
 def _backend(device: torch.device) -> ModuleType:
