@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sbft.bench.runs import Run
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run
 
 
 @dataclass

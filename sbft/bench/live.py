@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sbft.bench.active_run import Active
-from sbft.bench.runs import RateChoice, choose_rate, groups
+from sbft.bench.rate_choice import RateChoice, choose_rate
 from sbft.bench.schedule import Planned, duration, predictions, time_left
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import groups
 from sbft.native.sizes import gib
 from sbft.runs.record import RunRecord
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sbft.bench import outcome, process
 from sbft.bench.active_run import Active, Place
-from sbft.bench.runs import Run
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from pathlib import Path
 from sbft.bench.active_run import Active
 from sbft.bench.archive import PROCESS_FILE
 from sbft.bench.process import log_beside, recipe_beside
-from sbft.bench.runs import (
+from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import (
     LOG_FILE,
     RECIPE_FILE,
     Run,
     run_folder,
     stored_record,
 )
-from sbft.bench.suite import Suite
 from sbft.errors import Interrupted, how_to_install
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import FILE_NAME, RunRecord, git_commit, versions

@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from sbft.bench.active_run import Active
-from sbft.bench.runs import Run, run_folder
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder
 
 LOCKS_FOLDER = "locks"
 # To end a step, and to write what was measured until then.

@@ -21,9 +21,9 @@ from sbft.bench.live import SuiteProgress
 from sbft.bench.machine import ThisMachine
 from sbft.bench.outcome import conclude, tidy, write_unsupported
 from sbft.bench.process import held_locks, log_beside, try_lock
-from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.bench.schedule import Planned, is_wanted, plan
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.errors import Interrupted, RecipeError, signal_of
 from sbft.recipe.schema import Recipe
 from sbft.runs.record import RunRecord

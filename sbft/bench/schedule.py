@@ -10,19 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-from sbft.bench.runs import (
-    Phase,
-    Run,
-    choose_rate,
-    groups,
-    prefix,
-    read_run,
-    repeats,
-    run_name,
-    searches,
-    seconds,
-)
+from sbft.bench.rate_choice import choose_rate
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Phase, Run, groups, prefix, read_run, repeats, run_name, searches, seconds
 from sbft.runs.record import RunRecord
 
 State = Literal["done", "failed", "to do", "no rate"]

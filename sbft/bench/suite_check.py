@@ -8,8 +8,8 @@ import os
 import subprocess
 import sys
 
-from sbft.bench.runs import possible_runs
 from sbft.bench.suite import Suite, refusal
+from sbft.bench.suite_runs import possible_runs
 from sbft.errors import RecipeError, SbftError
 from sbft.recipe.methods import METHODS
 

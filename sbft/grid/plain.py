@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sbft.grid import values
 from sbft.grid.codes import Quantized
+from sbft.grid.grid_files import exact_files, holds_grid_weights
 from sbft.grid.scales import write_scales
-from sbft.grid.state import exact_files, holds_grid_weights
 
 _NOT_OF_THE_MODEL = (".safetensors", ".pt", ".pth", ".bin")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.optim.clocked import ClockedOptimizer
+from sbft.optim.clocked_optimizer import ClockedOptimizer
 from sbft.optim.group_settings import check_dtype, check_group
 from sbft.optim.kernels import backend_for
 from sbft.optim.release import GradientRelease

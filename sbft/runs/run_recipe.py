@@ -43,8 +43,8 @@ from sbft.runs.session import Say, Session, train
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.batches.packing_probe import refuse_leaking_rows
 from sbft.training.checkpointing.checkpoints import describe_damage, go_back_to
-from sbft.training.checkpointing.rehearsal import describe_unsaved, save_all_that_can_be
 from sbft.training.checkpointing.saving import saved_whole
+from sbft.training.checkpointing.trial_save import describe_unsaved, save_all_that_can_be
 from sbft.training.generation_config import settle_generation
 from sbft.training.trainer import SmallBatchTrainer
 
@@ -183,7 +183,7 @@ def _make_trainer(
         refuse_leaking_rows(model, arguments.per_device_train_batch_size)
     settle_generation(model, tokenizer, answer_ends(prepared), say=trainer.warn_once)
     if recipe.save_model or arguments.save_strategy != SaveStrategy.NO:
-        trainer.rehearse_saving()
+        trainer.try_saving()
     return trainer
 
 

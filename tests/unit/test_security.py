@@ -13,8 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sbft.bench.runs import possible_runs, run_folder
 from sbft.bench.suite import Suite, load_suite
+from sbft.bench.suite_runs import possible_runs, run_folder
 from sbft.cli.app import app
 from sbft.data.format import encode_prompts
 from sbft.data.sources import load_source

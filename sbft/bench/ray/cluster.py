@@ -26,8 +26,8 @@ from sbft.bench.ray.connection import LOCAL, connect, last_line
 from sbft.bench.ray.needs import local_files, needs, passed_on, room
 from sbft.bench.ray.transfer import pack, unpack_run
 from sbft.bench.ray.worker import Delivery, Inputs, Order, Worker, seen
-from sbft.bench.runs import Run, run_folder
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder
 from sbft.errors import ClusterError
 
 _RETRIES = 3

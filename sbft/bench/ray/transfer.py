@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbft.bench.process import log_beside
-from sbft.bench.runs import LOG_FILE
+from sbft.bench.suite_runs import LOG_FILE
 from sbft.files import replacing
 from sbft.runs.record import FILE_NAME
 

@@ -21,8 +21,8 @@ import sbft
 from sbft.bench.outcome import missing_package, tidy
 from sbft.bench.process import clear, held_locks, log_beside, start, try_lock
 from sbft.bench.ray.transfer import Get, Parcel, Put, files_below, pack, unpack
-from sbft.bench.runs import LOG_FILE, RECIPE_FILE, Run, run_folder, stored_record
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import LOG_FILE, RECIPE_FILE, Run, run_folder, stored_record
 from sbft.errors import ClusterError
 
 _POLL_S = 0.2

@@ -13,7 +13,7 @@ from sbft.bench.report.peft_json import write_peft_json
 from sbft.bench.report.pictures import draw
 from sbft.bench.report.spreadsheets import write_runs, write_summary
 from sbft.bench.report.tables import short_table
-from sbft.bench.runs import stored_suite
+from sbft.bench.suite_runs import stored_suite
 from sbft.errors import DataError, how_to_install
 
 __all__ = ["Report", "export_peft_json", "write_report"]

@@ -10,20 +10,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sbft.bench.rate_choice import RateChoice, choose_rate
 from sbft.bench.report import statistics
 from sbft.bench.report.statistics import Estimate
-from sbft.bench.runs import (
-    RateChoice,
-    Run,
-    choose_rate,
-    groups,
-    prefix,
-    read_process,
-    read_run,
-    run_folder,
-    searches,
-)
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, groups, prefix, read_process, read_run, run_folder, searches
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import RunRecord
 

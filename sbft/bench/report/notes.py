@@ -10,8 +10,8 @@ from pathlib import Path
 from sbft.bench.report import formats
 from sbft.bench.report.comparison import Comparison
 from sbft.bench.report.tables import metric_name
-from sbft.bench.runs import SUITE_FILE
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
+from sbft.bench.suite_runs import SUITE_FILE
 from sbft.runs.record import RunRecord
 
 _MEMORY_KINDS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sbft.bench.report.comparison import Comparison, Row
-from sbft.bench.runs import model_folder
+from sbft.bench.suite_runs import model_folder
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import RunRecord
 

@@ -25,7 +25,7 @@ from sbft.models.scratch import is_scratch, scratch_config
 from sbft.planning.check.finding import Finding, Severity
 from sbft.runs.prepare import Prepared, evaluation_rows
 from sbft.training.batches.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
-from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving
+from sbft.training.checkpointing.trial_save import SavingError, try_saving
 from sbft.training.generation_config import repaired
 
 _CHUNK_ROWS = 1_000
@@ -237,7 +237,7 @@ def unsaveable(known: Known) -> Finding | None:
     if generation is not None:
         model.generation_config = generation
     try:
-        rehearse_saving(model, known.prepared.tokenizer, known.prepared.arguments)
+        try_saving(model, known.prepared.tokenizer, known.prepared.arguments)
     except SavingError as error:
         return Finding(
             "cannot-be-saved", "error", "The trained model could not be saved", str(error), "Correct its files."

@@ -28,9 +28,9 @@ from sbft.bench.ray.needs import Needs, local_files, needs, passed_on, room
 from sbft.bench.ray.transfer import files_below, pack, unpack, unpack_run
 from sbft.bench.ray.worker import Delivery, Inputs, Order, make, seen
 from sbft.bench.runner import prepare, run_suite
-from sbft.bench.runs import Run, possible_runs, read_run, run_folder
 from sbft.bench.schedule import plan
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, possible_runs, read_run, run_folder
 from sbft.cli.app import app
 from sbft.errors import ClusterError, Interrupted, RecipeError
 from sbft.recipe.methods import METHODS

@@ -26,8 +26,8 @@ from sbft.bench.report.parts import parts_of, parts_of_row
 from sbft.bench.report.scatter import draw_scatter
 from sbft.bench.report.style import looks
 from sbft.bench.report.tables import front, main_table
-from sbft.bench.runs import Run, run_folder, validation_runs
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder, validation_runs
 from sbft.cli.app import app
 from sbft.errors import DataError
 from sbft.runs.record import RunRecord

@@ -9,19 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from sbft.bench.rate_choice import choose_rate
 from sbft.bench.runner import check_same
-from sbft.bench.runs import (
-    Run,
-    choose_rate,
-    model_folder,
-    possible_runs,
-    read_run,
-    run_folder,
-    stored_suite,
-    validation_runs,
-)
 from sbft.bench.schedule import duration, is_wanted, listing, plan, predictions, time_left
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
+from sbft.bench.suite_runs import Run, model_folder, possible_runs, read_run, run_folder, stored_suite, validation_runs
 from sbft.errors import RecipeError
 from sbft.runs.record import RunRecord
 

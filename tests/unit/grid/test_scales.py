@@ -14,9 +14,9 @@ from sbft.errors import ModelError
 from sbft.grid.codes import Quantized, dequantize, empty, store_codes
 from sbft.grid.convert import put_on_grids
 from sbft.grid.formats import GRIDS, Grid
+from sbft.grid.grid_files import save_checkpoint, save_dense
 from sbft.grid.plain import plain_folder
 from sbft.grid.scales import SCALES_FILE, TrainedCodes, recover, write_scales
-from sbft.grid.state import save_checkpoint, save_dense
 from sbft.grid.weight import GridWeight
 from tests.unit.grid.cases import FORMATS, bfloat16_model, dense_copy, grid_model
 

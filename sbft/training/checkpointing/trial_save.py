@@ -18,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
 from sbft.errors import TrainingError
-from sbft.grid.state import dense_state, has_grid_weights, save_dense
+from sbft.grid.grid_files import dense_state, has_grid_weights, save_dense
 from sbft.native.memory import stored_tensors
 from sbft.optim.sharding import is_sharded
 from sbft.training.checkpointing.disk_errors import refusal
@@ -35,7 +35,7 @@ class SavingError(TrainingError):
     """A part of a trained model cannot be saved."""
 
 
-def rehearse_saving(model: nn.Module, processor: Any = None, args: Any = None, folder: Path | None = None) -> None:
+def try_saving(model: nn.Module, processor: Any = None, args: Any = None, folder: Path | None = None) -> None:
     """Save everything but the weights of a model to a temporary folder, in the way it will be saved after training.
 
     Args:
@@ -213,7 +213,7 @@ def _placeholders(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _temporary_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="rehearsal-") as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="trial-save-") as name:
         yield Path(name)
 
 
