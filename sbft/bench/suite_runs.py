@@ -1,4 +1,4 @@
-"""The runs of a suite: which there are, where each lies, and which learning rate the validation runs choose."""
+"""The runs of a suite: which there are, where their folders are, and what is stored there."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Run:
     seed: int
     phase: Phase
     prefix: str = ""
-    """The folder of its model and a slash, where a suite has several models."""
+    """The model's folder name and a slash where a suite has several models, else empty."""
 
     @property
     def name(self) -> str:
-        """Its folder below `runs`."""
+        """Its folder, relative to `runs`."""
         return run_name(self.prefix, self.task, self.variant, f"{self.learning_rate:g}", self.phase, self.seed)
 
     def recipe(self, suite: Suite) -> dict[str, Any]:
-        """The content of its recipe, without the method's defaults."""
+        """Its recipe, without the method's defaults."""
         task, variant = suite.tasks[self.task], suite.methods[self.variant]
         content: dict[str, Any] = {
             "model": self.model,
@@ -58,7 +58,7 @@ class Run:
             section[last] = value
         content["training"].update(learning_rate=self.learning_rate, seed=self.seed)
         if self.phase == "validation":
-            # Nothing of the evaluation part is there to be seen.
+            # A validation run must not see the evaluation part.
             content["data"].pop("eval", None)
             content["data"].pop("eval_size", None)
             content["evaluation"]["before"] = False
@@ -75,17 +75,17 @@ def run_name(prefix: str, task: str, variant: str, rate: str, phase: str, seed: 
 
 
 def prefix(suite: Suite, model: str) -> str:
-    """What stands before the name of a model's runs: nothing where the suite has one model."""
+    """The prefix of the names of a model's runs; empty where the suite has one model."""
     return f"{model_folder(model)}/" if len(suite.models) > 1 else ""
 
 
 def run_folder(folder: Path, run: Run) -> Path:
-    """The folder of a run in that of its suite."""
+    """The folder of a run, inside its suite's."""
     return folder / RUNS_FOLDER / run.name
 
 
 def stored_suite(folder: Path) -> Suite | None:
-    """The suite whose runs lie in a folder; None if it is not the folder of a suite."""
+    """The suite whose runs are in a folder; None if it is not a suite's folder."""
     path = folder / SUITE_FILE
     return load_suite(path) if path.is_file() else None
 
@@ -96,7 +96,7 @@ def groups(suite: Suite) -> Iterator[tuple[str, str]]:
 
 
 def validation_runs(suite: Suite) -> list[Run]:
-    """The runs that choose learning rates; a variant with one rate, or the rate of another, has none."""
+    """The runs that choose learning rates. A variant with a single rate, or the rate of another variant, has none."""
     return [
         run
         for model, task in groups(suite)
@@ -135,7 +135,7 @@ def possible_runs(suite: Suite) -> list[Run]:
 
 
 def read_run(folder: Path, run: Run) -> RunRecord | None:
-    """The record of a run, from its folder or the suite's archive; None if it was not made, or was interrupted."""
+    """The record of a finished run, from its folder or the suite's archive; None if it is not finished."""
     record = stored_record(run_folder(folder, run))
     if record is None and (archived := archived_runs(folder).get(run.name)):
         return replace(archived.record)  # a copy: the archive is read once
@@ -148,7 +148,7 @@ def stored_record(folder: Path) -> RunRecord | None:
 
 
 def read_process(folder: Path, run: Run) -> dict[str, Any]:
-    """What is known of a finished run's process, from the run's folder or the suite's archive; empty if nothing is."""
+    """What is known about a finished run's process, from its folder or the suite's archive; empty if nothing is."""
     path = run_folder(folder, run) / PROCESS_FILE
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -157,7 +157,7 @@ def read_process(folder: Path, run: Run) -> dict[str, Any]:
 
 
 def seconds(folder: Path, run: Run, record: RunRecord) -> float | None:
-    """How long a finished run took, with the start of its process where that is known."""
+    """How long a finished run took, including the start of its process where known."""
     process = read_process(folder, run)
     if process:
         return float(process["elapsed_s"])
