@@ -1,4 +1,4 @@
-"""The trainer's part of trial saves: one before the first step, and no save that loses the weights."""
+"""Saving that loses no weights: a trial save before the first step, and partial saves if a part fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ else:
 
 
 class FailSafeSaving(_Base):
-    """Put before `WholeCheckpoints`: `train` begins with a trial save, and if a part cannot be saved, the weights still are."""
+    """Put before `WholeCheckpoints`: `train` starts with a trial save, and if a part cannot be saved, the weights still are."""
 
     args: Any
     model: Any

@@ -1,4 +1,4 @@
-"""Checkpoints of a model whose weights are on a grid: exact, as codes and scales; what is saved for use is plain bfloat16."""
+"""Checkpoints of a model with weights on a grid: exact, as codes and scales. The trained model is saved as plain bfloat16."""
 
 from __future__ import annotations
 
