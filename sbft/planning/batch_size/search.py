@@ -11,6 +11,7 @@ from datasets import Dataset
 from sbft.data.format import FormatReport
 from sbft.data.windows import TokenWindows
 from sbft.errors import TrainingError
+from sbft.models.load import check_model
 from sbft.native.memory import device_name, model_bytes
 from sbft.native.sizes import gib
 from sbft.planning.batch_size.curve import Curve, Timed, search
@@ -18,7 +19,7 @@ from sbft.planning.batch_size.peak_flops import peak_flops
 from sbft.planning.batch_size.scaled_recipe import BatchSettings, batch_settings
 from sbft.planning.batch_size.step_timing import StepTimer, longest_examples
 from sbft.planning.memory.usable import usable_bytes
-from sbft.recipe import Recipe, resolve
+from sbft.recipe import Recipe
 from sbft.runs.build import prepare_model
 from sbft.runs.failures import training_advice
 from sbft.runs.prepare import prepare
@@ -90,7 +91,7 @@ def find_batch_size(
     The model is loaded once, its weights do not change, and nothing is saved.
 
     Args:
-        recipe: as loaded; the method's defaults are filled in here.
+        recipe: as `sbft.recipe.resolve` returns it.
         share: of the best throughput, above 0 and at most 1, that counts as full.
         largest: largest batch size to try.
         limit_bytes: limit of the peak memory. When None, the free memory of this machine, or all memory of a CUDA device.
@@ -100,7 +101,7 @@ def find_batch_size(
     Raises:
         SbftError: if the recipe cannot be trained, or batch size 1 does not fit into memory.
     """
-    recipe = resolve(recipe)
+    check_model(recipe.model)
     say(f"Reading {recipe.data.train}")
     prepared = prepare(recipe)
     if isinstance(prepared.examples, TokenWindows):
