@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from sbft.bench.archive import ARCHIVE_FILE, archive_runs
-from sbft.bench.runs import RUNS_FOLDER
+from sbft.bench.suite_runs import RUNS_FOLDER
 from sbft.errors import SbftError
 
 _BESIDE = ("suite.yaml", "suites", "report.md", "report.html", "*.csv", "*.png")

@@ -1,7 +1,7 @@
-"""A suite's finished runs in one file, `runs.jsonl`, as results are kept beside the tables that were made from them.
+"""A suite's finished runs in one file, `runs.jsonl`, kept beside the tables that were made from them.
 
-One line a run, sorted by name: `{"run": NAME, "process": {...}, "record": {...}}`, where the name is the run's folder below
-`runs`, the record is the content of its `run.json` and the process that of its `process.json`, both whole.
+It has one line per run, sorted by name: `{"run": NAME, "process": {...}, "record": {...}}`. The name is the run's folder
+below `runs`. The record is the whole content of its `run.json`, and the process that of its `process.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sbft.runs.record import FILE_NAME, RunRecord
 
 ARCHIVE_FILE = "runs.jsonl"
 PROCESS_FILE = "process.json"
-"""How long the process of a run took, from its start to its end, how it ended, how many ran at once, and on what."""
+"""A run's process: its duration from start to end, how it ended, how many runs ran at the same time, and on what."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class ArchivedRun:
 
     record: RunRecord
     process: dict[str, Any]
-    """Empty where the run was made by hand."""
+    """Empty where the run was not made by the runner."""
 
 
 def archived_runs(folder: Path) -> dict[str, ArchivedRun]:
-    """The runs in the archive of a suite's folder by name; none where there is no archive.
+    """The runs in the archive of a suite's folder, by name; empty where there is no archive.
 
     Raises:
-        DataError: if a line is not that of a run.
+        DataError: if a line does not describe a run.
     """
     path = folder / ARCHIVE_FILE
     return _read(path, path.stat().st_mtime_ns) if path.is_file() else {}
@@ -49,19 +49,19 @@ def _read(path: Path, changed: int) -> dict[str, ArchivedRun]:
                 content = json.loads(line)
                 runs[content["run"]] = ArchivedRun(RunRecord.of(content["record"]), content["process"])
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"Line {number} of {path} is not that of a run: {error!r}") from error
+                raise DataError(f"Line {number} of {path} does not describe a run: {error!r}") from error
     return runs
 
 
 def archive_runs(runs: Path, to: Path) -> int:
-    """Write the finished runs below a folder into one file; their answers, logs and models stay behind.
+    """Write the finished runs below a folder into one file, without their answers, logs and models.
 
     Args:
-        runs: the folder that holds the runs' folders, at any depth: `runs` in that of a suite.
+        runs: the folder that contains the runs' folders, at any depth: `runs` in a suite's folder.
         to: the file to write.
 
     Returns:
-        How many runs are in it.
+        The number of runs written.
 
     Raises:
         DataError: if there is no finished run.

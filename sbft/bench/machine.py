@@ -9,17 +9,17 @@ from pathlib import Path
 
 from sbft.bench import outcome, process
 from sbft.bench.active_run import Active, Place
-from sbft.bench.runs import Run
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run
 
 
 @dataclass(frozen=True)
 class ThisMachine(Place):
-    """Each run is a process of this machine, with a GPU or a share of the CPU."""
+    """Makes each run in a process on this machine, with one GPU or a share of the CPU."""
 
     jobs: int = 1
     gpus: Sequence[str] = ()
-    """What CUDA_VISIBLE_DEVICES calls each GPU; each run gets one. Empty: the runs share the CPU."""
+    """The name of each GPU in CUDA_VISIBLE_DEVICES; each run gets one. Empty: the runs share the CPU."""
 
     def missing_package(self, suite: Suite, variant: str) -> str | None:
         """Why a variant cannot be run here, if a package that its method needs is not installed."""

@@ -1,4 +1,4 @@
-"""What came of a run's process: its record, also where it could write none itself."""
+"""The outcome of a run's process: its record, also where the process could not write one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from sbft.bench.active_run import Active
 from sbft.bench.archive import PROCESS_FILE
 from sbft.bench.process import log_beside, recipe_beside
-from sbft.bench.runs import (
+from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import (
     LOG_FILE,
     RECIPE_FILE,
     Run,
     run_folder,
     stored_record,
 )
-from sbft.bench.suite import Suite
 from sbft.errors import Interrupted, how_to_install
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import FILE_NAME, RunRecord, git_commit, versions
 from sbft.training.checkpointing.checkpoints import remove_checkpoints
 
 _WEIGHTS = ("*.safetensors", "*.bin")
-# What is of use without the weights; tensorboard's events are there where the suite asks for them.
+# What is useful without the weights. There are tensorboard events where the suite asks for them.
 _KEPT = (FILE_NAME, RECIPE_FILE, LOG_FILE, PROCESS_FILE, "*.jsonl", "events.out.*")
 _LAST_LINES = 3
 
@@ -41,12 +41,12 @@ def missing_package(suite: Suite, variant: str) -> str | None:
 
 
 def write_unsupported(suite: Suite, folder: Path, run: Run, reason: str) -> RunRecord:
-    """The record of a run that this machine cannot make."""
+    """Write the record of a run that this machine cannot make."""
     return write_failure(suite, folder, run, "unsupported", reason)
 
 
 def write_failure(suite: Suite, folder: Path, run: Run, status: str, reason: str) -> RunRecord:
-    """The record of a run of which there is nothing but the reason why."""
+    """Write the record of a run of which only the reason for its failure is known."""
     record = _blank(suite, run)
     record.status, record.error = status, reason
     target = run_folder(folder, run)
@@ -56,9 +56,9 @@ def write_failure(suite: Suite, folder: Path, run: Run, status: str, reason: str
 
 
 def conclude(suite: Suite, active: Active) -> RunRecord | None:
-    """The record of a run whose process has ended; None if somebody stopped it, so that it is still to be made.
+    """The record of a run whose process has ended; None if it was stopped from outside, so that it has to be made again.
 
-    The process's output becomes the folder's log, and the weights are removed, unless the suite keeps them.
+    The process's output becomes the log in the run's folder, and the weights are removed unless the suite keeps them.
 
     Args:
         suite: what the run belongs to.
@@ -68,7 +68,7 @@ def conclude(suite: Suite, active: Active) -> RunRecord | None:
     if record is None or record.status != "ok":
         record = record or _blank(suite, active.run)
         if active.timed_out:
-            # What it has measured until then stands.
+            # What it measured before stays in the record.
             record.status, record.error = "error", f"timed out after {active.time_limit_s:g} s"
         elif record.status == "unfinished":
             record.status, record.error = _how_it_ended(active.exit_code or 0, log_beside(active.folder))
@@ -87,7 +87,7 @@ def conclude(suite: Suite, active: Active) -> RunRecord | None:
 
 
 def tidy(suite: Suite, folder: Path) -> RunRecord | None:
-    """Bring the folder of a finished run into its last state; does nothing where that is done."""
+    """Bring the folder of a finished run into its final state, unless that is already done."""
     record = stored_record(folder)
     if record is None:
         return None
@@ -101,14 +101,14 @@ def tidy(suite: Suite, folder: Path) -> RunRecord | None:
                 path.unlink()
     remove_checkpoints(folder)
     recipe_beside(folder).unlink(missing_ok=True)
-    # Last: while the log lies beside the folder, the next runner takes the run for one that is still to be tidied.
+    # Last: as long as the log is beside the folder, the next runner knows that this run still has to be tidied.
     if log_beside(folder).exists():
         os.replace(log_beside(folder), folder / LOG_FILE)
     return record
 
 
 def _blank(suite: Suite, run: Run) -> RunRecord:
-    """A record of what was to be run, of which nothing is known yet."""
+    """A record that says what was to be run, without any result."""
     recipe = run.whole_recipe(suite)
     training = recipe.training
     return RunRecord(
@@ -128,14 +128,14 @@ def _blank(suite: Suite, run: Run) -> RunRecord:
 
 
 def _how_it_ended(code: int, log: Path) -> tuple[str, str]:
-    """Status and error of a process that has not said them in its record."""
+    """Status and error of a process that did not record them itself."""
     if code == -signal.SIGKILL:
         return "oom", (
             "The system ended the process (signal 9), as it does when the machine's memory runs out. End other programs, "
-            "run fewer at once (--jobs 1), or take a smaller model."
+            "make fewer runs at a time (--jobs 1), or use a smaller model."
         )
     for number in (signal.SIGTERM, signal.SIGINT):
-        # While it loaded, by itself or by the signal; a run that is over its time does not come here.
+        # Interrupted while loading. A run that exceeded its time limit does not get here.
         if code in (-number, Interrupted(number).exit_code):
             return "interrupted", str(Interrupted(number))
     if code < 0:
@@ -147,13 +147,13 @@ def _how_it_ended(code: int, log: Path) -> tuple[str, str]:
 
 def _error_paragraph(log: Path) -> str | None:
     """The last paragraph of the log that begins with `Error:`, without that word."""
-    found = re.findall(r"^Error: (.+?)(?=\n\s*\n|\Z)", _text(log), re.MULTILINE | re.DOTALL)
-    return found[-1].strip() if found else None
+    paragraphs = re.findall(r"^Error: (.+?)(?=\n\s*\n|\Z)", _text(log), re.MULTILINE | re.DOTALL)
+    return paragraphs[-1].strip() if paragraphs else None
 
 
 def _last_lines(log: Path) -> str:
     lines = [line.strip() for line in _text(log).splitlines() if line.strip()]
-    return f" Its last words: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""
+    return f" The end of its log: {' / '.join(lines[-_LAST_LINES:])}" if lines else ""
 
 
 def _text(log: Path) -> str:

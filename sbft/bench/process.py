@@ -1,4 +1,4 @@
-"""Runs as processes of this machine: one that works on a run, and the lock that keeps all others from the same run."""
+"""Runs as processes on this machine, and the lock that keeps others from making the same run."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 import yaml
 
 from sbft.bench.active_run import Active
-from sbft.bench.runs import Run, run_folder
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder
 
 LOCKS_FOLDER = "locks"
-# To end a step, and to write what was measured until then.
+# Time for a process to finish its step and to write its measurements.
 _GRACE_S = 20.0
 
 
 def try_lock(folder: Path, run: Run) -> int | None:
-    """A file descriptor that holds the lock of a run in a suite's folder; None if another process has it.
+    """Take the lock of a run in a suite's folder: returns a file descriptor, or None if another process has the lock.
 
-    The lock ends with the last process that has the descriptor open: a run that outlives its runner still holds it.
+    The lock is held as long as any process has the descriptor open. So a run that outlives its runner still holds it.
     """
     path = folder / LOCKS_FOLDER / f"{run.name.replace('/', '__')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,14 +39,14 @@ def try_lock(folder: Path, run: Run) -> int | None:
 
 
 def held_locks(folder: Path) -> int:
-    """How many runs of a suite's folder are being worked on, by whatever runner."""
+    """How many runs of a suite's folder are in progress, whichever runner makes them."""
     return sum(_is_held(path) for path in (folder / LOCKS_FOLDER).glob("*.lock"))
 
 
 def _is_held(path: Path) -> bool:
     descriptor = os.open(path, os.O_RDWR)
     try:
-        # Shared, so that two that count do not count each other.
+        # A shared lock, so that two processes that count at the same time do not count each other.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -56,39 +56,39 @@ def _is_held(path: Path) -> bool:
 
 
 def log_beside(folder: Path) -> Path:
-    """Where the output of a run goes while it works: `sbft train` wants its own folder empty."""
+    """Where the output of a run goes while it is in progress: `sbft train` requires an empty folder."""
     return folder.with_name(f"{folder.name}.log")
 
 
 def recipe_beside(folder: Path) -> Path:
-    """The recipe that the process of a run is given."""
+    """Path of the recipe that a run's process reads."""
     return folder.with_name(f"{folder.name}.yaml")
 
 
 def clear(folder: Path) -> None:
-    """Remove what an interrupted run has left in its folder."""
+    """Remove what an interrupted run left in its folder."""
     if folder.exists():
         shutil.rmtree(folder)
 
 
 @dataclass
 class ActiveProcess(Active):
-    """A run that a process of this machine works on."""
+    """A run made by a process on this machine."""
 
     process: subprocess.Popen[bytes]
 
     @property
     def exit_code(self) -> int | None:
-        """Of the process; minus the signal where one ended it."""
+        """The exit code of the process: negative if a signal ended it."""
         return self.process.returncode
 
     @property
     def cores(self) -> int | None:
-        """Of this machine."""
+        """Number of cores of this machine."""
         return os.cpu_count()
 
     def has_ended(self) -> bool:
-        """Whether the process is gone; one that is over its time limit is told to stop, and after a while killed."""
+        """Whether the process has ended. Beyond its time limit it is asked to stop, and later killed."""
         if self.process.poll() is not None:
             return True
         if self.time_limit_s is not None and self.elapsed_s > self.time_limit_s:
@@ -100,7 +100,7 @@ class ActiveProcess(Active):
         return False
 
     def kill(self) -> None:
-        """End the process and all that it has started."""
+        """Kill the process and everything that it has started."""
         self._signal(signal.SIGKILL)
 
     def wait(self) -> None:
@@ -128,12 +128,12 @@ def start(
 
     Args:
         suite: what the run belongs to.
-        folder: that of the suite.
+        folder: the suite's.
         run: what to run.
-        lock: a descriptor from `try_lock`, which the process gets too.
-        slot: which of the runs at a time it is.
-        environment: variables beside those of this process.
-        working_folder: where the suite's relative paths begin; that of this process if not given.
+        lock: a descriptor from `try_lock`, which the process inherits.
+        slot: see `Place.start`.
+        environment: variables to add to those of this process.
+        working_folder: what the suite's relative paths are relative to; this process's working folder if None.
     """
     target = run_folder(folder, run)
     clear(target)
@@ -150,7 +150,7 @@ def start(
             env={**os.environ, **environment},
             cwd=working_folder,
             pass_fds=(lock,),
-            # Ctrl-C is for the runner alone, which ends its runs itself.
+            # Ctrl-C goes to the runner alone, which ends its runs itself.
             start_new_session=True,
         )
     return ActiveProcess(run, target, lock, slot, suite.time_limit_s, process)

@@ -1,4 +1,4 @@
-"""Makes the runs of a suite, here or on a cluster, each in a process of its own; what is done is never done again."""
+"""Makes the runs of a suite, here or on a cluster, each in a separate process. Finished runs are not made again."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from sbft.bench.live import SuiteProgress
 from sbft.bench.machine import ThisMachine
 from sbft.bench.outcome import conclude, tidy, write_unsupported
 from sbft.bench.process import held_locks, log_beside, try_lock
-from sbft.bench.runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
-from sbft.bench.schedule import Planned, is_wanted, plan
+from sbft.bench.schedule import Planned, is_selected, plan
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import SUITE_FILE, Run, possible_runs, read_run, run_folder
 from sbft.errors import Interrupted, RecipeError, signal_of
 from sbft.recipe.schema import Recipe
 from sbft.runs.record import RunRecord
 
 _POLL_S = 0.2
-_LOOK_AGAIN_S = 2.0  # while another runner has what is left
+_LOOK_AGAIN_S = 2.0  # while other runners make the remaining runs
 _KEYS_NAMED = 5
 
 
@@ -41,14 +41,14 @@ def run_suite(
     only: Sequence[str] = (),
     place: Place | None = None,
 ) -> None:
-    """Make every run that has not been made.
+    """Make every run that has not been made yet.
 
     Args:
-        suite: what to run; its own folder has been prepared: see `prepare`.
-        folder: where the runs lie.
-        progress: told what happens.
-        only: patterns of the runs to make; all if there is none.
-        place: where the runs are made; one after the other on this machine's CPU if not given.
+        suite: what to run.
+        folder: the suite's folder, made ready by `prepare`.
+        progress: shows what happens.
+        only: patterns of the runs to make; all if empty.
+        place: where the runs are made; one after another on this machine's CPU if None.
 
     Raises:
         Interrupted: if it was stopped by Ctrl-C or SIGTERM.
@@ -62,23 +62,23 @@ def run_suite(
         done = sum(one.record is not None for one in plan(suite, folder))
         raise Interrupted(
             signal_of(interrupt),
-            f" with {done} run{'s' * (done != 1)} finished; what was cut off will be made from its "
-            "beginning. To continue, type the same command again.",
+            f" with {done} run{'s' * (done != 1)} finished. Runs that were interrupted will start from the beginning. "
+            "To continue, type the same command again.",
         ) from None
     finally:
         runner.stop()
 
 
 def check_same(suite: Suite, folder: Path, *, retry: bool = False) -> None:
-    """Make sure that what lies in a folder is of the same suite. Changes nothing.
+    """Check that the finished runs in a folder belong to this suite. Changes nothing.
 
     Args:
-        suite: what is wanted; it may have more methods, rates, seeds or tasks than were run.
-        folder: where the runs lie.
-        retry: failed runs are to be made again, and so may differ.
+        suite: the suite to run; it may have more methods, rates, seeds or tasks than were run.
+        folder: the suite's folder.
+        retry: failed runs will be made again, so their settings may differ.
 
     Raises:
-        RecipeError: if a finished run was made with other settings than the suite now gives it.
+        RecipeError: if a finished run was made with other settings than the suite has now.
     """
     for run in possible_runs(suite):
         record = read_run(folder, run)
@@ -87,19 +87,19 @@ def check_same(suite: Suite, folder: Path, *, retry: bool = False) -> None:
 
 
 def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[str] = ()) -> None:
-    """Make the folder of a suite ready: the suite in it, and what a killed runner left in order.
+    """Make the folder of a suite ready: write the suite into it, and tidy up after a killed runner.
 
     Args:
-        suite: what is wanted.
-        folder: where the runs lie.
-        retry: failed runs are to be made again.
-        only: patterns of the runs to be made again; all if there is none.
+        suite: the suite to run.
+        folder: the suite's folder.
+        retry: make failed runs again.
+        only: patterns of the failed runs to make again; all if empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / SUITE_FILE, suite.to_yaml())
     for run in possible_runs(suite):
         record = read_run(folder, run)
-        again = retry and record is not None and record.status != "ok" and is_wanted(run.name, only)
+        again = retry and record is not None and record.status != "ok" and is_selected(run.name, only)
         if record is None or not (again or log_beside(run_folder(folder, run)).exists()):
             continue
         lock = try_lock(folder, run)
@@ -108,7 +108,7 @@ def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[s
         if again:
             record.status, record.error = "unfinished", None
             target = run_folder(folder, run)
-            target.mkdir(parents=True, exist_ok=True)  # of an archived run it is not there
+            target.mkdir(parents=True, exist_ok=True)  # an archived run has no folder
             record.save(target)
         else:
             tidy(suite, run_folder(folder, run))
@@ -116,14 +116,14 @@ def prepare(suite: Suite, folder: Path, *, retry: bool = False, only: Sequence[s
 
 
 def _check_same(suite: Suite, folder: Path, run: Run, record: RunRecord) -> None:
-    wanted = run.whole_recipe(suite)
+    expected = run.whole_recipe(suite)
     try:
         made = Recipe.model_validate(record.recipe)
     except ValidationError as error:
         raise RecipeError(
             f"The record of the run {run.name} in {folder} cannot be read by this version of sbft. {_ways_out(folder, run)}"
         ) from error
-    there, here = _flat(made), _flat(wanted)
+    there, here = _flat(made), _flat(expected)
     differing = [
         f"{key} (there {there.get(key)}, now {here.get(key)})"
         for key in sorted(there.keys() | here.keys())
@@ -143,13 +143,13 @@ def _ways_out(folder: Path, run: Run) -> str:
     target = run_folder(folder, run)
     remove = f"rm -r '{target}'" if target.is_dir() else f"delete its line from {folder / ARCHIVE_FILE}"
     return (
-        "Type another --output-dir to begin anew, or change the suite back, or remove the run to have it made again: "
+        "Use another --output-dir to start afresh, or change the suite back, or remove the run to make it again: "
         f"{remove}"
     )
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Dotted keys and values; None is the same as not given."""
+    """Dotted keys and values; a value of None is the same as a missing key."""
 
     def flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in tree.items():
@@ -163,7 +163,7 @@ def _flat(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def _sigterm_is_ctrl_c() -> Iterator[None]:
-    """Stop in the same way when a batch system or `kill` asks for it."""
+    """Make SIGTERM, as from a batch system or `kill`, act like Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -179,7 +179,7 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
 
 
 class _Runner:
-    """The loop: whenever a slot is free, the first run is started that nobody has made and nobody works on."""
+    """The main loop: whenever a slot is free, it starts the first run that is neither finished nor in progress."""
 
     def __init__(
         self,
@@ -193,12 +193,12 @@ class _Runner:
         self.only, self.place = only, place
         self.active: list[Active] = []
         self.elsewhere: list[str] = []
-        """Runs that another runner, or one of its processes, works on."""
+        """Runs that another runner, or one of its processes, is making."""
         self.planned: list[Planned] = []
         self._looked = 0.0
 
     def work(self) -> None:
-        """Until nothing is left."""
+        """Make runs until none is left."""
         self.look()
         while True:
             self.collect()
@@ -214,13 +214,13 @@ class _Runner:
                 self.look()
 
     def look(self) -> None:
-        """Read the state of all runs anew."""
-        self.planned = [one for one in plan(self.suite, self.folder) if is_wanted(one.name, self.only)]
+        """Reread the state of all runs."""
+        self.planned = [run for run in plan(self.suite, self.folder) if is_selected(run.name, self.only)]
         self._looked = time.monotonic()
 
     def collect(self) -> None:
-        """Take in the runs that have ended."""
-        for active in [one for one in self.active if one.has_ended()]:
+        """Record the runs that have ended."""
+        for active in [active for active in self.active if active.has_ended()]:
             self.count()
             record = conclude(self.suite, active)
             self.active.remove(active)
@@ -229,12 +229,12 @@ class _Runner:
             self.progress.ended(active.run.name, record, active.elapsed_s, self.planned)
 
     def start_next(self) -> bool:
-        """Start the first run that can be; False if there is none."""
-        working = {one.run for one in self.active}
+        """Start the first run that can be started; returns False if there is none."""
+        working = {active.run for active in self.active}
         self.elsewhere = []
-        for one in self.planned:
-            run = one.run
-            if run is None or one.state != "to do" or run in working:
+        for planned in self.planned:
+            run = planned.run
+            if run is None or planned.state != "to do" or run in working:
                 continue
             lock = try_lock(self.folder, run)
             if lock is None:
@@ -254,14 +254,14 @@ class _Runner:
         return False
 
     def count(self) -> None:
-        """Note with how many others each run shares the machine, those of other runners on this folder included."""
+        """Tell each active run how many runs share its machine, including those of other runners on this folder."""
         held = held_locks(self.folder)
         for active in self.active:
             active.shares_machine_with(held)
 
     def _needs_no_process(self, run: Run) -> bool:
         if read_run(self.folder, run) is not None:
-            return True  # made by another runner since the plan was drawn up
+            return True  # another runner has made it since the plan was read
         reason = self.place.missing_package(self.suite, run.variant)
         if reason is None:
             return False
@@ -270,13 +270,13 @@ class _Runner:
         return True
 
     def stop(self) -> None:
-        """End what still runs; none of it counts as a result."""
+        """End all active runs. They do not count as results."""
         for active in self.active:
             active.kill()
         for active in self.active:
             active.wait()
             record = read_run(self.folder, active.run)
-            # It may have finished just now, or have been failing on its own.
+            # It may have finished just now, or failed by itself.
             if record is not None and record.status == "ok":
                 tidy(self.suite, active.folder)
             elif record is not None:

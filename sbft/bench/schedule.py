@@ -1,4 +1,4 @@
-"""What a suite still has to do: its runs in their order, the state of each, and the time they will take."""
+"""The plan of a suite: its runs in order, the state of each, and how long they will take."""
 
 from __future__ import annotations
 
@@ -10,19 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
-from sbft.bench.runs import (
-    Phase,
-    Run,
-    choose_rate,
-    groups,
-    prefix,
-    read_run,
-    repeats,
-    run_name,
-    searches,
-    seconds,
-)
+from sbft.bench.rate_choice import choose_rate
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Phase, Run, groups, prefix, read_run, repeats, run_name, searches, seconds
 from sbft.runs.record import RunRecord
 
 State = Literal["done", "failed", "to do", "no rate"]
@@ -34,7 +24,7 @@ class Planned:
     """A run of the suite, made or not."""
 
     name: str
-    """As `Run.name`, with `lr=?` while the learning rate of a test run is not decided."""
+    """As `Run.name`, but with `lr=?` while the learning rate of a test run is not decided."""
     model: str
     task: str
     variant: str
@@ -44,13 +34,13 @@ class Planned:
     record: RunRecord | None
     """None while it is not finished."""
     took_s: float | None = None
-    """Seconds that it took."""
+    """Seconds that the run took."""
     hopeless: str | None = None
-    """Why there is no learning rate to run it at."""
+    """Why it has no learning rate."""
 
     @property
     def state(self) -> State:
-        """How far it is."""
+        """The state of the run."""
         if self.hopeless is not None:
             return "no rate"
         if self.record is None:
@@ -59,12 +49,12 @@ class Planned:
 
     @property
     def row(self) -> tuple[str, str, str]:
-        """The row of the comparison that it belongs to."""
+        """The row of the comparison: model, task and variant."""
         return self.model, self.task, self.variant
 
 
 def plan(suite: Suite, folder: Path) -> list[Planned]:
-    """All runs in the order in which they are made: task by task, the choice of the learning rates first."""
+    """All runs in the order in which they are made: task by task, validation runs first."""
     planned: list[Planned] = []
     for model, task in groups(suite):
         for variant in suite.ordered_methods():
@@ -97,22 +87,22 @@ def _tests(suite: Suite, folder: Path, model: str, task: str, variant: str) -> l
     ]
 
 
-def is_wanted(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a run is among those asked for: a pattern fits its whole name, or one part between slashes."""
+def is_selected(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a run is selected: a pattern matches its whole name or a part between slashes, or there is no pattern."""
     return not patterns or any(fnmatchcase(part, pattern) for pattern in patterns for part in (name, *name.split("/")))
 
 
 def predictions(planned: Sequence[Planned]) -> dict[str, float]:
-    """Seconds that each run not yet made will take: as those of its row did, or else its method elsewhere."""
-    of_row: dict[tuple[str, ...], list[float]] = defaultdict(list)
-    for one in planned:
-        if one.state == "done" and one.took_s is not None:
-            of_row[one.row].append(one.took_s)
-            of_row[(one.variant,)].append(one.took_s)
+    """Predict the seconds of each run that is not made yet, from finished runs of its row, or else of its variant."""
+    row_seconds: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for run in planned:
+        if run.state == "done" and run.took_s is not None:
+            row_seconds[run.row].append(run.took_s)
+            row_seconds[(run.variant,)].append(run.took_s)
     return {
-        one.name: mean(those)
-        for one in planned
-        if one.state == "to do" and (those := of_row.get(one.row) or of_row.get((one.variant,)))
+        run.name: mean(those)
+        for run in planned
+        if run.state == "to do" and (those := row_seconds.get(run.row) or row_seconds.get((run.variant,)))
     }
 
 
@@ -125,29 +115,29 @@ def duration(length_s: float) -> str:
 
 
 def time_left(planned: Sequence[Planned], jobs: int) -> str:
-    """A sentence on how long the runs that are not made will take."""
-    todo = [one.name for one in planned if one.state == "to do"]
+    """A sentence on how long the remaining runs will take."""
+    todo = [run.name for run in planned if run.state == "to do"]
     if not todo:
         return "Nothing is left to run."
-    known = predictions(planned)
+    predicted_s = predictions(planned)
     runs = f"{len(todo)} run{'s' * (len(todo) > 1)} to do"
-    unknown = sum(name not in known for name in todo)
+    unknown = sum(name not in predicted_s for name in todo)
     if unknown == len(todo):
-        return f"{runs}; how long they take is known once the first is done."
-    at_once = f", {jobs} at once" if jobs > 1 else ""
-    about = duration(sum(known[name] for name in todo if name in known) / jobs)
-    rest = f" for all but {unknown} of a method that none has been timed of" if unknown else ""
+        return f"{runs}; the time is known once the first is done."
+    at_once = f", {jobs} at a time" if jobs > 1 else ""
+    about = duration(sum(predicted_s[name] for name in todo if name in predicted_s) / jobs)
+    rest = f", without {unknown} of methods that have no finished run" if unknown else ""
     return f"{runs}{at_once}: about {about}{rest}."
 
 
 def listing(planned: Sequence[Planned], jobs: int) -> str:
-    """Every run with its state and time, a line each, and their sum."""
-    known = predictions(planned)
+    """A line for every run with its state and time, and their sum."""
+    predicted_s = predictions(planned)
     lines = []
-    for one in planned:
-        took = known.get(one.name) if one.took_s is None else one.took_s
+    for run in planned:
+        took = predicted_s.get(run.name) if run.took_s is None else run.took_s
         about = "" if took is None else duration(took)
-        sign = "~" if one.name in known else ""
-        lines.append(f"{one.state:8}{sign + about:>12}  {one.name}")
-    reasons = dict.fromkeys(f"{'/'.join(one.row[1:])}: {one.hopeless}" for one in planned if one.hopeless is not None)
+        sign = "~" if run.name in predicted_s else ""
+        lines.append(f"{run.state:8}{sign + about:>12}  {run.name}")
+    reasons = dict.fromkeys(f"{'/'.join(run.row[1:])}: {run.hopeless}" for run in planned if run.hopeless is not None)
     return "\n".join([*lines, "", *reasons, time_left(planned, jobs)])

@@ -1,4 +1,4 @@
-"""The suite: what is compared. Its YAML is read and checked here, all problems at once."""
+"""The suite: what to compare. Reads and checks its YAML, and reports all problems together."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _ELSEWHERE = {
     "method": "method, beside set",
     "output_dir": "--output-dir on the command line",
 }
-"""Keys of a recipe that a suite decides itself, and where."""
+"""Keys of a recipe that a suite sets itself, and where to write them instead."""
 _FOR_ALL = {
     "data": "tasks.NAME.data",
     "evaluation": "tasks.NAME.evaluation",
     "training.num_train_epochs": "training of the suite",
     "training.max_steps": "training of the suite",
 }
-"""Keys and sections that are the same for all methods of a suite, or it would compare nothing, and where they stand."""
+"""Keys and sections that must be the same for all methods of a suite, and where to write them."""
 
 
 def model_folder(model: str) -> str:
-    """A model's name as that of a folder."""
+    """A folder name for a model."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", model.removeprefix("builtin:")).strip("-.")
 
 
@@ -50,25 +50,25 @@ class _Section(BaseModel):
 
 
 class Task(_Section):
-    """What is learned, and how it is measured."""
+    """What to learn, and how to measure it."""
 
     data: DataConfig
-    """The data section of a recipe; its seed follows that of the run where it is not given."""
+    """The data section of a recipe. Its seed defaults to the run's."""
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     """The evaluation section of a recipe; the first metric decides the learning rate."""
 
 
 class Variant(_Section):
-    """One row of the comparison: a method, perhaps with settings of its own."""
+    """A row of the comparison: a method, perhaps with other settings."""
 
     method: str | None = None
-    """A method of sbft; the variant's own name where it is not given."""
+    """A method of sbft; the variant's own name when None."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the recipe, dotted as for --set, and their values; they win over what the suite says for all."""
+    """Values by recipe key, dotted as for --set. They take precedence over the suite's."""
     learning_rates: list[PositiveFloat] | None = Field(None, min_length=1)
-    """The grid of which validation chooses one; a single one is taken as it is."""
+    """The grid that validation chooses from; a single rate needs no validation."""
     learning_rates_from: str | None = None
-    """Take the rate that was chosen for this other variant."""
+    """Use the rate chosen for this other variant."""
 
     @field_validator("set", mode="after")
     @classmethod
@@ -77,10 +77,10 @@ class Variant(_Section):
 
 
 class Suite(_Section):
-    """Models x tasks x methods x learning rates x seeds, with one budget of examples for all."""
+    """Models x tasks x methods x learning rates x seeds, with the same budget of examples for all."""
 
     summary: str = ""
-    """One line on what it compares, and what it needs."""
+    """One line: what it compares, and what it requires."""
     models: list[str] = Field(min_length=1)
     """Hub ids, local folders, or builtin:NAME."""
     tasks: dict[str, Task] = Field(min_length=1)
@@ -94,16 +94,16 @@ class Suite(_Section):
     baseline: str = "lora"
     """The method that differences are measured against."""
     time_limit_s: PositiveFloat | None = None
-    """Seconds after which a run is ended; that is its result."""
+    """Seconds after which a run is ended and counts as failed."""
     keep_models: bool = False
     """Keep the trained weights, not only records and predictions."""
 
     def to_yaml(self) -> str:
-        """The suite as the file that would load it again."""
+        """The suite as YAML that `load_suite` reads."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=100)
 
     def ordered_methods(self) -> list[str]:
-        """Names of the variants, the baseline and sbft first: a suite that is cut short has these rows."""
+        """Names of the variants, with the baseline and sbft first, so that an interrupted suite has these rows."""
         first = [name for name in (self.baseline, "sbft") if name in self.methods]
         return list(dict.fromkeys([*first, *self.methods]))
 
@@ -112,7 +112,7 @@ class Suite(_Section):
         return self.methods[variant].method or variant
 
     def grid(self, variant: str) -> list[float]:
-        """The learning rates a variant may be run at; those of another where it takes its rate from there."""
+        """The learning rates that a variant may run at: its own grid, or that of the variant it takes its rate from."""
         source = self.methods[variant].learning_rates_from or variant
         return list(self.methods[source].learning_rates or [])
 
@@ -147,14 +147,14 @@ def find_suite(source: str | Path) -> Path:
 
 
 def load_suite(source: str | Path, overrides: list[str] | None = None) -> Suite:
-    """Read a suite and check what can be checked without loading torch; `find_recipe_problems` does the rest.
+    """Read a suite and check what can be checked without loading torch; `sbft.bench.suite_check` does the rest.
 
     Args:
         source: a YAML file, or the name of a suite that ships with sbft.
-        overrides: `a.b=c` each, the value in YAML; they win over the file.
+        overrides: `a.b=c` each, with the value in YAML; they take precedence over the file.
 
     Raises:
-        RecipeError: with every problem at once.
+        RecipeError: if it has problems; the message lists them all.
     """
     draft = Draft.read(find_suite(source))
     draft.apply_overrides(overrides or [])
@@ -173,33 +173,33 @@ def load_suite(source: str | Path, overrides: list[str] | None = None) -> Suite:
 
 
 def refusal(problems: list[str]) -> RecipeError:
-    """One error that names every problem of a suite."""
+    """An error that lists every problem of a suite."""
     if len(problems) == 1:
         return RecipeError(problems[0])
     return RecipeError("\n".join([f"{len(problems)} problems in the suite:", *(f"- {text}" for text in problems)]))
 
 
 def uneven_grids(suite: Suite) -> str | None:
-    """A sentence on methods whose grids differ in width, so that one was searched better than another; None if none."""
+    """A sentence on methods whose grids differ in width, which makes the search unfair; None if all are equally wide."""
     grids: dict[tuple[int, int], list[str]] = {}
     for name in suite.ordered_methods():
         rates = suite.methods[name].learning_rates
         if rates:
-            # Factors of 3 and 3.33, as in 1, 3, 10, 30, are the same width: quarters of a power of ten.
+            # Factors of 3 and 3.33, as in 1, 3, 10, 30, count as the same width, so widths are in quarters of a power of ten.
             width = round(4 * math.log10(max(rates) / min(rates)))
             grids.setdefault((len(set(rates)), width), []).append(name)
     if len(grids) < 2:
         return None
-    told = [
+    widths = [
         f"{', '.join(names)}: {count} rate{'s' * (count > 1)}, over a factor of "
         f"{max(suite.grid(names[0])) / min(suite.grid(names[0])):.3g}"
         for (count, _), names in grids.items()
     ]
-    return f"The learning rates are not searched over grids of the same width ({'; '.join(told)})."
+    return f"The learning rates are not searched over grids of the same width ({'; '.join(widths)})."
 
 
 def _dotted_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; options of a generated task and of a metric are values as a whole."""
+    """Dotted keys and values. The options of a generated task or of a metric are one value."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key in {"data", "training", "optimizer", "lora", "evaluation"}:
@@ -211,7 +211,7 @@ def _dotted_keys(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _schema_problem(key: Key, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         if len(key) == 1:
-            return f"is no key of a suite{nearest(key[0], Suite.model_fields)}; it has {', '.join(Suite.model_fields)}."
+            return f"is not a key of a suite{nearest(key[0], Suite.model_fields)}; expected {', '.join(Suite.model_fields)}."
         sections: dict[str, type[BaseModel]] = {
             "tasks": Task,
             "methods": Variant,
@@ -231,11 +231,11 @@ def _contradictions(suite: Suite) -> Iterator[tuple[Key, str]]:
     for section, names in (("tasks", suite.tasks), ("methods", suite.methods)):
         for name in names:
             if not _FOLDER_NAME.fullmatch(name):
-                yield (section, name), "names a folder: expected letters, digits, dots, dashes and underscores alone."
+                yield (section, name), "names a folder: expected only letters, digits, dots, dashes and underscores."
     yield from _model_problems(suite.models)
     for name in ("seeds", "search_seeds"):
         if len(set(getattr(suite, name))) < len(getattr(suite, name)):
-            yield (name,), f"is {getattr(suite, name)}, which holds a seed twice. Keep one."
+            yield (name,), f"is {getattr(suite, name)}, which has a seed twice. Keep one."
     if suite.baseline not in suite.methods:
         yield (
             ("baseline",),
@@ -252,20 +252,20 @@ def _contradictions(suite: Suite) -> Iterator[tuple[Key, str]]:
 
 
 def _model_problems(models: list[str]) -> Iterator[tuple[Key, str]]:
-    """Models whose runs could not lie in a folder of their own below that of the suite; one alone needs none."""
+    """Models whose runs would have no folder of their own. A single model needs none."""
     folders: dict[str, str] = {}
     for model in models if len(models) > 1 else ():
         name = model_folder(model)
         if not _FOLDER_NAME.fullmatch(name):
             yield (
                 ("models",),
-                f"holds {model!r}, after which no folder can be named: expected a letter or a digit in it.",
+                f"has {model!r}, from which no folder name can be made: expected a letter or a digit in it.",
             )
         elif name in folders:
             yield (
                 ("models",),
-                f"holds {folders[name]!r} and {model!r}, whose runs would be in one folder, {name}. Keep one, or give "
-                "them paths that differ in more than signs.",
+                f"has {folders[name]!r} and {model!r}, whose runs would share the folder {name}. Keep one, or give them "
+                "paths that differ in more than punctuation.",
             )
         folders.setdefault(name, model)
 
@@ -276,17 +276,17 @@ def _variant_problems(suite: Suite, name: str) -> Iterator[tuple[Key, str]]:
     if method not in METHODS:
         yield (
             (*at, "method") if variant.method else at,
-            f"is no method of sbft ({method!r}), expected one of {', '.join(METHODS)}{nearest(method, METHODS)}. "
-            f"A variant of one is written {name}: {{method: sbft, set: {{...}}}}.",
+            f"is not a method of sbft ({method!r}), expected one of {', '.join(METHODS)}{nearest(method, METHODS)}. "
+            f"To name a variant of a method, write {name}: {{method: sbft, set: {{...}}}}.",
         )
     if (variant.learning_rates is None) == (variant.learning_rates_from is None):
-        yield at, "needs one of learning_rates: [1.0e-4, 3.0e-4] and learning_rates_from: OTHER."
+        yield at, "requires either learning_rates: [1.0e-4, 3.0e-4] or learning_rates_from: OTHER."
     rates = variant.learning_rates or []
     if len(set(rates)) < len(rates):
-        yield (*at, "learning_rates"), f"is {rates}, which holds a rate twice. Keep one."
+        yield (*at, "learning_rates"), f"is {rates}, which has a rate twice. Keep one."
     other = variant.learning_rates_from
     if other is not None and (other not in suite.methods or suite.methods[other].learning_rates is None):
-        having = [one for one, its in suite.methods.items() if its.learning_rates]
+        having = [other_variant for other_variant, settings in suite.methods.items() if settings.learning_rates]
         yield (*at, "learning_rates_from"), f"is {other}, expected a method with learning_rates: {', '.join(having)}."
     for key in variant.set:
         if key in _ELSEWHERE:
@@ -294,19 +294,19 @@ def _variant_problems(suite: Suite, name: str) -> Iterator[tuple[Key, str]]:
         elif (place := _FOR_ALL.get(key, _FOR_ALL.get(key.partition(".")[0]))) is not None:
             yield (
                 (*at, "set", key),
-                "cannot be set for one method: data, measurement and number of examples are equal for all, or their "
-                f"results could not be compared. Write it in {place}.",
+                "cannot be set for a single method: data, measurement and number of examples must be the same for all, so "
+                f"that results can be compared. Write it in {place}.",
             )
 
 
 def _task_problems(suite: Suite, data: DataConfig) -> Iterator[str]:
     if is_pretraining({"data": data.model_dump(exclude_none=True)}):
-        return  # tokens have a validation part of their own
+        return  # token data has its own validation part
     generated = data.train.startswith("generated:")
     if data.eval is None and data.eval_size and not generated:
         yield (
-            "splits its evaluation off from the training file, so that validation runs would train or choose on it. "
-            "Put the rows into a file of their own and write eval: FILE."
+            "splits its evaluation part off the training file, so validation runs would train on it or choose by it. "
+            "Put these rows into a separate file and write eval: FILE."
         )
         return
     if all(len(suite.grid(name)) < 2 for name in suite.methods):
@@ -314,5 +314,5 @@ def _task_problems(suite: Suite, data: DataConfig) -> Iterator[str]:
     if data.validation is None and not data.validation_size:
         yield "has no validation part to choose the learning rate on: write validation_size: 100, or validation: FILE."
     if data.eval is None and not data.eval_size:
-        wanted = "eval_size: 100" if generated else "eval: FILE"
-        yield f"has no evaluation part that is kept for the result: write {wanted}."
+        setting = "eval_size: 100" if generated else "eval: FILE"
+        yield f"has no evaluation part for the final result: write {setting}."

@@ -1,4 +1,4 @@
-"""What only transformers and torch can say of a suite, asked in a process of its own: the runner's stays small."""
+"""Checks of a suite that require transformers and torch, made in a separate process to keep the runner's small."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import os
 import subprocess
 import sys
 
-from sbft.bench.runs import possible_runs
 from sbft.bench.suite import Suite, refusal
+from sbft.bench.suite_runs import possible_runs
 from sbft.errors import RecipeError, SbftError
 from sbft.recipe.methods import METHODS
 
 
 def check_recipes(suite: Suite) -> list[str]:
-    """Check the recipe of every run, and read the data of every task, before the first is made.
+    """Check the recipe of every run and read the data of every task, before the first run starts.
 
     Returns:
-        What CUDA_VISIBLE_DEVICES calls each GPU of this machine; empty where there is none.
+        The name of each GPU of this machine in CUDA_VISIBLE_DEVICES; empty where there is none.
 
     Raises:
-        RecipeError: with every problem of every recipe at once, or else of the data.
+        RecipeError: with every problem of every recipe, or else of the data.
     """
     done = subprocess.run(
         [sys.executable, "-m", "sbft.bench.suite_check"], input=suite.to_yaml(), capture_output=True, text=True
     )
     if done.returncode != 0:
-        told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RecipeError(f"The suite's recipes could not be checked: {told[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RecipeError(f"The suite's recipes could not be checked: {lines[-1]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     if answer["problems"]:
         raise refusal(answer["problems"])
@@ -38,11 +38,11 @@ def check_recipes(suite: Suite) -> list[str]:
 
 
 def recipe_problems(suite: Suite) -> list[str]:
-    """Every problem of a recipe of the suite, once, under the first run that has it. Imports transformers: seconds."""
+    """Every problem of the suite's recipes, once, under the first run that has it. Takes seconds to import transformers."""
     from sbft.recipe.draft import Draft
     from sbft.recipe.problems import find_problems
 
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     for run in possible_runs(suite):
         # All seeds and rates of a row have the same keys.
@@ -52,20 +52,20 @@ def recipe_problems(suite: Suite) -> list[str]:
         seen.add(row)
         name = f"{run.task}/{run.variant}"
         for problem in find_problems(Draft(run.recipe(suite), name)):
-            found.setdefault(problem.removeprefix(f"{name}: "), problem)
-    return list(found.values())
+            problems.setdefault(problem.removeprefix(f"{name}: "), problem)
+    return list(problems.values())
 
 
 def data_problems(suite: Suite) -> list[str]:
-    """Why the data of a task cannot be read, or may not be used so; a model's task and phase are read once, by their first run.
+    """Why the data of a task cannot be read or used; read once for each model, task and phase.
 
-    Test runs come hours after the validation runs that choose their rates: too late to hear of a misspelt file.
+    Test runs start hours after the validation runs that choose their rates: too late to learn of a misspelt file.
     """
     from sbft.data.sources import read_splits
     from sbft.recipe.pretraining import is_pretraining
     from sbft.runs.token_data import load_tokens
 
-    found: dict[str, None] = {}
+    problems: dict[str, None] = {}
     seen: set[tuple[str, str, str]] = set()
     for run in possible_runs(suite):
         part = (run.model, run.task, run.phase)
@@ -75,16 +75,16 @@ def data_problems(suite: Suite) -> list[str]:
         recipe = run.whole_recipe(suite)
         try:
             if is_pretraining(recipe.model_dump(exclude_none=True)):
-                load_tokens(recipe)  # prepared here on first use, not in the time of the first run
+                load_tokens(recipe)  # prepared here on first use, so that the first run's time does not include it
             else:
                 read_splits(recipe.data)
         except SbftError as error:
-            found.setdefault(f"tasks.{run.task}.data: {error}")
-    return list(found)
+            problems.setdefault(f"tasks.{run.task}.data: {error}")
+    return list(problems)
 
 
 def _main() -> None:
-    gc.disable()  # a short life, most of it imports, which the collector would walk again and again
+    gc.disable()  # this short process mostly imports, which the garbage collector would slow down
     import torch
     import yaml
 

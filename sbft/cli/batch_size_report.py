@@ -57,7 +57,7 @@ def _table(result: BatchSizes) -> Table:
         mfu = result.mfu(measured)
         if mfu is not None:
             cells.append(f"{100 * mfu:.1f} %")
-        table.add_row(*cells, style="bold" if measured == result.chosen else None)
+        table.add_row(*cells, style="bold" if measured == result.recommended else None)
     ending = result.curve.ending
     if ending.batch_size is not None:
         needed = "" if ending.needed_bytes is None else f"{ending.needed_bytes / GIB:.2f}"
@@ -72,7 +72,7 @@ def _teraflops(measured: Timed) -> str:
 
 
 def _answer(result: BatchSizes) -> str:
-    answer, best = result.chosen, result.curve.best()
+    answer, best = result.recommended, result.curve.best()
     of_best = (
         "the best seen"
         if answer == best
@@ -86,7 +86,7 @@ def _answer(result: BatchSizes) -> str:
 
 def _may_rise(result: BatchSizes) -> bool:
     """Whether the search ended before it was clear that larger sizes are no faster."""
-    return result.curve.ending.reason != "no gain" and result.chosen == result.curve.timed[-1]
+    return result.curve.ending.reason != "no gain" and result.recommended == result.curve.timed[-1]
 
 
 def _why_it_ended(result: BatchSizes) -> str:
@@ -115,21 +115,23 @@ def draw_batch_sizes(result: BatchSizes, path: Path) -> None:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    timed, chosen = result.curve.timed, result.chosen
+    timed, recommended = result.curve.timed, result.recommended
     sizes = [measured.batch_size for measured in timed]
     with settings():
         drawn = figure(3.7)
         speed, memory = panels(drawn, 2, 2)
         speed.plot(sizes, [measured.tokens_per_s for measured in timed], color=BLUE, marker="o", linewidth=1.4)
         speed.plot(
-            chosen.batch_size, chosen.tokens_per_s, "o", markersize=12, fillstyle="none", color=BLUE,
-            label=f"chosen: {chosen.batch_size}",
+            recommended.batch_size, recommended.tokens_per_s, "o", markersize=12, fillstyle="none", color=BLUE,
+            label=f"chosen: {recommended.batch_size}",
         )  # fmt: skip
         enough = result.share * result.curve.best().tokens_per_s
         speed.axhline(enough, color=GREY, linestyle="--", linewidth=1, label=f"{100 * result.share:g} % of the best")
         speed.legend(frameon=False, loc="lower right")
         speed.set(ylabel="tokens/s", title="throughput")
-        memory.plot(sizes, [measured.peak_bytes / GIB for measured in timed], color=VERMILLION, marker="s", linewidth=1.4)
+        memory.plot(
+            sizes, [measured.peak_bytes / GIB for measured in timed], color=VERMILLION, marker="s", linewidth=1.4
+        )
         memory.set(ylabel="GiB", title="peak memory")
         _limit(result, memory)
         for axes in (speed, memory):

@@ -26,16 +26,18 @@ def bench(
         ),
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder for the runs; default: runs/SUITE.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and how long they will take; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and how long they will take; run nothing.")
+    ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Run only a task, a method, or a pattern such as 'task/sbft*/*'. Repeatable."),
+        typer.Option(
+            metavar="PATTERN", help="Run only a task, a method, or a pattern such as 'task/sbft*/*'. Repeatable."
+        ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Parallel runs, with --ray on each machine; default: one per GPU, or one on a CPU."
-        ),
+        typer.Option(min=1, help="Parallel runs, with --ray on each machine; default: one per GPU, or one on a CPU."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -83,12 +85,12 @@ def _list_suites() -> None:
 
 
 def _refuse_if_nothing_matches(suite: Suite, folder: Path, only: list[str]) -> None:
-    from sbft.bench.schedule import is_wanted, plan
+    from sbft.bench.schedule import is_selected, plan
     from sbft.errors import RecipeError
 
     names = [run.name for run in plan(suite, folder)]
     for pattern in only:
-        if not any(is_wanted(name, [pattern]) for name in names):
+        if not any(is_selected(name, [pattern]) for name in names):
             raise RecipeError(
                 f"--only {pattern} matches no run. A run is called TASK/METHOD/lr=RATE/PHASE-seed=N; tasks are "
                 f"{', '.join(suite.tasks)}, methods {', '.join(suite.methods)}, phases validation and test. The first "
@@ -100,9 +102,9 @@ def _wanted_runs(suite: Suite, folder: Path, only: list[str], retry: bool) -> li
     """The planned runs that `--only` selects. With `--retry`, failed runs are to do again."""
     from dataclasses import replace
 
-    from sbft.bench.schedule import is_wanted, plan
+    from sbft.bench.schedule import is_selected, plan
 
-    planned = [run for run in plan(suite, folder) if is_wanted(run.name, only)]
+    planned = [run for run in plan(suite, folder) if is_selected(run.name, only)]
     return [replace(run, record=None) if retry and run.state == "failed" else run for run in planned]
 
 

@@ -138,7 +138,7 @@ def _time(result: Check) -> str:
 
 
 def _described(finding: Finding) -> list[str]:
-    fix = [] if finding.mend is None else [_to_type(finding.mend, "  fix: ")]
+    fix = [] if finding.fix is None else [_to_type(finding.fix, "  fix: ")]
     return [_wrapped(finding.title, "", "  "), _wrapped(finding.why, "  ", "  "), *fix]
 
 

@@ -11,6 +11,7 @@ from sbft.cli.shared.options import TrustRemoteCodeOption, WeightsOption
 from sbft.cli.shared.starting import loading_libraries
 from sbft.cli.shared.verb import verb
 from sbft.errors import RecipeError
+from sbft.models.random_weights import ARCHITECTURES
 from sbft.native.sizes import GIB, parse_bytes
 from sbft.recipe.methods import METHODS
 from sbft.recipe.settings import OPTIMIZERS
@@ -31,7 +32,12 @@ _HEADINGS = {
 
 @verb
 def plan(
-    model: Annotated[str, typer.Option(help="Hub id, local folder, builtin:NAME, or random:NAME for a known shape.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"Hub id, local folder, builtin:NAME, or random:NAME for a known shape: {', '.join(ARCHITECTURES)}."
+        ),
+    ],
     gpu_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory of the GPU: 24GiB. Default: that of this machine."),

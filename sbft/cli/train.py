@@ -1,4 +1,4 @@
-"""`sbft train`: fine-tune a model as a recipe, or flags instead of one, say."""
+"""`sbft train`: fine-tune a model by a recipe, or by flags."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def train(
 
 
 def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes: int) -> None:
-    """Train as a resolved recipe says, in as many processes as are asked for, and show the progress."""
+    """Train by a resolved recipe, in one process or several, and show the progress."""
     if num_processes > 1:
         flags = [flag for flag, is_set in {"--resume": resume, "--overwrite": overwrite}.items() if is_set]
         raise typer.Exit(_train_in_parallel(recipe, flags, num_processes))
@@ -79,7 +79,7 @@ def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes
 
         from sbft.cli.shared.progress import TrainingProgress
         from sbft.recipe import in_brief
-        from sbft.runs.run_recipe import run
+        from sbft.runs.run_recipe import run_resolved
 
     console = Console(highlight=False, quiet=is_silent_rank())
     console.print(in_brief(recipe), style="dim", markup=False, soft_wrap=True)
@@ -89,7 +89,7 @@ def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes
         soft_wrap=not console.is_terminal,
     )
     progress = TrainingProgress(console)
-    record = run(
+    record = run_resolved(
         recipe,
         resume=resume,
         overwrite=overwrite,
@@ -100,7 +100,7 @@ def train_recipe(recipe: Recipe, *, resume: bool, overwrite: bool, num_processes
 
 
 def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
-    """Check what can be checked here, then train in several processes; returns their exit code."""
+    """Make checks in this process, then train in several; returns their exit code."""
     import tempfile
     from pathlib import Path
 

@@ -1,9 +1,9 @@
 """The memory that holds a weight's bfloat16 values while one product reads them.
 
-On a CPU one buffer is kept for all weights, as large as the largest. A second thread, or a use within a use, takes memory of
-its own. Elsewhere torch's caching allocator reuses memory as well, and knows which stream still reads it.
+On a CPU one buffer is kept for all weights, as large as the largest. A second thread, or a nested use, allocates another.
+Elsewhere torch's caching allocator reuses memory as well, and knows which stream still reads it.
 
-Meta tensors that stand for those of a CPU take such a buffer too, so that the planner sees what is kept.
+Meta tensors that stand for those of a CPU use such a buffer too, so that memory planning accounts for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LARGEST_KEPT_BYTES = 16 << 20
 """A larger buffer, such as that of a whole output head, is freed as soon as it is not in use."""
 
 _kept: list[Tensor] = []  # at most one; taking it out is atomic, so threads never share it
-_planned: list[Tensor] = []  # the same of meta tensors
+_planned: list[Tensor] = []  # the same for meta tensors
 
 
 class Borrowed(NamedTuple):
@@ -33,11 +33,11 @@ class Borrowed(NamedTuple):
     dense: Tensor
     """bfloat16, of the weight's shape. Nothing may keep it, or a view of it, once its memory is given back."""
     memory: Tensor | None
-    """To be given back."""
+    """The buffer, for `give_back`."""
 
 
 def in_one_piece(weight: Quantized) -> Quantized:
-    """The same weight, copied if it is a view that is spread over another's codes."""
+    """The same weight, copied if it is a view without contiguous codes."""
     low = weight.low
     whole = weight.codes.is_contiguous() and weight.scales.is_contiguous() and (low is None or low.is_contiguous())
     if whole:
@@ -48,7 +48,7 @@ def in_one_piece(weight: Quantized) -> Quantized:
 
 
 def borrow(weight: Quantized) -> Borrowed:
-    """The bfloat16 values of a weight, in memory that the next weight takes after `give_back`."""
+    """The bfloat16 values of a weight, in memory that other weights reuse after `give_back`."""
     weight = in_one_piece(weight)
     if device_type(weight.codes) != "cpu":
         return Borrowed(values.dequantize(weight), None)
@@ -59,7 +59,7 @@ def borrow(weight: Quantized) -> Borrowed:
 
 
 def give_back(memory: Tensor | None) -> None:
-    """Let another weight use the memory."""
+    """Let other weights reuse the memory."""
     if memory is None or memory.nbytes > LARGEST_KEPT_BYTES:
         return
     kept = _kept_on(memory.device)
@@ -69,7 +69,7 @@ def give_back(memory: Tensor | None) -> None:
 
 @contextmanager
 def planned_buffer() -> Iterator[list[Tensor]]:
-    """Within, meta tensors begin without a buffer; the list holds the one that is kept while it is not in use."""
+    """A context in which meta tensors start without a buffer. The list contains the kept buffer while it is not in use."""
     _planned.clear()
     try:
         yield _planned
@@ -88,6 +88,6 @@ def _take(count: int, device: torch.device) -> Tensor:
         memory = None
     if memory is not None and memory.numel() >= count:
         return memory
-    del memory  # before the larger one is made
-    with torch.inference_mode(False):  # or it could be written to in inference mode alone
+    del memory  # free it before allocating the larger one
+    with torch.inference_mode(False):  # otherwise only inference mode could write to it
         return in_huge_pages(torch.empty(count, dtype=torch.bfloat16, device=device))

@@ -24,7 +24,7 @@ from sbft.grid.formats import GROUP, Grid, fits
 from sbft.native.device_type import device_type
 
 _HALF = GROUP // 2
-_NIBBLE_ZERO = 8  # what a code of zero is in four bits
+_NIBBLE_ZERO = 8  # how a code of zero is stored in four bits
 _SMALLEST_SCALE_BITS = 1  # 2^-24, the smallest float16 above zero
 _CHUNK_ELEMENTS = 1 << 13
 _GPU_CHUNK_ELEMENTS = 1 << 20
@@ -68,7 +68,7 @@ class Quantized:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name."""
+        """The stored tensors, by name."""
         stored = {"codes": self.codes, "scales": self.scales}
         return stored if self.low is None else {**stored, "low": self.low}
 
@@ -110,7 +110,7 @@ class Quantized:
 
 
 def empty(grid: Grid, shape: torch.Size | tuple[int, ...], device: torch.device | str | None = None) -> Quantized:
-    """A weight of `shape` on a grid, its tensors not yet filled.
+    """A weight of `shape` on a grid with uninitialized tensors.
 
     Raises:
         ValueError: if no weight of this shape can be on a grid.

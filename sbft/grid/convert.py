@@ -17,7 +17,7 @@ DEFAULT = "default"
 KEPT = "bfloat16"
 """The format of weights that stay off the grid."""
 SMALLEST_ELEMENTS = 4096
-"""Smaller weights stay in bfloat16: together they are nothing beside the rest."""
+"""Smaller weights stay in bfloat16: together they are a negligible part of a model."""
 
 
 def check_formats(weights: str | Mapping[str, str]) -> dict[str, str]:
@@ -35,8 +35,7 @@ def check_formats(weights: str | Mapping[str, str]) -> dict[str, str]:
             meant = difflib.get_close_matches(str(name), [*GRIDS, KEPT], n=1)
             hint = f" Did you mean {meant[0]}?" if meant else ""
             raise ModelError(
-                f"Weights were asked for in the format {name!r} ({pattern}), and the formats are {', '.join(GRIDS)} and "
-                f"{KEPT}.{hint}"
+                f"There is no format {name!r} for weights ({pattern}); expected {', '.join(GRIDS)} or {KEPT}.{hint}"
             )
     return formats
 
@@ -53,12 +52,12 @@ def put_on_grids(
         model: is changed in place; before adapters are put on it, and before an optimizer is made.
         weights: a format (`int4`, `int8`, `int12`, or one of `VARIANTS`) for all weights, or formats by pattern, such as
             `{"default": "int4", "lm_head": "int8", "*.layers.0.*": "bfloat16"}`. A pattern (of `fnmatch`) is matched against
-            a parameter's name and against any part of that name between dots. Of several that match, the first as written
-            holds; `default` (bfloat16 if it is left out) holds where none does.
+            a parameter's name and against any part of that name between dots. If several match, the first one applies;
+            `default` (bfloat16 if it is left out) applies where none matches.
         smallest_elements: see above.
 
     Returns:
-        The format of every weight that is on a grid now, by its name; of a tied weight, by its first name.
+        The format of every weight that is now on a grid, by its name (the first name of a tied weight).
 
     Raises:
         ModelError: if a format is unknown, a pattern matches no weight that could be on a grid, the model is quantized
@@ -81,7 +80,7 @@ def put_on_grids(
 
 
 class _Parameter:
-    """A parameter with all its names and places; it is read where it is, so that nothing here keeps it alive."""
+    """A parameter with all its names and places; it is read from its module, so that nothing here keeps it alive."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -135,21 +134,23 @@ def _check_model(parameters: list[_Parameter]) -> None:
     for parameter in parameters:
         tensor, name = parameter.tensor, parameter.names[0]
         if isinstance(tensor, GridWeight):
-            raise ModelError(f"The weight {name} is on the grid {tensor.grid.name} already. Load the model anew.")
+            raise ModelError(f"The weight {name} is already on the grid {tensor.grid.name}. Load the model again.")
         if type(tensor).__module__.startswith("bitsandbytes"):
             raise ModelError(
-                f"The weight {name} is quantized by bitsandbytes, and weights are put on a grid from bfloat16. Leave out "
+                f"The weight {name} is quantized by bitsandbytes, but only bfloat16 weights can be put on a grid. Leave out "
                 "the quantization or `weights`."
             )
         if _is_sharded(tensor):
             raise ModelError(
-                f"The weight {name} is spread over several processes, and weights on a grid are not. Leave out "
+                f"The weight {name} is sharded over several processes, which weights on a grid cannot be. Leave out "
                 "`distributed`, or write `weights: bfloat16`."
             )
     dtypes = {parameter.tensor.dtype for parameter in parameters if parameter.tensor.is_floating_point()}
     if dtypes and torch.bfloat16 not in dtypes:
-        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ModelError(f"The model's weights are {found}, and weights are put on a grid from bfloat16. Load it so.")
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ModelError(
+            f"The model's weights are {names}, but only bfloat16 can be put on a grid. Load it in bfloat16."
+        )
 
 
 def _is_sharded(tensor: Tensor) -> bool:

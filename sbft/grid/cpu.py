@@ -1,6 +1,6 @@
-"""Reading and quantizing weights in the CPU's memory, compiled from cpu.cpp on first use; the same bits as `codes`.
+"""Reads and quantizes weights in the CPU's memory with code compiled from cpu.cpp on first use; the same bits as `codes`.
 
-What the compiled code does not cover (tensors that are not contiguous, other dtypes) goes to `codes`.
+What the compiled code does not cover (tensors that are not contiguous, other dtypes) falls back to `codes`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ FLAGS = [
     "-fopenmp", "-shared", "-fPIC",
 ]  # fmt: skip
 ELEMENTS_PER_THREAD = 1 << 15
-"""Below this a second thread costs more to wake than it saves."""
+"""With fewer elements per thread, waking a thread takes longer than it saves."""
 
 PLANES = struct.Struct("@3P3q")  # struct Planes of blocks.h
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def build(folder: Path | None = None, flags: Sequence[str] = FLAGS) -> Path:
-    """Compile cpu.cpp unless that was done before, and return the library's path; see `sbft.native.compiling.build`."""
+    """Compile cpu.cpp unless the library exists, and return its path; see `sbft.native.compiling.build`."""
     return compiling.build(FOLDER / "cpu.cpp", flags, facts=facts(), folder=folder)
 
 
 def facts() -> list[str]:
-    """What a library depends on beside its source: the processor and the headers here."""
+    """What a library depends on besides its source: the processor and the headers here."""
     return [compiling.processor(), *(header.read_text() for header in _HEADERS)]
 
 
@@ -62,7 +62,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library, built if need be; None, after one warning, where it cannot be built."""
+    """The compiled library, built if necessary; None, after one warning, where it cannot be built."""
     consequence = "weights of 4, 8 and 12 bits are read in plain torch, which is several times slower"
     return compiling.loaded_or_warned(lambda: load(build()), consequence)
 
@@ -76,7 +76,7 @@ def planes(weight: Quantized) -> bytes:
 
 
 def threads_for(count: int) -> int:
-    """How many threads work on so many elements."""
+    """How many threads to use for `count` elements."""
     return min(torch.get_num_threads(), count // ELEMENTS_PER_THREAD) or 1
 
 

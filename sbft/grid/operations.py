@@ -1,8 +1,8 @@
-"""What torch's operations do with a weight on a grid, below autograd.
+"""Implements torch's operations for weights on a grid, below autograd.
 
-Products read its values from a buffer, embeddings and indices only the entries that they need. Rows, and the weight with its
-last two dimensions swapped, are views: they share codes and scales. So what autograd saves for backward are codes. Whatever
-else is done with a weight is done with a bfloat16 copy of all its values, after one warning that names the operation.
+Products read the values from a buffer; embeddings and indexing read only the entries that they need. Rows, and the weight with
+its last two dimensions swapped, are views that share codes and scales. So autograd saves codes for backward. Any other
+operation works on a bfloat16 copy of all values, after one warning that names the operation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _warned: set[str] = set()
 
 
 def perform(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an ATen operation, some of whose arguments are on a grid."""
+    """The result of an ATen operation with some arguments on a grid."""
     handler = _HANDLERS.get(func)
     result = NotImplemented if handler is None else handler(func, args, kwargs)
     return _with_copies(func, args, kwargs) if result is NotImplemented else result
@@ -69,7 +69,7 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @_handles(aten._grouped_mm.default)
 def _grouped_product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Rows of experts; on a CPU expert by expert, as torch itself goes about it, so that one of them is dense at a time."""
+    """Rows of experts. On a CPU, one expert after another, as in torch itself, so that only one is dense at a time."""
     rows, experts, *rest = args
     ends = rest[0] if rest else kwargs.get("offs")
     plain = not rest[1:] and not any(value is not None for name, value in kwargs.items() if name != "offs")
@@ -149,7 +149,7 @@ def _permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @_handles(aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 def _cut(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Across whole rows."""
+    """A slice that keeps rows whole."""
     tensor, *rest = args
     rest += kwargs.values()
     last, place = tensor.ndim - 1, int(func in (aten.split.Tensor, aten.split_with_sizes.default))
@@ -176,7 +176,7 @@ def _is_whole(size: int, start: int | None = None, end: int | None = None, step:
 
 @_handles(aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim)
 def _reshaped(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where rows stay whole."""
+    """A view that keeps rows whole."""
     tensor = args[0]
     if tensor.is_transposed:
         return NotImplemented
@@ -253,7 +253,7 @@ def _write(target: Quantized, source: Quantized) -> None:
 )
 def _plain_alike(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = args[0]
-    with _disable_current_modes():  # it has no memory, and no mode that measures memory may count it
+    with _disable_current_modes():  # it has no memory, so modes that measure memory must not count it
         alike = torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device="meta")
     device = kwargs.pop("device", None)
     return func(alike, *args[1:], **kwargs, device=device or tensor.device)
@@ -265,7 +265,7 @@ def _plain_alike(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _with_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation on bfloat16 copies; what it changes in place is rounded to the grid again."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        return func.decompose(*args, **kwargs)  # inference mode brings such operations here whole
+        return func.decompose(*args, **kwargs)  # inference mode does not decompose such operations by itself
     changed = list(_changed(func, args, kwargs))
     _warn_once(func, bool(changed))
     copies: dict[int, Tensor] = {}
@@ -301,13 +301,13 @@ def _warn_once(func: Any, changes: bool) -> None:
     consequence = ""
     if changes:
         consequence = (
-            " Its result is rounded to the nearest value on the grid, so small changes are lost: train such weights with an "
-            "optimizer of sbft's."
+            " Its result is rounded to the nearest value on the grid, so small changes are lost: train such weights with one "
+            "of sbft's optimizers."
         )
     elif func.is_view:
         consequence = " Its result is a copy: changing it in place does not change the weight."
     warnings.warn(
-        f"{name} has no implementation for weights on a grid, so all of the weight's values are brought to bfloat16 for it, "
-        f"which takes memory.{consequence}",
+        f"{name} has no implementation for weights on a grid, so it works on a bfloat16 copy of the weight's values, which "
+        f"takes memory.{consequence}",
         stacklevel=2,
     )

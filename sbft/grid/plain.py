@@ -1,4 +1,4 @@
-"""A checkpoint of codes and scales as a plain bfloat16 model, for whoever reads models by their usual files."""
+"""Converts a checkpoint of codes and scales to a plain bfloat16 model, for programs that read the usual files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from sbft.grid import values
 from sbft.grid.codes import Quantized
+from sbft.grid.grid_files import exact_files, holds_grid_weights
 from sbft.grid.scales import write_scales
-from sbft.grid.state import exact_files, holds_grid_weights
 
 _NOT_OF_THE_MODEL = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @contextmanager
 def plain_folder(folder: Path) -> Iterator[Path]:
-    """The folder of a model as a run saves it: the folder itself, or for a checkpoint on a grid a temporary one.
+    """A folder with the usual files of a model: `folder` itself, or a temporary one for a checkpoint on a grid.
 
     The temporary folder takes two bytes per weight. One file's worth of weights is in memory at a time.
 

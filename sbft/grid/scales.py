@@ -1,10 +1,10 @@
-"""What a saved bfloat16 model needs beside it so that the codes that were trained can be told from its values.
+"""Scales beside a saved bfloat16 model, from which the trained codes can be recovered.
 
 bfloat16 rounds code * scale by at most 2^-8 of the value. For codes up to 127 that is less than half a step, so the code is
 the nearest integer to value / scale, and scales alone are written. A code of 12 bits can be off by almost 8 steps, so its
 lower four bits are written too: codes that share them are 16 apart.
 
-The file is in a folder of its own, because vLLM and others read every safetensors file beside a model.
+The file is in a separate folder, because vLLM and others read every safetensors file beside a model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sbft.grid.formats import Grid
 SCALES_FILE = Path("grid", "scales.safetensors")
 """In the folder of a model."""
 GRIDS_KEY = "sbft_grids"
-"""Where the header of a file says which grid each of its weights is on."""
+"""The key in a file's header under which each weight's grid is described."""
 
 
 def write_scales(weights: dict[str, Quantized], folder: Path) -> None:
-    """Write scales, and the lower four bits of codes of 12, for a model that is saved in bfloat16; nothing for no weights.
+    """Write scales, and the lower four bits of codes of 12, for a model that is saved in bfloat16; no file for no weights.
 
     Args:
-        weights: by the names that the model's files have for them.
+        weights: by their names in the model's files.
         folder: of the model.
     """
     if not weights:
@@ -84,7 +84,7 @@ class TrainedCodes:
             values: of the saved model; bfloat16 of shape (..., C).
 
         Raises:
-            ModelError: if the values are not those of codes on the grid: they were changed after the run.
+            ModelError: if the values are not those of codes on the grid, because they were changed after the run.
         """
         grid = self.grids[name]
         scales = self.scales(name)
@@ -95,8 +95,8 @@ class TrainedCodes:
             weight = recover(values, grid, scales, low)
         if weight is None:
             raise ModelError(
-                f"The weight {name} has other values than training gave it, so its codes in {grid.name} are not known. If the "
-                f"model was changed on purpose, remove the folder {self._path.parent}: the model is then exported as bfloat16."
+                f"The weight {name} was changed after training, so its codes in {grid.name} cannot be recovered. If this was "
+                f"intended, remove the folder {self._path.parent}: the model is then exported as bfloat16."
             )
         return weight
 
@@ -106,7 +106,7 @@ def recover(values: Tensor, grid: Grid, scales: Tensor, low: Tensor | None) -> Q
 
     Args:
         values: bfloat16 of shape (..., C).
-        grid: the grid, its block that of the rows.
+        grid: the grid, with the block size of these rows.
         scales: float16 of shape (..., C / block).
         low: lower four bits of codes of 12, as in `Quantized`; else None.
     """

@@ -1,4 +1,4 @@
-"""What a weight on a grid is to torch: a bfloat16 tensor whose memory are codes and scales."""
+"""The tensor class of weights on a grid: to torch, a bfloat16 tensor; its memory consists of codes and scales."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _Self = TypeVar("_Self", bound="GridTensor")
 class GridTensor(Tensor):
     """A bfloat16 tensor that is stored on a grid, or such a tensor with its last two dimensions swapped.
 
-    Its class must say what operations do with it; see `sbft.grid.weight.GridWeight`.
+    A subclass must implement operations; see `sbft.grid.weight.GridWeight`.
 
     Args:
         quantized: codes and scales; they are not copied.
         transposed: whether the last two dimensions are swapped.
 
     Attributes:
-        quantized: codes and scales, of the shape before dimensions are swapped. Who changes them in place calls
-            `mark_changed` afterwards.
+        quantized: codes and scales, of the shape before dimensions are swapped. Call `mark_changed` after changing them
+            in place.
         is_transposed: whether the last two dimensions are swapped.
     """
 
@@ -42,7 +42,7 @@ class GridTensor(Tensor):
 
     @staticmethod
     def __new__(cls: type[_Self], quantized: Quantized, transposed: bool = False) -> _Self:
-        """A tensor around codes and scales."""
+        """A tensor made of these codes and scales."""
         shape, strides = _layout(quantized.shape, transposed)
         made: _Self = Tensor._make_wrapper_subclass(
             cls, shape, strides=strides, dtype=torch.bfloat16, device=quantized.codes.device
@@ -54,7 +54,7 @@ class GridTensor(Tensor):
         self.is_transposed = transposed
 
     def around(self: _Self, quantized: Quantized, transposed: bool | None = None) -> _Self:
-        """Another tensor of this class, its dimensions swapped like this one's if `transposed` is None."""
+        """Another tensor of this class; its dimensions are swapped like this one's if `transposed` is None."""
         return type(self)(quantized, self.is_transposed if transposed is None else transposed)
 
     @property
@@ -84,30 +84,30 @@ class GridTensor(Tensor):
 
     @property
     def data(self: _Self) -> _Self:
-        """The same codes and scales without a history, as of any tensor."""
+        """The same codes and scales without a history, as `data` of any tensor."""
         return self.around(self.quantized)
 
     @data.setter
     def data(self, other: Tensor) -> None:
         if not isinstance(other, GridTensor) or other.shape != self.shape or other.device != self.device:
             raise TypeError(
-                f"the data of a weight on a grid can only be that of another on {self.device} of shape {tuple(self.shape)}, "
-                f"got {other.dtype} on {other.device} of shape {tuple(other.shape)}. Use copy_ to round values to the grid; "
-                "its dtype cannot be changed"
+                f"the data of a weight on a grid can only be replaced by another such weight on {self.device} of shape "
+                f"{tuple(self.shape)}, got {other.dtype} on {other.device} of shape {tuple(other.shape)}. Use copy_ to round "
+                "values to the grid; its dtype cannot be changed"
             )
         self.quantized, self.is_transposed = other.quantized, other.is_transposed
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Its values in a plain tensor without a history; float32 are exact, bfloat16 are rounded to nearest."""
+        """Its values in a plain tensor without a history; exact in float32, rounded to nearest in bfloat16."""
         with torch.no_grad():
             dense = values.dequantize(in_one_piece(self.quantized), dtype)
             return dense.transpose(-2, -1) if self.is_transposed else dense
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        """Round values to the grid; unless they are for whole rows, in all blocks that they change a value of."""
+        """Round values to the grid. Unless they are for whole rows, every block with a changed value is rounded again."""
         if torch.is_grad_enabled() and self.requires_grad:
             raise RuntimeError(
-                "a weight on a grid that requires a gradient is changed in place: do so under torch.no_grad()"
+                "a weight on a grid that requires a gradient cannot be changed in place: use torch.no_grad()"
             )
         part = self[index]
         if isinstance(part, GridTensor):
@@ -119,7 +119,7 @@ class GridTensor(Tensor):
         self.mark_changed()
 
     def assign(self, dense: Tensor) -> None:
-        """Take on values of its shape: blocks that have them already stay as they are, others are rounded to the grid anew."""
+        """Assign values of its shape. Blocks that already have these values stay unchanged, others are rounded to the grid."""
         with torch.no_grad():
             dense = dense.transpose(-2, -1) if self.is_transposed else dense
             present = values.dequantize(in_one_piece(self.quantized))
@@ -130,13 +130,13 @@ class GridTensor(Tensor):
                 stored.copy_(torch.where(differs[..., None], new.tensors[name].view(blocks.shape), blocks).flatten(-2))
 
     def mark_changed(self) -> None:
-        """Say that codes or scales were written to, so that backward refuses what it saved before (`_version` rises)."""
+        """Increment `_version` after writing to codes or scales, so that backward refuses what it saved before."""
         torch.autograd.graph.increment_version(self)
 
     # Copies
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Grid, bool]]:
-        """The names of the tensors that it is stored in, and what else it is made of; torch's protocol for wrappers."""
+        """The names of its tensors, and its other attributes; torch's protocol for wrappers."""
         return list(self.quantized.tensors), (self.grid, self.is_transposed)
 
     @classmethod
@@ -148,7 +148,7 @@ class GridTensor(Tensor):
         return cls(Quantized(grid, inner["codes"], inner.get("low"), inner["scales"]), transposed)
 
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
-        """A leaf with codes, scales and gradient of its own."""
+        """A leaf with copies of codes, scales and gradient."""
         if id(self) in memo:
             copied: _Self = memo[id(self)]
             return copied
@@ -163,7 +163,7 @@ class GridTensor(Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled as codes and scales, without its gradient, as any tensor is."""
+        """Pickle codes and scales, without the gradient, as for any tensor."""
         warn_if_has_hooks(self)
         grid = (self.grid.name, self.grid.largest, self.grid.block)
         whole = (type(self), grid, self.quantized.tensors, self.is_transposed, self.requires_grad, _attributes(self))
@@ -176,7 +176,7 @@ class GridTensor(Tensor):
 
 
 def rounded(dense: Tensor, like: Quantized) -> Quantized:
-    """Values rounded to the nearest on a weight's grid, in tensors of the shapes of its own.
+    """Values rounded to nearest on a weight's grid, in tensors of the same shapes as the weight's.
 
     Args:
         dense: any dtype and device, of the weight's shape.
@@ -206,16 +206,16 @@ def rebuild(
     requires_grad: bool,
     attributes: dict[str, Any],
 ) -> _Self:
-    """A tensor that was pickled."""
+    """Rebuild a tensor from a pickle."""
     made = kind.__tensor_unflatten__(tensors, (Grid(*grid), transposed))
     _take_on(made, requires_grad, attributes)
     return made
 
 
 def _attributes(tensor: GridTensor, memo: dict[int, Any] | None = None) -> dict[str, Any]:
-    """What others have set on it, that it is a parameter among it."""
-    others = {name: value for name, value in vars(tensor).items() if name not in ("quantized", "is_transposed")}
-    return others if memo is None else copy.deepcopy(others, memo)
+    """Attributes that others have set on a tensor, including that it is a parameter."""
+    attributes = {name: value for name, value in vars(tensor).items() if name not in ("quantized", "is_transposed")}
+    return attributes if memo is None else copy.deepcopy(attributes, memo)
 
 
 def _take_on(tensor: GridTensor, requires_grad: bool, attributes: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ rounded to nearest and none fused:
 
     new code = (Q + noise) >> 16
 
-with 16 bits of noise per element (`sbft.rounding`), so that the share of noises that round up is exactly the lower half of Q,
-and a value on the grid stays. If no new code is beyond the grid's largest, that is all. Otherwise the block grows: its scale
-becomes the smallest float16 s' that reaches the new codes, and they are rounded anew with a second, independent noise:
+with 16 bits of noise per element (`sbft.rounding`). The probability of rounding up is thus exactly the fraction given by the
+lower half of Q, and a value on the grid stays. If no new code exceeds the grid's largest, the update ends here. Otherwise the
+block grows: its scale becomes the smallest float16 s' that reaches the new codes, and they are rounded again with a second,
+independent noise:
 
     v = new code, or code - d where d is not below 2^14 in magnitude
     s' = smallest_scale(max |v| * s, largest)
@@ -20,9 +21,10 @@ becomes the smallest float16 s' that reaches the new codes, and they are rounded
 Both roundings are unbiased, and so is their sequence. The clamp only takes back what float32 may have added to the largest v.
 Where that value is not finite, or no float16 reaches it, the scale becomes NaN and the codes 0.
 
-A block grows because of rounded values, not of exact ones: a largest value that is pushed outwards by a thousandth of a step
-makes its block grow in one of a thousand steps, by a whole step. Growing at each push, by the least that float16 can tell,
-rounds all other values anew so often that the weight's error after 400 steps at 1e-4 was 2.3 times as large on 4 bits.
+Rounded values, not exact ones, decide whether a block grows. If each update moves the largest value outwards by a thousandth of
+the spacing, the block grows once in a thousand updates, by a whole spacing. The alternative is to grow in each update by the
+least that float16 can express. It would round all other values so often that the weight's error after 400 steps at 1e-4 was
+2.3 times as large on 4 bits.
 
 Without a noise key both noises are 32768 for every element: rounding to nearest, ties upwards.
 """
@@ -36,7 +38,7 @@ from sbft.grid.codes import Quantized, chunks, load_codes, smallest_scale, store
 from sbft.rounding import Key, noise_from_key
 
 ONE = 1 << 16
-"""Of the fixed point numbers that codes are rounded from."""
+"""Fractional bits of the fixed point numbers that codes are rounded from."""
 
 NEAREST = 1 << 15
 """The constant noise that rounds to nearest."""
@@ -44,7 +46,7 @@ NEAREST = 1 << 15
 Noise = tuple[Tensor, Tensor] | tuple[int, int]
 
 _BEYOND = 1 << 30
-"""Stands for any fixed point distance that is not below it; any code minus it is beyond every grid."""
+"""Replaces larger fixed point distances; any code minus this distance exceeds every grid."""
 
 
 def moved(
@@ -57,12 +59,12 @@ def moved(
     decay: Tensor | float,
     largest: int,
 ) -> tuple[Tensor, Tensor]:
-    """Update blocks of codes, as the module's text defines it.
+    """Update blocks of codes, as the module's docstring defines it.
 
     Args:
         codes: integers of shape (..., block).
         scales: float16 of shape (...).
-        direction: what is subtracted, before it is multiplied by `step`; float32 of shape (..., block).
+        direction: subtracted after multiplication by `step`; float32 of shape (..., block).
         noise: first and second noise, each int32 of the same shape in [0, 65535], or one number for all.
         step: factor of the direction, in units of the weight; a number, or float32 of shape ().
         decay: share by which values shrink; a number, or float32 of shape ().
@@ -93,7 +95,7 @@ def moved(
 
 
 def noise_of(key: Key | None, count: int, offset: int, device: torch.device) -> Noise:
-    """First and second noise of `count` elements from global element index `offset` on; without a key, to nearest."""
+    """First and second noise of `count` elements from global element index `offset` on; without a key, for nearest."""
     if key is None:
         return NEAREST, NEAREST
     return noise_from_key(key, count, offset, device), noise_from_key(second_key(key), count, offset, device)
@@ -122,7 +124,7 @@ def apply_(
         step: factor of the direction; a number, or float32 of shape ().
         decay: share by which values shrink, `lr * weight_decay`; a number, or float32 of shape ().
         key: noise key (`sbft.rounding.noise_key`); None rounds to nearest.
-        offset: global element index of the weight's first element, where it is part of a larger one.
+        offset: global index of the weight's first element, if it is part of a larger weight.
     """
     flat, source = weight.flat(), direction.reshape(-1, direction.shape[-1])
     columns = flat.shape[1]
@@ -134,7 +136,7 @@ def apply_(
 def store_moved_(
     rows: Quantized, direction: Tensor, noise: Noise, *, step: Tensor | float, decay: Tensor | float
 ) -> None:
-    """Update rows of a (rows, C) weight in place by a float32 direction; two noises of as many elements, or two numbers."""
+    """Update rows of a (rows, C) weight in place by a float32 direction, with two noises of its shape, or two numbers."""
     shape = (-1, rows.block)
     blocks = (rows.shape[0], -1, rows.block)
     first, second = (each if isinstance(each, int) else each.view(blocks) for each in noise)

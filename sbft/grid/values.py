@@ -1,4 +1,4 @@
-"""Values of weights on a grid, by the fastest code that their device has; all give the same bits.
+"""Reads and quantizes weights on a grid with the fastest code for their device; all give the same bits.
 
 `SBFT_KERNELS=reference` in the environment forces plain torch.
 """

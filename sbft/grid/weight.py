@@ -1,6 +1,6 @@
 """The weight of a model that is stored on a grid.
 
-Autograd, modules, hooks and other people's trainers see a bfloat16 tensor: `nn.Parameter(GridWeight.of(values, INT8))`. Its
+Autograd, modules, hooks and any trainer see a bfloat16 tensor: `nn.Parameter(GridWeight.of(values, INT8))`. Its
 gradient is a plain bfloat16 tensor. Products and embeddings read its values from a buffer that is reused
 (`sbft.grid.operations`); what backward saves are codes, which cost nothing.
 """
@@ -20,7 +20,7 @@ from sbft.grid.tensor import GridTensor, rebuild
 
 
 class GridWeight(GridTensor):
-    """A bfloat16 tensor whose memory are codes and scales; see `GridTensor`."""
+    """A bfloat16 tensor that is stored as codes and scales; see `GridTensor`."""
 
     @classmethod
     def of(cls, dense: Tensor, grid: Grid) -> GridWeight:
@@ -38,7 +38,7 @@ class GridWeight(GridTensor):
 
     @classmethod
     def empty(cls, shape: Sequence[int], grid: Grid, device: torch.device | str | None = None) -> GridWeight:
-        """A weight whose codes and scales are not yet filled.
+        """A weight with uninitialized codes and scales.
 
         Raises:
             ValueError: if no tensor of this shape can be on a grid.

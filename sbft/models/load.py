@@ -17,6 +17,7 @@ from sbft.models.names import (
     adapter_config,
     base_of_adapter,
     check_folder,
+    check_name,
     converted_folder,
     is_builtin,
     local_only,
@@ -43,6 +44,23 @@ if TYPE_CHECKING:
 
 _SHARDING = {"transformers": "5.23", "accelerate": "1.15"}
 """The first versions that can train a model which was sharded while it was loaded."""
+
+
+def check_model(model: str) -> None:
+    """Refuse a name that cannot be that of a model, before anything is read; cheap.
+
+    Args:
+        model: as for `load_model`, or `scratch:NAME`.
+
+    Raises:
+        ModelError: if there can be no model of this name.
+    """
+    if is_scratch(model):
+        scratch_config(model)
+    elif is_random(model):
+        random_config(model)
+    else:
+        check_name(model)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -16,6 +16,8 @@ from sbft.models.hub import hub_reachable, hub_state
 
 PREFIX = "builtin:"
 _CONVERSION = 1  # raise it when what `convert` writes changes, so that nobody keeps an older one
+_FORMS = "A model is a folder, a hub id, or builtin:NAME."
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,49 @@ BUILTIN = {
 }
 
 
+_WITHOUT_HUB = f"The built-in model needs no hub: model: {PREFIX}{next(iter(BUILTIN))}"
+
+
 def is_builtin(model: str) -> bool:
     """Whether a model is named `builtin:NAME`."""
     return model.startswith(PREFIX)
+
+
+def check_name(model: str) -> None:
+    """Refuse a name that cannot be that of a model, as far as this shows without loading anything.
+
+    Args:
+        model: the name, as the user gave it; not `random:NAME` or `scratch:NAME`.
+
+    Raises:
+        ModelError: if it is a folder without a checkpoint, a path to nothing, not among the built-in models, not a hub id,
+            or a hub id that is not in the cache while the hub cannot be reached.
+    """
+    if is_builtin(model):
+        _builtin(model.removeprefix(PREFIX))
+        return
+    check_folder(model, model)
+    if Path(model).is_dir():
+        return
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model!r} is not a model. {_FORMS}")
+    if not hub_reachable() and not _is_cached(model):
+        raise _unreachable(model)
+
+
+def _is_cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(model, name), str) for name in ("config.json", "adapter_config.json"))
+
+
+def _builtin(name: str) -> Builtin:
+    if name not in BUILTIN:
+        near = difflib.get_close_matches(name, BUILTIN, n=1)
+        hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
+        known = ", ".join(PREFIX + builtin for builtin in BUILTIN)
+        raise ModelError(f"There is no built-in model {name!r}; there is: {known}.{hint}")
+    return BUILTIN[name]
 
 
 def resolve(model: str) -> str:
@@ -50,15 +92,10 @@ def resolve(model: str) -> str:
     if not model.startswith(PREFIX):
         return model
     name = model.removeprefix(PREFIX)
-    if name not in BUILTIN:
-        near = difflib.get_close_matches(name, BUILTIN, n=1)
-        hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
-        known = ", ".join(PREFIX + builtin for builtin in BUILTIN)
-        raise ModelError(f"There is no built-in model {name!r}; there is: {known}.{hint}")
+    builtin = _builtin(name)
     destination = converted_folder(name)
     if (destination / "model.safetensors").exists():
         return str(destination)
-    builtin = BUILTIN[name]
     gguf_file = find_gguf(builtin.package, builtin.requirement, builtin.hub_id)
     return str(convert(gguf_file, destination, name=builtin.hub_id))
 
@@ -93,7 +130,7 @@ def check_folder(model: str, folder: str) -> None:
     elif path.is_file():
         raise ModelError(f"{model} is a file; a model is a folder with config.json in it, a hub id, or builtin:NAME.")
     elif _looks_like_path(model):
-        raise ModelError(f"There is no folder {model}. A model is a folder, a hub id, or builtin:NAME.")
+        raise ModelError(f"There is no folder {model}. {_FORMS}")
 
 
 def local_only(folder: str) -> bool:
@@ -174,13 +211,16 @@ def not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelErr
         )
     if Path(folder).is_dir():
         return ModelError(f"The {what} in the folder {model} could not be loaded: {reason[:400]}")
-    builtin = f"The built-in model needs no hub: model: {PREFIX}{next(iter(BUILTIN))}"
     if not hub_reachable():
-        return ModelError(
-            f"The model {model} is neither a folder nor in this machine's cache, and {hub_state()}. "
-            f"Check the id, or give a folder. {builtin}"
-        )
+        return _unreachable(model)
     return ModelError(
         f"The {what} {model} could not be loaded: {reason[:400]} Check the id on the hub, log in if the model is "
-        f"gated (hf auth login), or give a folder. {builtin}"
+        f"gated (hf auth login), or give a folder. {_WITHOUT_HUB}"
+    )
+
+
+def _unreachable(model: str) -> ModelError:
+    return ModelError(
+        f"The model {model} is neither a folder nor in this machine's cache, and {hub_state()}. "
+        f"Check the id, or give a folder. {_WITHOUT_HUB}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.optim.clocked import ClockedOptimizer
+from sbft.optim.clocked_optimizer import ClockedOptimizer
 from sbft.optim.group_settings import check_dtype, check_group
 from sbft.optim.kernels import backend_for
 from sbft.optim.release import GradientRelease
@@ -38,7 +38,7 @@ class TokenOptimizer(ClockedOptimizer):
     _open_step: OpenStep
     _kernels: dict[
         torch.device, ModuleType
-    ]  # of the open step; to look for SBFT_KERNELS in every update takes a tenth of it
+    ]  # of the open step; looking up SBFT_KERNELS in every update would take a tenth of the update
     _grad_norm: Tensor | None
     _nonfinite: int | Tensor
     _release: GradientRelease | None
@@ -115,7 +115,7 @@ class TokenOptimizer(ClockedOptimizer):
         if hasattr(self, "grad_scale"):  # set by GradScaler.step on optimizers that claim to support it
             del self.grad_scale
             raise RuntimeError(
-                "sbft optimizers train float32 or bfloat16 weights, which need no GradScaler: call backward() on the plain "
+                "sbft optimizers train float32 or bfloat16 weights, which require no GradScaler: call backward() on the plain "
                 "loss and step() on the optimizer."
             )
         if param is not None:
@@ -136,7 +136,7 @@ class TokenOptimizer(ClockedOptimizer):
         self._close_step()
         return loss
 
-    _step_supports_amp_scaling = True  # makes GradScaler hand itself over, so that step() can refuse it in words
+    _step_supports_amp_scaling = True  # makes GradScaler pass itself, so that step() can refuse it with a message
 
     def _asks_for_state_alone(self) -> bool:
         """Whether this is no training step: `torch.distributed.checkpoint` has an optimizer make its state by a step with a
@@ -267,7 +267,7 @@ class TokenOptimizer(ClockedOptimizer):
             shard = shard_of(param)
             grad = grad if shard is None else local(in_order_of(grad, param))
             if grad.ndim > 3 and not grad.is_contiguous():
-                # Channels-last kernels of convolutions: no stack of matrices can be seen in them.
+                # Channels-last kernels of convolutions cannot be viewed as a stack of matrices.
                 grad = grad.contiguous()
         group_index, index = self._positions[param]
         group = self.param_groups[group_index]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sbft.optim.sharding import cut_like, shard_of, whole
 
-CLOCK = "clock"  # key in a parameter group; in a whole state, before groups had it
+CLOCK = "clock"  # key in a parameter group; in older saved states, key of the state itself
 
 
 @dataclass
@@ -33,7 +33,7 @@ class SavedState(torch.optim.Optimizer):
     _tokens_per_step: int | None
     _positions: dict[Tensor, tuple[int, int]]  # a parameter's group, and its place among all parameters
     replacements: int
-    """How often the tensors of the state were replaced, or parameters added: what holds their addresses is outdated then."""
+    """How often the tensors of the state were replaced, or parameters added: after that, stored addresses are outdated."""
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; the state of a sharded parameter is the local part, as DTensors.
@@ -92,10 +92,10 @@ class SavedState(torch.optim.Optimizer):
         own_name = type(self).__name__
         if clock is None:
             raise ValueError(
-                "this state holds no token clock, so it was not saved by an sbft optimizer, and its averages go by steps: to "
-                f"continue with {own_name}, leave it out; its averages then start anew"
+                "this state has no token clock, so it was not saved by an sbft optimizer, and its averages are per step: to "
+                f"continue with {own_name}, do not load it; its averages then start from zero"
             )
-        saved_by = clock.pop("optimizer", own_name)  # older states have none
+        saved_by = clock.pop("optimizer", own_name)  # not in older states
         if saved_by != own_name:
             raise ValueError(
                 f"this state was saved by {saved_by}, whose settings and averages are not those of {own_name}"
@@ -167,7 +167,7 @@ class SavedState(torch.optim.Optimizer):
 
 def saved_clock(state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """A copy of the clock, seed and optimizer's name in a saved state; None if sbft did not save it."""
-    if CLOCK in state_dict:  # saved before groups had it
+    if CLOCK in state_dict:  # saved by an older version, which kept it outside the groups
         named = {"optimizer": state_dict["optimizer"]} if "optimizer" in state_dict else {}
         return {**state_dict[CLOCK], **named}
     return next((dict(group[CLOCK]) for group in state_dict["param_groups"] if CLOCK in group), None)

@@ -1,4 +1,4 @@
-"""The gradient of an embedding or an output head that is never there as a whole: it is made in slices of the vocabulary.
+"""Gradients of an embedding or an output head that never exist as a whole: they are made in slices of the vocabulary.
 
 At batch size 1 the gradient of an input embedding has no more rows than the example has tokens, and that of an output head is
 the product of two small matrices. An optimizer that takes such a gradient (`TokenOptimizer.takes_slices`) makes a few rows of
@@ -29,7 +29,7 @@ class OuterProduct:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of a gradient by their index; a row that is there several times stands for the sum.
+    """Rows of a gradient by their index; entries of the same row are to be added up.
 
     Attributes:
         index: int64 (entries,), ascending.
@@ -46,7 +46,7 @@ class TokenRows:
         return TokenRows(index, sparse._values()[order])
 
     def summed(self) -> TokenRows:
-        """Every row once; entries are added up as the backward of a plain embedding does."""
+        """Each row once, its entries added up as the backward of a plain embedding does."""
         index, inverse = torch.unique_consecutive(self.index, return_inverse=True)
         if len(index) == len(self.index):
             return self
@@ -60,8 +60,8 @@ class SlicedGradient:
 
     Attributes:
         shape: of the whole gradient.
-        product: of an output head; None where there is none.
-        rows: of an input embedding; None where there are none.
+        product: the output head's part; None if there is none.
+        rows: the input embedding's part; None if there is none.
     """
 
     shape: torch.Size
@@ -70,7 +70,7 @@ class SlicedGradient:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its slices."""
+        """The dtype of its slices."""
         source = self.rows.values if self.product is None and self.rows is not None else self.product.right  # type: ignore[union-attr]
         return source.dtype
 
@@ -82,7 +82,7 @@ class SlicedGradient:
         """The gradient in slices of `height` rows.
 
         Yields:
-            The first row and (at most `height`, hidden size), contiguous. It is overwritten by the next.
+            The index of the first row, and a contiguous slice (at most `height`, hidden size). The next slice overwrites it.
         """
         vocabulary, width = self.shape
         memory = (self.product.right if self.product else self.rows.values).new_empty(min(height, vocabulary), width)  # type: ignore[union-attr]

@@ -19,7 +19,7 @@ from sbft.runs.ranks import DEFAULT_TIMEOUT_S, loss_of_a_rank
 from sbft.runs.record import RunRecord
 from sbft.training.checkpointing.checkpoints import find_checkpoint
 from sbft.training.checkpointing.disk_errors import FULL_OR_READ_ONLY, refusal
-from sbft.training.checkpointing.rehearsal import SavingError
+from sbft.training.checkpointing.trial_save import SavingError
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The story of a run: one recipe, from its data to `run.json`."""
+"""A run from beginning to end: one recipe, from its data to `run.json`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.trainer_utils import SaveStrategy
 from sbft.data.collate import Collator
 from sbft.data.windows import collate_windows
 from sbft.errors import MissingPackageError
+from sbft.models.load import check_model
 from sbft.models.quantized import write_note
 from sbft.models.scratch import is_scratch
 from sbft.planning.check.check_recipe import expected_memory, warnings_in_brief
@@ -43,8 +44,8 @@ from sbft.runs.session import Say, Session, train
 from sbft.training.arguments import SmallBatchTrainingArguments
 from sbft.training.batches.packing_probe import refuse_leaking_rows
 from sbft.training.checkpointing.checkpoints import describe_damage, go_back_to
-from sbft.training.checkpointing.rehearsal import describe_unsaved, save_all_that_can_be
 from sbft.training.checkpointing.saving import saved_whole
+from sbft.training.checkpointing.trial_save import describe_unsaved, save_all_that_can_be
 from sbft.training.generation_config import settle_generation
 from sbft.training.trainer import SmallBatchTrainer
 
@@ -76,10 +77,17 @@ def run(
         say: called with a sentence when a new phase begins.
 
     Raises:
-        SbftError: if the run cannot begin, or ended early: out of memory, interrupted, no finite loss.
+        SbftError: if the run cannot start, or ended early: out of memory, interrupted, no finite loss.
     """
+    return run_resolved(resolve(recipe), resume=resume, overwrite=overwrite, callbacks=callbacks, say=say)
+
+
+def run_resolved(
+    recipe: Recipe, *, resume: bool, overwrite: bool, callbacks: Iterable[TrainerCallback], say: Say
+) -> RunRecord:
+    """As `run`, for a recipe that `resolve` has checked and completed."""
     begun = time.perf_counter()
-    recipe, sharding = as_launched(resolve(recipe))
+    recipe, sharding = as_launched(recipe)
     folder = Path(str(recipe.output_dir))
     checkpoint, damaged = _check_folder(folder, recipe, resume=resume, overwrite=overwrite)
     record = new_record(recipe)
@@ -125,6 +133,7 @@ def _check_folder(
 
 def _prepare(recipe: Recipe, arguments: SmallBatchTrainingArguments, record: RunRecord, say: Say) -> Prepared:
     """Read the data, and find what can be found before the model is loaded; the predicted peak goes into the record."""
+    check_model(recipe.model)
     say(f"Reading {recipe.data.train}")
     prepared = prepare(recipe, arguments, say)
     part = held_out_part(prepared)
@@ -183,7 +192,7 @@ def _make_trainer(
         refuse_leaking_rows(model, arguments.per_device_train_batch_size)
     settle_generation(model, tokenizer, answer_ends(prepared), say=trainer.warn_once)
     if recipe.save_model or arguments.save_strategy != SaveStrategy.NO:
-        trainer.rehearse_saving()
+        trainer.try_saving()
     return trainer
 
 

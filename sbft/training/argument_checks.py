@@ -1,4 +1,4 @@
-"""Arguments that this model, these processes or a passed optimizer rule out: refused in a sentence that says what to set."""
+"""Refuses arguments that conflict with the model, the processes or an optimizer that was passed in, and says what to set."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ArgumentChecks(_Base):
         name = self.args.token_optimizer
         if self.is_deepspeed_enabled:
             raise ArgumentError(
-                "DeepSpeed keeps weights, gradients and optimizer in a form of its own, which token_optimizer="
+                "DeepSpeed keeps weights, gradients and optimizer in its own form, which token_optimizer="
                 f"{name!r} cannot update. Leave DeepSpeed out (to shard a model, load it with "
                 "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))), or set token_optimizer=None."
             )

@@ -1,4 +1,4 @@
-"""Optimizers that were passed to the trainer or made by a subclass, and checkpoints that another optimizer has left."""
+"""Optimizers that were passed to the trainer or made by a subclass, and checkpoints that another optimizer saved."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ class ForeignOptimizers(_Base):
         logger.warning(
             f"{checkpoint} was saved with an optimizer of another library, and training continues with "
             f"{type(optimizer).__name__}. Weights, steps and the position in the learning rate schedule are resumed; "
-            "averages and the count of tokens begin anew. learning_rate and the schedule are those of the current arguments. "
-            "To resume the optimizer too, set token_optimizer=None and optim as it was."
+            "averages and the count of tokens start from zero. learning_rate and the schedule are those of the current "
+            "arguments. To resume the optimizer too, set token_optimizer=None and optim as it was."
         )
         if (schedule := Path(str(checkpoint)) / SCHEDULER_NAME).is_file():
             _advance(self.lr_scheduler, torch.load(schedule, map_location="cpu", weights_only=True))

@@ -1,4 +1,4 @@
-"""What the trainer needs to know of PEFT models. peft need not be installed."""
+"""Questions about PEFT models; peft need not be installed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def unwrap(model: Any) -> nn.Module:
 
 
 def learns_a_prompt(model: Any) -> bool:
-    """Whether the PEFT method puts positions of its own in front of the inputs."""
+    """Whether the PEFT method puts learned positions in front of the inputs."""
     return is_peft_model(model) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def learns_keys(model: Any) -> bool:
-    """Whether the PEFT method puts keys and values of its own into the cache, as prefix tuning does."""
+    """Whether the PEFT method puts learned keys and values into the cache, as prefix tuning does."""
     return is_peft_model(model) and bool(model.active_peft_config.peft_type == "PREFIX_TUNING")

@@ -99,7 +99,7 @@ def promoted(arguments: TrainingArguments) -> Any:
     }
     for name, (_, small) in changes.items():
         setattr(made, name, small)
-    if "bf16" in changes:  # TrainingArguments derive it from bf16
+    if "bf16" in changes:  # TrainingArguments derives it from bf16
         made.mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     made.dataloader_pin_memory &= torch.accelerator.is_available()
     kept = _needing_gradients(made)

@@ -18,8 +18,8 @@ from sbft.training.argument_checks import ArgumentChecks
 from sbft.training.arguments import ArgumentError, SmallBatchTrainingArguments
 from sbft.training.batches.counted_batches import CountedBatches
 from sbft.training.batches.doubling_batch import DoublingBatch
+from sbft.training.checkpointing.fail_safe_saving import FailSafeSaving
 from sbft.training.checkpointing.on_grid import GridCheckpoints
-from sbft.training.checkpointing.rehearsed_saving import RehearsedSaving
 from sbft.training.checkpointing.saving import WholeCheckpoints
 from sbft.training.checkpointing.sharded import ShardedCheckpoints, sharded_checkpoints_allowed
 from sbft.training.foreign_optimizers import ForeignOptimizers
@@ -54,7 +54,7 @@ class SmallBatchMixin(
     DoublingBatch,
     ArgumentChecks,
     ForeignOptimizers,
-    RehearsedSaving,
+    FailSafeSaving,
     WholeCheckpoints,
     GridCheckpoints,
     ShardedCheckpoints,
@@ -125,7 +125,7 @@ class SmallBatchMixin(
 
     def _attach(self) -> None:
         """Register the hooks for this training, which run in this order; the optimizer's state is loaded by now."""
-        self._rehearse_for_training()  # again for a model that was made only now
+        self._try_saving_before_training()  # again for a model that was made only now
         self._attached.close()
         self._reset_counters()  # auto_find_batch_size starts over after an error in backward
         optimizer = self._token_optimizer

@@ -191,7 +191,7 @@ def main() -> None:
             # Nobody has killed the process that trained: it ends with its worker.
             wait_for(lambda: not victims.keys() & processes().keys(), on_ray)
             gone_s = time.monotonic() - moment
-            wait_for(lambda: "begun again" in on_ray.said(), on_ray)
+            wait_for(lambda: "it starts again" in on_ray.said(), on_ray)
             begun_again_s = time.monotonic() - moment
             begun_again = [name for name in killed if f"{name}: its" in on_ray.said()]
             wait_for(lambda: on_ray.said().count(": done in") >= chosen.runs - 1, on_ray)

@@ -23,19 +23,11 @@ from typer.testing import CliRunner
 from sbft.bench.live import SuiteProgress
 from sbft.bench.outcome import conclude, write_unsupported
 from sbft.bench.process import ActiveProcess, held_locks, log_beside, try_lock
+from sbft.bench.rate_choice import RateChoice, choose_rate
 from sbft.bench.runner import prepare, run_suite
-from sbft.bench.runs import (
-    RateChoice,
-    Run,
-    choose_rate,
-    possible_runs,
-    read_run,
-    run_folder,
-    stored_record,
-    stored_suite,
-)
 from sbft.bench.schedule import plan
 from sbft.bench.suite import Suite, load_suite
+from sbft.bench.suite_runs import Run, possible_runs, read_run, run_folder, stored_record, stored_suite
 from sbft.cli.app import app
 from sbft.recipe.methods import METHODS
 

@@ -68,7 +68,7 @@ def test_the_reward_of_grpo_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("google-t5/t5-small", "no causal language model"),
         ("google/vit-base-patch16-224", "no causal language model"),
         ("openai/whisper-tiny", "no causal language model"),
-        ("google/gemma-3-4b-it", "what images or sound add is not predicted"),
+        ("google/gemma-3-4b-it", "what images or sound would add is not predicted"),
     ],
 )
 def test_plan_says_what_it_cannot_predict(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

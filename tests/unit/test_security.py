@@ -13,8 +13,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sbft.bench.runs import possible_runs, run_folder
 from sbft.bench.suite import Suite, load_suite
+from sbft.bench.suite_runs import possible_runs, run_folder
 from sbft.cli.app import app
 from sbft.data.format import encode_prompts
 from sbft.data.sources import load_source
@@ -270,13 +270,13 @@ def test_names_in_a_suite_that_would_leave_its_folder_are_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("model", ["..", "/", "../..", "...", "\0", "./-"])
-def test_models_after_which_no_folder_can_be_named_are_refused(tmp_path: Path, model: str) -> None:
-    with pytest.raises(RecipeError, match="after which no folder can be named"):
+def test_models_that_give_no_folder_name_are_refused(tmp_path: Path, model: str) -> None:
+    with pytest.raises(RecipeError, match="from which no folder name can be made"):
         load_suite(suite_file(tmp_path, models=[model, "other"]))
 
 
-def test_models_whose_runs_would_lie_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="would be in one folder, org-name"):
+def test_models_whose_runs_would_share_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="would share the folder org-name"):
         load_suite(suite_file(tmp_path, models=["org/name", "org-name"]))
 
 

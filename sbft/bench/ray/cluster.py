@@ -1,7 +1,7 @@
-"""Runs on the machines of a Ray cluster, each a task that starts a process like that of a run on this machine.
+"""Runs on the machines of a Ray cluster. Each is a task that starts a process, as a run on this machine would.
 
-The runner alone decides what is run, and writes into the suite's folder; the cluster's machines need not see it. What
-a task was working on when its worker or machine died is given to the cluster again, a few times.
+Only the runner decides what to run and writes into the suite's folder; the cluster's machines need no access to it. A run
+whose worker or machine died is given to the cluster again, a few times.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from sbft.bench.ray.connection import LOCAL, connect, last_line
 from sbft.bench.ray.needs import local_files, needs, passed_on, room
 from sbft.bench.ray.transfer import pack, unpack_run
 from sbft.bench.ray.worker import Delivery, Inputs, Order, Worker, seen
-from sbft.bench.runs import Run, run_folder
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder
 from sbft.errors import ClusterError
 
 _RETRIES = 3
@@ -37,7 +37,7 @@ _LOOK_AGAIN_S = 5.0
 
 
 class Lost(Exception):
-    """The worker that had an order died, or could not carry it out.
+    """The worker that received an order died or could not carry it out.
 
     Args:
         reason: a sentence.
@@ -50,13 +50,13 @@ class Lost(Exception):
 
 
 class Cluster(Place):
-    """A Ray cluster, from `with Cluster(...)` on until its end.
+    """A Ray cluster; connected within `with Cluster(...)`.
 
     Args:
         address: HOST:PORT, `auto`, `ray://HOST:PORT`, or `local`.
         suite: what will be run.
-        folder: where its runs lie.
-        jobs: how many at once; as many as there is room for if not given.
+        folder: the suite's.
+        jobs: how many runs at the same time; as many as there is room for if None.
 
     Raises:
         MissingPackageError: if Ray is not installed.
@@ -71,7 +71,7 @@ class Cluster(Place):
         try:
             self._asked = jobs
             resources = self._machines()
-            # As for runs on this machine, an empty CUDA_VISIBLE_DEVICES says that GPUs are not to be used.
+            # An empty CUDA_VISIBLE_DEVICES forbids the use of GPUs, as it does for runs on this machine.
             self.needs = needs(resources, jobs, use_gpus=os.environ.get("CUDA_VISIBLE_DEVICES") != "")
             self._room, self._looked = room(resources, self.needs), time.monotonic()
             self._check_workers()
@@ -82,7 +82,7 @@ class Cluster(Place):
             self._ray.shutdown()
             raise
         self._suite_id = hashlib.sha256(f"{socket.gethostname()}:{folder.resolve()}".encode()).hexdigest()[:16]
-        # Retries are counted here, where they can be told of and end up in a record.
+        # Ray itself must not retry: retries are counted here, to be reported and recorded.
         self._task = self._ray.remote(num_cpus=self.needs.cpus, num_gpus=self.needs.gpus, max_retries=0)(_make)
 
     def __enter__(self) -> Cluster:
@@ -95,7 +95,7 @@ class Cluster(Place):
 
     @property
     def jobs(self) -> int:
-        """As many runs as there is room for, and no more than were asked for; at least one, which waits for room."""
+        """As many runs as there is room for, at most `jobs`; at least one, which then waits for room."""
         return max(min(self.room, self._asked or self.room), 1)
 
     @property
@@ -106,32 +106,32 @@ class Cluster(Place):
         return self._room
 
     def missing_package(self, suite: Suite, variant: str) -> str | None:
-        """None: what matters is the machine that gets the run, which says so itself."""
+        """None: a package may be missing on the machine that receives the run, which then reports it."""
         return None
 
     def start(
         self, suite: Suite, folder: Path, run: Run, *, lock: int, slot: int, say: Callable[[str], None]
     ) -> RemoteRun:
-        """Give a run to the cluster: see `Place`."""
+        """Submit a run to the cluster; see `Place`."""
         target = run_folder(folder, run)
         clear(target)
         order = Order(suite, run, self._suite_id, str(target), self.needs.cpus, self._inputs, passed_on(os.environ))
         return RemoteRun(run, target, lock, slot, suite.time_limit_s, self, order, folder, say)
 
     def submit(self, order: Order) -> Any:
-        """Have an order carried out by some machine; returns Ray's reference to the delivery."""
+        """Submit an order, for any machine to carry out; returns Ray's reference to the delivery."""
         return self._task.remote(order)
 
     def has_ended(self, reference: Any) -> bool:
-        """Whether a delivery, or the news of its loss, is there."""
+        """Whether a delivery has arrived or is known to be lost."""
         ready, _ = self._ray.wait([reference], timeout=0)
         return bool(ready)
 
     def receive(self, reference: Any, folder: Path) -> Delivery:
-        """Take a delivery, and write its files into the folder of its run.
+        """Receive a delivery and write its files into the run's folder.
 
         Raises:
-            Lost: if there is none, or its files are not complete.
+            Lost: if the delivery or one of its files is lost.
         """
         errors = self._ray.exceptions
         try:
@@ -148,11 +148,11 @@ class Cluster(Place):
             raise Lost(last_line(error)) from error
 
     def cancel(self, reference: Any, *, force: bool = False) -> None:
-        """Have the worker end what it does, or with `force` end the worker, with which on Linux its processes end."""
+        """Make the worker end its run. With `force`, end the worker itself, which on Linux ends its processes too."""
         self._ray.cancel(reference, force=force)
 
     def wait(self, reference: Any) -> bool:
-        """Wait for what was cancelled to end, some seconds at most; whether it has."""
+        """Wait some seconds for a cancelled task to end; returns whether it has."""
         ready, _ = self._ray.wait([reference], timeout=_CANCEL_S)
         return bool(ready)
 
@@ -160,7 +160,7 @@ class Cluster(Place):
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
     def _check_workers(self) -> None:
-        """Ask every machine for its sbft, before each run fails in turn."""
+        """Ask every machine for its version of sbft, so that a mismatch is reported before any run fails."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         able = [node for node in self._ray.nodes() if node["Alive"] and room([node["Resources"]], self.needs)]
@@ -176,8 +176,8 @@ class Cluster(Place):
                 worker: Worker = self._ray.get(reference, timeout=max(until - time.monotonic(), 0))
             except self._ray.exceptions.GetTimeoutError:
                 raise ClusterError(
-                    f"The machine {host} of the Ray cluster did not answer within {_INTRODUCTION_S:.0f} s. See there what "
-                    "`ray status` says, and take it out of the cluster (ray stop) if it is not well."
+                    f"The machine {host} of the Ray cluster did not answer within {_INTRODUCTION_S:.0f} s. Check `ray status` "
+                    "there, and remove the machine from the cluster (ray stop) if it does not work."
                 ) from None
             except self._ray.exceptions.RayError as error:
                 raise ClusterError(_not_able(host, last_line(error))) from error
@@ -187,14 +187,14 @@ class Cluster(Place):
 
 @dataclass
 class RemoteRun(Active):
-    """A run that was given to a cluster."""
+    """A run that was submitted to a cluster."""
 
     cluster: Cluster
     order: Order
     suite_folder: Path
     say: Callable[[str], None]
     lost: list[str] = field(default_factory=list)
-    """Why each attempt before this one came to nothing."""
+    """Why each earlier attempt was lost."""
     delivery: Delivery | None = None
 
     def __post_init__(self) -> None:
@@ -203,24 +203,24 @@ class RemoteRun(Active):
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds that its process took; until that is known, since it was given to the cluster."""
+        """Seconds that its process took; until this is known, seconds since the run was submitted."""
         return super().elapsed_s if self.delivery is None else self.delivery.elapsed_s
 
     @property
     def exit_code(self) -> int | None:
-        """Of its process; None if none has ended."""
+        """The exit code of its process; None if none has ended."""
         return None if self.delivery is None else self.delivery.exit_code
 
     @property
     def cores(self) -> int | None:
-        """Of the machine that made it."""
+        """Number of cores of the machine that made it."""
         return None if self.delivery is None else self.delivery.cores
 
     def shares_machine_with(self, runs: int) -> None:
-        """Only its own machine knows."""
+        """Does nothing: only the machine that makes the run knows how many share it."""
 
     def has_ended(self) -> bool:
-        """Whether its files are here, or there will be none; what was lost on its way is begun again."""
+        """Whether its files have arrived, or never will. A lost run is submitted again, a few times."""
         if not self.cluster.has_ended(self._reference):
             self._tell_if_it_waits()
             return False
@@ -235,31 +235,31 @@ class RemoteRun(Active):
         return True
 
     def kill(self) -> None:
-        """Have its worker end the process; a delivery that is on its way is not waited for."""
+        """Make its worker end the process, without waiting for a delivery."""
         self.cluster.cancel(self._reference)
 
     def wait(self) -> None:
-        """Wait for that; a worker that does not end it is ended itself."""
+        """Wait until the process has ended. If the worker does not end it, the worker is ended."""
         if not self.cluster.wait(self._reference):
             self.cluster.cancel(self._reference, force=True)
             self.cluster.wait(self._reference)
 
     def _has_given_up(self, loss: Lost) -> bool:
-        """Begin again, or write down why not."""
+        """Submit the run again and return False; after too many losses record its failure and return True."""
         self.lost.append(str(loss))
         clear(self.folder)
         if len(self.lost) <= _RETRIES:
-            self.say(f"{self.run.name}: {loss}; it is begun again ({len(self.lost)} of {_RETRIES} times).")
+            self.say(f"{self.run.name}: {loss}; it starts again (retry {len(self.lost)} of {_RETRIES}).")
             self.began = time.monotonic()
             self._reference = self.cluster.submit(self.order)
             return False
-        told = "; ".join(reason for reason, _ in itertools.groupby(self.lost))
+        reasons = "; ".join(reason for reason, _ in itertools.groupby(self.lost))
         write_failure(
             self.order.suite,
             self.suite_folder,
             self.run,
             "oom" if loss.out_of_memory else "error",
-            f"The Ray cluster lost this run {len(self.lost)} times before it had ended: {told}.",
+            f"The Ray cluster lost this run {len(self.lost)} times before it had ended: {reasons}.",
         )
         return True
 
@@ -268,16 +268,16 @@ class RemoteRun(Active):
             self._waits = False
         elif not self._waits:
             self._waits = True
-            wanted = self.cluster.needs
-            gpus = f" and {wanted.gpus} GPU" if wanted.gpus else ""
+            needs = self.cluster.needs
+            gpus = f" and {needs.gpus} GPU" if needs.gpus else ""
             self.say(
-                f"{self.run.name} waits: no machine of the cluster that is alive has {wanted.cpus} CPUs{gpus}. Add one, or "
-                "press Ctrl-C and type the same command again, which asks for what there is then."
+                f"{self.run.name} is waiting: no machine of the cluster has {needs.cpus} CPUs{gpus}. Add one, or press "
+                "Ctrl-C and type the same command again, which then asks for what the cluster has."
             )
 
 
 def _make(order: Order) -> Delivery:
-    """The task."""
+    """The Ray task that carries out an order."""
     import ray
 
     return ray_worker.make(order, ray.put, ray.get)
@@ -285,6 +285,6 @@ def _make(order: Order) -> Delivery:
 
 def _not_able(host: str, reason: str) -> str:
     return (
-        f"The machine {host} of the Ray cluster cannot make runs: {reason.rstrip('.')}. Every machine needs sbft "
+        f"The machine {host} of the Ray cluster cannot make runs: {reason.rstrip('.')}. Every machine requires sbft "
         f"{sbft.__version__} in the Python that Ray runs in."
     )

@@ -1,4 +1,4 @@
-"""The way to a Ray cluster, and the sentences on why there is none."""
+"""Connects to a Ray cluster, and explains why a connection failed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 from sbft.errors import ClusterError, MissingPackageError, without_secrets
 
 LOCAL = "local"
-"""The address that stands for a cluster of this machine alone, which ends with the runner."""
+"""The address that means a cluster of this machine alone, which ends with the runner."""
 _CONNECT_S = 10.0
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def connect(address: str) -> Any:
-    """Ray, connected to the cluster at an address.
+    """Connect to the cluster at an address; returns the module `ray`.
 
     Raises:
         MissingPackageError: if Ray is not installed.
         ClusterError: if there is no cluster.
     """
-    # Before the import: nothing is reported to anyone.
+    # Ray reads this during its import: it must not send usage statistics.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
@@ -37,8 +37,8 @@ def connect(address: str) -> Any:
     own: dict[str, Any] = {}
     if address == LOCAL:
         own = {"include_dashboard": False}
-        # Ray's workers yield to every other process (15); these are timed. And where others keep the machine busy, Ray's
-        # own processes need longer to start than the seconds that it gives them.
+        # By default, Ray's workers have the lowest priority (nice 15), but these runs are timed. And on a busy machine, Ray's
+        # own processes take longer to start than Ray waits for them.
         os.environ.setdefault("RAY_worker_niceness", "0")
         os.environ.setdefault("RAY_agent_register_timeout_ms", "120000")
     main = threading.current_thread() is threading.main_thread()
@@ -54,7 +54,7 @@ def connect(address: str) -> Any:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse what nobody answers at: Ray itself would try for two minutes, and then end this process."""
+    """Refuse an address that does not answer: Ray itself would try for two minutes, and then end this process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -68,12 +68,12 @@ def _not_there(address: str, reason: str) -> ClusterError:
     if address == LOCAL:
         return ClusterError(f"Ray could not be started on this machine: {reason} Try again, or leave --ray out.")
     return ClusterError(
-        f"There is no Ray cluster to be reached at --ray {address}: {reason.rstrip('.')}. Begin one with `ray start "
-        "--head`, which says its address, or take this machine alone: --ray local"
+        f"No Ray cluster answers at --ray {address}: {reason.rstrip('.')}. Start one with `ray start --head`, which prints "
+        "its address, or use this machine alone: --ray local"
     )
 
 
 def last_line(error: Exception) -> str:
-    """What an error of Ray comes down to: its text holds the traceback of the worker."""
+    """The last line of one of Ray's errors, which contain the worker's traceback."""
     lines = [line.strip() for line in _COLOR.sub("", str(error)).splitlines() if line.strip()]
     return without_secrets(lines[-1]) if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What the runs of a suite need of a cluster: CPUs and GPUs, variables of the environment, and files."""
+"""What the runs of a suite require from a cluster: CPUs and GPUs, environment variables, and files."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from sbft.bench.suite import Suite
 from sbft.errors import ClusterError, RecipeError
 
 _PASSED_ON = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH_", "SBFT_", "OMP_", "CUBLAS_")
-"""How the names of variables begin that decide what a run loads and how it computes."""
+"""Prefixes of environment variables that decide what a run loads and how it computes."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What each run asks Ray for: the same for all, so that their times compare."""
+    """What each run requests from Ray: the same for all, so that their times can be compared."""
 
     cpus: int
     gpus: int
 
 
 def needs(nodes: Sequence[Mapping[str, float]], jobs: int | None, *, use_gpus: bool) -> Needs:
-    """The share of a machine that a run gets: with GPUs one of them, without as much of the CPU as `jobs` leaves it.
+    """The share of a machine for each run: one GPU where there are GPUs, else the CPUs divided by the runs per machine.
 
     Args:
-        nodes: the resources of each machine, as Ray names them: CPU and GPU.
-        jobs: how many runs at once are wanted; one on each machine if not given.
-        use_gpus: take GPUs where there are any.
+        nodes: the resources of each machine, under Ray's names CPU and GPU.
+        jobs: how many runs to make at the same time; one on each machine if None.
+        use_gpus: use GPUs where there are any.
 
     Raises:
         ClusterError: if no machine has a whole CPU for runs.
@@ -39,22 +39,22 @@ def needs(nodes: Sequence[Mapping[str, float]], jobs: int | None, *, use_gpus: b
         return Needs(max(min(int(node["CPU"] // node["GPU"]) for node in with_gpus), 1), 1)
     cpus = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus:
-        raise ClusterError("No machine of the Ray cluster has a CPU for runs. Start one: ray start --address=HOST:PORT")
+        raise ClusterError("No machine of the Ray cluster has a CPU for runs. Add one: ray start --address=HOST:PORT")
     each = math.ceil((jobs or 1) / len(cpus))
     return Needs(max(min(cpus) // each, 1), 0)
 
 
-def room(nodes: Sequence[Mapping[str, float]], wanted: Needs) -> int:
-    """How many runs fit on the machines at once."""
+def room(nodes: Sequence[Mapping[str, float]], needs: Needs) -> int:
+    """How many runs fit on the machines at the same time."""
     fits = [
-        min(node.get("CPU", 0) // wanted.cpus, node.get("GPU", 0) // wanted.gpus if wanted.gpus else math.inf)
+        min(node.get("CPU", 0) // needs.cpus, node.get("GPU", 0) // needs.gpus if needs.gpus else math.inf)
         for node in nodes
     ]
     return int(sum(fits))
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that the runs get from the runner; not the paths among them, which are those of its machine."""
+    """The runner's environment variables that runs receive, except paths, which are valid on its machine only."""
     return {
         name: value
         for name, value in environment.items()
@@ -64,23 +64,23 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def local_files(suite: Suite, folder: Path) -> list[str]:
-    """Names of the files that a suite's relative paths mean, below the folder that they begin in.
+    """Names of the files that a suite's relative paths refer to, relative to `folder`.
 
     Raises:
-        RecipeError: if a relative path leads out of the folder: it has no place on another machine.
+        RecipeError: if a relative path leads out of the folder, where other machines cannot have it.
     """
     sources = {f"tasks.{name}.data.{part}": getattr(task.data, part) for name, task in suite.tasks.items()
                for part in ("train", "validation", "eval")}  # fmt: skip
     names: dict[str, None] = {}
     for key, source in {**sources, **{f"models ({model})": model for model in suite.models}}.items():
-        # Absolute paths, and `~`, mean the same on every machine, or nothing.
+        # Absolute paths and `~` are left to each machine.
         if source is None or Path(source).is_absolute() or source.startswith("~") or not (folder / source).exists():
             continue
         if not (folder / source).resolve().is_relative_to(folder.resolve()):
             raise RecipeError(
-                f"{key} is {source}, which lies outside the folder that sbft was started in, {folder}: with --ray, what "
-                "lies below that folder is sent to the other machines. Start sbft further up, or give an absolute path "
-                "that every machine has."
+                f"{key} is {source}, outside the folder that sbft was started in, {folder}. With --ray, only files below "
+                "that folder are sent to the other machines. Start sbft further up, or give an absolute path that every "
+                "machine has."
             )
         path = folder / source
         below = [str(Path(source) / name) for name in files_below(path)] if path.is_dir() else [source]

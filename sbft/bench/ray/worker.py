@@ -1,7 +1,7 @@
-"""What a machine of a Ray cluster does with a run: a process as anywhere, whose files go back to the runner.
+"""Makes a run on a machine of a Ray cluster: in a process like any other, whose files are sent back to the runner.
 
-Nothing that the machine keeps is a result, and nothing here imports Ray: a run is cut off when the worker that began it
-dies, and is then made again, here or elsewhere, from its beginning.
+Nothing that stays on the machine is a result. A run ends when the worker that started it dies, and is then made again from
+the beginning, here or elsewhere. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import sbft
 from sbft.bench.outcome import missing_package, tidy
 from sbft.bench.process import clear, held_locks, log_beside, start, try_lock
 from sbft.bench.ray.transfer import Get, Parcel, Put, files_below, pack, unpack
-from sbft.bench.runs import LOG_FILE, RECIPE_FILE, Run, run_folder, stored_record
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import LOG_FILE, RECIPE_FILE, Run, run_folder, stored_record
 from sbft.errors import ClusterError
 
 _POLL_S = 0.2
@@ -30,18 +30,18 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files that a suite names by paths relative to the folder that the runner was started in."""
+    """The files that a suite names by paths relative to the runner's working folder."""
 
     folder: Path
-    """That folder."""
+    """The runner's working folder."""
     files: tuple[tuple[str, int, int], ...] = ()
     """Name, bytes and time of the last change (ns) of each."""
     parcels: tuple[Parcel, ...] = ()
-    """Their content; empty where every machine has them."""
+    """Their contents; empty where every machine has the files."""
 
     @property
     def are_here(self) -> bool:
-        """Whether this machine has these very files in that folder: it is the runner's, or shares its file system."""
+        """Whether this machine already has these files: it is the runner's, or shares its file system."""
         return all(seen(self.folder / name) == (size, changed) for name, size, changed in self.files)
 
 
@@ -52,21 +52,21 @@ class Order:
     suite: Suite
     run: Run
     suite_id: str
-    """The same for all runs of a suite's folder, and for no other folder."""
+    """Identifies the suite's folder."""
     output_dir: str
-    """What the runner calls the folder of the run."""
+    """The run's folder on the runner's machine."""
     cpus: int
     inputs: Inputs
     environment: dict[str, str] = field(default_factory=dict, repr=False)
-    """Variables of the runner's environment that its runs get; tokens may be among them."""
+    """Environment variables from the runner; they may include access tokens."""
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What came of an order."""
+    """The result of an order."""
 
     unsupported: str | None = None
-    """Why the machine cannot make the run; then there is nothing else."""
+    """Why the machine cannot make the run; then all else is empty."""
     exit_code: int | None = None
     elapsed_s: float = 0.0
     timed_out: bool = False
@@ -77,15 +77,15 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Worker:
-    """What a machine of the cluster says of itself."""
+    """What a machine of the cluster reports about itself."""
 
     host: str
     version: str
-    """Of its sbft."""
+    """The version of its sbft."""
 
 
 def introduce() -> Worker:
-    """What this machine is."""
+    """Describe this machine."""
     return Worker(socket.gethostname(), sbft.__version__)
 
 
@@ -102,11 +102,11 @@ def make(order: Order, put: Put, get: Get) -> Delivery:
 
     Args:
         order: what to run.
-        put: takes pieces of large files into the cluster's object store.
+        put: puts pieces of large files into the cluster's object store.
         get: reads them from there.
 
     Raises:
-        ClusterError: if this machine's folder for such runs belongs to somebody else.
+        ClusterError: if this machine's folder for such runs belongs to another user.
     """
     suite, run = order.suite, order.run
     reason = missing_package(suite, run.variant)
@@ -122,7 +122,7 @@ def make(order: Order, put: Put, get: Get) -> Delivery:
             run,
             lock=lock,
             slot=0,
-            # Ray's own guess would be the worker's, one thread where it was given no number.
+            # Otherwise the process would inherit the worker's setting, which Ray makes 1 by default.
             environment={"OMP_NUM_THREADS": str(order.cpus), **order.environment},
             working_folder=_working_folder(order.inputs, folder, get),
         )
@@ -137,7 +137,7 @@ def make(order: Order, put: Put, get: Get) -> Delivery:
             raise
         tidy(suite, target)
         _as_the_runner_names_it(target, order.output_dir)
-        if log_beside(target).exists():  # there was no record to tidy
+        if log_beside(target).exists():  # there is no record, so `conclude` has not moved the log
             target.mkdir(parents=True, exist_ok=True)
             os.replace(log_beside(target), target / LOG_FILE)
         return Delivery(
@@ -154,38 +154,38 @@ def make(order: Order, put: Put, get: Get) -> Delivery:
 
 
 def work_folder() -> Path:
-    """Where this user's runs are made on this machine: a folder that nobody else may read.
+    """The folder for this user's runs on this machine, which no other user can read.
 
     Raises:
-        ClusterError: if it belongs to somebody else.
+        ClusterError: if it belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"sbft-bench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.lstat().st_uid != os.getuid() or folder.is_symlink():
         raise ClusterError(
-            f"The folder {folder} on {socket.gethostname()} belongs to another user, so that no run can be made there. "
+            f"The folder {folder} on {socket.gethostname()} belongs to another user, so no run can be made there. "
             "Remove it, or set TMPDIR for Ray's processes on that machine."
         )
     return folder
 
 
 def _lock(folder: Path, run: Run) -> int:
-    """The lock of the run on this machine; a process that a dying worker has left may still have it for a moment."""
+    """Take the run's lock on this machine. The process of a dying worker may still hold it for a moment."""
     while (lock := try_lock(folder, run)) is None:
         time.sleep(_POLL_S)
     return lock
 
 
 def _working_folder(inputs: Inputs, folder: Path, get: Get) -> Path | None:
-    """Where the suite's relative paths begin; None: anywhere, as there are none."""
+    """The folder that the suite's relative paths are relative to; None if there are no such paths."""
     if not inputs.files:
         return None
     if inputs.are_here or not inputs.parcels:
         return inputs.folder
-    known = hashlib.sha256(repr(inputs.files).encode()).hexdigest()[:16]
-    made = folder / "inputs" / known
+    digest = hashlib.sha256(repr(inputs.files).encode()).hexdigest()[:16]
+    made = folder / "inputs" / digest
     if not made.exists():
-        part = Path(tempfile.mkdtemp(prefix=f"{known}.", dir=_made(made.parent)))
+        part = Path(tempfile.mkdtemp(prefix=f"{digest}.", dir=_made(made.parent)))
         unpack(inputs.parcels, part, get)
         try:
             part.rename(made)
@@ -200,7 +200,7 @@ def _made(folder: Path) -> Path:
 
 
 def _as_the_runner_names_it(folder: Path, name: str) -> None:
-    """Have the record, recipe and card of a run say that they lie where the runner will put them."""
+    """Change paths in a run's record, recipe and card to where the runner will put its files."""
     record = stored_record(folder)
     if record is not None and "output_dir" in record.recipe:
         record.recipe["output_dir"] = name

@@ -1,4 +1,4 @@
-"""The report of runs: that of a suite, or a table and a picture of any runs in one folder."""
+"""Reports: of a suite, or a table and a picture of any runs in one folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sbft.bench.report.peft_json import write_peft_json
 from sbft.bench.report.pictures import draw
 from sbft.bench.report.spreadsheets import write_runs, write_summary
 from sbft.bench.report.tables import short_table
-from sbft.bench.runs import stored_suite
+from sbft.bench.suite_runs import stored_suite
 from sbft.errors import DataError, how_to_install
 
 __all__ = ["Report", "export_peft_json", "write_report"]
@@ -21,22 +21,22 @@ __all__ = ["Report", "export_peft_json", "write_report"]
 
 @dataclass
 class Report:
-    """What has been written."""
+    """What was written."""
 
     text: str
-    """The most important figures, for a terminal."""
+    """The most important results, for a terminal."""
     files: list[Path] = field(default_factory=list)
     warning: str | None = None
-    """What is missing, and what to type to have it."""
+    """What is missing, and what to type to get it."""
 
 
 def write_report(folder: Path) -> Report:
-    """Write the report of a folder into it: of a suite, however many of its runs are done, or of any runs.
+    """Write a folder's report into it: that of a suite, finished or not, or of any runs.
 
     Without matplotlib there are no pictures, and the report's warning says so.
 
     Args:
-        folder: that of a suite, with `suite.yaml`, or one that holds one folder a run.
+        folder: a suite's, with `suite.yaml`, or one that contains a folder for each run.
 
     Raises:
         DataError: if there is no run.
@@ -47,24 +47,24 @@ def write_report(folder: Path) -> Report:
 
 
 def export_peft_json(folder: Path, to: Path) -> list[Path]:
-    """Write a suite's test runs in the schema of PEFT's method comparison, one file each.
+    """Write a suite's test runs in the schema of PEFT's method comparison, one file per run.
 
     Args:
-        folder: that of the suite.
-        to: the folder for the files, which is made.
+        folder: the suite's.
+        to: the folder for the files; made if needed.
 
     Raises:
-        DataError: if `folder` is not that of a suite, or none of its test runs is finished.
+        DataError: if `folder` is not a suite's, or none of its test runs is finished.
     """
     suite = stored_suite(folder)
     if suite is None:
         raise DataError(
-            f"{folder} is not the folder of a suite: it holds no suite.yaml, and only a suite says which runs are "
-            "compared. Make one with: sbft bench SUITE"
+            f"{folder} is not the folder of a suite: it has no suite.yaml, which says which runs to compare. Make one with: "
+            "sbft bench SUITE"
         )
     comparison = compare(suite, folder)
     if not any(made.record for row in comparison.rows for made in row.tested):
-        raise DataError(f"No test run of the suite in {folder} is finished yet. Go on with: sbft bench SUITE")
+        raise DataError(f"No test run of the suite in {folder} is finished yet. Continue with: sbft bench SUITE")
     return write_peft_json(comparison, to)
 
 
@@ -109,4 +109,4 @@ def _of_runs(folder: Path) -> Report:
 def _without_pictures(error: ImportError) -> str:
     if error.name is None or not error.name.startswith("matplotlib"):
         raise error
-    return "There are no pictures: matplotlib, which draws them, is not installed. " + how_to_install("'sbft[report]'")
+    return "There are no pictures, because matplotlib is not installed. " + how_to_install("'sbft[report]'")

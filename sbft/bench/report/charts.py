@@ -70,7 +70,7 @@ def _stack(axes: Axes, measured: list[tuple[Row, dict[str, float]]], highest: fl
     begin = [0.0] * len(measured)
     for (part, name), colour in zip(names_of([row for row, _ in measured]).items(), _PART_COLOURS, strict=True):
         lengths = [parts[part] / size for _, parts in measured]
-        # A part that nothing has is not in the legend.
+        # A part that no method has is not in the legend.
         if max(lengths) > 0:
             axes.barh(places, lengths, 0.66, left=begin, color=colour, edgecolor="white", linewidth=0.5, label=name)
         begin = [a + b for a, b in zip(begin, lengths, strict=True)]
@@ -85,7 +85,7 @@ def _stack(axes: Axes, measured: list[tuple[Row, dict[str, float]]], highest: fl
 
 def draw_rates(comparison: Comparison, path: Path) -> bool:
     """Draw validation scores against learning rates, a line for each variant. False where there are none."""
-    shown = [(title, found) for title, rows in comparison.groups() if (found := [r for r in rows if _curve(r)])]
+    shown = [(title, curves) for title, rows in comparison.groups() if (curves := [r for r in rows if _curve(r)])]
     if not shown:
         return False
     styles = looks(comparison.suite.ordered_methods())
@@ -107,8 +107,8 @@ def draw_rates(comparison: Comparison, path: Path) -> bool:
 
 
 def _curve(row: Row) -> dict[float, Estimate]:
-    """Score by learning rate, of the rates at which no run failed."""
-    return {one.learning_rate: one.score for one in row.validations() if one.score is not None}
+    """Score by learning rate, for rates at which no run failed."""
+    return {rate.learning_rate: rate.score for rate in row.validations() if rate.score is not None}
 
 
 def _draw_rates(axes: Axes, row: Row, look: Look) -> None:
@@ -128,10 +128,10 @@ def _draw_rates(axes: Axes, row: Row, look: Look) -> None:
 
 
 def _mark_failures(axes: Axes, rows: list[Row], styles: dict[str, Look]) -> None:
-    """A cross at the lower edge for each rate at which a run failed, one above the other."""
+    """Draw a cross at the lower edge for each rate at which a run failed; crosses at the same rate are stacked."""
     seen: dict[float, int] = {}
     for row in rows:
-        for rate in [one.learning_rate for one in row.validations() if one.failure]:
+        for rate in [validation.learning_rate for validation in row.validations() if validation.failure]:
             height = 0.03 + 0.045 * seen.setdefault(rate, 0)
             seen[rate] += 1
             axes.plot(
@@ -142,7 +142,7 @@ def _mark_failures(axes: Axes, rows: list[Row], styles: dict[str, Look]) -> None
 
 def draw_losses(comparison: Comparison, path: Path) -> bool:
     """Draw the training losses of the test runs by tokens, a line for each variant. False where there are none."""
-    shown = [(title, found) for title, rows in comparison.groups() if (found := [r for r in rows if _losses(r)[0]])]
+    shown = [(title, curves) for title, rows in comparison.groups() if (curves := [r for r in rows if _losses(r)[0]])]
     if not shown:
         return False
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -189,20 +189,24 @@ def _losses(row: Row) -> tuple[list[float], list[float]]:
         return [], []
     steps = [entry["step"] for entry in histories[0]]
     alike = [history for history in histories if [entry["step"] for entry in history] == steps]
-    # A loss that was no number is None in a record.
-    kept = [i for i in range(len(steps)) if all(history[i]["loss"] is not None for history in alike)]
+    # A record has None for a loss that was not finite.
+    finite = [i for i in range(len(steps)) if all(history[i]["loss"] is not None for history in alike)]
     return (
-        [fmean(history[i]["tokens"] for history in alike) for i in kept],
-        [fmean(history[i]["loss"] for history in alike) for i in kept],
+        [fmean(history[i]["tokens"] for history in alike) for i in finite],
+        [fmean(history[i]["loss"] for history in alike) for i in finite],
     )
 
 
 def _legend(drawn: Figure, all_axes: list[Axes], columns: int) -> None:
     """One legend below all panels."""
-    found: dict[str, Artist] = {}
+    artists: dict[str, Artist] = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            artists.setdefault(label, handle)
     drawn.legend(
-        list(found.values()), list(found), loc="outside lower center", ncols=min(columns, len(found)), frameon=False
+        list(artists.values()),
+        list(artists),
+        loc="outside lower center",
+        ncols=min(columns, len(artists)),
+        frameon=False,
     )

@@ -1,4 +1,4 @@
-"""How figures are written for people; what was not measured is an empty cell."""
+"""Formats numbers for people. What was not measured is an empty cell."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def estimate(value: Estimate | None, scale: float = 1.0, digits: int = 1, signed
     """Mean ± standard error, such as `87.3 ± 1.2`."""
     if value is None:
         return ""
-    # Adding 0.0 makes a zero of a negative zero.
+    # Adding 0.0 turns a negative zero into zero.
     mean = round(scale * value.mean, digits) + 0.0
     text = f"{mean:{'+' if signed and mean else ''}.{digits}f}".replace("-", _MINUS)
     return text if value.standard_error is None else f"{text} ± {scale * value.standard_error:.{digits}f}"
@@ -68,28 +68,28 @@ def reason(text: str | None) -> str:
 
 
 def machines(runs: Iterable[tuple[str | None, int | None]]) -> str:
-    """The machines of runs, such as `Intel Xeon Processor, 2 cores, 1 thread a run`.
+    """The machines of runs, such as `Intel Xeon Processor, 2 cores, 1 thread per run`.
 
     Args:
-        runs: of each the device in its record, which counts torch's threads as cores, and the cores of its machine
-            where they are known.
+        runs: for each run, the device in its record (which counts torch's threads as cores), and the number of cores of
+            its machine where known.
     """
     cores: dict[str, set[int]] = {}
     threads: dict[str, set[int]] = {}
-    for device, known in runs:
+    for device, machine_cores in runs:
         if not device:
             continue
-        found = _PROCESSOR.fullmatch(device)
-        name = found["name"] if found else device
+        processor = _PROCESSOR.fullmatch(device)
+        name = processor["name"] if processor else device
         cores.setdefault(name, set())
         threads.setdefault(name, set())
-        if found:
-            threads[name].add(int(found["threads"]))
-            if known is not None:
-                cores[name].add(known)
+        if processor:
+            threads[name].add(int(processor["threads"]))
+            if machine_cores is not None:
+                cores[name].add(machine_cores)
     return " / ".join(
         ", ".join(
-            [name, *_counted(cores[name], "core"), *(f"{one} a run" for one in _counted(threads[name], "thread"))]
+            [name, *_counted(cores[name], "core"), *(f"{count} per run" for count in _counted(threads[name], "thread"))]
         )
         for name in cores
     )
@@ -102,5 +102,5 @@ def _counted(numbers: set[int], what: str) -> list[str]:
 
 
 def superscript(number: int) -> str:
-    """The mark of a footnote."""
+    """A footnote mark."""
     return "".join(_SMALL[int(digit)] for digit in str(number))

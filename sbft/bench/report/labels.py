@@ -1,7 +1,7 @@
-"""Names beside points, so that no name covers another, a point or an error bar.
+"""Places names beside points, so that no name covers another name, a point or an error bar.
 
-The package adjustText places worse. Of 21 names in the pictures of two suites it wrote 4 over a point and 1 over a line,
-in 5 times the time; this module wrote none.
+The package adjustText gives worse results. Of 21 names in the pictures of two suites, it put 4 on a point and 1 on a line,
+and took 5 times as long. This module put none there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIRECTIONS = 16
 _DISTANCES = (7.0, 12.0, 19.0, 28.0, 40.0, 54.0, 70.0)  # points of type, from the middle of the marker
 _MARKER = 5.0
 _GAP = 1.5
-# From here on a line leads from the point to its name.
+# From this distance on, a line connects the point with its name.
 _LEADER = 10.0
 _PASSES = 4
 
@@ -43,8 +43,8 @@ def place(axes: Axes, points: Sequence[Named], size: float, lines: Sequence[Box]
     Args:
         axes: the panel; its limits are set and nothing will move it.
         points: what to name.
-        size: of the type, in points.
-        lines: level and upright lines, in data coordinates, that are better not written on; so is the legend.
+        size: font size in points.
+        lines: horizontal and vertical lines, in data coordinates, to avoid where possible, as with the legend.
 
     Returns:
         The boxes of the names in pixels.
@@ -68,7 +68,7 @@ def place(axes: Axes, points: Sequence[Named], size: float, lines: Sequence[Box]
         solid.append((box.x0, box.y0, box.x1, box.y1))
     sizes = [_text_size(axes, point.name, size) for point in points]
     placed: dict[int, tuple[Box, float]] = {}
-    # The most crowded first; then again, now that the others are known.
+    # The most crowded first; then each again, now that the others have places.
     order = sorted(range(len(points)), key=lambda index: _room(at, index))
     for _ in range(_PASSES):
         for index in order:
@@ -82,14 +82,14 @@ def place(axes: Axes, points: Sequence[Named], size: float, lines: Sequence[Box]
 
 
 def overlap(first: Box, second: Box) -> float:
-    """Area in common."""
+    """Area that two boxes share."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     return width * height if width > 0 and height > 0 else 0.0
 
 
 def _candidates(at: tuple[float, ...], size: tuple[float, float], dots: float) -> list[tuple[Box, float]]:
-    """Boxes around a point, the near ones and those to its right first."""
+    """Boxes around a point: near ones first, those on its right before others."""
     width, height = size
     candidates = []
     for distance in _DISTANCES:
@@ -108,7 +108,7 @@ def _cost(box: Box, distance: float, taken: Sequence[Box], inside: Box) -> float
     grown = (box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2)
     covered = sum(overlap(grown, other) for other in taken) / area
     outside = 1 - overlap(box, inside) / area
-    # Names that touch are read as one, so a little room is worth more distance.
+    # Names that touch read as one, so a little space between them is worth more distance.
     return 100 * covered + 1000 * outside + distance / _DISTANCES[-1]
 
 
@@ -134,7 +134,7 @@ def _write(
 ) -> None:
     middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
     if distance > _LEADER:
-        # To the nearest place on the box.
+        # The line ends at the nearest point of the box.
         x = min(max(at[0], box[0]), box[2])
         y = min(max(at[1], box[1]), box[3])
         axes.annotate(

@@ -1,4 +1,4 @@
-"""What the figures of a comparison are: where, with what and how they were measured."""
+"""Notes to a comparison: how, where and with what its results were measured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from sbft.bench.report import formats
 from sbft.bench.report.comparison import Comparison
 from sbft.bench.report.tables import metric_name
-from sbft.bench.runs import SUITE_FILE
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
+from sbft.bench.suite_runs import SUITE_FILE
 from sbft.runs.record import RunRecord
 
 _MEMORY_KINDS = {
@@ -21,9 +21,9 @@ _MEMORY_KINDS = {
 
 
 def summary(comparison: Comparison) -> str:
-    """The suite's own line, and how far it is."""
+    """The suite's description, and how many of its runs are done."""
     made = comparison.made()
-    records = [one.record for one in made if one.record is not None]
+    records = [made.record for made in made if made.record is not None]
     failed = sum(record.status != "ok" for record in records)
     undecided = sum(row.choice.rate is None and not row.choice.decided for row in comparison.rows)
     done = len(records) - failed
@@ -40,23 +40,25 @@ def summary(comparison: Comparison) -> str:
 
 
 def command(comparison: Comparison) -> str:
-    """What to type to make the same runs."""
+    """The command that makes the same runs."""
     folder = _relative(comparison.folder)
     jobs = _most_at_once(comparison)
-    on_cpu = not any(one.record.memory_kind == "cuda_allocated" for one in comparison.made() if one.record is not None)
-    # On GPUs sbft bench makes as many runs at once as there are, by itself.
+    on_cpu = not any(
+        made.record.memory_kind == "cuda_allocated" for made in comparison.made() if made.record is not None
+    )
+    # On GPUs, sbft bench by itself makes as many runs at the same time as there are GPUs.
     at_once = f" --jobs {jobs}" if on_cpu and jobs is not None and jobs > 1 else ""
     return f"sbft bench {shlex.quote(_source(comparison.suite, folder))} --output-dir {shlex.quote(folder)}{at_once}"
 
 
 def _most_at_once(comparison: Comparison) -> int | None:
-    """The most runs that a runner made at a time; None where that is not known."""
-    known = [count for one in comparison.made() if one.record is not None and (count := one.at_once) is not None]
-    return max(known, default=None)
+    """The highest number of runs that a runner made at the same time; None where unknown."""
+    counts = [count for made in comparison.made() if made.record is not None and (count := made.at_once) is not None]
+    return max(counts, default=None)
 
 
 def _source(suite: Suite, folder: str) -> str:
-    """The name of the suite if it ships with sbft and was run as it is, else the copy that lies with its runs."""
+    """The name of the suite if it ships with sbft and was run unchanged, else the path of the copy beside its runs."""
     return next((name for name in suite_names() if load_suite(name) == suite), f"{folder}/{SUITE_FILE}")
 
 
@@ -66,59 +68,58 @@ def _relative(folder: Path) -> str:
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """A list of sentences, each about one thing."""
+    """A list of notes, each on one subject."""
     suite = comparison.suite
     made = [one for one in comparison.made() if one.record is not None]
     records = [one.record for one in made if one.record is not None]
-    found = [
-        f"Seeds {_listed(suite.seeds)} for the figures; they decide the order of the examples and, unless a task has a "
-        f"data.seed, which these are: the same for every method. Seeds {_listed(suite.search_seeds)} for the choice of the "
-        "learning rate, on the validation part.",
-        "± is one standard error: over the seeds, the sample standard deviation over the root of their number; with "
-        "one seed that of a share of that many items, and none for a loss. So it is for the validation scores, over the "
-        "search seeds or the items of the validation part.",
+    sentences = [
+        f"The test runs have seeds {_listed(suite.seeds)}. A seed decides the order of the examples and, unless a task has "
+        "a data.seed, which examples these are; it is the same for every method. The learning rate was chosen on the "
+        f"validation part, with seeds {_listed(suite.search_seeds)}.",
+        "± is one standard error. Over several seeds, it is the sample standard deviation divided by the square root of "
+        "their number. With one seed, it is that of a share of as many items; a loss then has none. Validation scores have "
+        "theirs over the search seeds, or over the items of the validation part.",
         *_items(comparison),
     ]
     if (uneven := uneven_grids(suite)) is not None:
-        found.append(uneven)
+        sentences.append(uneven)
     if not records:
-        return found
-    found += _memory(records)
-    found.append(
-        "ms a step is the median over the steps of a run; a step is one update, with accumulation of several batches. "
-        "It and tokens/s are the best of the runs at the chosen learning rate, because other load on the machine only "
-        "ever slows a run. Total time is that of the quickest test run, from reading the data to the last measurement."
+        return sentences
+    sentences += _memory(records)
+    sentences.append(
+        "ms per step is the median over the steps of a run; a step is one update, which takes several batches with gradient "
+        "accumulation. ms per step and tokens/s are the best among the runs at the chosen learning rate, because other load "
+        "on the machine can only slow a run down. Total time is that of the fastest test run, from reading the data to the "
+        "last measurement."
     )
     most = _most_at_once(comparison)
     if most is not None and most > 1:
-        where = (
-            "each on a GPU of its own or sharing one" if "cuda_allocated" in _kinds(records) else "sharing its cores"
-        )
-        found.append(
-            f"Up to {most} runs at a time were on the machine, {where}: times are longer than those of one alone."
+        where = "each on its own GPU or sharing one" if "cuda_allocated" in _kinds(records) else "sharing its cores"
+        sentences.append(
+            f"Up to {most} runs were on the machine at the same time, {where}: each took longer than it would alone."
         )
     elif most is not None:
-        found.append("Each runner made one run at a time.")
-    found.append(f"Machine: {formats.machines((one.record.device, one.cores) for one in made if one.record)}.")
-    found.append(f"Versions: {', '.join(_versions(records))}.")
-    found.append(f"Commits: {_every(record.git_commit for record in records) or 'not run from a checkout'}.")
-    return found
+        sentences.append("Each runner made one run at a time.")
+    sentences.append(f"Machine: {formats.machines((one.record.device, one.cores) for one in made if one.record)}.")
+    sentences.append(f"Versions: {', '.join(_versions(records))}.")
+    sentences.append(f"Commits: {_every(record.git_commit for record in records) or 'not run from a checkout'}.")
+    return sentences
 
 
 def _items(comparison: Comparison) -> list[str]:
-    told = []
+    notes_on_items = []
     for title, rows in comparison.groups():
         records = [record for row in rows for record in row.records]
         if not records:
             continue
-        told.append(
+        notes_on_items.append(
             f"{title}: {metric_name(rows[0].metric)} and loss on "
             f"{_every(record.data.get('evaluation_examples') for record in records)} items "
             f"({_every(record.evaluated_on for record in records)}) after training on "
             f"{_every(record.data.get('examples') for record in records)} examples of "
             f"{_every(record.dataset for record in records)} with {_every(record.model for record in records)}."
         )
-    return told
+    return notes_on_items
 
 
 def _kinds(records: list[RunRecord]) -> set[str]:
@@ -130,8 +131,8 @@ def _memory(records: list[RunRecord]) -> list[str]:
     if not kinds:
         return []
     return [
-        f"Peak memory ({'; '.join(kinds)}) is that of the training loop alone, the evaluation's stands beside it; "
-        "above the model: what the loop added to what was held when it began."
+        f"Peak memory ({'; '.join(kinds)}) is that of the training loop alone; the evaluation has a separate peak. "
+        "Memory above the model is what the loop added to the memory in use when it began."
     ]
 
 

@@ -1,4 +1,4 @@
-"""The report of a suite as one text: Markdown, and an HTML page that needs no other file."""
+"""The report of a suite as Markdown, and as an HTML page that requires no other file."""
 
 from __future__ import annotations
 
@@ -61,9 +61,11 @@ def _sections(comparison: Comparison) -> list[_Section]:
 def _front_sentence(rows: list[Row]) -> str:
     best = front(rows)
     failed = [row.variant for row in rows if row.failed and row.records]
-    told = f"On the Pareto front of score and peak memory: {', '.join(row.variant for row in best)}." if best else ""
+    on_front = (
+        f"On the Pareto front of score and peak memory: {', '.join(row.variant for row in best)}." if best else ""
+    )
     left_out = f"Not considered for the Pareto front, because a seed failed: {', '.join(failed)}." if failed else ""
-    return f"{told} {left_out}".strip()
+    return f"{on_front} {left_out}".strip()
 
 
 def _title(comparison: Comparison) -> str:
@@ -71,7 +73,7 @@ def _title(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison, pictures: Sequence[Picture]) -> str:
-    """The report as Markdown; the pictures lie beside it."""
+    """The report as Markdown, with links to the pictures beside it."""
     parts = [
         f"# {_title(comparison)}",
         in_markdown(sentences.summary(comparison)),
@@ -99,7 +101,7 @@ def _lines(notes: list[str]) -> str:
 
 
 def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
-    """The report as one HTML file, pictures and all."""
+    """The report as one HTML file with embedded pictures."""
     body = [
         f"<h1>{html.escape(_title(comparison))}</h1>",
         _paragraph(sentences.summary(comparison)),

@@ -1,4 +1,4 @@
-"""What the peak memory of a run is made of."""
+"""The parts of a run's peak memory."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ NAMES = {
     "gradients": "gradients",
     "rest": "activations and temporaries",
 }
-"""The parts in their order, and what people read."""
+"""The parts in their order, and their names for people."""
 
 
 def names_of(rows: list[Row]) -> dict[str, str]:
-    """What people read where these rows are shown: on a GPU there is no Python."""
-    return {**NAMES, PROCESS: "held before by others"} if any(row.is_on_gpu for row in rows) else NAMES
+    """Names of the parts for these rows. Python and libraries are not in a GPU's memory."""
+    return {**NAMES, PROCESS: "in use before"} if any(row.is_on_gpu for row in rows) else NAMES
 
 
 def parts_of(record: RunRecord, is_adapter: bool) -> dict[str, float] | None:
     """Bytes by part, which add up to the peak; None where they were not measured.
 
-    Gradients and activations need not be at their highest at once: where together they would be more than the loop
-    has added, the gradients get what the optimizer's state leaves.
+    Gradients and activations need not peak at the same time. Where the parts would exceed what the loop added, the gradients
+    get what the optimizer's state leaves.
     """
     memory, peak = record.memory, record.peak_memory_bytes
     baseline, above, held = memory.get("baseline"), memory.get("above_baseline"), memory.get("weights")
     if peak is None or baseline is None or above is None or held is None:
         return None
     gradients, state = memory.get("gradients") or 0, memory.get("optimizer_state") or 0
-    # Weights that are mapped from a file need not all be resident.
+    # Weights mapped from a file need not all be resident.
     held = min(held, baseline)
-    # The adapters, and nothing else, have gradients; these have their size.
+    # Only the adapters have gradients, of the same size.
     adapters = min(gradients, held) if is_adapter else 0
     state = min(state, above)
     gradients = min(gradients, above - state)
@@ -52,7 +52,7 @@ def parts_of(record: RunRecord, is_adapter: bool) -> dict[str, float] | None:
 
 
 def parts_of_row(row: Row) -> dict[str, float] | None:
-    """The mean over the seeds of each part."""
+    """Each part's mean over the seeds."""
     measured = [parts for record in row.records if (parts := parts_of(record, row.is_adapter)) is not None]
     if not measured:
         return None
@@ -60,11 +60,11 @@ def parts_of_row(row: Row) -> dict[str, float] | None:
 
 
 def prediction_of_row(row: Row) -> tuple[float, float] | None:
-    """The predicted and the measured bytes, means over the seeds: on a GPU of the peak, elsewhere above the loaded model."""
-    found = [pair for record in row.records if (pair := _prediction_of(record)) is not None]
-    if not found:
+    """Predicted and measured bytes, means over the seeds: of the peak on a GPU, elsewhere of memory above the loaded model."""
+    pairs = [pair for record in row.records if (pair := _prediction_of(record)) is not None]
+    if not pairs:
         return None
-    return fmean(predicted for predicted, _ in found), fmean(measured for _, measured in found)
+    return fmean(predicted for predicted, _ in pairs), fmean(measured for _, measured in pairs)
 
 
 def _prediction_of(record: RunRecord) -> tuple[int, int] | None:

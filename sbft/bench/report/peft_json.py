@@ -1,6 +1,6 @@
 """Results in the JSON schema of PEFT's public method comparison (its repository, method_comparison/MetaMathQA).
 
-One file for each test run. What sbft does not measure, or measures differently, is null.
+There is one file for each test run. What sbft does not measure, or measures differently, is null.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sbft.bench.report.comparison import Comparison, Row
-from sbft.bench.runs import model_folder
+from sbft.bench.suite_runs import model_folder
 from sbft.recipe.methods import METHODS
 from sbft.runs.record import RunRecord
 
@@ -19,10 +19,10 @@ _PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 
 def write_peft_json(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write the finished test runs of a suite into a folder, which is made.
+    """Write the finished test runs of a suite into a folder, which is made if needed.
 
     Returns:
-        The files.
+        Paths of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -53,7 +53,7 @@ def _content(name: str, row: Row, record: RunRecord) -> dict[str, Any]:
         },
         "train_info": {
             "accelerator_memory_reserved_avg": None,
-            # Theirs is the most that torch reserved; there is no such figure on CPU.
+            # In their schema this is the peak that torch reserved, which does not exist on a CPU.
             "accelerator_memory_max": record.memory.get("reserved_peak"),
             "accelerator_memory_reserved_99th": None,
             "train_time": record.train_s,
@@ -95,7 +95,7 @@ def _train_config(record: RunRecord) -> dict[str, Any]:
         "dtype": record.dtype,
         "max_seq_length": recipe["data"]["max_length"],
         "batch_size": record.per_device_batch_size,
-        # Not in their schema: their batches are never accumulated.
+        # Not in their schema, as they never accumulate gradients.
         "gradient_accumulation_steps": record.gradient_accumulation_steps,
         "batch_size_eval": evaluation["batch_size"],
         "max_steps": record.steps or None,
@@ -132,7 +132,7 @@ def _peft_config(record: RunRecord) -> dict[str, Any]:
 
 
 def _metrics(row: Row, record: RunRecord) -> list[dict[str, Any]]:
-    """What was logged in training, and at last the test: theirs is read from the last entry."""
+    """The training log, with the test results as the last entry, where PEFT's code reads them."""
     logged: list[dict[str, Any]] = [
         {
             "step": entry["step"],

@@ -1,4 +1,4 @@
-"""All pictures of a comparison: their files, what each shows, and its caption."""
+"""All pictures of a comparison, with their files, titles and captions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sbft.bench.report.scatter import draw_scatter
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that has been drawn."""
+    """A drawn picture."""
 
     path: Path
     title: str
@@ -20,27 +20,27 @@ class Picture:
 
 
 _SCATTER = (
-    "Each point is the mean over the seeds, its bar one standard error (see the notes). The dashed stairs are the "
-    "Pareto front: a method on them is beaten by none that needs as little memory. One of which a seed failed is not on "
-    "them, and says behind its name how many seeds it is the mean of."
+    "Each point is the mean over the seeds; bars are one standard error (see the notes). The dashed line is the Pareto "
+    "front: no method that needs as little memory beats a method on it. A method with a failed seed is never on it, and its "
+    "name says how many seeds its mean is taken over."
 )
 _MEMORY = (
-    "Mean over the seeds; the figure at the end of a bar is the peak of the training loop. The optimizer's state, the "
-    "gradients (with gradient release the largest one) and the adapters are known by their size; activations and temporaries "
-    "are the rest of what the loop added."
+    "Means over the seeds; the number at the end of a bar is the peak of the training loop. Optimizer state, gradients (with "
+    "gradient release, the largest one) and adapters are computed from their sizes. Activations and temporaries are the rest "
+    "of what the loop added."
 )
 _RATES = (
-    "The validation part chooses the learning rate, which is ringed; bars are one standard error (see the notes). "
-    "A flat line is a method that forgives a wrong one. Crosses at the lower edge: the run failed."
+    "The learning rate that validation chose has a ring; bars are one standard error (see the notes). A flat line means that "
+    "the method tolerates a poor learning rate. Crosses at the lower edge are failed runs."
 )
 _LOSSES = (
-    "Mean over the seeds of the loss on training data, which was logged every few steps; smoothed by averaging over "
-    f"a window of {SMOOTHING:.0%} of all tokens."
+    "Mean over the seeds of the training loss, which was logged every few steps, averaged over a window of "
+    f"{SMOOTHING:.0%} of all tokens."
 )
 
 
 def draw(comparison: Comparison) -> list[Picture]:
-    """Draw what can be drawn from the runs there are, into the suite's folder.
+    """Draw every picture for which there are results, into the suite's folder.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -57,6 +57,6 @@ def draw(comparison: Comparison) -> list[Picture]:
         if draw_one(comparison, path):
             pictures.append(Picture(path, title, caption))
         else:
-            # One of runs that are no longer there.
+            # A picture from runs that no longer exist.
             path.unlink(missing_ok=True)
     return pictures

@@ -1,4 +1,4 @@
-"""A table and a picture of the runs in a folder that is no suite's."""
+"""A table and a picture of the runs in a folder that is not a suite's."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 _LONGEST_NAME = 30  # letters of a run's name in the picture
 _HEAD = (
     "run", "learning rate", "exact match before", "after", "loss before", "after ", "peak memory", "above the model",
-    "ms a step", "of it update", "trained weights",
+    "ms per step", "of which update", "trained weights",
 )  # fmt: skip
 
 
 def read_records(folder: Path) -> dict[str, RunRecord]:
-    """The records below a folder, by the name of the folder each lies in, in the order in which they were finished.
+    """The records below a folder, by the name of each run's folder, in the order in which they finished.
 
     Raises:
         DataError: if there is none.
     """
-    found = sorted(folder.glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime_ns)
-    if not found:
+    paths = sorted(folder.glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime_ns)
+    if not paths:
         raise DataError(
             f"There is no run in {folder}: expected {folder}/NAME/{FILE_NAME}. Make one with: sbft train RECIPE"
         )
-    return {path.parent.name: RunRecord.load(path.parent) for path in found}
+    return {path.parent.name: RunRecord.load(path.parent) for path in paths}
 
 
 def table(records: dict[str, RunRecord]) -> Table:
-    """One row a run; a run that did not finish says why."""
+    """One row per run; the row of a failed run says why it failed."""
     return Table(list(_HEAD), [_row(name, record) for name, record in records.items()])
 
 
@@ -62,7 +62,7 @@ def _row(name: str, record: RunRecord) -> list[str]:
 
 
 def footer(records: dict[str, RunRecord]) -> str:
-    """What the figures of a table are: data, machine, versions."""
+    """What a table's results were measured with: data, machine, versions."""
 
     def every(values: Iterable[object]) -> str:
         return " / ".join(dict.fromkeys(str(value) for value in values))
@@ -78,8 +78,8 @@ def footer(records: dict[str, RunRecord]) -> str:
         f"{every(run.dataset for run in runs)}, measured on "
         f"{every(run.data.get('evaluation_examples') for run in runs)} others "
         f"({every(run.evaluated_on for run in runs)}); ± is one standard error of that sample.",
-        f"Peak memory ({every(run.memory_kind for run in runs)}) is that of the training loop; above the model: what the loop "
-        "added to what was held when it began.",
+        f"Peak memory ({every(run.memory_kind for run in runs)}) is that of the training loop. Memory above the model is what "
+        "the loop added to the memory in use when it began.",
         f"Machine: {formats.machines((run.device, None) for run in runs)}; {', '.join(packages)}.",
     ]
     return "\n".join(lines)
@@ -91,7 +91,7 @@ def measured(records: dict[str, RunRecord]) -> dict[str, RunRecord]:
 
 
 def draw(records: dict[str, RunRecord], path: Path) -> None:
-    """Exact match before and after, and peak memory above the loaded model, one bar a run.
+    """Draw exact match before and after training, and peak memory above the loaded model, with one bar per run.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -113,9 +113,9 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     for place, value, spread in zip(places, after, errors, strict=True):
         left.text(value + spread + 1.5, place - 0.2, f"{value:.0f}%", va="center", fontsize=9)
     left.set(xlim=(0, 112), xlabel="exact match, % (± one standard error)", yticks=places)
-    # A name of a folder may be as long as the picture is wide.
-    shown = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
-    left.set_yticklabels(list(map(literal, shown)))
+    # The name of a folder may be as long as the picture is wide.
+    labels = [name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…" for name in names]
+    left.set_yticklabels(list(map(literal, labels)))
     left.legend(
         loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.42 / (0.62 * len(names))), ncols=2, frameon=False, fontsize=9
     )
@@ -123,7 +123,7 @@ def draw(records: dict[str, RunRecord], path: Path) -> None:
     right.barh(places, memory, 0.5, color=ORANGE)
     for place, value in zip(places, memory, strict=True):
         right.text(value + max(memory) * 0.02, place, f"{value:.0f}", va="center", fontsize=9)
-    # A run whose memory was not measured has none above the model, and an axis needs a length.
+    # Where memory was not measured, all bars are 0, and an axis cannot have length 0.
     right.set(xlim=(0, max(memory) * 1.2 or 1), xlabel="peak memory above the loaded model, MiB")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

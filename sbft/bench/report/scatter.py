@@ -19,10 +19,10 @@ _PANEL_HEIGHT = 3.7
 
 
 def draw_scatter(comparison: Comparison, path: Path) -> list[list[Box]] | None:
-    """Draw it; nothing where no row has both score and memory.
+    """Draw the picture, unless no row has both score and memory.
 
     Returns:
-        The boxes of the names of each panel in pixels.
+        The boxes of the names in each panel, in pixels; None if nothing was drawn.
     """
     shown = [(title, placed) for title, rows in comparison.groups() if (placed := _placed(rows))]
     if not shown:
@@ -46,7 +46,7 @@ def _placed(rows: list[Row]) -> list[Row]:
 
 
 def _draw(axes: Axes, title: str, rows: list[Row], styles: dict[str, Look]) -> tuple[list[Named], list[Box]]:
-    """Points and front of one panel; what is to be named, and the lines of the front."""
+    """Draw points and front of one panel; returns the points to name, and the lines of the front."""
     scale = 100.0 if rows[0].is_share else 1.0
     points = []
     for row in rows:
@@ -79,7 +79,7 @@ def _draw(axes: Axes, title: str, rows: list[Row], styles: dict[str, Look]) -> t
 
 
 def _limits(axes: Axes, points: list[Named]) -> None:
-    """Room around the points for their names."""
+    """Leave space around the points for their names."""
     left, right = min(point.x for point in points), max(point.x for point in points)
     low, high = min(point.y - point.error for point in points), max(point.y + point.error for point in points)
     across, up = (right - left) or 0.2 * right or 1.0, (high - low) or 0.2 * abs(high) or 1.0
@@ -87,13 +87,13 @@ def _limits(axes: Axes, points: list[Named]) -> None:
 
 
 def _draw_front(axes: Axes, rows: list[Row], scale: float) -> list[Box]:
-    """Stairs: what can be had for so much memory; from the last of them on to the right."""
+    """Draw the front as a step function: the best score for each amount of memory. It continues to the right edge."""
     at = [(row.peak_bytes / GIB, scale * row.score.mean) for row in rows if row.peak_bytes and row.score]
     worst = axes.get_ylim()[0 if rows[0].is_share else 1]
     xs = [at[0][0], *(x for x, _ in at), axes.get_xlim()[1]]
     ys = [worst, *(y for _, y in at), at[-1][1]]
     axes.step(xs, ys, where="post", color=GREY, linestyle="--", linewidth=1.2, zorder=1, label="Pareto front")
-    # The corner that the front leaves free.
+    # The front leaves this corner free.
     axes.legend(loc="lower right" if rows[0].is_share else "upper right", frameon=False)
     level = [(xs[i], ys[i], xs[i + 1], ys[i]) for i in range(len(xs) - 1)]
     upright = [(xs[i], ys[i - 1], xs[i], ys[i]) for i in range(1, len(xs))]

@@ -1,4 +1,4 @@
-"""The results as CSV: every run a row, and every variant on every task a row. Bytes, seconds and shares, unrounded."""
+"""The results as CSV: one file with a row per run, one with a row per variant and task. Values are not rounded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sbft.bench.report.comparison import Comparison, Made, Row
+from sbft.bench.report.comparison import Comparison, Row, SuiteRun
 from sbft.bench.report.parts import NAMES, parts_of_row
 from sbft.bench.report.statistics import Estimate
 from sbft.bench.report.tables import front
@@ -21,7 +21,7 @@ _NESTED = ("memory", "step_s", "optimizer_s", "data", "metrics_before", "metrics
 
 
 def write_runs(comparison: Comparison, path: Path) -> None:
-    """Write a row for every run that is decided on, made or not."""
+    """Write a row for every run whose learning rate is decided, made or not."""
     _write(path, [_run(row, made) for row in comparison.rows for made in (*row.searched, *row.tested)])
 
 
@@ -31,7 +31,7 @@ def write_summary(comparison: Comparison, path: Path) -> None:
     _write(path, [_summary(comparison, row, id(row) in on_front) for row in comparison.rows])
 
 
-def _run(row: Row, made: Made) -> dict[str, Any]:
+def _run(row: Row, made: SuiteRun) -> dict[str, Any]:
     run, record = made.run, made.record
     cells: dict[str, Any] = {
         "model": run.model,

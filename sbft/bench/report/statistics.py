@@ -11,18 +11,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and how far it may be off by chance."""
+    """A mean with its standard error."""
 
     mean: float
     standard_error: float | None = None
-    """None where there is nothing to tell it from."""
+    """None where it cannot be estimated."""
     count: int = 1
-    """Seeds or items that it is the mean of."""
+    """Number of seeds or items."""
     over: Literal["seeds", "items"] = "seeds"
 
 
 def over_seeds(values: Sequence[float]) -> Estimate | None:
-    """The mean of one value a seed, with the sample standard deviation over the root of their number; None of none."""
+    """The mean of one value per seed. Its error is the sample standard deviation divided by the square root of their number.
+
+    None without values.
+    """
     if not values:
         return None
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -35,19 +38,19 @@ def standard_error(share: float, items: int) -> float:
 
 
 def of_share(share: float, items: int | None) -> Estimate:
-    """A share of items that one seed got right."""
+    """The share of items that a single seed got right, with its standard error."""
     if not items:
         return Estimate(share)
     return Estimate(share, standard_error(share, items), items, "items")
 
 
 def paired_by_seed(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """The mean difference over the seeds that both have: same data in the same order."""
+    """The mean difference over the seeds that both have. The same seed means the same data in the same order."""
     return over_seeds([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 
 
 def paired_by_item(right: Sequence[bool], baseline: Sequence[bool]) -> Estimate | None:
-    """The mean difference over the items that both have answered, in one order."""
+    """The mean difference over the items; both lists must have the same items in the same order."""
     differences = [float(a) - float(b) for a, b in zip(right, baseline, strict=True)]
     if not differences:
         return None
@@ -56,31 +59,31 @@ def paired_by_item(right: Sequence[bool], baseline: Sequence[bool]) -> Estimate 
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float], *, higher_is_better: bool = True) -> list[int]:
-    """Indices of those that no other beats: none costs no more and is worth no less, with one of both strictly.
+    """The indices that no other beats. One beats another if it costs no more, is worth no less, and differs in either.
 
     Returns:
-        The indices by rising cost.
+        The indices in ascending order of cost.
     """
     worth = [value if higher_is_better else -value for value in values]
 
-    def beaten(one: int) -> bool:
+    def beaten(index: int) -> bool:
         return any(
-            costs[other] <= costs[one]
-            and worth[other] >= worth[one]
-            and (costs[other] < costs[one] or worth[other] > worth[one])
+            costs[other] <= costs[index]
+            and worth[other] >= worth[index]
+            and (costs[other] < costs[index] or worth[other] > worth[index])
             for other in range(len(costs))
         )
 
-    return sorted((one for one in range(len(costs)) if not beaten(one)), key=lambda one: costs[one])
+    return sorted((index for index in range(len(costs)) if not beaten(index)), key=lambda index: costs[index])
 
 
 def smoothed(places: Sequence[float], values: Sequence[float], share: float) -> list[float]:
     """Each value replaced by the mean of those near it.
 
     Args:
-        places: rising, such as the tokens seen.
+        places: in ascending order, such as the tokens seen.
         values: one for each place.
-        share: width of the window as a share of the whole length; points further apart than that stay as they are.
+        share: width of the window as a share of the whole length. Points farther apart than this are unchanged.
     """
     if not places:
         return []

@@ -1,4 +1,4 @@
-"""What all pictures share: size, colours that the colour-blind can tell apart, and one look for each variant."""
+"""The style of all pictures: size, colours that the colour-blind can distinguish, and a look for each variant."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's, yellow left out, which a white page swallows.
+# The palette of Okabe and Ito without yellow, which is hard to see on white.
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8C8C8C"
 _COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
-# Their number and that of the colours have no common factor: a pair comes again only after all.
+# Their number and that of the colours have no common factor, so a pair only recurs after all others.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 _LINES = ("-", "--", ":", "-.")
 WIDTH, _DOTS = 9.0, 150
@@ -24,7 +24,7 @@ _SETTINGS: dict[Any, Any] = {"font.size": 10, "axes.titlesize": 11, "axes.labels
 
 @dataclass(frozen=True)
 class Look:
-    """How a variant is drawn, in every picture."""
+    """How a variant is drawn in every picture."""
 
     colour: str
     marker: str
@@ -32,7 +32,7 @@ class Look:
 
 
 def looks(variants: Sequence[str]) -> dict[str, Look]:
-    """A look for each variant, by its place among all of the suite."""
+    """A look for each variant, by its position among the suite's variants."""
     return {
         name: Look(_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], _LINES[i // len(_COLOURS) % len(_LINES)])
         for i, name in enumerate(variants)
@@ -40,17 +40,17 @@ def looks(variants: Sequence[str]) -> dict[str, Look]:
 
 
 def short(name: str) -> str:
-    """A name that fits beside a picture."""
+    """Shorten a name to fit beside a picture."""
     return literal(name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…")
 
 
 def literal(text: str) -> str:
-    """Text for a picture whose dollar signs are no formula's."""
+    """Escape dollar signs, which would otherwise start a formula in a picture."""
     return text.replace("$", r"\$")
 
 
 def figure(height: float) -> Figure:
-    """An empty figure as wide as a README."""
+    """An empty figure, as wide as a README page."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,14 +62,14 @@ def figure(height: float) -> Figure:
 
 
 def settings() -> Any:
-    """A context in which text has the pictures' sizes."""
+    """A context that sets the pictures' font sizes."""
     from matplotlib import rc_context
 
     return rc_context(_SETTINGS)
 
 
 def panels(drawn: Figure, count: int, columns: int, **shared: Any) -> list[Axes]:
-    """So many panels of a figure; places that are left over stay empty."""
+    """Divide a figure into `count` panels; positions left over stay empty."""
     rows = -(-count // columns)
     all_axes = drawn.subplots(rows, columns, squeeze=False, **shared).flatten().tolist()
     for axes in all_axes[count:]:

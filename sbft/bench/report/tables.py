@@ -18,26 +18,26 @@ _WARNING = "⚠"
 
 @dataclass
 class Table:
-    """Rows of text. A row that is shorter than the head ends in a cell that spans the rest."""
+    """Rows of text. The last cell of a row that is shorter than the head spans the remaining columns."""
 
     head: list[str]
     rows: list[list[str]] = field(default_factory=list)
     footnotes: list[str] = field(default_factory=list)
 
     def mark(self, footnote: str) -> str:
-        """The mark of a footnote, which is added if it is new."""
+        """The mark of a footnote, which is added to the table if it is new."""
         if footnote not in self.footnotes:
             self.footnotes.append(footnote)
         return formats.superscript(self.footnotes.index(footnote) + 1)
 
     def notes(self) -> list[str]:
-        """The footnotes, each behind its mark."""
+        """The footnotes, each after its mark."""
         return [f"{formats.superscript(number)} {text}" for number, text in enumerate(self.footnotes, 1)]
 
     def markdown(self) -> str:
-        """As Markdown that is readable as plain text too."""
+        """The table as Markdown that is also readable as plain text."""
         rows = [[in_markdown(cell).replace("|", r"\|") for cell in row] for row in [self.head, *self.rows]]
-        # A reason that spans the rest of its row must not widen the column in which it begins.
+        # A reason that spans the rest of its row must not widen the column that it starts in.
         whole = [row if len(row) == len(self.head) else row[:-1] for row in rows]
         widths = [max(len(row[i]) for row in whole if i < len(row)) for i in range(len(self.head))]
         rows = [row + [""] * (len(self.head) - len(row)) for row in rows]
@@ -48,7 +48,7 @@ class Table:
         return "\n".join(lines)
 
     def html(self) -> str:
-        """As an HTML table."""
+        """The table as HTML."""
         lines = ["<tr>" + "".join(f"<th>{_inline(cell)}</th>" for cell in self.head) + "</tr>"]
         for row in self.rows:
             cells = [f"<td>{_inline(cell)}</td>" for cell in row]
@@ -60,7 +60,7 @@ class Table:
 
 
 def in_markdown(text: str) -> str:
-    """Text whose HTML and whose links Markdown shows as they are written; bold and code stay."""
+    """Escape HTML and links, so that Markdown shows them literally; bold and code keep their meaning."""
     return " ".join(text.replace("<", r"\<").replace("](", r"]\(").split())
 
 
@@ -69,7 +69,7 @@ def _inline(text: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """A metric as people read it."""
+    """The name of a metric for people."""
     return metric.replace("_", " ")
 
 
@@ -107,21 +107,21 @@ def _rate(row: Row, table: Table) -> str:
         note = "The best learning rate is the {} of its grid: one beyond it may be better."
         return f"{text} {_WARNING}{table.mark(note.format(row.choice.edge))}"
     if row.taken_from is not None:
-        return f"{text} {table.mark(f'The learning rate chosen for {row.taken_from}, not one of its own.')}"
+        return f"{text} {table.mark(f'The learning rate that was chosen for {row.taken_from}.')}"
     if len(row.choice.tried) < 2:
         return f"{text} {_WARNING}{table.mark('Only one learning rate was tried: another may be better.')}"
     return text
 
 
 def _name(row: Row, table: Table) -> str:
-    """The variant, with what is missing of its seeds."""
+    """The variant, with a footnote on failed or missing seeds."""
     failures = row.failed
     missing = [made.run.seed for made in row.tested if made.record is None]
     if not row.records or not (failures or missing):
         return row.variant
-    told = [f"seed {seed} failed: {formats.reason(why)}" for seed, why in failures.items()]
-    told += [f"seed {seed} not run yet" for seed in missing]
-    note = f"{row.variant}: {len(row.values(row.metric))} of {len(row.tested)} seeds; {'; '.join(told)}."
+    reasons = [f"seed {seed} failed: {formats.reason(why)}" for seed, why in failures.items()]
+    reasons += [f"seed {seed} not run yet" for seed in missing]
+    note = f"{row.variant}: {len(row.values(row.metric))} of {len(row.tested)} seeds; {'; '.join(reasons)}."
     return f"{row.variant} {_WARNING if failures else ''}{table.mark(note)}"
 
 
@@ -138,8 +138,8 @@ def main_table(comparison: Comparison, rows: list[Row]) -> Table:
         ("peak memory, GiB", lambda row, _: formats.gibibytes(row.peak_bytes)),
         ("above the model, MiB", lambda row, _: formats.mebibytes(row.mean(lambda r: r.memory.get("above_baseline")))),
         ("evaluation peak, GiB", lambda row, _: formats.gibibytes(row.mean(lambda r: r.memory.get("evaluation_peak")))),
-        ("ms a step", lambda row, _: formats.milliseconds(row.speed(lambda r: r.step_s.get("median")))),
-        ("of it update", lambda row, _: formats.milliseconds(row.speed(lambda r: r.optimizer_s.get("median")))),
+        ("ms per step", lambda row, _: formats.milliseconds(row.speed(lambda r: r.step_s.get("median")))),
+        ("of which update", lambda row, _: formats.milliseconds(row.speed(lambda r: r.optimizer_s.get("median")))),
         ("tokens/s", lambda row, _: formats.whole(row.tokens_per_s)),
         ("total time", lambda row, _: _duration(row.total_s)),
         ("trained, M", lambda row, _: formats.millions(row.mean(lambda r: r.trainable_parameters))),
@@ -153,10 +153,10 @@ def main_table(comparison: Comparison, rows: list[Row]) -> Table:
 def short_table(comparison: Comparison, rows: list[Row]) -> Table:
     """The most important columns of the comparison, for a terminal."""
     whole = main_table(comparison, rows)
-    kept = [0, 1, 2, 3, whole.head.index("peak memory, GiB"), whole.head.index("ms a step")]
-    short = Table([whole.head[i] for i in kept], footnotes=whole.footnotes)
+    columns = [0, 1, 2, 3, whole.head.index("peak memory, GiB"), whole.head.index("ms per step")]
+    short = Table([whole.head[i] for i in columns], footnotes=whole.footnotes)
     for row in whole.rows:
-        short.rows.append([row[i] for i in kept] if len(row) == len(whole.head) else row)
+        short.rows.append([row[i] for i in columns] if len(row) == len(whole.head) else row)
     return short
 
 
@@ -172,7 +172,7 @@ def _filled(columns: list[tuple[str, Callable[[Row, Table], str]]], rows: list[R
 
 
 def rates_table(rows: list[Row]) -> Table | None:
-    """The validation score of every learning rate that was tried; None where there was nothing to choose."""
+    """Validation scores of every learning rate that was tried; None where there was nothing to choose."""
     searched = [(row, row.validations()) for row in rows if row.searched]
     if not searched:
         return None
@@ -184,30 +184,31 @@ def rates_table(rows: list[Row]) -> Table | None:
     return table
 
 
-def _validation_cell(row: Row, one: Validation, table: Table) -> str:
-    text = f"{formats.rate(one.learning_rate)}: {_validation_score(row, one, table)}"
-    return f"**{text}**" if one.learning_rate == row.choice.rate else text
+def _validation_cell(row: Row, validation: Validation, table: Table) -> str:
+    text = f"{formats.rate(validation.learning_rate)}: {_validation_score(row, validation, table)}"
+    return f"**{text}**" if validation.learning_rate == row.choice.rate else text
 
 
-def _validation_score(row: Row, one: Validation, table: Table) -> str:
-    if one.failure is not None:
-        return f"failed {table.mark(formats.reason(one.failure))}"
-    if one.score is None:
+def _validation_score(row: Row, validation: Validation, table: Table) -> str:
+    if validation.failure is not None:
+        return f"failed {table.mark(formats.reason(validation.failure))}"
+    if validation.score is None:
         return "to do"
-    text = _written(row, one.score)
-    return text if one.done == one.runs else f"{text} ({one.done} of {one.runs} seeds)"
+    text = _written(row, validation.score)
+    return text if validation.done == validation.runs else f"{text} ({validation.done} of {validation.runs} seeds)"
 
 
 def memory_table(rows: list[Row]) -> Table | None:
     """The parts of the peak memory in MiB, and the peak; None where none was measured.
 
-    On a GPU the peak stands in GB too, the unit of papers. Where it was predicted before training, so does that.
+    On a GPU, the peak is also given in GB, the unit that papers use. Where it was predicted before training, the prediction is
+    given as well.
     """
     measured = [(row, parts) for row in rows if (parts := parts_of_row(row)) is not None]
     if not measured:
         return None
     names = names_of([row for row, _ in measured])
-    # As in the picture: a part that nothing has is left out.
+    # As in the picture, a part that no method has is left out.
     shown = [part for part in names if any(parts[part] > 0 for _, parts in measured)]
     in_gb = any(row.is_on_gpu for row, _ in measured)
     predicted = {row.variant: prediction_of_row(row) for row, _ in measured}
@@ -239,15 +240,15 @@ def _predicted(prediction: tuple[float, float] | None) -> list[str]:
 
 
 def front(rows: list[Row]) -> list[Row]:
-    """The rows on the Pareto front of score and peak memory, by rising memory.
+    """The rows on the Pareto front of score and peak memory, in ascending order of memory.
 
-    A row of which a seed failed is not on it: the mean of those that did not is no fair figure.
+    A row with a failed seed is not on it: a mean without the failures would be unfair.
     """
     placed = [(row, row.peak_bytes, row.score) for row in rows if not row.failed]
     points = [(row, memory, score.mean) for row, memory, score in placed if memory is not None and score is not None]
-    chosen = pareto_front(
+    on_front = pareto_front(
         [memory for _, memory, _ in points],
         [score for _, _, score in points],
         higher_is_better=all(row.is_share for row in rows),
     )
-    return [points[index][0] for index in chosen]
+    return [points[index][0] for index in on_front]

@@ -28,7 +28,7 @@ def shown_as_a_paragraph(traceback: bool) -> Iterator[None]:
         _show(str(stopped), traceback)
         raise typer.Exit(stopped.exit_code) from stopped
     except LostRankError as error:
-        _show(str(error), traceback)  # not left for the launcher, which wants the cause
+        _show(str(error), traceback)  # not written for the launcher, which reports the cause
         raise typer.Exit(USER_ERROR) from error
     except SbftError as error:
         rank_errors.leave(without_secrets(str(error)))

@@ -93,7 +93,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]], errors: Sequence[Path] = (), sig
             codes = [process.poll() for process in ranks]
             if first is None:
                 failed = [rank for rank, code in enumerate(codes) if code]
-                # If two ended since the last poll, the one that a signal ended is the cause, and the other lost it.
+                # If two ended since the last poll, the one that a signal ended is the cause: the other lost its peer.
                 first = min(failed, key=lambda rank: (codes[rank] or 0) > 0, default=None)
             if None not in codes or (first is not None and patience <= 0):
                 if first is None:

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share: the recipe, and the flags instead of one."""
+"""Arguments and options that several verbs share: the recipe, and the flags that can replace it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         metavar="FORMAT",
-        help="What weights are stored in: float32, bfloat16, int12, int8 or int4. Default: that of the method. "
-        "By names of weights: --set weights='{default: int4, lm_head: int8}'.",
+        help="Storage format of weights: float32, bfloat16, int12, int8 or int4. Default: the method's. "
+        "For single weights: --set weights='{default: int4, lm_head: int8}'.",
     ),
 ]
 OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and run.json.")]

@@ -1,4 +1,4 @@
-"""What went wrong in one of several processes, left in a file for its launcher.
+"""Passes the error of one of several processes to its launcher through a file.
 
 torchrun gives each process the name of such a file and shows its content; `sbft train --num-processes` does the same.
 """

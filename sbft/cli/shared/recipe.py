@@ -1,4 +1,4 @@
-"""The recipe that a verb's arguments stand for."""
+"""The recipe that a verb's arguments describe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def recipe_of(
     """Load and resolve a recipe.
 
     Args:
-        source: a YAML file, or the name of a recipe that ships with sbft; None if the flags say everything.
+        source: a YAML file, or the name of a recipe that ships with sbft; None if the flags describe it completely.
         overrides: `KEY=VALUE`, as `--set` takes them.
         pretraining: fill in the defaults of pretraining.
         **flags: what is given instead of a recipe, as for `sbft.recipe.load_recipe`; None if it was not typed.

@@ -1,4 +1,4 @@
-"""The seconds in which a verb imports what it needs: Ctrl-C ends them with a sentence, and the garbage collector rests."""
+"""The seconds in which a verb imports its libraries: Ctrl-C ends them with a message, and garbage collection is off."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def starting() -> Iterator[None]:
 
 @contextmanager
 def loading_libraries() -> Iterator[None]:
-    """The same around imports of torch, transformers and datasets, whose own notes and bars are off from then on."""
+    """The same around imports of torch, transformers and datasets; also turns off their own messages and progress bars."""
     with starting():
         from sbft.cli.shared.quiet import quiet_libraries
 

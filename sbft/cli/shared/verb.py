@@ -1,4 +1,4 @@
-"""What every verb of the command line has: `--traceback`, and mistakes shown as a paragraph."""
+"""What all verbs of the command line share: the option `--traceback`, and errors shown as a paragraph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Traceback = Annotated[bool, typer.Option("--traceback", help="Show where in the
 
 
 def verb(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a verb of a function whose parameters are its arguments and options.
+    """Turn a function into a verb; its parameters are the verb's arguments and options.
 
     It gets the option `--traceback`, and its errors become a paragraph and an exit code.
     """

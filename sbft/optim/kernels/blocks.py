@@ -55,13 +55,13 @@ def matrices(tensor: Tensor) -> Tensor:
         return tensor.view(-1, *tensor.shape[-2:])
     except RuntimeError:
         raise ValueError(
-            f"a parameter or gradient of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be seen as a stack "
+            f"a parameter or gradient of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be viewed as a stack "
             "of matrices: make the parameter contiguous"
         ) from None
 
 
 def stored(weight: Weight) -> Weight:
-    """What a weight is stored in: the codes of one on a grid; others are that themselves.
+    """What a weight is stored in: the codes of a weight on a grid; any other weight itself.
 
     Raises:
         TypeError: if it is a transposed view of a weight on a grid.
@@ -74,7 +74,7 @@ def stored(weight: Weight) -> Weight:
 
 
 def opened(weight: Weight) -> Weight:
-    """What a weight is stored in, to be changed: the version of one on a grid rises."""
+    """As `stored`, for changes in place: increments the version of a weight on a grid."""
     if isinstance(weight, GridTensor):
         weight.mark_changed()
     return stored(weight)
@@ -87,7 +87,7 @@ def version_of(weight: Tensor) -> tuple[int, int]:
 
 
 def weight_matrices(weight: Weight) -> Weight:
-    """A (B, R, C) view, to be changed, of what a weight of any shape is stored in, as `matrices` makes it."""
+    """A (B, R, C) view, for changes in place, of what a weight of any shape is stored in; see `matrices`."""
     memory = opened(weight)
     return memory.view(-1, weight.shape[-2]) if isinstance(memory, Quantized) else matrices(memory)
 

@@ -1,7 +1,7 @@
 """The updates on a CPU, compiled from cpu.cpp on first use and called without copies; arguments as in `reference`.
 
 The library is built by the machine's C++ compiler into the user's cache. Its name is a hash of the source, the compiler's
-version, the flags and the processor, so that it is built once and never used where it does not fit. Updates that the compiled
+version, the flags and the processor, so that it is built once and never used elsewhere. Updates that the compiled
 code does not cover (weights that are not contiguous, gradients of another dtype) fall back to the reference.
 """
 
@@ -47,7 +47,7 @@ def library(bits: int = 0) -> ctypes.CDLL | None:
     """The compiled library, built if necessary; None, after one warning, where it cannot be built.
 
     Args:
-        bits: those of the grid that the weights are on; 0 for float32 and bfloat16.
+        bits: of the grid that the weights are on; 0 for float32 and bfloat16.
     """
     consequence = "the optimizer step runs in plain torch, which is about ten times slower"
     return compiling.loaded_or_warned(lambda: load(build(bits)), consequence)
@@ -93,13 +93,13 @@ def covers(weight: Weight, grad: Tensor | SlicedGradient, shard: Shard | None) -
         usual = contiguous and whole_groups and weight.block <= _LARGEST_BLOCK and grad.dtype in _DTYPES
     else:
         usual = weight.is_contiguous() and grad.dtype == weight.dtype
-    # It sums over all other ranks, not apart over those with other rows and those with other columns.
+    # It sums over all other ranks, not separately over those with other rows and those with other columns.
     one_cut = shard is None or shard.over_rows is None
     return usual and one_cut and weight.numel() > 0 and library(bits_of(weight)) is not None
 
 
 def bits_of(weight: Weight) -> int:
-    """Those of a weight's grid; 0 for float32 and bfloat16."""
+    """Bits of a weight's grid; 0 for float32 and bfloat16."""
     return weight.grid.bits if isinstance(weight, Quantized) else 0
 
 
@@ -127,7 +127,7 @@ class _SumOverRanks:
 
 
 def address_of(memory: Weight) -> tuple[int, object]:
-    """Where compiled code finds a weight, and what has to live as long as it reads there."""
+    """The address of a weight for compiled code, and an object that has to stay alive while it is in use."""
     if isinstance(memory, Quantized):
         planes = _PLANES_MEMORY.from_buffer_copy(grid.planes(memory))
         return ctypes.addressof(planes), planes
@@ -155,7 +155,7 @@ def _run(
     weight_decay: float,
     relative_step: bool = False,
 ) -> tuple[float, float | None]:
-    """Call a compiled function: the sum of the squared gradient, and that of the squared new weights if it was taken."""
+    """Call a compiled function; returns the sum of the squared gradient, and of the squared new weights if it was computed."""
     memory = stored(weight)
     if grad.ndim <= 2 and grad.is_contiguous():
         rows, columns = grad.shape if grad.ndim == 2 else (1, grad.numel())

@@ -1,7 +1,7 @@
-"""Updates of a matrix by a gradient that is there in slices: the arithmetic of `reference`, in as many passes as it reads it.
+"""Updates of a matrix from a gradient in slices: the arithmetic of `reference`, with one pass over the slices per read.
 
-On a CPU the phases of the compiled update run slice by slice. Their parts are those of the update by a whole gradient, so that
-all sums are taken in the same order and the result is the same bit for bit, wherever the slices hold the same bits.
+On a CPU the phases of the compiled update run slice by slice, in the same parts as with a whole gradient. All sums are then
+taken in the same order, and the result is the same bit for bit if the slices have the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sbft.optim.sharding import Shard
 from sbft.optim.vocabulary import SlicedGradient
 
 SLICE_ELEMENTS = 1 << 20
-"""Elements of a slice, where no part of a compiled update says how many."""
+"""Elements of a slice where the compiled update does not determine their number."""
 
 GPU_SLICE_ELEMENTS = 1 << 24
 """The same on a GPU: 32 MiB of bfloat16."""
@@ -40,7 +40,7 @@ def adafactor_factored(
     key: Key,
     **settings: Any,
 ) -> tuple[float | Tensor, float | Tensor | None]:
-    """As `reference.adafactor_factored`, by the compiled code where `kernels` is `sbft.optim.kernels.cpu` and it can.
+    """As `reference.adafactor_factored`, in compiled code if `kernels` is `sbft.optim.kernels.cpu` and it covers the update.
 
     Where a row of the gradient is zero, only `weight_decay` moves the weight's row.
     """
@@ -53,7 +53,7 @@ def adafactor_factored(
 def sgd(
     weight: Tensor, grad: SlicedGradient, *, kernels: ModuleType, lr: float | Tensor, weight_decay: float, key: Key
 ) -> Tensor:
-    """As `reference.sgd` without momentum: a first pass over the slices for the sum of squares, a second moves the weight."""
+    """As `reference.sgd` without momentum. A first pass over the slices sums squares, a second moves the weight."""
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for _, part in _summed(grad).slices(_height(weight)):
         total += torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32).double().square().sum()
@@ -77,7 +77,7 @@ def sgd(
 
 
 def _part(weight: Weight, start: int) -> Shard | None:
-    """Gives rows from `start` on the noise that they have in the whole."""
+    """The shard that gives rows from `start` on the noise that they have in the whole weight."""
     if start == 0:
         return None
     return Shard(start * weight.shape[-1], torch.Size(weight.shape), lambda message: None)
@@ -96,7 +96,7 @@ def _height(weight: Weight) -> int:
 
 
 def _summed(grad: SlicedGradient) -> SlicedGradient:
-    """With every row once where there is nothing else, as the backward of a plain embedding adds them up."""
+    """If the gradient consists of rows alone, add up repeated rows as the backward of a plain embedding does."""
     if grad.product is not None or grad.rows is None:
         return grad
     return SlicedGradient(grad.shape, None, grad.rows.summed())
@@ -204,7 +204,7 @@ _Phase = Callable[..., None]
 
 
 def _over_slices(grad: SlicedGradient, parts: int, rows_each: int, threads: int) -> Callable[[_Phase, Any], None]:
-    """Run a phase over slices of as many parts as there are threads."""
+    """Make a function that runs a phase over slices, each with one part per thread."""
 
     def run(phase: _Phase, handle: Any) -> None:
         for start, part in grad.slices(rows_each * threads):
@@ -215,7 +215,7 @@ def _over_slices(grad: SlicedGradient, parts: int, rows_each: int, threads: int)
 
 
 def _over_rows(grad: SlicedGradient, parts: int) -> Callable[[_Phase, Any], None]:
-    """Run a phase over the few rows that a gradient has."""
+    """Make a function that runs a phase over the few rows of a gradient."""
     assert grad.rows is not None
     rows = grad.rows.summed()
     values = rows.values.contiguous()

@@ -1,4 +1,4 @@
-"""Throughput by batch size: which size comes next, when to stop, and which one to choose. Nothing is run here."""
+"""Throughput by batch size: which size to try next, when to stop, and which one to choose. Trains nothing itself."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from dataclasses import dataclass
 from typing import Literal
 
 _DOUBLINGS_WITHOUT_GAIN = 2
-"""One could be noise, or a size that the kernels happen to dislike."""
+"""A single one could be noise, or a size that suits the kernels badly."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What training steps of one batch size took."""
+    """Time and memory of training steps at one batch size."""
 
     batch_size: int
-    """Examples in a step, on one device."""
+    """Examples per step, on one device."""
     tokens_per_step: float
-    """Padding aside."""
+    """Mean, without padding."""
     step_s: float
-    """Median."""
+    """Median duration of a step."""
     steps: int
-    """That were timed."""
+    """Number of steps timed."""
     peak_bytes: int
-    """Highest memory of the training loop."""
+    """Peak memory of the training loop."""
     baseline_bytes: int
-    """Held when the loop began, the model loaded."""
+    """Memory in use when the loop began, with the model loaded."""
     fixed_bytes: int
-    """Optimizer state and gradients, as far as they do not grow with the batch."""
+    """Optimizer state, and gradients kept for a whole step: neither grows with the batch."""
     flops_per_step: float | None = None
-    """Floating point operations that the step needs, where they are known."""
+    """Floating point operations that a step requires, where known."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of a step over its median time."""
+        """Mean tokens of a step divided by its median duration."""
         return self.tokens_per_step / self.step_s
 
 
@@ -42,34 +42,34 @@ Reason = Literal["no gain", "largest", "out of memory", "over the limit", "would
 
 @dataclass(frozen=True)
 class Ending:
-    """Why no larger size follows."""
+    """Why no larger size was tried."""
 
     reason: Reason
     batch_size: int | None = None
-    """The size that memory did not suffice for."""
+    """The size that did not fit into memory."""
     needed_bytes: int | None = None
-    """What this size took ("over the limit"), or would take about ("would not fit")."""
+    """Memory that this size took ("over the limit"), or would take by estimate ("would not fit")."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The sizes that ran, smallest first, and why they end."""
+    """The sizes that ran, smallest first, and why the search ended."""
 
     timed: list[Timed]
     ending: Ending
 
     def best(self) -> Timed:
-        """The size of the highest throughput."""
-        return max(self.timed, key=lambda one: one.tokens_per_s)
+        """The size with the highest throughput."""
+        return max(self.timed, key=lambda timed: timed.tokens_per_s)
 
     def smallest_at(self, share: float) -> Timed:
-        """The smallest size that ran at this share of the best throughput seen; it need not be on the rising side.
+        """The smallest size that reached this share of the best throughput.
 
         Raises:
             ValueError: if no size ran.
         """
         enough = share * self.best().tokens_per_s
-        return next(one for one in self.timed if one.tokens_per_s >= enough)
+        return next(timed for timed in self.timed if timed.tokens_per_s >= enough)
 
 
 def search(
@@ -79,15 +79,14 @@ def search(
     largest: int | None = None,
     limit_bytes: int | None = None,
 ) -> Curve:
-    """Run batch sizes 1, 2, 4, ... until larger ones bring no more, or cannot be had.
+    """Run batch sizes 1, 2, 4, ... until larger ones gain nothing or do not fit.
 
     Args:
-        run: makes steps of a size; None if memory ran out.
-        share: of the best throughput, above 0 and at most 1, that counts as all of it. Two doublings in a row that
-            together bring less than this tolerance end the search: `share` of their better one is below the best
-            before them.
-        largest: size that is not passed.
-        limit_bytes: peak memory that is not to be passed: a size that is foreseen to is not run.
+        run: times steps of a size; returns None if memory ran out.
+        share: of the best throughput, above 0 and at most 1, that counts as full. The search ends after two doublings
+            in a row without gain: `share` times the better of the two is no more than the best before them.
+        largest: largest size to try.
+        limit_bytes: limit of the peak memory. A size that is expected to exceed it is not run.
     """
     timed: list[Timed] = []
     size = 1
@@ -107,10 +106,10 @@ def search(
 
 
 def expected_peak_bytes(timed: Sequence[Timed], batch_size: int) -> int:
-    """Peak memory that a larger size will need, as a straight line has it; 0 while no size ran.
+    """Peak memory of a larger size by linear extrapolation; 0 while no size ran.
 
-    The line rises as from the last size but one to the last, or as from the first to the last if that is steeper: a size
-    may have found memory that was there already. (Between small sizes, a resident peak is mostly noise.)
+    The slope is that between the last two sizes, or that between the first and the last if it is steeper: a size may have
+    reused memory that an earlier one left behind. (Between small sizes, a resident peak is mostly noise.)
     """
     if not timed:
         return 0
@@ -130,4 +129,4 @@ def _without_gain(timed: Sequence[Timed], share: float) -> bool:
     before, latest = timed[:-_DOUBLINGS_WITHOUT_GAIN], timed[-_DOUBLINGS_WITHOUT_GAIN:]
     if not before:
         return False
-    return share * max(one.tokens_per_s for one in latest) <= max(one.tokens_per_s for one in before)
+    return share * max(timed.tokens_per_s for timed in latest) <= max(timed.tokens_per_s for timed in before)

@@ -1,4 +1,4 @@
-"""The floating point operations that training needs, counted from a model's shape."""
+"""The floating point operations that training requires, counted from a model's shape."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def training_flops(model: PreTrainedModel, tokens: float, labels: float) -> float | None:
-    """Operations that forward and backward of one example need (PaLM, arXiv 2204.02311, appendix B).
+    """Operations of forward and backward for one example (PaLM, arXiv 2204.02311, appendix B).
 
-    A weight takes 6 for each token: 2 in the forward pass, 2 for the gradient of its input and 2 for its own, which a
-    frozen one (the base of an adapter) does not have: 4. Attention takes 12 for each token, position of the example and
-    unit of all heads' width, causal or not. Embeddings are looked up, the output head works at labels alone. What a
-    method does beyond (recomputation, logits of all tokens, the update) is not counted, so that the same work is the
-    same number.
+    A weight takes 6 operations per token: 2 in the forward pass, 2 for the gradient of its input and 2 for its own
+    gradient. A frozen weight (the base of an adapter) has no gradient of its own and takes 4. Attention takes 12 per token,
+    position and unit of width over all heads, causal or not. Embeddings take none, and the output head only works at labels.
+
+    Recomputation, logits at unlabelled tokens and the update are not counted: all methods count the same work alike.
 
     Args:
         model: as prepared for training.
         tokens: in the example.
-        labels: tokens of it that are learned.
+        labels: tokens in the example that have a label.
 
     Returns:
-        The operations; None for a model of experts, or without attention, whose work the shape does not tell.
+        The operations; None for a model with experts or without attention, where the shape does not determine them.
     """
     config = model.config.get_text_config()
     shape = config.to_dict()
@@ -38,17 +38,17 @@ def training_flops(model: PreTrainedModel, tokens: float, labels: float) -> floa
         for module in model.modules()
         if module not in in_head and not isinstance(module, nn.Embedding)
     )
-    of_head = 0 if head is None else sum(_module_flops(module) for module in in_head)
+    head_flops = 0 if head is None else sum(_module_flops(module) for module in in_head)
     heads = config.num_attention_heads
     width = heads * (shape.get("head_dim") or config.hidden_size // heads)
     attention = _ATTENTION * config.num_hidden_layers * width * tokens
-    return (body + attention) * tokens + of_head * labels
+    return (body + attention) * tokens + head_flops * labels
 
 
 def _module_flops(module: nn.Module) -> int:
-    """Of the matrices that the module itself holds, for each token."""
+    """Operations per token of the matrices that the module itself holds."""
     if isinstance(module, nn.Linear):
-        # Not the weight's elements: in 4 bits, two of them are one.
+        # Not weight.numel(): in 4 bits, one element holds two weights.
         size = module.in_features * module.out_features
         return size * (_TRAINED if module.weight.requires_grad else _FROZEN)
     return sum(

@@ -1,4 +1,4 @@
-"""What GPUs could compute at most, as their makers say: the measure of model FLOPs utilization (MFU)."""
+"""Peak operations per second of GPUs, by their datasheets: what model FLOPs utilization (MFU) is a share of."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class _Peak:
     names: str
-    """Pattern of the whole name by which torch calls the device."""
+    """Pattern of the device's whole name in torch, without the maker."""
     bfloat16: float | None
-    """TFLOP/s of dense matrix products in bfloat16, summed in float32; None: the device has none."""
+    """TFLOP/s of dense matrix products in bfloat16, summed in float32; None where the device has no bfloat16."""
     float32: float
     """TFLOP/s of float32 without tensor cores."""
 
 
-# Dense, where datasheets also give figures for sparse matrices, twice as high. A laptop's GPU, a slice of a GPU (MIG) and
-# a variant such as Ti or D have other figures than the device whose name they begin with: whole names alone are matched.
+# Figures are for dense matrices; datasheets also give those for sparse ones, which are twice as high. Whole names are
+# matched, because a laptop's GPU, a slice of a GPU (MIG) and variants such as Ti or D begin with the name of a faster device.
 _PEAKS = (
     # NVIDIA A100 datasheet, SXM and PCIe alike.
     _Peak(r"A100-(SXM|PCI[Ee])\w*-\d+GB|A100 \d+GB PCIe", 312, 19.5),
@@ -54,21 +54,21 @@ _MAKER = re.compile(r"^(NVIDIA|Tesla) ")
 
 
 def peak_flops(device: str, dtype: str, *, tf32: bool = False) -> float | None:
-    """Operations per second that a device could do at most in dense matrix products.
+    """Peak operations per second of a device in dense matrix products.
 
     Args:
-        device: name of a GPU as torch gives it: "NVIDIA H100 80GB HBM3".
+        device: name of a GPU as torch gives it, such as "NVIDIA H100 80GB HBM3".
         dtype: `bfloat16` or `float32`.
         tf32: whether float32 products may be rounded to TensorFloat-32, which has half the peak of bfloat16.
 
     Returns:
-        The peak; None where it is not known.
+        The peak; None where it is unknown.
     """
     name = _MAKER.sub("", device)
-    found = next((peak for peak in _PEAKS if re.fullmatch(peak.names, name)), None)
-    if found is None:
+    peak = next((peak for peak in _PEAKS if re.fullmatch(peak.names, name)), None)
+    if peak is None:
         return None
-    tensor_cores = None if found.bfloat16 is None else 1e12 * found.bfloat16
+    tensor_cores = None if peak.bfloat16 is None else 1e12 * peak.bfloat16
     if dtype == "bfloat16":
         return tensor_cores
-    return tensor_cores / 2 if tf32 and tensor_cores is not None else 1e12 * found.float32
+    return tensor_cores / 2 if tf32 and tensor_cores is not None else 1e12 * peak.float32

@@ -1,4 +1,4 @@
-"""What a recipe has to say at another batch size: the size, what counts steps or is per step, and a learning rate to try."""
+"""A recipe's settings at another batch size: the size, counts of steps, decays per step, and a learning rate to try."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from sbft.recipe import Recipe
 from sbft.tokens import beta_from_half_life, rescale_beta
 
 RATE_PER_DOUBLING = 2 / 9
-"""Growth of the best learning rate in each doubling, of its value at batch size 1.
+"""Growth of the best learning rate with each doubling of the batch, as a share of its value at batch size 1.
 
-The authors of arXiv 2507.07101 trained GPT-3 XL with Adam at 6.7e-5 at batch size 1 and 2e-4 at 512, three times in nine
-doublings, where the square root would say 23 times (github.com/martin-marek/batch-size,
-pretraining/runs/gpt3xl/gpt3xl_optimizer_comp.sh). In their grid over a small model (utils/adam_1d.ipynb) the best rate
-grew 2.4-fold up to 16 and 4.2-fold up to 256, and fell again beyond.
+The authors of arXiv 2507.07101 trained GPT-3 XL with Adam at 6.7e-5 at batch size 1 and at 2e-4 at 512: three times as much
+after nine doublings. The square-root rule gives 23 times (github.com/martin-marek/batch-size,
+pretraining/runs/gpt3xl/gpt3xl_optimizer_comp.sh). In their grid search with a small model (utils/adam_1d.ipynb), the best
+rate grew 2.4-fold up to batch size 16 and 4.2-fold up to 256, then fell.
 """
 
 
 @dataclass
 class BatchSettings:
-    """Overrides of a recipe, and what is to be known of them."""
+    """Overrides of a recipe, with explanations."""
 
     overrides: dict[str, str]
     """Values by key, as `--set` takes them."""
     notes: list[str] = field(default_factory=list)
-    """Sentences."""
+    """Sentences that explain the overrides."""
 
 
 def batch_settings(recipe: Recipe, batch_size: int, tokens_per_example: float) -> BatchSettings:
-    """What to override so that a recipe trains with an update after every `batch_size` examples.
+    """What to override so that a recipe makes an update after every `batch_size` examples.
 
     Args:
         recipe: resolved.
-        batch_size: examples in a step.
-        tokens_per_example: the average of the training data.
+        batch_size: examples per step.
+        tokens_per_example: mean over the training data.
     """
     training = recipe.training
     accumulated = training["gradient_accumulation_steps"]
@@ -43,8 +43,8 @@ def batch_settings(recipe: Recipe, batch_size: int, tokens_per_example: float) -
     if accumulated > 1:
         result.overrides["training.gradient_accumulation_steps"] = "1"
         result.notes.append(
-            f"The recipe accumulates {accumulated} batches a step. Steps were timed without, as the paper advises, and "
-            "the command turns it off."
+            f"The recipe accumulates {accumulated} batches per step. Steps were timed without accumulation, as the paper "
+            "advises, and the command turns it off."
         )
     _learning_rate(result, float(training["learning_rate"]), before, batch_size)
     _second_moment(result, recipe, before, batch_size, tokens_per_example)
@@ -53,7 +53,7 @@ def batch_settings(recipe: Recipe, batch_size: int, tokens_per_example: float) -
 
 
 def scaled_rate(rate: float, before: int, after: int) -> float:
-    """A learning rate carried from one batch size to another, both in examples: a hint, see `RATE_PER_DOUBLING`."""
+    """A first guess of the learning rate at another batch size (in examples); see `RATE_PER_DOUBLING`."""
     return rate * _growth(after) / _growth(before)
 
 
@@ -67,19 +67,19 @@ def _learning_rate(result: BatchSettings, rate: float, before: int, after: int) 
     hint = f"{scaled_rate(rate, before, after):.2g}"
     result.overrides["training.learning_rate"] = hint
     result.notes.append(
-        f"The learning rate {hint}, from {rate:g} at {_examples(before)} a step, is a hint, to be tuned: in the paper's "
-        "runs (arXiv 2507.07101) the best rate grew threefold from batch size 1 to 512, about with the logarithm and not "
-        "with the square root."
+        f"The learning rate {hint}, scaled from {rate:g} at {_examples(before)} per step, is a first guess: tune it. In the "
+        "paper's runs (arXiv 2507.07101), the best rate grew threefold from batch size 1 to 512: about with the logarithm of "
+        "the batch size, not with its square root."
     )
 
 
 def _second_moment(result: BatchSettings, recipe: Recipe, before: int, after: int, tokens_per_example: float) -> None:
-    """The half-life in tokens stays; where the recipe has a decay per step, that is what changes."""
+    """Keep the half-life in tokens: where the recipe has a decay per step, scale it."""
     half_life, beta2 = recipe.optimizer.second_moment_half_life, recipe.optimizer.beta2
     if half_life is not None:
         tokens = after * tokens_per_example
         result.notes.append(
-            f"The second moment's half-life stays {half_life:,.0f} tokens, so that beta2 follows by itself: "
+            f"The second moment's half-life stays {half_life:,.0f} tokens, and beta2 follows from it: "
             f"{beta_from_half_life(half_life, tokens):.4g} in a step of {tokens:,.0f} tokens, {_examples(after)} of "
             "average length."
         )
@@ -92,7 +92,7 @@ def _second_moment(result: BatchSettings, recipe: Recipe, before: int, after: in
 
 
 def _counts_of_steps(result: BatchSettings, recipe: Recipe, before: int, after: int) -> None:
-    """Steps of another size are another number for the same data."""
+    """Scale counts of steps, so that they cover the same data with steps of the new size."""
     if before == after:
         return
     changed = []

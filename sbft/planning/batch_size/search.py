@@ -1,4 +1,4 @@
-"""The smallest batch at full throughput, found by training with several: the story of `sbft batch-size`."""
+"""Find the smallest batch size at full throughput by training with several: what `sbft batch-size` does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datasets import Dataset
 from sbft.data.format import FormatReport
 from sbft.data.windows import TokenWindows
 from sbft.errors import TrainingError
+from sbft.models.load import check_model
 from sbft.native.memory import device_name, model_bytes
 from sbft.native.sizes import gib
 from sbft.planning.batch_size.curve import Curve, Timed, search
@@ -18,7 +19,7 @@ from sbft.planning.batch_size.peak_flops import peak_flops
 from sbft.planning.batch_size.scaled_recipe import BatchSettings, batch_settings
 from sbft.planning.batch_size.step_timing import StepTimer, longest_examples
 from sbft.planning.memory.usable import usable_bytes
-from sbft.recipe import Recipe, resolve
+from sbft.recipe import Recipe
 from sbft.runs.build import prepare_model
 from sbft.runs.failures import training_advice
 from sbft.runs.prepare import prepare
@@ -30,42 +31,43 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """The batch sizes that ran, and the one to use."""
+    """The batch sizes that ran, and which one to use."""
 
     recipe: Recipe
     """Resolved."""
     device: str
     share: float
-    """Of the best throughput that counts as full."""
+    """The share of the best throughput that counts as full."""
     limit_bytes: int | None
-    """Peak memory that was not to be passed; None: until it ran out."""
+    """Limit of the peak memory; None where sizes were tried until memory ran out."""
     peak_flops: float | None
-    """Operations per second that the device could do at most, where it is known."""
+    """Peak operations per second of the device, where known."""
     curve: Curve
     settings: BatchSettings
 
     @property
-    def chosen(self) -> Timed:
-        """The smallest size at full throughput, which is one of those that ran."""
+    def recommended(self) -> Timed:
+        """The smallest size at full throughput."""
         return self.curve.smallest_at(self.share)
 
     def mfu(self, timed: Timed) -> float | None:
-        """Model FLOPs utilization, a share of 1."""
+        """Model FLOPs utilization, between 0 and 1; None where it is unknown."""
         if timed.flops_per_step is None or self.peak_flops is None:
             return None
         return timed.flops_per_step / timed.step_s / self.peak_flops
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON: bytes, seconds, operations."""
+        """Everything as JSON values, in bytes, seconds and operations."""
         return {
             "schema": 1,
-            "batch_size": self.chosen.batch_size,
+            "batch_size": self.recommended.batch_size,
             "overrides": self.settings.overrides,
             "notes": self.settings.notes,
             "share": self.share,
             "limit_bytes": self.limit_bytes,
             "timed": [
-                {**asdict(one), "tokens_per_s": one.tokens_per_s, "mfu": self.mfu(one)} for one in self.curve.timed
+                {**asdict(timed), "tokens_per_s": timed.tokens_per_s, "mfu": self.mfu(timed)}
+                for timed in self.curve.timed
             ],
             "ending": asdict(self.curve.ending),
             "device": self.device,
@@ -84,22 +86,22 @@ def find_batch_size(
     seconds: float = 2.0,
     say: Say = lambda line: None,
 ) -> BatchSizes:
-    """Train with batch sizes 1, 2, 4, ... for a moment each, on the longest examples, and choose the smallest that suffices.
+    """Train briefly with batch sizes 1, 2, 4, ... on the longest examples, to find the smallest at full throughput.
 
-    The model is loaded once, its weights stay as they are, and nothing is saved.
+    The model is loaded once, its weights do not change, and nothing is saved.
 
     Args:
-        recipe: as loaded; the method's defaults are filled in here.
-        share: of the best throughput seen, above 0 and at most 1, that the chosen size must reach.
-        largest: batch size that is not passed.
-        limit_bytes: peak memory that is not to be passed; what is free here when None, and on CUDA all there is.
-        seconds: for at least so long each size is timed.
-        say: told in a sentence what begins now, and what a size came to.
+        recipe: as `sbft.recipe.resolve` returns it.
+        share: of the best throughput, above 0 and at most 1, that counts as full.
+        largest: largest batch size to try.
+        limit_bytes: limit of the peak memory. When None, the free memory of this machine, or all memory of a CUDA device.
+        seconds: minimum time to measure each size.
+        say: called with a sentence about what starts next, and about each size's result.
 
     Raises:
-        SbftError: if the recipe cannot be trained, or not even at batch size 1 within the memory.
+        SbftError: if the recipe cannot be trained, or batch size 1 does not fit into memory.
     """
-    recipe = resolve(recipe)
+    check_model(recipe.model)
     say(f"Reading {recipe.data.train}")
     prepared = prepare(recipe)
     if isinstance(prepared.examples, TokenWindows):
@@ -113,8 +115,8 @@ def find_batch_size(
 
     def run(batch_size: int) -> Timed | None:
         result = timer(batch_size)
-        found = "out of memory" if result is None else f"{result.tokens_per_s:,.0f} tokens/s"
-        say(f"Batch size {batch_size}: {found}")
+        outcome = "out of memory" if result is None else f"{result.tokens_per_s:,.0f} tokens/s"
+        say(f"Batch size {batch_size}: {outcome}")
         return result
 
     say(f"Timing steps on the longest examples, {timer.tokens_per_example:.0f} tokens each")
@@ -134,7 +136,7 @@ def find_batch_size(
 
 
 def _tokens_per_example(report: FormatReport) -> float:
-    """Of what a batch counts: rows, where examples are packed into them."""
+    """Mean tokens of what a batch consists of: examples, or the rows they are packed into."""
     return report.tokens / (report.packed_into or report.examples)
 
 
@@ -142,7 +144,7 @@ def _nothing_ran(recipe: Recipe, curve: Curve, weights_bytes: int, limit_bytes: 
     needed = curve.ending.needed_bytes
     if needed is not None and limit_bytes is not None:
         return (
-            f"Batch size 1 takes {gib(needed)}, more than the {gib(limit_bytes)} that it may take. "
+            f"Batch size 1 takes {gib(needed)}, more than the limit of {gib(limit_bytes)}. "
             "Raise --memory-limit, or add --set data.max_length=N for shorter examples."
         )
     return f"Batch size 1 does not fit. {training_advice(recipe, {'weights': weights_bytes}, None, 1).text}"

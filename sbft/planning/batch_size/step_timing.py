@@ -1,4 +1,4 @@
-"""Training steps of a recipe, timed at one batch size after the other, on one model that they leave as it is."""
+"""Times training steps of a recipe at one batch size after another, on one model whose weights stay unchanged."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from sbft.runs.failures import is_out_of_memory
 from sbft.training.trainer import SmallBatchTrainer
 
 _WARM_UP = 2
-"""Steps before the first that counts: the first makes the optimizer's state and compiles, the second finds it there."""
+"""Steps that are not timed: the first makes the optimizer's state and compiles, the second is the first to reuse it."""
 _STEPS, _LONG_STEPS = 5, 3
-"""Fewest that are timed; fewer suffice where steps are long, as noise evens out within each."""
+"""Minimum number of timed steps. Long steps need fewer, because noise evens out within each."""
 _BATCHES_AN_EPOCH = 64
 _DIFFERENT_EXAMPLES = 64
-"""Of the same length; more of them would make no difference to time or memory."""
-# Timing ends by the clock. Of the rest of what a recipe's `training` says, these would change the size, the length or the
-# files of the run, or make a schedule of a learning rate of 0.
+"""All of one length; more of them would change neither time nor memory."""
+# Settings of the recipe that do not apply: timing ends by the clock, saves nothing, and the learning rate is 0.
 _LEFT_OUT = frozenset({
     "num_train_epochs", "auto_find_batch_size", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "save_steps",
     "save_total_limit", "logging_steps", "logging_first_step", "logging_dir", "run_name",
@@ -42,7 +41,7 @@ _LEFT_OUT = frozenset({
 _SETTINGS = {
     "gradient_accumulation_steps": 1,
     "max_steps": 10**9,
-    # The weights stay as they are, so that one loaded model serves all sizes and no loss diverges; all work is done.
+    # Steps do all their work but change no weight: one loaded model serves all sizes, and no loss diverges.
     "learning_rate": 0.0,
     "lr_scheduler_type": "constant",
     "save_strategy": "no",
@@ -52,7 +51,7 @@ _SETTINGS = {
 
 
 def longest_examples(examples: Dataset) -> Dataset:
-    """Examples that are padded to the same length as the longest, so that all batches have one width and hardly padding.
+    """Examples that are padded to the same length as the longest, so that all batches have one width and little padding.
 
     Args:
         examples: as `sbft.data.format.format_dataset` makes them.
@@ -64,28 +63,28 @@ def longest_examples(examples: Dataset) -> Dataset:
 
 @dataclass
 class StepTimer:
-    """Times training steps of a recipe's method, whatever their batch size; each example counts in every batch alike."""
+    """Times training steps of a recipe at any batch size."""
 
     recipe: Recipe
     """Resolved."""
     model: PreTrainedModel
     """As `prepare_model` returns it; its weights are not changed."""
     examples: Dataset
-    """To make batches of, repeated as often as needed."""
+    """Examples for the batches, repeated as often as needed."""
     pad_token_id: int
     seconds: float = 2.0
-    """For at least so long the steps of a size are timed."""
+    """Minimum time to measure each size."""
 
     @property
     def tokens_per_example(self) -> float:
-        """Average of the examples."""
+        """Mean length of the examples."""
         return fmean(map(len, self.examples["input_ids"]))
 
     def __call__(self, batch_size: int) -> Timed | None:
-        """Train for a moment, an update in every step, and throw away what it made.
+        """Train briefly with an update in every step, and discard the result.
 
         Returns:
-            What was measured; None if memory ran out.
+            The measurement; None if memory ran out.
 
         Raises:
             SbftError: if the recipe cannot be trained, or its loss is not finite.
@@ -97,9 +96,9 @@ class StepTimer:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        # Here, nothing refers any longer to the trainer, nor to the step that failed and its tensors.
+        # From here on, nothing refers to the trainer any more, nor to the tensors of a failed step.
         self.model.zero_grad(set_to_none=True)
-        if torch.accelerator.is_available():  # on a CPU, `PeakMemory` does it where it begins
+        if torch.accelerator.is_available():  # on a CPU, `PeakMemory` does this when it starts
             gc.collect()
             torch.accelerator.empty_cache()
         return result
@@ -121,8 +120,8 @@ class StepTimer:
         if trainer.skipped_steps:
             raise TrainingError(
                 f"The loss of the untrained model was not finite in {trainer.skipped_steps} of "
-                f"{trainer.state.global_step} steps at batch size {batch_size}, so that there was no backward to time. "
-                "Look at the model and at the longest examples."
+                f"{trainer.state.global_step} steps at batch size {batch_size}, so there was no backward pass to time. "
+                "Check the model and the longest examples."
             )
         return Timed(
             batch_size=batch_size,
@@ -151,8 +150,8 @@ class StepTimer:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
 
     def _flops(self, batch_size: int) -> float | None:
-        # The first token is predicted from nothing.
-        labels = fmean(sum(label != IGNORED_LABEL for label in one[1:]) for one in self.examples["labels"])
+        # The first token is not predicted.
+        labels = fmean(sum(label != IGNORED_LABEL for label in row[1:]) for row in self.examples["labels"])
         flops = training_flops(self.model, self.tokens_per_example, labels)
         return None if flops is None else batch_size * flops
 
@@ -160,8 +159,9 @@ class StepTimer:
 class _Stopwatch(TrainerCallback):
     """Ends training when enough steps have been timed.
 
-    A step is timed from the end of the one before it, so that all that the loop does counts. On a GPU every step waits
-    once for its loss, which lies behind all work of the step before: the ends keep the distance of the work's.
+    A step is timed from the end of the one before it, so that everything the loop does counts. A GPU works asynchronously,
+    but every step waits for its own loss, and so for all work of the step before. The time between two ends is therefore
+    that of one step's work.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -174,9 +174,9 @@ class _Stopwatch(TrainerCallback):
         return [after - before for before, after in zip(ends, ends[1:], strict=False)]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step is over."""
+        """Note the time, and stop training when enough steps were timed."""
         self._ends.append(time.perf_counter())
-        taken = self.step_seconds
-        enough = _LONG_STEPS if sum(taken) >= _STEPS * self._seconds else _STEPS
-        if len(taken) >= enough and sum(taken) >= self._seconds:
+        durations = self.step_seconds
+        enough = _LONG_STEPS if sum(durations) >= _STEPS * self._seconds else _STEPS
+        if len(durations) >= enough and sum(durations) >= self._seconds:
             control.should_training_stop = True

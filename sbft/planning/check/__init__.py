@@ -1,1 +1,1 @@
-"""What a recipe shows before anything is trained: each known sign of a run that goes wrong, its length and its memory."""
+"""What can be told from a recipe before training: signs that the run will go wrong, its length and its memory."""

@@ -1,4 +1,4 @@
-"""What can be said of a run before it begins: whether it can, its length, its memory, and what will go wrong in it."""
+"""Checks a run before it starts: whether it can start, how long it is, what memory it needs, and what will go wrong."""
 
 from __future__ import annotations
 
@@ -28,24 +28,22 @@ from sbft.runs.output_folder import check_output_folder
 from sbft.runs.prepare import Prepared, prepare
 
 CHECKS: tuple[Callable[[Prepared], Finding | None], ...] = (*SETTINGS_CHECKS, *PROCESSOR_CHECKS, *EXAMPLES_CHECKS)
-_NOT_SHARDED = (
-    "Prediction knows a model in one process. Each of several holds its share of the weights, and one layer whole."
-)
+_NOT_SHARDED = "Memory is predicted for one process. Here each process holds its share of the weights and one whole layer."
 _NOT_MADE = "model-cannot-be-made"
 _EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
 
 
 @dataclass(frozen=True)
 class Check:
-    """What is known of a run before it begins."""
+    """What is known about a run before it starts."""
 
     prepared: Prepared
     findings: list[Finding]
     length: RunLength
     duration: Duration | None
-    """None where no former run was alike."""
+    """None where no earlier run is comparable."""
     prediction: Prediction | None
-    """None where its model cannot be traced."""
+    """None where the model cannot be traced."""
     available_bytes: int
 
     @property
@@ -55,67 +53,70 @@ class Check:
 
 
 def check(recipe: Recipe, predict: Predict = predict_recipe) -> Check:
-    """Read all that a run reads, the weights aside, and say what is to be expected of it. Trains and writes nothing.
+    """Read everything that a run reads, except the weights, and predict how it will go. Trains and writes nothing.
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
-        predict: what predicts the peak of memory.
+        predict: predicts the peak memory.
 
     Raises:
-        SbftError: with every problem at once, if the run could not begin.
+        SbftError: if the run could not start; the message lists every problem.
     """
     prepared = _prepare(recipe)
     findings = [*find(prepared), *find_in_model(prepared, (*MODEL_CHECKS, grid_noise))]
     length = run_length(prepared)
     available = available_bytes()
-    prediction, of_memory = expected_memory(prepared, predict, available=available)
-    findings += [found for found in (of_memory, _output_folder(recipe)) if found is not None]
+    prediction, memory_finding = expected_memory(prepared, predict, available=available)
+    findings += [finding for finding in (memory_finding, _output_folder(recipe)) if finding is not None]
     return Check(prepared, findings, length, duration(prepared, length), prediction, available)
 
 
 def find(prepared: Prepared, checks: Iterable[Callable[[Prepared], Finding | None]] = CHECKS) -> list[Finding]:
-    """The known signs that a run bears of going wrong."""
-    chosen = (one for one in checks if not (prepared.pretrains and one in EXAMPLES_CHECKS))  # which look into rows
-    return [finding for one in chosen if (finding := one(prepared)) is not None]
+    """Run the checks that apply, and return what they find."""
+    # Pretraining has windows of tokens, no examples.
+    applicable = (check for check in checks if not (prepared.pretrains and check in EXAMPLES_CHECKS))
+    return [finding for check in applicable if (finding := check(prepared)) is not None]
 
 
 def expected_memory(
     prepared: Prepared, predict: Predict = predict_recipe, *, available: int | None = None
 ) -> tuple[Prediction | None, Finding | None]:
-    """The peak of a run, None where its model cannot be traced; and what there is to say of it.
+    """Predict a run's peak memory (None where the model cannot be traced), with a finding if it is a problem.
 
     Args:
         prepared: what the run reads.
-        predict: what predicts the peak.
-        available: bytes to compare it with; what is there now when None.
+        predict: predicts the peak.
+        available: bytes to compare it with; what is free now when None.
     """
     if prepared.recipe.distributed is not None:
         return None, Finding("peak-not-predicted", "note", "The peak of a sharded model is not predicted", _NOT_SHARDED)
-    known: dict[str, Any] = row_sizes(prepared)._asdict()
+    arguments: dict[str, Any] = row_sizes(prepared)._asdict()
     if is_scratch(prepared.recipe.model):
-        known["config"] = scratch_config(prepared.recipe.model, prepared.tokenizer)
+        arguments["config"] = scratch_config(prepared.recipe.model, prepared.tokenizer)
     try:
-        prediction = predict(prepared.recipe, **known)
+        prediction = predict(prepared.recipe, **arguments)
     except PlanError as error:
-        return None, Finding("peak-not-predicted", "note", "The peak of memory cannot be predicted", str(error))
+        return None, Finding("peak-not-predicted", "note", "The peak memory cannot be predicted", str(error))
     except SbftError as error:
         return None, Finding(_NOT_MADE, "error", "The model cannot be made trainable", str(error))
     return prediction, fit(prepared, prediction, available_bytes() if available is None else available)
 
 
-def warnings_in_brief(prepared: Prepared, *others: Finding | None) -> list[str]:
-    """A line for each warning and error, for a run that goes on nevertheless; not what it says of its data anyway.
+def warnings_in_brief(prepared: Prepared, *further_findings: Finding | None) -> list[str]:
+    """A line for each warning and error, for a run that continues despite them.
+
+    Truncated examples are left out: the run reports these itself. So is a model that cannot be made: the run fails there.
 
     Args:
         prepared: what the run reads.
-        others: as `expected_memory` and `find_in_model` give them.
+        further_findings: those of `expected_memory` and `find_in_model`.
     """
-    findings = find(prepared, (one for one in CHECKS if one is not truncated))
-    # That the model cannot be made, the run says itself when it gets there.
-    told = [
-        one for one in [*findings, *others] if one is not None and one.severity != "note" and one.key != _NOT_MADE
+    findings = [*find(prepared, (check for check in CHECKS if check is not truncated)), *further_findings]
+    return [
+        f"Warning: {finding.title}. {finding.why if finding.fix is None else f'To fix it: {finding.fix}'}"
+        for finding in findings
+        if finding is not None and finding.severity != "note" and finding.key != _NOT_MADE
     ]
-    return [f"Warning: {one.title}. {one.why if one.mend is None else f'To fix it: {one.mend}'}" for one in told]
 
 
 def _prepare(recipe: Recipe) -> Prepared:
@@ -125,11 +126,11 @@ def _prepare(recipe: Recipe) -> Prepared:
         problems = _problems(recipe)
         if len(problems) < 2:
             raise
-        raise SbftError("\n".join([f"{len(problems)} problems:", *(f"- {one}" for one in problems)])) from error
+        raise SbftError("\n".join([f"{len(problems)} problems:", *(f"- {problem}" for problem in problems)])) from error
 
 
 def _problems(recipe: Recipe) -> list[str]:
-    """What is wrong with each thing that `prepare` reads, of which it says only the first."""
+    """Every problem in what `prepare` reads; `prepare` itself stops at the first."""
     if is_pretraining(recipe.model_dump(exclude_none=True)):
         return []
     readers: tuple[Callable[[], object], ...] = (
@@ -147,7 +148,7 @@ def _problems(recipe: Recipe) -> list[str]:
 
 
 def _output_folder(recipe: Recipe) -> Finding | None:
-    """Whether `sbft train` would refuse the folder: for good, or until it is told what to do with what lies there."""
+    """An output folder that `sbft train` would refuse: unwritable, or in use and requiring --resume or --overwrite."""
     folder = Path(str(recipe.output_dir))
     try:
         check_output_folder(folder, resume=False, overwrite=False)

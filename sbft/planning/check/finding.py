@@ -1,4 +1,4 @@
-"""What a check has found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A sign of a run that goes wrong, or a note on one that does not."""
+    """A sign that a run will go wrong, or a harmless note about it."""
 
     key: str
     """Its name, for machines."""
     severity: Severity
-    """error: the run cannot begin, or will not end well; warning: it will be worse than it could be; note: harmless."""
+    """error: the run cannot start, or will fail; warning: it will do worse than it could; note: harmless."""
     title: str
     why: str
-    """A sentence or two on what it does to the run."""
-    mend: str | None = None
-    """What to type, flags of `sbft train` where these do it; None where nothing needs mending."""
+    """A sentence or two on what this does to the run."""
+    fix: str | None = None
+    """What to do: flags of `sbft train` where these are enough; None where there is nothing to fix."""

@@ -1,4 +1,4 @@
-"""How long a run is in steps, rows and tokens, and in time by what a former run took."""
+"""How long a run is in steps, rows and tokens, and in seconds as estimated from an earlier run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sbft.native.memory import device_name
 from sbft.runs.prepare import Prepared
 from sbft.runs.record import FILE_NAME, RunRecord
 
-_AT_ONCE = 1_000
+_CHUNK_ROWS = 1_000
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """What a run goes through."""
+    """The length of a run."""
 
     steps: int
     rows: int
@@ -29,7 +29,7 @@ class RunLength:
     epochs: float
     tokens: int
     exact: bool
-    """Whether the tokens are exact: else the run ends within an epoch, whose order decides, and they are by the mean."""
+    """Whether `tokens` is exact. A run that ends within an epoch depends on its order; then the mean row is taken."""
 
 
 def rows_per_step(prepared: Prepared) -> int:
@@ -74,18 +74,18 @@ def run_length(prepared: Prepared) -> RunLength:
 
 
 class RowSizes(NamedTuple):
-    """What the rows of the data are like."""
+    """Sizes of the rows, as far as memory depends on them."""
 
     longest: int
     """Tokens of the longest."""
     padded: bool
-    """Whether a batch as wide as the longest takes may hold padding."""
+    """Whether a batch of the widest size may hold padding."""
     labelled: int
-    """The most labels that one has."""
+    """The most labels in a row."""
     lengths: int
-    """Different lengths, padding included, where each row is a batch of its own."""
+    """Number of different lengths, padding included, where each row is a batch of its own."""
     label_counts: int
-    """Different numbers of labels."""
+    """Number of different label counts."""
 
 
 def row_sizes(prepared: Prepared) -> RowSizes:
@@ -93,18 +93,21 @@ def row_sizes(prepared: Prepared) -> RowSizes:
     if isinstance(prepared.examples, TokenWindows):
         length = prepared.examples.length
         return RowSizes(length, False, length - 1, 1, 1)
-    found, widths, counts = set[int](), set[int](), set[int]()
+    row_lengths, widths, label_counts = set[int](), set[int](), set[int]()
     multiple = 1 if prepared.recipe.data.packing else Collator.pad_to_multiple_of
-    for table in prepared.examples.with_format("arrow").iter(batch_size=_AT_ONCE):
+    for table in prepared.examples.with_format("arrow").iter(batch_size=_CHUNK_ROWS):
         lengths = table["input_ids"].combine_chunks().value_lengths().to_numpy()
         trained = table["labels"].combine_chunks().flatten().to_numpy() != IGNORED_LABEL
-        found.update(np.unique(lengths).tolist())
+        row_lengths.update(np.unique(lengths).tolist())
         widths.update(np.unique(-(-lengths // multiple)).tolist())
-        counts.update(np.unique(np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64)).tolist())
+        labels_per_row = np.add.reduceat(trained, np.cumsum(lengths) - lengths, dtype=np.int64)
+        label_counts.update(np.unique(labels_per_row).tolist())
     widest = max(widths) * multiple
-    # Alone in its batch, a row is padded no further than to the multiple.
-    beside = found if prepared.recipe.largest_batch > 1 else {n for n in found if n > widest - multiple}
-    return RowSizes(max(found), min(beside) < widest, max(counts), len(widths), len(counts))
+    # A row that is alone in its batch is only padded to the multiple.
+    alone = prepared.recipe.largest_batch == 1
+    in_widest_batch = {length for length in row_lengths if length > widest - multiple} if alone else row_lengths
+    padded = min(in_widest_batch) < widest
+    return RowSizes(max(row_lengths), padded, max(label_counts), len(widths), len(label_counts))
 
 
 @dataclass(frozen=True)
@@ -114,42 +117,42 @@ class Duration:
     train_s: float
     tokens_per_s: float
     source: str
-    """The folder of the run that was as fast."""
+    """The folder of the run that this is estimated from."""
     same_data: bool
-    """Whether that run was of the same data."""
+    """Whether that run trained on the same data."""
 
 
 def duration(prepared: Prepared, length: RunLength) -> Duration | None:
-    """How long training will take by a former run in the output folder or beside it; None where there is none.
+    """Estimate the training time from an earlier run in the output folder or beside it; None where there is none.
 
-    It must have had the same model, method, dtype, device and batch. Of several, one of the same data is taken before
-    others, and a later one before an earlier.
+    That run must have had the same model, method, dtype, device and batch. A run on the same data is preferred, then the
+    latest.
     """
     recipe = prepared.recipe
     folder = Path(str(recipe.output_dir))
-    found = [(where, record) for where, record in _records(folder) if _is_alike(record, prepared)]
-    if not found:
+    runs = [(record, run_folder) for run_folder, record in _records(folder) if _is_alike(record, prepared)]
+    if not runs:
         return None
-    where, record = max(found, key=lambda one: (one[1].dataset == recipe.data.train, one[1].started_at or ""))
+    record, run_folder = max(runs, key=lambda run: (run[0].dataset == recipe.data.train, run[0].started_at or ""))
     assert record.tokens_per_s is not None
     seconds = length.tokens / record.tokens_per_s
-    return Duration(seconds, record.tokens_per_s, str(where), record.dataset == recipe.data.train)
+    return Duration(seconds, record.tokens_per_s, str(run_folder), record.dataset == recipe.data.train)
 
 
 def _records(folder: Path) -> Iterator[tuple[Path, RunRecord]]:
-    beside = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
-    for place in dict.fromkeys([folder, *beside]):
-        if not (place / FILE_NAME).is_file():
+    siblings = sorted(folder.parent.iterdir()) if folder.parent.is_dir() else []
+    for run_folder in dict.fromkeys([folder, *siblings]):
+        if not (run_folder / FILE_NAME).is_file():
             continue
         try:
-            yield place, RunRecord.load(place)
+            yield run_folder, RunRecord.load(run_folder)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # another program's file of the same name
 
 
 def _is_alike(record: RunRecord, prepared: Prepared) -> bool:
     recipe, arguments = prepared.recipe, prepared.arguments
-    wanted = (
+    expected = (
         recipe.model,
         recipe.method,
         recipe.dtype,
@@ -158,7 +161,7 @@ def _is_alike(record: RunRecord, prepared: Prepared) -> bool:
         arguments.gradient_accumulation_steps,
         max(arguments.world_size, 1),
     )
-    had = (
+    actual = (
         record.model,
         record.method,
         record.dtype,
@@ -167,4 +170,4 @@ def _is_alike(record: RunRecord, prepared: Prepared) -> bool:
         record.gradient_accumulation_steps,
         record.world_size,
     )
-    return record.status == "ok" and bool(record.tokens_per_s) and had == wanted
+    return record.status == "ok" and bool(record.tokens_per_s) and actual == expected

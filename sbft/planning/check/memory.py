@@ -1,4 +1,4 @@
-"""Whether a run fits the memory there is, by its predicted peak."""
+"""Whether a run's predicted peak fits into the available memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sbft.runs.prepare import Prepared
 
 
 class Predict(Protocol):
-    """How `sbft.planning.memory.predict.predict_recipe` is called."""
+    """The signature of `sbft.planning.memory.predict.predict_recipe` as it is called here."""
 
     def __call__(
         self,
@@ -31,29 +31,37 @@ class Predict(Protocol):
         device: torch.device | str | None = None,
         config: PreTrainedConfig | None = None,
     ) -> Prediction:
-        """The peak of a run whose longest row has `longest` tokens, and none more than `labelled` labels.
+        """Predict the peak of a run; see `RowSizes` for what describes its rows.
 
-        Rows have so many different lengths and numbers of labels; the widest batch may hold padding, or not. `config` is the
-        model's, where the name does not say it.
+        Args:
+            recipe: resolved.
+            longest: tokens of the longest row.
+            padded: whether the widest batch may hold padding.
+            labelled: the most labels in a row.
+            lengths: number of different row lengths.
+            label_counts: number of different label counts.
+            device: device to train on; where this process would train when None.
+            config: of the model; read from where the recipe says when None.
         """
 
 
 def fit(prepared: Prepared, prediction: Prediction, available_bytes: int) -> Finding | None:
-    """What there is to say of a predicted peak beside the memory there is; None where there is room."""
+    """A finding if the predicted peak exceeds the available memory or comes close to it, else None."""
     peak = prediction.peak_bytes
     verdict = does_it_fit(peak, available_bytes)
     if verdict == "yes":
         return None
     over = verdict == "no"
-    sizes = f"{gib(peak)} are needed at the peak ({prediction.phase}), and {gib(available_bytes)} are available"
-    known: dict[str, int | None] = {
+    margin = f"; the margin is below the {100 * (1 - SURE):.0f} % by which the prediction may be off"
+    parts: dict[str, int | None] = {
         name: prediction.parts.get(name) for name in ("weights", "gradients", "optimizer_state")
     }
-    advice = training_advice(prepared.recipe, known, peak, prepared.arguments.per_device_train_batch_size)
+    advice = training_advice(prepared.recipe, parts, peak, prepared.arguments.per_device_train_batch_size)
     return Finding(
         "does-not-fit" if over else "hardly-fits",
         "error" if over else "warning",
         "It will not fit into memory" if over else "It may not fit into memory",
-        f"{sizes}{'' if over else f', less than {100 * (1 - SURE):.0f} % more, by which the prediction may be off'}.",
+        f"{gib(peak)} are needed at the peak ({prediction.phase}), and {gib(available_bytes)} are available"
+        f"{'' if over else margin}.",
         advice.remedy,
     )

@@ -1,4 +1,4 @@
-"""Signs of a run that goes wrong which its data and its model bear together, known before any weight is read."""
+"""Signs that a run will go wrong: data that its model cannot handle, found without reading a weight."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from sbft.models.scratch import is_scratch, scratch_config
 from sbft.planning.check.finding import Finding, Severity
 from sbft.runs.prepare import Prepared, evaluation_rows
 from sbft.training.batches.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
-from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving
+from sbft.training.checkpointing.trial_save import SavingError, try_saving
 from sbft.training.generation_config import repaired
 
-_AT_ONCE = 1_000
+_CHUNK_ROWS = 1_000
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The extremes of what a model is given at evaluation; zeros where it is not evaluated."""
+    """The extremes of a model's input during evaluation; zeros where it is not evaluated."""
 
     largest: int = 0
-    """Token id."""
+    """The largest token id."""
     longest: int = 0
-    """Tokens of an example."""
+    """Tokens of the longest example."""
     longest_prompt: int = 0
-    """Tokens of a question that is to be answered."""
+    """Tokens of the longest prompt that the model has to answer."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A run's data, and its model as its config says it."""
+    """A run's data and its model's config."""
 
     prepared: Prepared
     config: PreTrainedConfig
@@ -63,7 +63,7 @@ class Known:
 
     @property
     def answer(self) -> int:
-        """Tokens that an answer gets at evaluation."""
+        """The most tokens that an answer may have during evaluation."""
         settings = self.prepared.recipe.evaluation
         return settings.max_new_tokens if settings.metrics and not self.prepared.pretrains else 0
 
@@ -77,13 +77,13 @@ class Known:
 
     @cached_property
     def most_evaluated(self) -> int:
-        """No row of the evaluation has more tokens, as a token stands for a byte at least; a template's own may come on top."""
+        """An upper bound for the tokens of an evaluated row, the chat template's aside: a token has at least one byte."""
         texts = (str(value) for row in self.evaluated or () for value in [list(row.values())])
         return max((len(text.encode()) for text in texts), default=0)
 
     @cached_property
     def asked(self) -> Asked:
-        """What the evaluation gives the model; takes as long as to make tokens of its rows."""
+        """The extremes of the evaluation's inputs. Takes as long as tokenizing its rows."""
         if self.evaluated is None:
             return Asked()
         data, tokenizer = self.prepared.recipe.data, self.prepared.tokenizer
@@ -92,7 +92,7 @@ class Known:
             examples, report = format_rows(self.evaluated, tokenizer, rendering, max_length=data.max_length)
             prompts = encode_questions(self.evaluated, tokenizer, rendering) if self.answer else []
         except DataError:
-            return Asked()  # which the evaluation says
+            return Asked()  # reported by the evaluation
         return Asked(_largest(examples), report.longest, max(map(len, prompts), default=0))
 
 
@@ -100,11 +100,11 @@ ModelCheck = Callable[[Known], Finding | None]
 
 
 def find_in_model(prepared: Prepared, checks: tuple[ModelCheck, ...]) -> list[Finding]:
-    """What a run's model cannot do with its data, or cannot be saved with; nothing where its config cannot be read.
+    """Run checks that require the model's config. Returns no finding where the config cannot be read.
 
     Args:
         prepared: what the run reads.
-        checks: `BEFORE_LOADING`, or `MODEL_CHECKS`: these and what a run finds out once its model is loaded.
+        checks: `BEFORE_LOADING`, or `MODEL_CHECKS`, which also has those that a run makes on its loaded model.
     """
     recipe = prepared.recipe
     config: Any
@@ -114,20 +114,20 @@ def find_in_model(prepared: Prepared, checks: tuple[ModelCheck, ...]) -> list[Fi
         else:
             config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     except SbftError:
-        return []  # which loading the model says better
+        return []  # loading the model gives a better message
     known = Known(prepared, config)
     return [finding for check in checks if (finding := check(known)) is not None]
 
 
 def refuse_errors(findings: list[Finding]) -> list[Finding]:
-    """The findings, if there is no error among them.
+    """Return the findings unchanged if none is an error.
 
     Raises:
-        ModelError: if there is one.
+        ModelError: if one is.
     """
     for finding in findings:
         if finding.severity == "error":
-            raise ModelError(f"{finding.title}. {finding.why} To fix it: {finding.mend}")
+            raise ModelError(f"{finding.title}. {finding.why} To fix it: {finding.fix}")
     return findings
 
 
@@ -141,26 +141,28 @@ def tokens_without_a_row(known: Known) -> Finding | None:
         # Batches are padded.
         largest = max(_largest(prepared.examples), int(tokenizer.pad_token_id), known.asked.largest)
     else:
-        largest = count - 1  # of too many tokens to look through, which come of this tokenizer alone
+        largest = count - 1  # pretraining data is too large to search, and its tokens come from this tokenizer
     severity: Severity
     if largest >= rows:
         severity = "error"
-        why = f"The data holds token {largest:,}, for which the model has no row: training fails when it comes to it."
+        why = f"The data contains token {largest:,}, for which the model has no row: training fails when it gets there."
     else:
         severity = "warning"
-        why = f"The data holds none of those from {rows:,} on, which the model has no row for. A text that brings one fails."
+        why = (
+            f"The model has no row for tokens from {rows:,} on. This data contains none, but any text that does fails."
+        )
     return Finding(
         "tokenizer-larger-than-embedding",
         severity,
         f"The tokenizer has {count:,} tokens, and the model has rows for {rows:,}",
         why,
-        "Give the model rows for all, and train from the folder you save it to: "
+        "Give the model a row for every token, and train from the folder that you save it to: "
         "model.resize_token_embeddings(len(tokenizer)); model.save_pretrained(DIR); tokenizer.save_pretrained(DIR)",
     )
 
 
 def longer_than_positions(known: Known) -> Finding | None:
-    """Texts that are longer than the model has positions for, or than any it has seen."""
+    """Texts that are longer than the model's positions, or than those it was trained on."""
     stated = stated_positions(known.config)
     if stated is None or max(known.longest, known.most_evaluated + known.answer) <= stated:
         return None
@@ -173,8 +175,8 @@ def longer_than_positions(known: Known) -> Finding | None:
             "longer-than-trained-positions",
             "warning",
             f"The longest example has {known.longest:,} tokens, and the model was made for {limit.tokens:,}",
-            "It takes more, but is poor at positions that it has never seen. Cut them, or extend its positions "
-            "(rope_parameters in its config.json).",
+            "It accepts longer ones, but works poorly at positions that it was never trained on. Cut the examples, or extend "
+            "its positions (rope_parameters in its config.json).",
             f"--set data.max_length={limit.tokens}",
         )
     longest = max(known.longest, known.asked.longest)
@@ -183,8 +185,8 @@ def longer_than_positions(known: Known) -> Finding | None:
             "longer-than-positions",
             "error",
             f"The longest example has {longest:,} tokens, and the model has positions for {limit.tokens:,}",
-            "Its table of positions ends there, and a longer example fails. What lies behind the cut is not learned: "
-            "divide long examples where that matters.",
+            "Its table of positions ends there, so a longer example fails. The model does not learn what is cut: "
+            "split long examples where that matters.",
             f"--set data.max_length={limit.tokens}",
         )
     room = limit.tokens - known.asked.longest_prompt
@@ -194,17 +196,17 @@ def longer_than_positions(known: Known) -> Finding | None:
     return Finding(
         "answers-longer-than-positions",
         severity,
-        f"A question of the evaluation has {known.asked.longest_prompt:,} tokens, its answer may have {known.answer:,}, and "
+        f"An evaluation question has {known.asked.longest_prompt:,} tokens, its answer may have {known.answer:,}, and "
         f"the model has positions for {limit.tokens:,}",
-        f"Its table of positions ends there: {'answers are cut' if room > 0 else 'the question cannot be asked'}.",
+        f"Its table of positions ends there: {'answers are cut' if room > 0 else 'it cannot answer this question'}.",
         f"--set evaluation.max_new_tokens={room}"
         if room > 0
-        else "Take questions that are so long out of the evaluation, or --set evaluation.metrics=[]",
+        else "Remove questions of this length from the evaluation, or --set evaluation.metrics=[]",
     )
 
 
 def documents_mixed_up(known: Known) -> Finding | None:
-    """Packing for a model in which the documents of a row see one another."""
+    """Packing for a model whose attention mixes the documents of a packed row."""
     if known.prepared.pretrains or not known.prepared.recipe.data.packing:
         return None
     name = (known.config.architectures or [f"The model ({known.config.model_type})"])[0]
@@ -214,9 +216,9 @@ def documents_mixed_up(known: Known) -> Finding | None:
         return Finding(
             "packing-not-known",
             "note",
-            f"Whether {name} keeps packed documents apart is not known yet",
-            f"It could not be tried without its weights ({error}). sbft train asks the loaded model, and refuses to pack "
-            "where that does not help either.",
+            f"It is not known yet whether {name} keeps packed documents apart",
+            f"This could not be tried without its weights ({error}). sbft train tries it with the loaded model, and refuses "
+            "to pack if that fails as well.",
         )
     if not leaks:
         return None
@@ -224,27 +226,29 @@ def documents_mixed_up(known: Known) -> Finding | None:
 
 
 def unsaveable(known: Known) -> Finding | None:
-    """Something of the model that cannot be saved, by the look of its files."""
+    """Something in the model's files that makes it impossible to save the trained model."""
     recipe = known.prepared.recipe
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(known.config, trust_remote_code=known.trust)
-    except Exception:  # of the model's own code, of which expected_memory tells
+    except Exception:  # the model's own code failed; expected_memory reports it
         return None
     generation, repairs = _generation_config(recipe.model)
     if generation is not None:
         model.generation_config = generation
     try:
-        rehearse_saving(model, known.prepared.tokenizer, known.prepared.arguments)
+        try_saving(model, known.prepared.tokenizer, known.prepared.arguments)
     except SavingError as error:
-        return Finding("cannot-be-saved", "error", "The trained model could not be saved", str(error), "Correct its files.")
+        return Finding(
+            "cannot-be-saved", "error", "The trained model could not be saved", str(error), "Correct its files."
+        )
     if not repairs:
         return None
     return Finding(
         "generation-config-repaired",
         "note",
-        "The model's generation_config.json holds what transformers refuses to save",
-        f"The trained model is saved with one that is repaired: {' and '.join(repairs)}.",
+        "The model's generation_config.json has settings that transformers refuses to save",
+        f"The trained model is saved with a repaired one: {' and '.join(repairs)}.",
     )
 
 
@@ -256,7 +260,7 @@ def _generation_config(model: str) -> tuple[GenerationConfig | None, list[str]]:
     try:
         return repaired(GenerationConfig.from_pretrained(folder, local_files_only=local_only))
     except (OSError, ValueError):
-        return None, []  # it has none, or none that its model can be loaded with
+        return None, []  # the model has none, or an invalid one
 
 
 def _largest(examples: Dataset) -> int:
@@ -264,7 +268,7 @@ def _largest(examples: Dataset) -> int:
 
 
 def _ids(examples: Dataset) -> Iterator[np.ndarray]:
-    for table in examples.with_format("arrow").iter(batch_size=_AT_ONCE):
+    for table in examples.with_format("arrow").iter(batch_size=_CHUNK_ROWS):
         yield table["input_ids"].combine_chunks().flatten().to_numpy()
 
 

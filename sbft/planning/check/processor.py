@@ -1,4 +1,4 @@
-"""Signs of a run that goes wrong which lie in the processor it runs on."""
+"""Signs that a run will go wrong: the processor it runs on."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from sbft.runs.prepare import Prepared
 
 
 def slow_bfloat16(prepared: Prepared) -> Finding | None:
-    """bfloat16 on a CPU for which oneDNN has no code that multiplies it; then torch does, a number at a time."""
+    """bfloat16 on a CPU for which oneDNN has no bfloat16 kernels, so that torch multiplies one number at a time."""
     recipe = prepared.recipe
-    quantized = METHODS[recipe.method].quantization is not None  # of which only the storage is in question here
+    quantized = METHODS[recipe.method].quantization is not None  # it computes in another dtype
     if recipe.dtype != "bfloat16" or quantized or type_of() != "cpu" or multiplies_bfloat16():
         return None
     return Finding(
         "slow-bfloat16",
         "warning",
         "bfloat16 is slow on this processor",
-        "It has no instructions by which oneDNN could multiply bfloat16 (on x86 that takes AVX-512), so that torch "
-        "does it one number at a time. In float32 a step of SmolLM2-135M took a sixteenth of the time; weights take twice the "
-        "memory (benchmarks/README.md). What bfloat16 takes beside tensors there is not predicted.",
+        "oneDNN cannot multiply bfloat16 on it (on x86 this requires AVX-512), so torch multiplies one number at a time. "
+        "In float32, a step of SmolLM2-135M took a sixteenth of the time, and weights take twice the memory "
+        "(benchmarks/README.md). The memory that bfloat16 takes here beside tensors is not predicted.",
         "--set dtype=float32",
     )
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices on this machine's CPU, with the instructions that it is allowed."""
+    """Whether oneDNN multiplies bfloat16 matrices on this CPU, with the instruction sets it is allowed to use."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -1,4 +1,4 @@
-"""Signs of a run that goes wrong which its settings bear: optimizer, rounding, batch, learning rate, warm-up."""
+"""Signs that a run will go wrong: its settings of optimizer, rounding, batch, learning rate and warm-up."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from sbft.runs.prepare import Prepared
 from sbft.tokens import FINE_TUNING_HALF_LIFE, beta_from_half_life, half_life_from_beta
 
 HALF_LIFE = int(round(FINE_TUNING_HALF_LIFE, -3))
-# A second moment is too short if it is so in tokens and in examples: a tenth of what fine-tuning takes by default, and
-# about half of the 216 examples that the usual 0.95 holds at batch 16. So 0.999 is long enough for short examples too.
+# A second moment is too short if it spans too few tokens and too few examples. The limits are a tenth of fine-tuning's
+# default half-life, and about half of the 216 examples of the usual 0.95 at batch 16. So 0.999 passes, even with short
+# examples.
 SHORT_HALF_LIFE = HALF_LIFE / 10
 FEW_EXAMPLES = 100
-# From here on, quality falls: at 3e-3 the quickstart's task got 67 % right, at 1e-3 86 % (benchmarks/README.md).
+# Beyond this, quality falls: at 3e-3 the quickstart's task got 67 % right, at 1e-3 86 % (benchmarks/README.md).
 HIGHEST_RELATIVE_STEP = 1e-3
-# Tokens at which computing takes as long as reading the weights. On GPUs it is the ratio of bfloat16 operations to bytes
-# a second: 156 on an A100, 295 on an H100. On two cores of a Xeon, a token takes 1.3 times as long at 64 as at 512.
+# Tokens at which computing takes as long as reading the weights. On GPUs this is the ratio of bfloat16 operations to bytes
+# per second: 156 on an A100, 295 on an H100. On two cores of a Xeon, a token takes 1.3 times as long at 64 as at 512.
 COMPUTE_BOUND_TOKENS = {"cpu": 64}
 COMPUTE_BOUND_GPU_TOKENS = 300
 FAR_UNDER = 1 / 4
 FAR_LONGER = 10
-# Schedules of transformers that take no notice of a warm-up.
+# Schedules of transformers that ignore a warm-up.
 _WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def short_second_moment(prepared: Prepared) -> Finding | None:
-    """A decay per step that was made for large batches."""
+    """A decay per step that was chosen for large batches."""
     beta2, schedule = prepared.recipe.optimizer.beta2, prepared.recipe.optimizer.schedule
-    if beta2 is None or schedule == "power":  # of which it is the exponent
+    if beta2 is None or schedule == "power":  # where beta2 is the exponent
         return None
     tokens = tokens_per_step(prepared)
     half_life = half_life_from_beta(beta2, tokens) if beta2 > 0 else 0.0
@@ -40,23 +41,23 @@ def short_second_moment(prepared: Prepared) -> Finding | None:
     if half_life >= SHORT_HALF_LIFE or examples >= FEW_EXAMPLES:
         return None
     if "second_moment_half_life" in METHODS[prepared.recipe.method].settings:
-        mend = f"--set optimizer.beta2=null --set optimizer.second_moment_half_life={HALF_LIFE}"
+        fix = f"--set optimizer.beta2=null --set optimizer.second_moment_half_life={HALF_LIFE}"
     else:
-        mend = f"--set optimizer.beta2={beta_from_half_life(HALF_LIFE, tokens):.6g}"
+        fix = f"--set optimizer.beta2={beta_from_half_life(HALF_LIFE, tokens):.6g}"
     return Finding(
         "beta2-not-scaled",
         "warning",
         f"optimizer.beta2 {beta2:g} is not scaled to the batch",
-        f"It forgets half of the squared gradients within {half_life:,.0f} tokens, {examples:.2g} examples of this "
-        "data, so that every step is divided by noise. Small batches train as well as large ones when the second "
-        f"moment's half-life stays the same in tokens; for fine-tuning {HALF_LIFE:,} do well (arXiv 2507.07101, "
+        f"It forgets half of the squared gradients within {half_life:,.0f} tokens ({examples:.2g} examples of this "
+        "data), so every step is divided by noise. Small batches train as well as large ones when the second "
+        f"moment's half-life stays the same in tokens. For fine-tuning, {HALF_LIFE:,} works well (arXiv 2507.07101, "
         "section 3.2).",
-        mend,
+        fix,
     )
 
 
 def rounded_to_nearest(prepared: Prepared) -> Finding | None:
-    """Weights in bfloat16 or on a grid that are not rounded stochastically; adapters are float32."""
+    """Weights in bfloat16 or on a grid without stochastic rounding. Adapters are float32, so they need none."""
     recipe = prepared.recipe
     method = METHODS[recipe.method]
     if recipe.grids is not None and not recipe.optimizer.stochastic_rounding:
@@ -77,17 +78,17 @@ def rounded_to_nearest(prepared: Prepared) -> Finding | None:
 def _rounded_to_nearest_on_a_grid(prepared: Prepared, formats: str | dict[str, str]) -> Finding:
     names = formats.values() if isinstance(formats, dict) else [formats]
     on_grids = [NAMED[name] for name in names if name in NAMED]
-    name, step = max(((grid.name, spacing(grid, grid.block)) for grid in on_grids), key=lambda one: one[1])
+    step, name = max((spacing(grid, grid.block), grid.name) for grid in on_grids)
     rate = prepared.arguments.learning_rate
     absolute = not prepared.recipe.optimizer.relative_step
     return Finding(
         "no-stochastic-rounding",
         "error" if absolute or rate < step / 2 else "warning",
         f"Weights in {name} without stochastic rounding",
-        f"An update of less than half the spacing of the grid is lost when it is rounded to nearest. In {name} that is about "
-        f"{step / 2:.1g} of a weight matrix's RMS{'' if absolute else f', and a step is {rate:g} of it'}. "
-        "A model with 8 bits stayed untrained: 47 % of its answers were right before and after. With stochastic rounding it "
-        "was 91 %.",
+        "Rounding to nearest loses every update smaller than half the spacing of the grid. In "
+        f"{name} that is about {step / 2:.1g} of a weight matrix's RMS{'' if absolute else f', and a step is {rate:g} of it'}. "
+        "A model in 8 bits did not learn this way: 47 % of its answers were right before and after training. With "
+        "stochastic rounding it was 91 %.",
         "--set optimizer.stochastic_rounding=true",
     )
 
@@ -99,19 +100,19 @@ def needless_accumulation(prepared: Prepared) -> Finding | None:
     if steps <= 1 or arguments.world_size > 1:
         return None
     by_definition = METHODS[recipe.method].training_defaults.get("gradient_accumulation_steps") == steps
-    mend = "--set training.gradient_accumulation_steps=1"
+    fix = "--set training.gradient_accumulation_steps=1"
     if recipe.method == "adam-accum":
-        mend = "--method adam"
+        fix = "--method adam"
     elif "second_moment_half_life" in METHODS[recipe.method].settings and recipe.optimizer.beta2 is not None:
-        mend += f" --set optimizer.beta2=null --set optimizer.second_moment_half_life={HALF_LIFE}"
+        fix += f" --set optimizer.beta2=null --set optimizer.second_moment_half_life={HALF_LIFE}"
     return Finding(
         "accumulation-on-one-device",
         "warning",
         f"Gradients are accumulated over {steps} batches on one device",
-        "All gradients are held meanwhile, nothing is computed faster, and there are fewer updates. Small batches train "
-        "as well once the half-life counts tokens (arXiv 2507.07101); accumulation pays only where devices wait for one "
-        f"another.{_defined_so(recipe.method) if by_definition else ''}",
-        mend,
+        "All gradients stay in memory meanwhile, nothing is computed faster, and there are fewer updates. Small batches "
+        "train as well once the half-life counts tokens (arXiv 2507.07101). Accumulation pays only where devices wait for "
+        f"one another.{_defined_so(recipe.method) if by_definition else ''}",
+        fix,
     )
 
 
@@ -125,15 +126,15 @@ def far_under_compute_bound(prepared: Prepared) -> Finding | None:
     return Finding(
         "far-under-compute-bound",
         "note",
-        f"About {tokens:.0f} tokens are computed at a time",
-        f"A device such as this is busy computing from roughly {bound} on; below, it waits for the weights to be read, "
-        "and more tokens a step would take hardly longer. It costs time, not quality. sbft batch-size RECIPE measures "
-        "how many are worth while.",
+        f"A forward pass has only about {tokens:.0f} tokens",
+        f"This device needs roughly {bound} to be busy. With fewer, it waits for the weights to be read, and more tokens "
+        "per step would hardly take longer. This costs time, not quality. sbft batch-size RECIPE measures which batch "
+        "size pays.",
     )
 
 
 def unused_graphs(prepared: Prepared) -> Finding | None:
-    """Steps that are to be launched as CUDA graphs, and cannot be."""
+    """CUDA graphs that the recipe asks for and that cannot be used."""
     if not prepared.recipe.optimizer.cuda_graphs:
         return None
     if prepared.arguments.device.type != "cuda":
@@ -149,16 +150,16 @@ def unused_graphs(prepared: Prepared) -> Finding | None:
         "graphs-not-used",
         "warning",
         "optimizer.cuda_graphs does nothing with packed examples",
-        "A graph takes tokens, labels and padding on the right. Packed rows hold positions besides, and are launched kernel by "
-        "kernel all the same.",
+        "A graph supports tokens, labels and padding on the right. Packed rows have positions as well, so their steps are "
+        "still launched kernel by kernel.",
         "--set optimizer.cuda_graphs=false",
     )
 
 
 def large_relative_step(prepared: Prepared) -> Finding | None:
-    """A learning rate made for absolute steps, or too high a one, where it is relative to each weight's size."""
+    """A learning rate that is too high where steps are relative to each weight's size."""
     recipe = prepared.recipe
-    if prepared.pretrains:  # fresh weights have far to go, and no run has shown where it is too far
+    if prepared.pretrains:  # new weights have far to travel, and no run has shown what is too high
         return None
     method = METHODS[recipe.method]
     rate = prepared.arguments.learning_rate
@@ -172,14 +173,14 @@ def large_relative_step(prepared: Prepared) -> Finding | None:
         "relative-step-too-large",
         "warning",
         f"An Adafactor relative step of {rate:g} is over {HIGHEST_RELATIVE_STEP:g}",
-        f"The learning rate is relative to each weight matrix, which every step may change by {rate:.2g} of its size. On "
-        "the quickstart's 200 steps of one example, 3e-3 came to 67 % right answers where 1e-3 came to 86 %.",
+        f"The learning rate is relative to each weight matrix: every step may change it by {rate:.2g} of its size. In the "
+        "quickstart's 200 steps of one example, 3e-3 reached 67 % right answers and 1e-3 reached 86 %.",
         f"--set training.learning_rate={method.learning_rate:g}",
     )
 
 
 def warmup(prepared: Prepared) -> Finding | None:
-    """A warm-up that the run does not outlast, or that its schedule leaves out."""
+    """A warm-up that is as long as the run, or that its schedule ignores."""
     arguments, steps = prepared.arguments, run_length(prepared).steps
     warm = arguments.get_warmup_steps(steps)
     if warm == 0:
@@ -190,7 +191,7 @@ def warmup(prepared: Prepared) -> Finding | None:
             "warmup-without-effect",
             "warning",
             f"A warm-up of {warm} steps has no effect",
-            f"training.lr_scheduler_type is {kind}, which has none: the first step is at the full rate.",
+            f"training.lr_scheduler_type is {kind}, which has no warm-up: the first step uses the full rate.",
             "--set training.lr_scheduler_type=constant_with_warmup",
         )
     if warm < steps:
@@ -198,14 +199,14 @@ def warmup(prepared: Prepared) -> Finding | None:
     return Finding(
         "warmup-longer-than-run",
         "warning",
-        f"The warm-up of {warm} steps outlasts the run, which has {steps}",
-        f"The learning rate never comes to {arguments.learning_rate:g}; most steps are made at a fraction of it.",
+        f"The warm-up of {warm} steps is longer than the run, which has {steps}",
+        f"The learning rate never reaches {arguments.learning_rate:g}; most steps use a fraction of it.",
         f"--set training.warmup_steps={steps // 10}",
     )
 
 
 def long_half_life(prepared: Prepared) -> Finding | None:
-    """A second moment that never forgets anything in so short a run."""
+    """A second moment whose half-life is far longer than the run, so that it forgets nothing."""
     half_life = prepared.recipe.optimizer.second_moment_half_life
     length = run_length(prepared)
     if half_life is None or half_life < FAR_LONGER * length.tokens:
@@ -214,13 +215,12 @@ def long_half_life(prepared: Prepared) -> Finding | None:
         "half-life-longer-than-run",
         "note",
         f"The half-life of {half_life:,.0f} tokens is far longer than the run ({length.tokens:,})",
-        "Harmless: the average is divided by the weight that it has collected so far, which makes it the plain mean of "
-        "all squared gradients that the run has seen.",
+        "Harmless: with bias correction, the average is then the plain mean of all squared gradients seen so far.",
     )
 
 
 def _defined_so(method: str) -> str:
-    return f" Method {method} is defined so: it is there to be compared with."
+    return f" Method {method} is defined this way: it exists for comparison."
 
 
 SETTINGS_CHECKS = (

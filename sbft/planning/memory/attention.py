@@ -1,4 +1,4 @@
-"""Attention on the meta device, as the kernels of a device that may not be there would do it."""
+"""Attention on the meta device, with the memory that the kernels of the simulated device would use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sbft.training.plain_attention import PLAIN_ATTENTION_TOKENS
 
 
 def attention_on(device: str, tokens: int) -> Callable[..., Tensor]:
-    """What stands in for `torch.nn.functional.scaled_dot_product_attention`: that which the trainer or torch takes.
+    """A replacement of `torch.nn.functional.scaled_dot_product_attention` that runs the kernel the device would run.
 
-    On CUDA flash attention (or cuDNN's, which holds about as much) where there is no mask, memory-efficient attention where
-    there is one, or in float32. The latter does not take several queries to a key as they are, and transformers asks for
-    that wherever there is no mask: in float32 such a model has torch's plain attention, which keeps the probabilities of
-    every layer. On a CPU plain attention for short rows, else torch's flash kernel for CPUs.
+    On CUDA this is flash attention (or cuDNN's, which needs about as much memory) without a mask, and memory-efficient
+    attention with a mask or in float32. The latter does not support grouped queries, which transformers asks for wherever
+    there is no mask. So such a model in float32 falls back to torch's plain attention, which keeps the probabilities of every
+    layer. On a CPU it is plain attention for short rows, else torch's flash kernel for CPUs.
 
     Args:
         device: "cpu" or "cuda".

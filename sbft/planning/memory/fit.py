@@ -1,4 +1,4 @@
-"""What fits: the predicted peak of every method beside the memory there is, and the longest sequence that would fit."""
+"""What fits: every method's predicted peak compared with the available memory, and the longest sequence that fits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.recipe.methods import METHODS
 
 SURE = 0.95
-"""A prediction above this share of the memory is called tight: its error may be larger than what is left."""
-_MULTIPLE = 16  # of tokens, that the collator pads to
+"""A prediction above this share of the memory is called tight: its error may exceed the rest."""
+_MULTIPLE = 16  # the collator pads to a multiple of this many tokens
 _CLOSE_ENOUGH = 0.02
 _CURVES = 12
 _DATA = "my.jsonl"
@@ -30,7 +30,7 @@ Verdict = Literal["yes", "tight", "no"]
 
 
 def does_it_fit(needed_bytes: int, memory_bytes: int) -> Verdict:
-    """Whether what is predicted to be needed fits into the memory there is; "tight" where the prediction may be too low."""
+    """Whether a predicted need fits into the available memory; "tight" where the prediction may be too low."""
     if needed_bytes > memory_bytes:
         return "no"
     return "yes" if needed_bytes <= SURE * memory_bytes else "tight"
@@ -46,23 +46,23 @@ class Row:
     prediction: Prediction | None
     """None where it cannot be predicted."""
     problem: str | None
-    """Why it cannot."""
+    """Why it cannot be predicted."""
     verdict: Verdict | None
     """Whether it fits."""
     longest: int | None
-    """Tokens of the longest sequence that would fit; None where none does."""
+    """Tokens of the longest sequence that fits; None where none does."""
     command: str
-    """What to type."""
+    """The command that trains this way."""
 
     @property
     def fits(self) -> bool | None:
-        """Whether it does, if barely; None where it cannot be predicted."""
+        """Whether it fits, "tight" included; None where it cannot be predicted."""
         return None if self.verdict is None else self.verdict != "no"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What each method needs of a device."""
+    """The memory that each method needs on a device."""
 
     model: str
     device: str
@@ -88,13 +88,13 @@ def make_plan(
     """Predict each method's peak, without and with gradient checkpointing.
 
     Args:
-        model: as in a recipe; its config alone is read.
-        sequence_length: tokens of the longest example, each of them with a label.
-        memory_bytes: what the device has.
-        device: "cpu" or "cuda", which need not be there.
-        methods: names of `sbft.recipe.methods.METHODS`; those of adapters are left out for a fresh model.
-        batch_size: examples in a forward pass; the method's own when None.
-        weights: what weights are stored in; the method's own when None.
+        model: as in a recipe; only its config is read.
+        sequence_length: tokens of the longest example, each with a label.
+        memory_bytes: memory of the device.
+        device: "cpu" or "cuda", which this machine need not have.
+        methods: names of `sbft.recipe.methods.METHODS`; methods with adapters are left out for a new model.
+        batch_size: examples per forward pass; the method's own when None.
+        weights: storage format of the weights; the method's own when None.
         trust_remote_code: run the Python code that comes with the model.
         say: called with the name of each method before it is planned.
 
@@ -128,12 +128,12 @@ def make_plan(
 
 def _left_out(config: PreTrainedConfig) -> str | None:
     text = config.get_text_config()
-    beside = [name for name in type(config).sub_configs if getattr(config, name, None) not in (None, text)]
-    if not beside:
+    other_inputs = [name for name in type(config).sub_configs if getattr(config, name, None) not in (None, text)]
+    if not other_inputs:
         return None
     return (
-        f"This model reads more than text ({', '.join(sorted(beside))}). The figures are those of training it on text alone, "
-        "as sbft train does; what images or sound add is not predicted."
+        f"This model reads more than text ({', '.join(sorted(other_inputs))}). The figures are for training on text alone, "
+        "as sbft train does; what images or sound would add is not predicted."
     )
 
 
@@ -170,14 +170,13 @@ def _row(
 def longest_that_fits(
     needed: Callable[[int], int], memory_bytes: int, at_most: int, known: dict[int, int] | None = None
 ) -> int | None:
-    """The longest sequence whose need is no more than the memory, to within 2 % below; it was itself tried.
+    """The longest sequence that fits into memory, or one at most 2 % shorter. Its need was computed, not interpolated.
 
     Args:
-        needed: bytes for so many tokens: the highest of the needs of some phases, each of which grows with the tokens or
-            with their square.
-        memory_bytes: what there is.
+        needed: bytes needed at a number of tokens: the maximum over phases, each linear or quadratic in the tokens.
+        memory_bytes: memory of the device.
         at_most: the longest sequence considered.
-        known: needs that are known already, by tokens.
+        known: needs that are already known, by tokens.
     """
     known = dict(known or {})
     for tries in itertools.count():
@@ -191,7 +190,7 @@ def longest_that_fits(
         guess = min(int(crossing), high - 1)
         if guess < at_most:
             guess = guess // _MULTIPLE * _MULTIPLE
-            # Apart from the known lengths, so that every try narrows the range.
+            # Away from the known lengths, so that every try narrows the range.
             guess = min(max(min(guess, high - step), low + step if low else _MULTIPLE), at_most)
         if guess in known:
             return low or None
@@ -200,10 +199,9 @@ def longest_that_fits(
 
 
 def _crossing(known: dict[int, int], memory_bytes: int) -> float:
-    """The length at which the need would reach the memory.
+    """The length at which the need reaches the memory, by interpolation.
 
-    It is read off the parabola through the three known lengths whose needs are nearest, because the need of every phase is a
-    parabola.
+    It takes the parabola through the three known lengths with the nearest needs, because every phase's need is a parabola.
     """
     nearest = sorted(known, key=lambda tokens: abs(known[tokens] - memory_bytes))[:3]
     if len(nearest) < 2:

@@ -1,16 +1,19 @@
-"""What a CPU's allocators keep resident for a sequence of allocations: with `memory_pool` the most that is in use at
-once; from the C library's malloc more than that, for freed memory stays.
+"""Simulates how much memory a CPU's allocators keep resident for a sequence of allocations.
 
-`Heap` is a model of glibc's: a heap that grows at its end, requests served by the smallest free chunk that fits, neighbours
-joined when freed, the end given back when enough of it is free; large requests mapped by themselves, "large" being as large as
-the largest of those that was ever freed (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
+With `memory_pool` this is the peak of what is in use. With the C library's malloc it is more, because freed memory stays.
 
-Torch asks for memory aligned to 64 bytes. For that glibc looks for a chunk that is larger by the alignment, takes its
-aligned part and frees the rest, so that a freed tensor's place does not fit the next of the same size unless a neighbour
-is free too. This is what most of the memory is lost to.
+`Heap` models glibc's malloc (mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
 
-`Heap` serves runs without the pool: no compiler, `SBFT_MEMORY_POOL=0`, or not Linux. On 56 such runs the median error
-of the prediction is 3.7 % with it. Without it every prediction is too low, by 23 % in the median.
+- The heap grows at its end, which is given back to the system when enough of it is free.
+- A request takes the smallest free chunk that fits. A freed chunk is joined with free neighbours.
+- Large requests are mapped separately. A request is large if it is at least as large as every mapped one freed so far.
+
+Torch asks for memory aligned to 64 bytes. To align it, glibc looks for a chunk that is larger by the alignment, takes the
+aligned part and frees the rest. The place of a freed tensor therefore does not fit the next tensor of the same size, unless a
+neighbour is free too. Most memory is lost this way.
+
+`Heap` is for runs without the pool: no compiler, `SBFT_MEMORY_POOL=0`, or not Linux. On 56 such runs, predictions have a
+median error of 3.7 % with it. Without it, every prediction is too low, by 23 % in the median.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from sbft.native.memory_pool import PAGE_BYTES, SMALLEST_BYTES
 
 _ALIGNMENT = 64
 _GRANULE = 16  # glibc's own alignment
-_HEADER = 16  # between a chunk's start and what the caller gets
+_HEADER = 16  # between a chunk's start and the address that the caller gets
 _SMALLEST = 32
 _SMALL = 1024
 _GOLDEN = 0.6180339887498949  # its multiples, less their whole part, are spread evenly
-# Measured: of 16 runs of SmolLM2-135M at 64 to 1024 tokens, between 0.3 and 0.4 fits most, and 0 is 15 to 25 % too low.
+# Measured on 16 runs of SmolLM2-135M at 64 to 1024 tokens: values of 0.3 to 0.4 fit best, and 0 is 15 to 25 % too low.
 _PINNED = 0.35
 _TOP_PAD = 128 << 10
 _FIRST_THRESHOLD = 128 << 10
@@ -34,11 +37,11 @@ _TRIMS_FROM = 64 << 10
 
 
 class Heap:
-    """An empty heap at first.
+    """A heap, empty at first.
 
     Attributes:
-        resident_bytes: that the process holds now.
-        peak_bytes: highest of these so far.
+        resident_bytes: bytes that are resident now.
+        peak_bytes: the highest `resident_bytes` so far.
     """
 
     def __init__(self, pinned: float = _PINNED) -> None:
@@ -46,9 +49,9 @@ class Heap:
         self._pieces = 0
         self._threshold = _FIRST_THRESHOLD
         self._trim_threshold = _FIRST_THRESHOLD
-        self._top = 0  # where the last chunk ends: all after it is free
-        self._end = 0  # of what was asked of the kernel
-        self._touched = 0  # of the heap, from its start
+        self._top = 0  # end of the last chunk: everything after it is free
+        self._end = 0  # end of the memory that the kernel has granted
+        self._touched = 0  # bytes from the start of the heap that have been in use
         self._mapped = 0
         self._chunks: dict[int, tuple[int, int]] = {}  # by the caller's number: start (-1: mapped) and size
         self._free_by_size: list[tuple[int, int]] = []  # size and start
@@ -58,11 +61,11 @@ class Heap:
 
     @property
     def resident_bytes(self) -> int:
-        """Of the heap and of what is mapped."""
+        """Resident bytes of the heap and of mapped requests."""
         return self._touched + self._mapped
 
     def allocate(self, number: int, size: int) -> None:
-        """Take `size` bytes under a number of the caller's."""
+        """Allocate `size` bytes; the caller's `number` identifies them."""
         need = max(_up(size + _HEADER // 2, _GRANULE), _SMALLEST)
         asked = need + _ALIGNMENT + _SMALLEST
         place = bisect_left(self._free_by_size, (asked, -1))
@@ -97,7 +100,7 @@ class Heap:
         self._chunks[number] = (aligned, end - aligned)
 
     def _leave(self, start: int, end: int) -> None:
-        """Free what an aligned chunk has left over; some of the small pieces are soon in use, as small objects."""
+        """Free the remains beside an aligned chunk; small objects soon occupy some of the small ones."""
         if 0 < end - start < _SMALL:
             self._pieces += 1
             if self._pieces * _GOLDEN % 1.0 < self._pinned:
@@ -106,7 +109,7 @@ class Heap:
             self._release(start, end)
 
     def free(self, number: int) -> None:
-        """Give back what was taken under this number; nothing happens where it was taken elsewhere."""
+        """Free the allocation with this number; does nothing if it was not made here."""
         if number not in self._chunks:
             return
         start, size = self._chunks.pop(number)
@@ -118,7 +121,7 @@ class Heap:
         self._release(start, start + size)
 
     def _release(self, start: int, end: int) -> None:
-        """Free a part of the heap, joined with what is free beside it."""
+        """Free a part of the heap and join it with free neighbours."""
         if start in self._free_to:
             before = self._free_to[start]
             self._take(before, start - before)
@@ -146,7 +149,7 @@ class Heap:
 
 
 class PooledHeap:
-    """A heap whose large blocks are a pool's."""
+    """A heap whose large blocks come from a memory pool."""
 
     def __init__(self) -> None:
         self._heap = Heap()
@@ -156,7 +159,7 @@ class PooledHeap:
 
     @property
     def peak_bytes(self) -> int:
-        """The most of both; what a pool has freed it keeps, so that their peaks add up whenever they are."""
+        """The sum of both peaks. They add up even if reached at different times, because a pool keeps what it freed."""
         return self._peak + self._heap.peak_bytes
 
     def allocate(self, number: int, size: int) -> None:

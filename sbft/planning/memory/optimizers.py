@@ -1,4 +1,4 @@
-"""What each optimizer holds for its parameters, and what it takes for a moment to update them, on the meta device."""
+"""Each optimizer's state, and the temporary memory of its update, on the meta device."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sbft.recipe.settings import settings_in
 from sbft.training.token_optimizers import TOKEN_OPTIMIZERS, parameter_groups
 
 _OF_TRAINER = {name for name, setting in settings_in("optimizer").items() if setting.of_trainer}
-# Of bitsandbytes' 8-bit optimizers: smaller tensors keep 32 bits; elements that share a scale.
+# bitsandbytes' 8-bit optimizers: tensors below this size stay in 32 bits, and this many elements share a scale.
 _SMALLEST_IN_8_BITS, _BLOCK = 4096, 256
 
 
 class PlannedOptimizer:
     """The optimizer of a resolved recipe on its model's parameters on the meta device.
 
-    sbft's own update one parameter at a time, in its place but for what a matrix optimizer makes of one matrix, and torch's
-    fused AdamW updates all in theirs: nothing to speak of is allocated. transformers' Adafactor is run.
+    sbft's optimizers update one parameter at a time and torch's fused AdamW all of them, in place: they allocate next to
+    nothing, except a matrix optimizer's temporaries for one matrix. transformers' Adafactor is actually run.
     """
 
     def __init__(self, recipe: Recipe, model: PreTrainedModel, device: str) -> None:
@@ -35,7 +35,7 @@ class PlannedOptimizer:
         self._name = METHODS[recipe.method].optimizer
         self._settings = recipe.optimizer
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # In the order of the Trainer's groups, those that decay first: each update holds on to what the one before made.
+        # In the order of the Trainer's groups, with weight decay first: each update keeps temporaries of the one before.
         self._parameters = sorted(trainable, key=lambda parameter: parameter.dim() < 2)
         self._of_embeddings = {
             module.weight
@@ -54,20 +54,20 @@ class PlannedOptimizer:
         self._adam: dict[Tensor, list[Tensor]] = {}
 
     def make_state(self, parameter: Tensor) -> list[Tensor]:
-        """What is kept for a parameter from its first update on."""
+        """The state of a parameter from its first update on."""
         if self._ours is not None:
             self._ours.initialize_state(parameter)
-            kept = list(self._ours.state[parameter].values())
+            state = list(self._ours.state[parameter].values())
         elif self._transformers is not None:
-            kept = list(self._transformers.state[parameter].values())  # made by its first update
+            state = list(self._transformers.state[parameter].values())  # made by its first update
         else:
             if parameter not in self._adam:
                 self._adam[parameter] = list(self._adam_state(parameter))
-            kept = self._adam[parameter]
-        return [tensor for tensor in kept if isinstance(tensor, Tensor)]
+            state = self._adam[parameter]
+        return [tensor for tensor in state if isinstance(tensor, Tensor)]
 
     def update_one(self, parameter: Tensor, trace: AllocationTrace) -> None:
-        """Allocate what the update of one parameter takes beside its state; its gradient is there."""
+        """Allocate the temporaries of one parameter's update; its gradient exists already."""
         optimizer, grad = self._ours, parameter.grad
         if not isinstance(optimizer, MatrixOptimizer) or grad is None:
             return
@@ -80,7 +80,7 @@ class PlannedOptimizer:
         trace.replay((self._name, self._settings.model_dump_json(), alike), run)
 
     def update(self, trace: AllocationTrace) -> None:
-        """Allocate what the update of all parameters takes beside their state; the gradients are there."""
+        """Allocate the temporaries of updating all parameters; their gradients exist already."""
         if self._transformers is not None:
             if self._device == "cpu":  # its second step replaces tensors of its first
                 self._transformers.step()
@@ -120,7 +120,7 @@ class PlannedOptimizer:
             yield torch.empty((), dtype=torch.float32)
 
     def _update_in_plain_torch(self) -> None:
-        """In 32 bits: of gradient, weight, both moments, and where these have 8 bits also of what makes numbers of them."""
+        """Allocate float32 copies of gradient, weight and both moments, and of what decodes moments in 8 bits."""
         for parameter in self._parameters:
             count = 6 if self._in_8_bits(parameter) else 4
             _ = [torch.empty(parameter.shape, dtype=torch.float32) for _ in range(count)]

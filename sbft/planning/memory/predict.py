@@ -1,4 +1,4 @@
-"""The peak memory of a training run before it begins, with its parts: from the model's config, without its weights."""
+"""Predicts the peak memory of a training run, with its parts, from the model's config without its weights."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sbft.planning.memory.trace import Phase
 from sbft.recipe import Recipe
 
 MEBIBYTE = 1 << 20
-# What code and libraries take on their first use in training, beside tensors: pages of torch's library, and threads. It is the
-# median of what 65 runs held beyond all else (benchmarks/README.md).
+# What libraries take on their first use in training, beside tensors: pages of torch's library, and threads. It is the
+# median of what 65 measured runs held beyond everything else (benchmarks/README.md).
 _FIRST_USE_BYTES = 18 * MEBIBYTE
-# cuBLAS keeps a workspace for each thread that calls it, here those of forward and backward; Hopper's is larger.
+# cuBLAS keeps a workspace for each thread that calls it: one for forward, one for backward. It is larger on Hopper.
 _CUBLAS_BYTES, _CUBLAS_BYTES_HOPPER = 8 * MEBIBYTE + MEBIBYTE // 8, 32 * MEBIBYTE
 _HOPPER = (9, 0)
 _CUDA_CONTEXT_BYTES = 512 * MEBIBYTE
@@ -33,31 +33,31 @@ PARTS = ("weights", "gradients", "optimizer_state", "activations", "logits", "wo
 
 
 class PlanError(SbftError):
-    """The memory of a model cannot be predicted, because a step of it cannot be run without numbers."""
+    """The memory of a model cannot be predicted, because a step of it does not run on tensors without values."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The peak of a training run."""
+    """The predicted peak of a training run."""
 
     parts: dict[str, int]
-    """Bytes of each of `PARTS` at the peak; a runtime is what the process takes beside tensors: on CUDA outside of torch's
+    """Bytes of each of `PARTS` at the peak. "runtime" is what the process takes beside tensors: on CUDA outside torch's
     allocator, on a CPU what it holds already."""
     phase: str
-    """Where in a step the peak lies."""
+    """The part of a step in which the peak occurs."""
     above_model_bytes: int
     """What training adds to the loaded model."""
     heap_ratio: float | None
-    """On a CPU what the heap holds for a byte in use; None on CUDA, where `peak_bytes` is what torch allocates."""
+    """On a CPU, resident bytes of the heap per byte in use; None on CUDA, where `peak_bytes` is what torch allocates."""
 
     @property
     def peak_bytes(self) -> int:
-        """What a run's record calls its peak: on CUDA without the runtime."""
+        """The peak as a run's record has it: on CUDA without the runtime."""
         return self.needed_bytes - (self.parts["runtime"] if self.heap_ratio is None else 0)
 
     @property
     def needed_bytes(self) -> int:
-        """What the device has to have free for the process."""
+        """The free memory that the process requires on the device."""
         return sum(self.parts.values())
 
 
@@ -78,13 +78,14 @@ def predict_recipe(
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
         longest: tokens of the longest example.
-        padded: whether a batch as wide as it may hold padding, which takes a mask; one of several examples when None.
-        labelled: the most tokens with a label that an example has; all but the first when None.
-        lengths: how many different ones batches have, padding included: a CPU keeps products compiled for each.
-        label_counts: the same of the numbers of labels.
-        device: type of device to train on, which need not be there; where this process would train, when None.
+        padded: whether a batch of this width may hold padding, which requires a mask. When None, it does if a batch has
+            several examples.
+        labelled: the most tokens with a label in an example; all but the first when None.
+        lengths: number of different batch lengths, padding included: a CPU keeps compiled products for each.
+        label_counts: number of different label counts.
+        device: type of device to train on, which this machine need not have; where this process would train, when None.
         config: of the model; read from where the recipe says when None.
-        heap_ratio: on a CPU, where it is known from another length: spares tracing all layers to find it.
+        heap_ratio: the ratio of a prediction at another length, on a CPU; saves tracing all layers.
 
     Raises:
         PlanError: if the model cannot be traced.
@@ -116,9 +117,9 @@ def predict_recipe(
 def _step(
     recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, *, whole: bool
 ) -> TracedStep:
-    """A step of the whole model, extrapolated from two models with fewer layers where its layers are alike.
+    """Trace a step of the model; where its layers are alike, extrapolate from two models with fewer layers.
 
-    A heap is traced with all layers: what it loses to gaps does not grow evenly from layer to layer.
+    A heap is traced with all layers, because what it loses to gaps does not grow linearly with the layers.
     """
     layers = config.get_text_config().num_hidden_layers
     short, long = (layers, layers) if whole else _few_layers(recipe, config)
@@ -131,7 +132,7 @@ def _step(
         ]
     except SbftError:
         raise
-    except Exception as error:  # whatever the model's own code does with tensors that hold nothing
+    except Exception as error:  # the model's own code may do anything with tensors without values
         reason = " ".join(str(error).split())[:300]
         raise PlanError(
             f"The memory of {recipe.model} cannot be predicted: a step of {type(config).__name__.removesuffix('Config')} "
@@ -141,10 +142,10 @@ def _step(
 
 
 def _few_layers(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int]:
-    """Two numbers of layers from which a step of the whole model can be extrapolated; both are all layers where it cannot."""
+    """Two numbers of layers to extrapolate from; both are the number of all layers where that is not possible."""
     layers = config.get_text_config().num_hidden_layers
     period = _period(recipe, config)
-    # Patterns of names may be of single layers.
+    # Name patterns may select single layers.
     alike = all(pattern == "embeddings" for pattern in recipe.freeze) and not isinstance(recipe.grids, dict)
     targets = None if recipe.lora is None else recipe.lora.target_modules
     if period is None or not alike or (isinstance(targets, str) and targets != "all-linear"):
@@ -165,7 +166,7 @@ def _period(recipe: Recipe, config: PreTrainedConfig) -> int | None:
 def _extrapolated(short: TracedStep, long: TracedStep, short_layers: int, long_layers: int, layers: int) -> TracedStep:
     """Extrapolate linearly: each further layer adds the same weights, gradients, states and activations to every phase.
 
-    A phase of a layer is counted from the bottom or from the top. The layers between hold no more than those at the ends.
+    A layer's phase is matched by its number from the first or from the last layer. Layers between hold no more than these.
     """
     ends = short_layers // 2
     first, second = _by_end(short.phases, short_layers, ends), _by_end(long.phases, long_layers, ends)
@@ -183,7 +184,7 @@ def _line(short: int, long: int, short_layers: int, long_layers: int, layers: in
 
 
 def _by_end(phases: dict[Phase, Counter[str]], layers: int, ends: int) -> dict[Phase, Counter[str]]:
-    """The phases of the first and the last layers, the latter counted from the last, as -1; those between left out."""
+    """The phases of the first and the last layers, the latter counted from -1 for the last; those between are left out."""
     by_end = {}
     for (name, layer), held in phases.items():
         if layer is None or layer < ends:
@@ -202,7 +203,7 @@ def _shape(recipe: Recipe, longest: int, padded: bool | None, labelled: int | No
         batch_size=size,
         tokens=tokens,
         labelled=size * max(longest - 1 if labelled is None else labelled, 1),
-        # Documents are kept apart by a mask too.
+        # A mask also separates packed documents.
         padded=packed or tokens > longest or (size > 1 if padded is None else padded),
     )
 

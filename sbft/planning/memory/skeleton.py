@@ -1,4 +1,4 @@
-"""A model's shape without its weights: what a recipe would train, on the meta device."""
+"""The model that a recipe would train, on the meta device: shapes without values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sbft.recipe.methods import METHODS
 from sbft.runs.build import DTYPES, make_trainable
 from sbft.training.peft_models import unwrap
 
-_BLOCK, _BLOCKS_OF_SCALES = 64, 256  # elements that share a scale in NF4, and scales that share one of theirs
+_BLOCK, _BLOCKS_OF_SCALES = 64, 256  # elements that share a scale in NF4, and scales that share a scale of scales
 
 
 def skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a resolved recipe, its weights as they are stored, frozen or with an adapter, on the meta device.
+    """Make a resolved recipe's model on the meta device, with weights in their storage format, frozen parts and adapters.
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
@@ -45,7 +45,7 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def layers_of(model: nn.Module) -> dict[str, int]:
-    """The number of the decoder layer of every parameter in one, by the parameter's name."""
+    """The layer number of every parameter in a decoder layer, by the parameter's name."""
     base: Any = unwrap(model)
     count = base.config.get_text_config().num_hidden_layers
     for prefix, module in model.named_modules():
@@ -59,7 +59,7 @@ def layers_of(model: nn.Module) -> dict[str, int]:
 
 
 def period_of_layers(config: PreTrainedConfig, model: nn.Module) -> int | None:
-    """After how many layers a model's decoder repeats itself; None where it does not, or has no layers as known here."""
+    """After how many layers a decoder's layers repeat; None where they do not, or where no decoder layers are recognised."""
     count = config.get_text_config().num_hidden_layers
     shapes: list[list[Any]] = [[] for _ in range(count)]
     numbers = layers_of(model)
@@ -76,7 +76,7 @@ def period_of_layers(config: PreTrainedConfig, model: nn.Module) -> int | None:
 
 
 def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The config of the same model with only its first so many layers."""
+    """The config of the same model with only its first `layers` layers."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
     for name, values in _of_each_layer(config).items():
@@ -86,7 +86,7 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 
 def _of_each_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """The settings of which a config has one for each layer, such as the kind of its attention."""
+    """A config's settings with one value per layer, such as the kind of attention."""
     text = config.get_text_config()
     return {
         name: list(value)
@@ -96,21 +96,21 @@ def _of_each_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
 
 
 class _Linear4bit(nn.Linear):
-    """Stands in for a layer of bitsandbytes: as many bytes, and the same tensors on its way forward and back."""
+    """A replacement for a layer of bitsandbytes with as many bytes and the same tensors in forward and backward."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
         self.computes_in = linear.weight.dtype
         self.bias = linear.bias
         elements = linear.weight.numel()
-        # Two elements a byte; then bytes of the scales, and floats of theirs.
+        # Two elements per byte, then the scales in bytes, then the scales of scales in float32.
         self.weight = nn.Parameter(torch.empty((elements + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
         scales = -(-elements // _BLOCK)
         self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
         self.register_buffer("scales_of_scales", torch.empty(-(-scales // _BLOCKS_OF_SCALES), dtype=torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
-        """As that of a linear layer."""
+        """As a linear layer's."""
         result: Tensor = _Product4bit.apply(input.to(self.computes_in), self.weight, self.out_features)
         return result if self.bias is None else result + self.bias
 
@@ -130,7 +130,7 @@ class _Product4bit(torch.autograd.Function):
 
 
 def _quantize(model: PreTrainedModel) -> None:
-    """Every linear layer but the output head, as transformers does with bitsandbytes."""
+    """Replace every linear layer but the output head, as transformers does with bitsandbytes."""
     head = model.get_output_embeddings()
     for parent, name, linear in list(_linears(model)):
         if linear is not head:

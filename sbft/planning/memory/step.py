@@ -36,43 +36,43 @@ UPDATE: Phase = ("update", None)
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one forward pass is given."""
+    """The shape of a forward pass's input."""
 
     batch_size: int
     tokens: int
     """Length of each row, padding included."""
     labelled: int
-    """Positions with a label, of all rows together."""
+    """Positions with a label, in all rows together."""
     padded: bool
-    """Whether there is padding, which takes an attention mask."""
+    """Whether there is padding, which requires an attention mask."""
 
 
 @dataclass(frozen=True)
 class TracedStep:
-    """What a step that is not the first holds."""
+    """The memory of a step that is not the first."""
 
     phases: dict[Phase, Counter[str]]
-    """Of each phase the bytes of each kind at its peak: "weights", "gradients", "optimizer_state", "activations", "logits",
-    "workspace". A phase of backward bears the number of its layer, and begins when the layer's first gradient is complete."""
+    """Bytes of each kind at each phase's peak: "weights", "gradients", "optimizer_state", "activations", "logits",
+    "workspace". A phase of backward has its layer's number, and begins when the layer's first gradient is complete."""
     heap_bytes: int | None
-    """On a CPU the most that the heap has resident beside the model."""
+    """On a CPU, the peak resident bytes of the heap beside the model."""
     products: int
-    """On a CPU the products of bfloat16 matrices whose shapes go by the batch's length, each shape counted once; those of all
-    layers where all are traced, and as many where layers are alike."""
+    """On a CPU, the number of different shapes of bfloat16 matrix products that depend on the batch's length. Layers that are
+    alike add none, so this does not depend on whether all layers are traced."""
     head_products: int
-    """The same of those that go by the number of labels."""
+    """The same for products that depend on the number of labels."""
 
 
 def trace_step(
     recipe: Recipe, config: PreTrainedConfig, shape: StepShape, device: str, *, checkpointing: bool
 ) -> TracedStep:
-    """Bytes of each kind at the peak of each phase of a step that is not the first.
+    """Trace the memory of a step that is not the first, on the meta device.
 
     Args:
         recipe: resolved.
         config: of its model.
         shape: of the batch.
-        device: type of device that it would run on; there need be none here.
+        device: type of device that it would run on, which this machine need not have.
         checkpointing: whether activations are recomputed in backward.
     """
     model = skeleton(recipe, config)
@@ -117,15 +117,15 @@ class _Simulation:
         self._hook_parameters()
         head = self._head()
         begin = 0
-        # A heap still holds what the first step left behind.
+        # The heap still has the gaps that the first step left.
         for _ in range(1 if trace.heap is None else 2):
             begin = trace.events
             self._step(head)
         phases = trace.peaks(begin)
         phases.pop(BUILD, None)
-        of_head = sum(phase in (LOSS[0], LOSS_BACKWARD[0]) for phase in trace.products.values())
+        head_products = sum(phase in (LOSS[0], LOSS_BACKWARD[0]) for phase in trace.products.values())
         heap_bytes = None if trace.heap is None else trace.heap.peak_bytes
-        return TracedStep(phases, heap_bytes, len(trace.products) - of_head, of_head)
+        return TracedStep(phases, heap_bytes, len(trace.products) - head_products, head_products)
 
     def _step(self, head: Head | None) -> None:
         passes = 1 if self.recipe.training["gradient_accumulation_steps"] == 1 else 2
@@ -141,7 +141,7 @@ class _Simulation:
             parameter.grad = None
 
     def _head(self) -> Head | None:
-        """As the trainer finds it, but for its trial, which takes numbers."""
+        """The head as the trainer finds it, without the trial, which needs values."""
         if self.recipe.optimizer.logits_free_loss is False:
             return None
         try:
@@ -170,8 +170,8 @@ class _Simulation:
 
     @contextlib.contextmanager
     def _tied(self, head: Head | None) -> Iterator[Tensor | None]:
-        """What `TiedEmbedding` does on a CPU: the rows of the input embedding that were read have gradients of their own,
-        and the head's gradient waits for them."""
+        """Simulate `TiedEmbedding` on a CPU: the rows that the input embedding read have a separate gradient, and the head's
+        gradient waits for it."""
         base: Any = unwrap(self.model)
         embedding = base.get_input_embeddings()
         weight = None if head is None else head.linear.weight
@@ -197,7 +197,7 @@ class _Simulation:
         handle = embedding.register_forward_hook(lambda module, args, output: _Cut.apply(anchor, output.detach()))
         yield stand_in
         handle.remove()
-        # Together they are the gradient, in the place of the head's.
+        # Added up, they are the gradient, in the memory of the head's.
         weight.grad, stand_in.grad = stand_in.grad, None
         if self.releases:
             self.trace.label(self.optimizer.make_state(weight), "optimizer_state")
@@ -210,7 +210,7 @@ class _Simulation:
         begin = trace.count
         inputs = {name: torch.zeros(size, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
         labels = torch.zeros(size, dtype=torch.int64)
-        trace.answer = 0 if shape.padded else 1  # to whether the mask is all ones
+        trace.answer = 0 if shape.padded else 1  # for code that asks whether the mask is all ones
         items = torch.tensor(shape.labelled)
         if head is None:
             loss = self._model_loss({**inputs, "labels": labels, "num_items_in_batch": items}, begin)
@@ -238,7 +238,7 @@ class _Simulation:
         trace.label_born_in(LOSS_BACKWARD, "logits")
 
     def _label_activations(self, begin: int) -> None:
-        """What is left of the forward pass, but for the buffer of weights on a grid."""
+        """Label what the forward pass leaves as activations, except the buffer of weights on a grid."""
         self.trace.label(self.buffer, "workspace")
         self.trace.label_unknown("activations", since=begin)
 
@@ -258,7 +258,7 @@ class _Simulation:
 
 
 def _at_gradient(hidden: Tensor, trace: AllocationTrace) -> None:
-    """Backward leaves the head and its loss when the gradient of what the head was given is complete."""
+    """Switch to the phase "backward" when the gradient of the head's input is complete."""
 
     def left(grad: Tensor) -> None:
         trace.phase = BACKWARD
@@ -267,7 +267,7 @@ def _at_gradient(hidden: Tensor, trace: AllocationTrace) -> None:
 
 
 class _Cut(torch.autograd.Function):
-    """The same tensor, whose gradient ends here. A leaf would be kept for as long as the graph."""
+    """Returns the same tensor but stops its gradient. (A detached leaf would be kept as long as the graph.)"""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
@@ -280,9 +280,9 @@ class _Cut(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _replaced(shape: StepShape, device: str) -> Iterator[None]:
-    """Replace what requires a real device.
+    """Replace functions that require a real device.
 
-    Not by a mode of torch's, which would be off in backward, where checkpointing computes attention again.
+    A mode of torch would not do: it is off in backward, where checkpointing recomputes attention.
     """
     with (
         mock.patch.object(functional, "scaled_dot_product_attention", attention_on(device, shape.tokens)),
@@ -292,5 +292,5 @@ def _replaced(shape: StepShape, device: str) -> Iterator[None]:
 
 
 def _autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
-    """Autocast, which the meta device does not have: PEFT switches it off there."""
+    """Autocast that does nothing on the meta device, which has none; PEFT switches it off there."""
     return contextlib.nullcontext() if device_type == "meta" else _usual_autocast(device_type, *args, **kwargs)

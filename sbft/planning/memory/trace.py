@@ -1,4 +1,4 @@
-"""What a piece of torch code allocates, found without allocating it: every storage's birth and death, on the meta device."""
+"""Traces what torch code allocates and frees by running it on the meta device, where nothing is really allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sbft.planning.memory.cached_operations import recalled
 from sbft.planning.memory.heap import Heap, PooledHeap
 
 Phase = tuple[str, int | None]
-"""A part of a training step: its name, and the layer where there is one of each."""
+"""A part of a training step: its name, and the layer's number where each layer has one."""
 
 BUILD: Phase = ("build", None)
 _BLOCKS = {"cuda": 512, "cpu": 64}
@@ -28,19 +28,19 @@ _FIRST_FACTOR = {
     **dict.fromkeys((_aten.mm.default, _aten.mm.out, _aten.bmm.default), 0),
     **dict.fromkeys((_aten.addmm.default, _aten.baddbmm.default), 1),
 }
-"""Of each product of matrices: which of its arguments that is; the second follows it."""
+"""Position of the first factor among the arguments of each matrix product; the second factor follows."""
 
 
 class _Event(NamedTuple):
     storage: int
     size: int
-    """Bytes; negative where they are freed."""
+    """Bytes allocated; negative where they are freed."""
     phase: Phase
 
 
 class _Recording(NamedTuple):
     events: list[tuple[int, int]]
-    """Storages, counted from 0, and their bytes, negative where they are freed."""
+    """Storages, numbered from 0, and their bytes, negative where they are freed."""
     storages: int
     products: list[Hashable]
 
@@ -58,9 +58,9 @@ class AllocationTrace(TorchDispatchMode):
 
     Attributes:
         phase: the part of the step that is running; set by the caller.
-        products: on a CPU the shapes of products of bfloat16 matrices so far, each once, and the name of its first phase.
-        answer: the number that code receives instead.
-        heap: that of a CPU: it holds what was made after the phase "build".
+        products: on a CPU, each shape of bfloat16 matrix products so far, with the name of the phase that had it first.
+        answer: the number that such code receives.
+        heap: on a CPU, the simulated heap; it holds what was allocated after the phase "build".
     """
 
     def __init__(self, device: str) -> None:
@@ -74,7 +74,7 @@ class AllocationTrace(TorchDispatchMode):
         self._device = device
         self._block = _BLOCKS.get(device, 64)
         self._events: list[_Event] = []
-        self._live: dict[int, tuple[int, int]] = {}  # by address: number and bytes
+        self._live: dict[int, tuple[int, int]] = {}  # storage number and bytes, by address
         self._kinds: dict[int, str] = {}
         self._count = 0
 
@@ -87,17 +87,17 @@ class AllocationTrace(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operation."""
         if any(issubclass(kind, GridTensor) for kind in types):
-            return NotImplemented  # torch then asks the weight on a grid, and comes back with what that is made of
+            return NotImplemented  # torch then calls GridTensor's own dispatch, which comes back here with its parts
         if function is _aten._local_scalar_dense.default:
             return self.answer
         grouped = function is _aten._grouped_mm.default
-        if self.heap is not None:  # nobody asks for those of a GPU
+        if self.heap is not None:  # products only matter on a CPU
             if function in _FIRST_FACTOR:
                 first = _FIRST_FACTOR[function]
                 self._note_product(*args[first : first + 2])
             elif grouped:
                 self._note_grouped_product(*args[:2])
-        # Its rule for the meta device knows bfloat16 alone, its kernels more.
+        # On the meta device, torch's _grouped_mm accepts bfloat16 alone; its kernels accept more.
         run = _grouped_product if grouped else recalled(function)
         result = run(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
@@ -112,8 +112,8 @@ class AllocationTrace(TorchDispatchMode):
         """Run code, or repeat what it allocated and freed when it first ran under this key, in this trace or another.
 
         Args:
-            key: all that the allocations depend on; the type of device is added.
-            code: frees nothing that was allocated before it. What it leaves behind stays until the trace ends.
+            key: everything that the allocations depend on; the type of device is added.
+            code: must free nothing that was allocated before it. What it leaves allocated stays until the trace ends.
         """
         key = (self._device, key)
         recording = _recordings.get(key)
@@ -122,7 +122,7 @@ class AllocationTrace(TorchDispatchMode):
             self.products = {}
             code()
             events = [(event.storage - first, event.size) for event in self._events[begin:]]
-            assert all(number >= 0 for number, _ in events), "the code freed what was allocated before it"
+            assert all(number >= 0 for number, _ in events), "the code freed memory that was allocated before it"
             _recordings[key] = _Recording(events, self._count - first, list(self.products))
             self.products = {**self.products, **known}
             return
@@ -161,14 +161,14 @@ class AllocationTrace(TorchDispatchMode):
 
     @property
     def events(self) -> int:
-        """Births and deaths so far."""
+        """Allocations and frees so far."""
         return len(self._events)
 
     def peaks(self, since: int = 0) -> dict[Phase, Counter[str]]:
-        """The bytes of each kind when most were held, for every phase; what was never labelled is "workspace".
+        """The bytes of each kind at each phase's peak. What was never labelled is "workspace".
 
         Args:
-            since: number of the event that the phases begin with: what was held before counts as held.
+            since: number of the first event to consider. What earlier events left allocated counts.
         """
         held: Counter[str] = Counter()
         highest: dict[Phase, int] = {}
@@ -178,7 +178,7 @@ class AllocationTrace(TorchDispatchMode):
             held[self._kinds.get(event.storage, "workspace")] += event.size
         total = sum(held.values())
         for event in self._events[since:]:
-            if event.phase != phase:  # what a phase starts with counts as its own
+            if event.phase != phase:  # what is allocated when a phase starts counts for it
                 phase = event.phase
                 if total > highest.get(phase, -1):
                     highest[phase], peaks[phase] = total, held.copy()
@@ -193,10 +193,12 @@ class AllocationTrace(TorchDispatchMode):
             self.products.setdefault((left.shape, left.stride(), right.shape, right.stride()), self.phase[0])
 
     def _note_grouped_product(self, left: Tensor, right: Tensor) -> None:
-        """Of each group the router says how many rows it has: any number, another one in each step."""
+        """Note a shape for every number of rows: the router gives each group another number in each step."""
         rows = left.shape[-1 if left.dim() == right.dim() else 0]
         shapes = (left.shape, right.shape, right.stride())
-        if left.dtype == torch.bfloat16 and (*shapes, rows) not in self.products:  # else another layer had them
+        if (
+            left.dtype == torch.bfloat16 and (*shapes, rows) not in self.products
+        ):  # else an earlier layer has added them
             self.products.update({(*shapes, count): self.phase[0] for count in range(1, rows + 1)})
 
     def _record(self, tensor: Tensor) -> int:

@@ -7,13 +7,13 @@ import torch
 from sbft.native.memory import available_bytes
 
 _OF_WHAT_IS_FREE = 0.9
-"""Where memory ends, the kernel kills without a word, and other programs take memory meanwhile."""
+"""The rest is a margin: other programs may take it meanwhile, and a process that runs out is killed without a message."""
 
 
 def usable_bytes(device: torch.device) -> int | None:
-    """The highest resident memory that this process can have; None on CUDA.
+    """The highest resident memory that this process may reach; None on CUDA.
 
-    There, running out of memory is an error like any other, so that it need not be foreseen.
+    On CUDA, running out of memory raises an error that can be handled, so it need not be avoided.
     """
     if device.type == "cuda":
         return None

@@ -18,7 +18,7 @@ from sbft.errors import RecipeError
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Batch sizes that begin at `first` and double after every `doubling_examples` further examples.
+    """Batch sizes that start at `first` and double after every `doubling_examples` further examples.
 
     It counts in examples, so that the size of a step follows from the step's number alone and a run can be resumed at any step.
     If all examples have the same length, as in pretraining, tokens are proportional to examples.

@@ -31,7 +31,7 @@ _CHECKED_BATCHES = 8
 
 
 class CannotTell(Exception):
-    """It cannot be found out what a model does with packed rows; the message says why."""
+    """It cannot be determined what a model does with packed rows; the message says why."""
 
 
 def packing_leaks(model: Any, rows: int = 1) -> bool:
@@ -106,9 +106,9 @@ def leak_in_words(name: str) -> str:
 
 
 def unknown_in_words(name: str, error: CannotTell) -> str:
-    """A sentence on why it cannot be found out."""
+    """A sentence on why it cannot be determined."""
     return (
-        f"data.packing is true, but whether {name} keeps the documents of a packed row apart cannot be found out ({error}). "
+        f"data.packing is true, but it cannot be determined whether {name} keeps packed documents apart ({error}). "
         f"{fix_in_words()}"
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a model whose weights are on a grid: exact, as codes and scales; what is saved for use is plain bfloat16."""
+"""Checkpoints of a model with weights on a grid: exact, as codes and scales. The trained model is saved as plain bfloat16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from sbft.grid.state import has_grid_weights, holds_grid_weights, read_exact, save_checkpoint, save_dense
+from sbft.grid.grid_files import has_grid_weights, holds_grid_weights, read_exact, save_checkpoint, save_dense
 
 if TYPE_CHECKING:
     _Base = Trainer

@@ -114,7 +114,7 @@ class WholeCheckpoints(_Base):
         missing = self._on_main(lambda: next((name for name in noted if not (written / name).is_file()), None))
         if missing is not None:
             raise TrainingError(
-                f"The checkpoint of step {self.state.global_step} lacks {missing} where process 0 writes, {written.parent}: "
+                f"The checkpoint of step {self.state.global_step} lacks {missing} in {written.parent}, where process 0 writes: "
                 "the processes do not share this folder. Choose an --output-dir on a file system that all of them share."
             )
         self._on_main(lambda: seal(written, noted))

@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 WARM_UP = 3
 """Steps before the first capture, in which libraries load their kernels and the optimizer makes its state."""
 MOST_GRAPHS = 32
-"""Each takes some MiB in the driver."""
+"""Limit on the number of graphs; each takes some MiB in the driver."""
 
 
 class GraphedSteps:

@@ -91,7 +91,7 @@ class GraphedTraining(_Base):
     def _why_not_graphed(self, head: Head | None) -> str | None:
         """What in this training cannot be captured, or would be left out; None if nothing."""
         reasons = {
-            "its loss is another one (label_smoothing_factor, compute_loss_func, or a compute_loss of your own)": (
+            "it has another loss (label_smoothing_factor, compute_loss_func, or your own compute_loss)": (
                 self._has_own_loss() or self._is_overridden("compute_loss")
             ),
             "its loss is made from logits (of a model whose head is not a plain linear one, by Liger, or by TRL)": head is None,

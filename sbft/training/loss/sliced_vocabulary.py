@@ -1,4 +1,4 @@
-"""No gradient of the vocabulary's size: input embedding and output head hand theirs to the optimizer in slices."""
+"""Avoids gradients of the vocabulary's size: input embedding and output head hand theirs to the optimizer in slices."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sbft.training.peft_models import unwrap
 class SlicedVocabulary:
     """Hands gradients of embeddings over in slices (`TokenOptimizer.hand_over`); a context manager around training.
 
-    An input embedding of its own gives the rows that a batch has read. An output head of its own is updated within its own
-    backward, which has no other use. Of a tied pair the head's part waits for `TiedEmbedding` to add the rows.
+    An untied input embedding hands over the rows that a batch has read. An untied output head is updated within its own
+    backward, because nothing else uses it. For a tied pair, the head's part waits for `TiedEmbedding` to add the rows.
 
-    Enter it before gradients are released: the hook that hands over has to run before the hook that updates. Weights that
-    anything else uses as well keep their plain gradients.
+    Enter it before gradients are released: the hook that hands over has to run before the hook that updates. Weights with
+    further uses keep their plain gradients.
 
     Args:
         model: the model.
         head: its head.
         optimizer: releases gradients.
-        tied: what joins a tied pair.
+        tied: joins the gradients of a tied pair.
         update: updates a parameter whose gradient was handed over.
     """
 
@@ -48,7 +48,7 @@ class SlicedVocabulary:
         embedding = base.get_input_embeddings() if isinstance(base, PreTrainedModel) else None
         self._embedding: nn.Embedding | None = None
         self.receiver: Receiver | None = None
-        """What the loss calls with the head's gradient; None if autograd gets it."""
+        """Called by the loss with the head's gradient; None if autograd gets it."""
         self._weight = head.linear.weight
         if tied.takes_slices and _uses(model, self._weight) == 2:
             self.receiver = self._keep

@@ -21,8 +21,8 @@ class TiedEmbedding:
     their sum (SmolLM2-135M on two cores at 40 tokens: 49 of 430 ms of backward, and twice 54 MiB). Here the head's gradient is
     held until the input embedding's sparse gradient arrives, which is added to it in place.
 
-    Where an optimizer takes slices, not even that table is made: the head's gradient is a product that the optimizer got in
-    the head's backward (`hand_over`), and the rows are added to it.
+    Where an optimizer takes slices, even that table is not made: the optimizer got the head's gradient as a product in the
+    head's backward (`hand_over`), and the rows are added to it.
 
     Enter it before gradients are released: the hook that joins the two has to run before the hooks that use the gradient.
     """

@@ -29,7 +29,7 @@ _ROUND_TO_NEAREST = ("torch", "transformers", "bitsandbytes")
 class MovementWatch:
     """Samples the share of weights that one step changes, among the larger half of a few large parameters.
 
-    Of a weight on a grid, it is the values on the grid that are compared: code times scale.
+    For a weight on a grid, it compares values on the grid: code times scale.
 
     It is the larger half, because weights near zero change under any rounding. Word embeddings are left out if there are
     other parameters, because most of their rows have no gradient in a step. The positions follow a fixed sequence, so that
@@ -120,7 +120,7 @@ def transformers_model(model: nn.Module) -> PreTrainedModel | None:
 def is_stall(share: float, optimizer: torch.optim.Optimizer, bfloat16: bool, on_grid: bool = False) -> bool:
     """Whether the weights are stuck if a step changes this share of them, on average over several samples.
 
-    On a grid, stochastic rounding changes few of them. At 1e-5 with 4 bits it is one in 30,000, as many as all samples hold.
+    On a grid, stochastic rounding changes few weights. At 1e-5 with 4 bits it is one in 30,000, as many as are sampled.
     """
     if on_grid and not _rounds_to_nearest(optimizer):
         return share == 0 and _has_no_gradient(optimizer)

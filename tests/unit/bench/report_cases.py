@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sbft.bench.runs import Run, choose_rate, groups, repeats, run_folder, validation_runs
+from sbft.bench.rate_choice import choose_rate
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, groups, repeats, run_folder, validation_runs
 from sbft.runs.record import RunRecord
 
 MODEL = "builtin:smollm2-135m"

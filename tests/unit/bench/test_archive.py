@@ -7,8 +7,8 @@ import pytest
 from sbft.bench.archive import ARCHIVE_FILE, archive_runs, archived_runs
 from sbft.bench.report import write_report
 from sbft.bench.runner import prepare
-from sbft.bench.runs import RUNS_FOLDER, possible_runs, read_process, read_run, run_folder
 from sbft.bench.schedule import plan
+from sbft.bench.suite_runs import RUNS_FOLDER, possible_runs, read_process, read_run, run_folder
 from sbft.errors import DataError
 from tests.unit.bench.report_cases import crowd, leave, record, store, suite
 

@@ -28,9 +28,9 @@ from sbft.bench.ray.needs import Needs, local_files, needs, passed_on, room
 from sbft.bench.ray.transfer import files_below, pack, unpack, unpack_run
 from sbft.bench.ray.worker import Delivery, Inputs, Order, make, seen
 from sbft.bench.runner import prepare, run_suite
-from sbft.bench.runs import Run, possible_runs, read_run, run_folder
 from sbft.bench.schedule import plan
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, possible_runs, read_run, run_folder
 from sbft.cli.app import app
 from sbft.errors import ClusterError, Interrupted, RecipeError
 from sbft.recipe.methods import METHODS
@@ -151,7 +151,7 @@ def test_relative_paths_name_the_files_that_travel(tmp_path: Path) -> None:
     assert local_files(suite, tmp_path) == ["data/train.jsonl", "model/config.json", "model/part/weights"]
     (tmp_path / "here").mkdir()
     outside = Suite.model_validate({**SUITE, "models": ["../model"]})
-    with pytest.raises(RecipeError, match=r"models \(\.\./model\) is \.\./model, which lies outside"):
+    with pytest.raises(RecipeError, match=r"models \(\.\./model\) is \.\./model, outside the folder"):
         local_files(outside, tmp_path / "here")
 
 
@@ -341,7 +341,7 @@ def test_what_was_lost_is_begun_again_and_finished_once(
     folder = tmp_path / "suite"
     cluster = FakeCluster([Lost("its machine died"), Lost("its worker process died")])
     said = give(cluster, suite, folder)
-    assert "its machine died; it is begun again (1 of 3 times)" in said
+    assert "its machine died; it starts again (retry 1 of 3)" in said
     assert [one.state for one in plan(suite, folder)] == ["done", "done"] and len(cluster.orders) == 4
     for one in plan(suite, folder):
         assert said.count(f"{one.name}: done in") == 1
@@ -420,5 +420,5 @@ def test_without_ray_the_command_says_how_to_install_it(tmp_path: Path, monkeypa
 def test_where_nobody_answers_there_is_a_sentence_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", type(sys)("ray"))
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
-        with pytest.raises(ClusterError, match=f"no Ray cluster to be reached at --ray {address}: .*refused"):
+        with pytest.raises(ClusterError, match=f"No Ray cluster answers at --ray {address}: .*refused"):
             connect(address)

@@ -63,7 +63,7 @@ def test_the_table_says_what_was_measured_with_its_standard_error(tmp_path):
     assert names(report) == ["table.md", "picture.png"]
     written = report.files[0].read_text()
     assert report.text in written
-    assert "Some CPU, 2 threads a run; torch 2.13.0, transformers 5.23.0" in written
+    assert "Some CPU, 2 threads per run; torch 2.13.0, transformers 5.23.0" in written
     assert "measured on 100 others (eval)" in written
     assert report.files[1].read_bytes().startswith(b"\x89PNG")
 

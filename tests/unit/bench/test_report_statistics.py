@@ -112,11 +112,11 @@ def test_figures_are_written_for_people():
 @pytest.mark.parametrize(
     ("runs", "told"),
     [
-        ([("Some CPU, 1 core", 2), ("Some CPU, 1 core", 2)], "Some CPU, 2 cores, 1 thread a run"),
-        ([("Some CPU, 1 core", None)], "Some CPU, 1 thread a run"),
-        ([("Some CPU, 1 core", None), ("Some CPU, 16 cores", 16)], "Some CPU, 16 cores, 1 / 16 threads a run"),
+        ([("Some CPU, 1 core", 2), ("Some CPU, 1 core", 2)], "Some CPU, 2 cores, 1 thread per run"),
+        ([("Some CPU, 1 core", None)], "Some CPU, 1 thread per run"),
+        ([("Some CPU, 1 core", None), ("Some CPU, 16 cores", 16)], "Some CPU, 16 cores, 1 / 16 threads per run"),
         ([("NVIDIA H100 80GB HBM3 x 2", 16), (None, 16)], "NVIDIA H100 80GB HBM3 x 2"),
-        ([("A, 2 cores", 4), ("B, 1 core", 1)], "A, 4 cores, 2 threads a run / B, 1 core, 1 thread a run"),
+        ([("A, 2 cores", 4), ("B, 1 core", 1)], "A, 4 cores, 2 threads per run / B, 1 core, 1 thread per run"),
     ],
 )
 def test_a_machine_is_told_with_its_cores_and_the_threads_of_a_run(runs, told):

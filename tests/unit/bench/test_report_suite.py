@@ -26,8 +26,8 @@ from sbft.bench.report.parts import parts_of, parts_of_row
 from sbft.bench.report.scatter import draw_scatter
 from sbft.bench.report.style import looks
 from sbft.bench.report.tables import front, main_table
-from sbft.bench.runs import Run, run_folder, validation_runs
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder, validation_runs
 from sbft.cli.app import app
 from sbft.errors import DataError
 from sbft.runs.record import RunRecord
@@ -81,7 +81,7 @@ def test_a_finished_suite_has_everything(crowded):
     assert cells(crowded, "lora")[1:4:2] == ["0.002", "baseline"]
     assert cells(crowded, "qlora")[2].startswith("no learning rate worked; unsupported: Method qlora needs the package")
     assert "**0.002: " in text and "9e-05: failed ¹" in text
-    for said in ("Some CPU, 2 threads a run.", "torch 2.13.0", "0123abc", "Seeds 0, 1, 2", "on 100 items (eval)"):
+    for said in ("Some CPU, 2 threads per run.", "torch 2.13.0", "0123abc", "Seeds 0, 1, 2", "on 100 items (eval)"):
         assert said in text
 
 
@@ -168,7 +168,7 @@ def test_marks_of_the_learning_rate(tmp_path):
     assert cells(tmp_path, "lora")[1] == "0.002 ⚠¹" and "¹ The best learning rate is the highest of its grid" in text
     assert cells(tmp_path, "sbft")[1] == "0.0003"
     assert cells(tmp_path, "sgd")[1] == "0.01 ⚠²" and "² Only one learning rate was tried" in text
-    assert cells(tmp_path, "nearest")[1] == "0.0003 ³" and "³ The learning rate chosen for sbft" in text
+    assert cells(tmp_path, "nearest")[1] == "0.0003 ³" and "³ The learning rate that was chosen for sbft" in text
     assert "not searched over grids of the same width" in text
 
 
@@ -286,9 +286,9 @@ def test_runs_that_shared_the_machine_are_told(tmp_path):
     leave(tmp_path, run, scored(one, run), at_once=2, cores=4)
     write_report(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "Up to 2 runs at a time were on the machine" in text and "Each runner" not in text
+    assert "Up to 2 runs were on the machine at the same time" in text and "Each runner" not in text
     assert f"--output-dir {tmp_path} --jobs 2\n" in text
-    assert "Machine: Some CPU, 4 cores, 2 threads a run." in text
+    assert "Machine: Some CPU, 4 cores, 2 threads per run." in text
 
 
 def test_on_gpus_the_command_leaves_the_number_of_runs_at_once_to_the_machine(tmp_path):
@@ -342,7 +342,7 @@ def test_where_every_row_has_a_failed_seed_there_is_a_picture_without_a_front(fa
     assert front(compare(one, tmp_path).rows) == [] and (tmp_path / "accuracy-memory.png").exists()
     text = (tmp_path / "report.md").read_text()
     assert "On the Pareto front" not in text
-    why = "error: timed out" if failed == "error" else "its exact match is no finite number"
+    why = "error: timed out" if failed == "error" else "its exact match is not finite"
     assert f"sbft: 2 of 3 seeds; seed 1 failed: {why}." in text
 
 
@@ -375,7 +375,7 @@ def test_validation_scores_over_several_search_seeds_have_the_error_over_them(tm
     # Deviations of 5 from 85: a sample standard deviation of 5 times the root of 2, over the root of 2.
     assert cells(tmp_path, "sbft", RATES)[1] == "**0.0001: 85.0 ± 5.0**"
     assert cells(tmp_path, "sbft", RATES)[3] == "0.001: failed ¹"
-    assert "¹ its exact match is no finite number" in (tmp_path / "report.md").read_text()
+    assert "¹ its exact match is not finite" in (tmp_path / "report.md").read_text()
     assert cells(tmp_path, "lora", RATES)[1] == "0.001: 50.0 ± 5.0 (1 of 2 seeds)"
     assert list(charts._curve(row_of(parsed, tmp_path, "sbft"))) == [1e-4, 3e-4]
 
@@ -400,7 +400,7 @@ def test_the_memory_by_part_stands_in_a_table_in_mebibytes(kind, tmp_path):
     peak = 850_000_000 + 4 * 538_060_032
     parts = ["668", "513", "1026", "513", "143", f"{peak / 2**20:.0f}"]
     assert cells(tmp_path, "adam", heading) == ["adam", *parts, *([f"{peak / 1e9:.2f}"] if gpu else [])]
-    process = "held before by others" if gpu else "Python and libraries"
+    process = "in use before" if gpu else "Python and libraries"
     # No adapters: nothing here has them.
     head = ["method", process, "weights", "optimizer state", "gradients", "activations and temporaries", "peak"]
     assert cells(tmp_path, "method", heading) == [*head, *(["peak, GB (10⁹ bytes)"] if gpu else [])]

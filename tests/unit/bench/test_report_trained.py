@@ -11,8 +11,8 @@ import pytest
 from sbft.bench.report import export_peft_json, write_report
 from sbft.bench.report.comparison import Comparison, compare
 from sbft.bench.report.parts import parts_of
-from sbft.bench.runs import Run, run_folder, validation_runs
 from sbft.bench.suite import Suite
+from sbft.bench.suite_runs import Run, run_folder, validation_runs
 from sbft.recipe import Recipe
 from sbft.runs.run_recipe import run
 from tests.unit.bench.report_cases import decided_runs, store

@@ -9,19 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from sbft.bench.rate_choice import choose_rate
 from sbft.bench.runner import check_same
-from sbft.bench.runs import (
-    Run,
-    choose_rate,
-    model_folder,
-    possible_runs,
-    read_run,
-    run_folder,
-    stored_suite,
-    validation_runs,
-)
-from sbft.bench.schedule import duration, is_wanted, listing, plan, predictions, time_left
+from sbft.bench.schedule import duration, is_selected, listing, plan, predictions, time_left
 from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
+from sbft.bench.suite_runs import Run, model_folder, possible_runs, read_run, run_folder, stored_suite, validation_runs
 from sbft.errors import RecipeError
 from sbft.runs.record import RunRecord
 
@@ -123,7 +115,7 @@ def test_all_mistakes_are_in_one_error_with_their_lines(tmp_path: Path) -> None:
     told = str(caught.value)
     assert told.startswith("4 problems in the suite:\n")
     line = path.read_text().splitlines().index("seed: 3") + 1
-    assert f"{path} line {line}: seed is no key of a suite; the nearest is seeds" in told
+    assert f"{path} line {line}: seed is not a key of a suite; the nearest is seeds" in told
     assert "tasks.needle.data.trian is not a key here; the nearest is train" in told
     assert "methods.sbft.learning_rate is not a key here; the nearest is learning_rates" in told
     assert "-1" in told and "greater than 0" in told
@@ -133,25 +125,28 @@ def test_all_mistakes_are_in_one_error_with_their_lines(tmp_path: Path) -> None:
     ("override", "told"),
     [
         ("baseline=sbtf", "baseline is sbtf, expected one of methods: adam-accum, lora, nearest, sbft"),
-        ("methods.adma={learning_rates: [1e-5]}", "is no method of sbft ('adma'), expected one of"),
-        ("methods.sbft.learning_rates_from=lora", "needs one of learning_rates"),
-        ("methods.sbft.learning_rates=[1e-3, 1e-3]", "holds a rate twice"),
+        ("methods.adma={learning_rates: [1e-5]}", "is not a method of sbft ('adma'), expected one of"),
+        ("methods.sbft.learning_rates_from=lora", "requires either learning_rates"),
+        ("methods.sbft.learning_rates=[1e-3, 1e-3]", "has a rate twice"),
         (
             "methods.nearest.learning_rates_from=nearest",
             "expected a method with learning_rates: adam-accum, lora, sbft",
         ),
         ("methods.nearest.set={training.learning_rate: 1.0}", "write learning_rates of each method"),
-        ("methods.nearest.set={data.train_size: 60}", "data.train_size cannot be set for one method"),
+        ("methods.nearest.set={data.train_size: 60}", "data.train_size cannot be set for a single method"),
         ("methods.nearest.set={evaluation: {metrics: []}}", "Write it in tasks.NAME.evaluation."),
         ("methods.nearest.set={data: null}", "Write it in tasks.NAME.data."),
-        ("methods.nearest.set={training: {num_train_epochs: 2}}", "training.num_train_epochs cannot be set for one"),
+        (
+            "methods.nearest.set={training: {num_train_epochs: 2}}",
+            "training.num_train_epochs cannot be set for a single",
+        ),
         ("methods.nearest.set={training.max_steps: 2}", "Write it in training of the suite."),
         ("training.seed=1", "write seeds, and search_seeds"),
-        ("seeds=[0, 0]", "holds a seed twice"),
+        ("seeds=[0, 0]", "has a seed twice"),
         ("tasks={a/b: {data: {train: generated:x, validation_size: 1, eval_size: 1}}}", "names a folder"),
         ("tasks.needle.data.validation_size=null", "no validation part to choose the learning rate on"),
         ("tasks.needle.data.eval_size=null", "write eval_size: 100"),
-        ("tasks.needle.data.train=my.jsonl", "splits its evaluation off from the training file"),
+        ("tasks.needle.data.train=my.jsonl", "splits its evaluation part off the training file"),
     ],
 )
 def test_what_cannot_be_a_fair_suite_is_refused(override: str, told: str, tmp_path: Path) -> None:
@@ -339,8 +334,8 @@ def test_the_time_of_a_run_is_that_of_its_row_or_else_of_its_method(tmp_path: Pa
     assert first.name not in known and "needle/lora/lr=0.001/test-seed=0" not in known
     # 2 tasks x (4 validation and 8 test runs), of which 2 are done; lora and nearest have not been timed.
     assert time_left(planned, 2) == (
-        f"22 runs to do, 2 at once: about {duration((7 * 120.0 + 7 * 40.0) / 2)} for all but 8 of a method that none has "
-        "been timed of."
+        f"22 runs to do, 2 at a time: about {duration((7 * 120.0 + 7 * 40.0) / 2)}, without 8 of methods that have no "
+        "finished run."
     )
 
 
@@ -373,8 +368,8 @@ def test_durations_are_those_people_say() -> None:
     ],
 )  # fmt: skip
 def test_a_pattern_fits_a_whole_name_or_one_part(pattern: str, fits: bool) -> None:
-    assert is_wanted("needle/sbft/lr=0.001/test-seed=0", [pattern]) is fits
-    assert is_wanted("needle/sbft/lr=0.001/test-seed=0", [])
+    assert is_selected("needle/sbft/lr=0.001/test-seed=0", [pattern]) is fits
+    assert is_selected("needle/sbft/lr=0.001/test-seed=0", [])
 
 
 def test_methods_rates_and_seeds_may_be_added_but_settings_not_changed(suite: Suite, tmp_path: Path) -> None:

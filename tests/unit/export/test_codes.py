@@ -23,8 +23,8 @@ from sbft.export.gguf_architectures import with_adjacent_pairs
 from sbft.export.gguf_file import export_gguf
 from sbft.grid.codes import load_codes
 from sbft.grid.convert import put_on_grids
+from sbft.grid.grid_files import save_checkpoint, save_dense
 from sbft.grid.scales import SCALES_FILE
-from sbft.grid.state import save_checkpoint, save_dense
 from sbft.grid.weight import GridWeight
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.unit.grid.cases import dense_copy, pair, tokens

@@ -14,9 +14,9 @@ from sbft.errors import ModelError
 from sbft.grid.codes import Quantized, dequantize, empty, store_codes
 from sbft.grid.convert import put_on_grids
 from sbft.grid.formats import GRIDS, Grid
+from sbft.grid.grid_files import save_checkpoint, save_dense
 from sbft.grid.plain import plain_folder
 from sbft.grid.scales import SCALES_FILE, TrainedCodes, recover, write_scales
-from sbft.grid.state import save_checkpoint, save_dense
 from sbft.grid.weight import GridWeight
 from tests.unit.grid.cases import FORMATS, bfloat16_model, dense_copy, grid_model
 
@@ -86,7 +86,7 @@ def test_values_that_were_changed_afterwards_are_refused(tmp_path: Path) -> None
     save_dense(model, tmp_path)
     values = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     values[3, 5] += values[3].abs().max()
-    with pytest.raises(ModelError, match="has other values than training gave it.*remove the folder .*grid"):
+    with pytest.raises(ModelError, match="was changed after training.*remove the folder .*grid"):
         TrainedCodes(tmp_path).recover("model.layers.0.mlp.up_proj.weight", values)
     (tmp_path / SCALES_FILE).write_bytes(b"broken")
     with pytest.raises(ModelError, match="is damaged"):

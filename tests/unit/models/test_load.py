@@ -13,8 +13,10 @@ import torch
 from sbft.data.chat import ends_of_turns
 from sbft.errors import MissingPackageError, ModelError
 from sbft.models import builtin, hub, names
-from sbft.models.load import load_config, load_model, load_tokenizer, missing_for_sharding
+from sbft.models.load import check_model, load_config, load_model, load_tokenizer, missing_for_sharding
 from sbft.models.names import resolve
+from sbft.recipe import load_recipe
+from sbft.runs.run_recipe import run
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 BUILTIN = "builtin:smollm2-135m"
@@ -158,7 +160,7 @@ def save_config(folder: Path) -> None:
 
 def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    for load in (load_tokenizer, lambda name: load_model(name, dtype=torch.bfloat16)):
+    for load in (check_model, load_tokenizer, lambda name: load_model(name, dtype=torch.bfloat16)):
         with pytest.raises(ModelError, match="There is no folder ./absent/model"):
             load("./absent/model")
         with pytest.raises(
@@ -170,11 +172,20 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
 
 
 def test_unknown_id_without_a_hub_is_said_at_once() -> None:
-    for load in (load_tokenizer, lambda name: load_model(name, dtype=torch.bfloat16)):
+    for load in (check_model, load_tokenizer, lambda name: load_model(name, dtype=torch.bfloat16)):
         with pytest.raises(
             ModelError, match="The model nobody/nothing is neither a folder.*HF_HUB_OFFLINE.*builtin:smollm2-135m"
         ):
             load("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["no such model", "builtin:smollm", "random:tinny"])
+def test_a_name_of_no_form_is_refused_before_anything_is_read(name: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    recipe = load_recipe(None, model=name, data=str(tmp_path / "absent.jsonl"), output_dir=str(tmp_path / "out"))
+    with pytest.raises(ModelError, match="is not a model|There is no"):
+        run(recipe, say=said.append)
+    assert said == []
 
 
 def test_a_hub_whose_name_does_not_resolve_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:

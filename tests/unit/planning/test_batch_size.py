@@ -1,4 +1,4 @@
-"""`sbft batch-size`: which size is chosen, what it is measured on, what is advised, and that memory may run out."""
+"""`sbft batch-size`: which size is recommended, how it is measured, what is advised, and that memory may run out."""
 
 from __future__ import annotations
 
@@ -213,12 +213,12 @@ def given_recipe(*overrides: str, model: str = "m", data: str = "d") -> Recipe:
     return resolve(load_recipe(None, list(overrides), model=model, data=data))
 
 
-def test_the_learning_rate_grows_threefold_from_1_to_512_and_is_called_a_hint() -> None:
+def test_the_learning_rate_grows_threefold_from_1_to_512_and_is_called_a_first_guess() -> None:
     assert scaled_rate(6.7e-5, 1, 512) == pytest.approx(2.01e-4)
     assert scaled_rate(scaled_rate(1.0, 1, 8), 8, 1) == pytest.approx(1.0)
     settings = batch_settings(given_recipe("training.learning_rate=9e-4"), 8, 100.0)
     assert float(settings.overrides["training.learning_rate"]) == pytest.approx(9e-4 * 15 / 9)
-    assert any("hint, to be tuned" in note for note in settings.notes)
+    assert any("first guess: tune it" in note for note in settings.notes)
 
 
 def test_the_half_life_stays_and_beta2_is_told() -> None:

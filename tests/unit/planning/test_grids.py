@@ -137,9 +137,9 @@ def test_a_rate_that_is_lost_in_the_noise_and_the_one_that_is_not(tmp_path: Path
                       model=str(save_tiny(tmp_path, hidden=128)))  # fmt: skip
     (finding,) = find_in_model(prepare(recipe), (grid_noise,))
     assert finding.severity == "warning" and "model.embed_tokens.weight and " in finding.why
-    assert finding.mend is not None and finding.mend.startswith("--set training.learning_rate=")
-    mend = finding.mend.removeprefix("--set ")
-    assert noise_found(tmp_path, "weights=int4", *LINEAR, mend) is None
+    assert finding.fix is not None and finding.fix.startswith("--set training.learning_rate=")
+    fix = finding.fix.removeprefix("--set ")
+    assert noise_found(tmp_path, "weights=int4", *LINEAR, fix) is None
 
 
 def test_so_many_steps_that_weights_become_noise(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sbft.bench.report.comparison import Comparison, Row, compare
-from sbft.bench.runs import stored_suite
+from sbft.bench.suite_runs import stored_suite
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from benchmarks.lab import experiments, figures
-from sbft.bench.runs import Run
 from sbft.bench.suite import load_suite, uneven_grids
 from sbft.bench.suite_check import recipe_problems
+from sbft.bench.suite_runs import Run
 from sbft.runs.record import RunRecord
 from sbft.training.batches.batch_schedule import BatchSchedule
 from tests.unit.bench import report_cases

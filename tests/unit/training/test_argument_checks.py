@@ -276,11 +276,11 @@ def test_a_checkpoint_of_another_trainer_is_resumed_with_averages_anew(decay, tm
     trainer = SmallBatchTrainer(model(torch.bfloat16), args, train_dataset=ROWS)
     trainer.train(resume_from_checkpoint=checkpoint)
     assert trainer.state.global_step == 8 and trainer._token_optimizer.steps == 6  # type: ignore[union-attr]
-    assert len(warnings_of(caplog, "averages and the count of tokens begin anew")) == 1
+    assert len(warnings_of(caplog, "averages and the count of tokens start from zero")) == 1
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if entry["step"] > 2 and "loss" in entry]
     assert rates == pytest.approx([1e-2 * (8 - step) / 8 for step in range(2, 8)])
 
     kept = arguments(tmp_path / "theirs", **{**settings, "max_steps": 6}, token_optimizer=None, weight_decay=decay)
     caplog.clear()
     SmallBatchTrainer(model(torch.bfloat16), kept, train_dataset=ROWS).train(resume_from_checkpoint=checkpoint)
-    assert not warnings_of(caplog, "begin anew")
+    assert not warnings_of(caplog, "start from zero")

@@ -127,7 +127,7 @@ def made(tmp_path: Path) -> Callable[[str], Any]:
 @pytest.mark.parametrize("model", ["opt", "mamba"])
 def test_a_recipe_that_packs_is_refused_and_check_says_so(made: Callable[[str], Any], model: str, tmp_path: Path) -> None:
     errors = [one for one in check(resolve(made(model))).findings if one.severity == "error"]
-    assert [one.key for one in errors] == ["packing-leaks"] and errors[0].mend == "--set data.packing=false"
+    assert [one.key for one in errors] == ["packing-leaks"] and errors[0].fix == "--set data.packing=false"
     with pytest.raises(ModelError, match="data.packing is true.*lets the documents.*data.packing=false"):
         run(made(model))
     assert not list((tmp_path / "out").iterdir())

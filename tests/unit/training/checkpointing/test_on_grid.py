@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sbft import SmallBatchTrainer, SmallBatchTrainingArguments
-from sbft.grid.state import has_grid_weights, holds_grid_weights
+from sbft.grid.grid_files import has_grid_weights, holds_grid_weights
 from tests.unit.grid.cases import FORMATS, dense_copy, grid_model, stored, tokens
 
 

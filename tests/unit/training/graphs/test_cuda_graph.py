@@ -175,9 +175,9 @@ def test_a_training_that_a_capture_would_change_is_refused(tmp_path: Path) -> No
     checkpointing.model.gradient_checkpointing_enable()
     for trainer, reason in (
         (on_the_cpu(tmp_path), None),
-        (on_the_cpu(tmp_path, label_smoothing_factor=0.1), "its loss is another one"),
-        (on_the_cpu(tmp_path, compute_loss_func=lambda *given, **named: None), "its loss is another one"),
-        (on_the_cpu(tmp_path, kind=WithItsOwnLoss), "its loss is another one"),
+        (on_the_cpu(tmp_path, label_smoothing_factor=0.1), "it has another loss"),
+        (on_the_cpu(tmp_path, compute_loss_func=lambda *given, **named: None), "it has another loss"),
+        (on_the_cpu(tmp_path, kind=WithItsOwnLoss), "it has another loss"),
         (on_the_cpu(tmp_path, logits_free_loss=False), "its loss is made from logits"),
         (checkpointing, "gradient checkpointing was enabled"),
     ):

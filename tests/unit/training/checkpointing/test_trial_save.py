@@ -19,7 +19,7 @@ from sbft.recipe import Recipe, load_recipe
 from sbft.runs.record import RunRecord
 from sbft.runs.run_recipe import run
 from sbft.training.arguments import SmallBatchTrainingArguments
-from sbft.training.checkpointing.rehearsal import SavingError, rehearse_saving, save_all_that_can_be
+from sbft.training.checkpointing.trial_save import SavingError, save_all_that_can_be, try_saving
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 from tests.unit.training.test_trainer import Collator, rows
@@ -97,11 +97,11 @@ def test_what_cannot_be_saved_is_found_before_the_first_step(
     assert trainer.state.global_step == 3 and "save_model() will fail" in caplog.text
 
 
-def test_an_adapter_is_rehearsed_too_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_adapter_gets_a_trial_save_and_so_does_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
     adapted.peft_config["default"].revision = object()
     with pytest.raises(SavingError, match="The adapter's config cannot be saved"):
-        rehearse_saving(adapted)
+        try_saving(adapted)
     (tmp_path / "file").write_text("")
     trainer = make(tmp_path / "out", save_strategy="steps")
     trainer.args.output_dir = "/proc/nothing"
@@ -111,10 +111,10 @@ def test_an_adapter_is_rehearsed_too_and_a_folder_that_cannot_be_written(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
-def test_a_rehearsal_changes_nothing_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
+def test_a_trial_save_changes_nothing_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
     model, tokenizer = tiny_model(kind), tiny_tokenizer()
     before, config = {name: p.clone() for name, p in model.state_dict().items()}, model.config.to_dict()
-    rehearse_saving(model, tokenizer, SmallBatchTrainingArguments(str(tmp_path), use_cpu=True), tmp_path)
+    try_saving(model, tokenizer, SmallBatchTrainingArguments(str(tmp_path), use_cpu=True), tmp_path)
     assert not list(tmp_path.iterdir())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert {**model.config.to_dict(), "architectures": None} == {**config, "architectures": None}

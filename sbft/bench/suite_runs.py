@@ -1,13 +1,11 @@
-"""The runs of a suite: which there are, where each lies, and which learning rate the validation runs choose."""
+"""The runs of a suite: which there are, where their folders are, and what is stored there."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal
 
 from sbft.bench.archive import PROCESS_FILE, archived_runs
@@ -34,15 +32,15 @@ class Run:
     seed: int
     phase: Phase
     prefix: str = ""
-    """The folder of its model and a slash, where a suite has several models."""
+    """The model's folder name and a slash where a suite has several models, else empty."""
 
     @property
     def name(self) -> str:
-        """Its folder below `runs`."""
+        """Its folder, relative to `runs`."""
         return run_name(self.prefix, self.task, self.variant, f"{self.learning_rate:g}", self.phase, self.seed)
 
     def recipe(self, suite: Suite) -> dict[str, Any]:
-        """The content of its recipe, without the method's defaults."""
+        """Its recipe, without the method's defaults."""
         task, variant = suite.tasks[self.task], suite.methods[self.variant]
         content: dict[str, Any] = {
             "model": self.model,
@@ -60,7 +58,7 @@ class Run:
             section[last] = value
         content["training"].update(learning_rate=self.learning_rate, seed=self.seed)
         if self.phase == "validation":
-            # Nothing of the evaluation part is there to be seen.
+            # A validation run must not see the evaluation part.
             content["data"].pop("eval", None)
             content["data"].pop("eval_size", None)
             content["evaluation"]["before"] = False
@@ -77,17 +75,17 @@ def run_name(prefix: str, task: str, variant: str, rate: str, phase: str, seed: 
 
 
 def prefix(suite: Suite, model: str) -> str:
-    """What stands before the name of a model's runs: nothing where the suite has one model."""
+    """The prefix of the names of a model's runs; empty where the suite has one model."""
     return f"{model_folder(model)}/" if len(suite.models) > 1 else ""
 
 
 def run_folder(folder: Path, run: Run) -> Path:
-    """The folder of a run in that of its suite."""
+    """The folder of a run, inside its suite's."""
     return folder / RUNS_FOLDER / run.name
 
 
 def stored_suite(folder: Path) -> Suite | None:
-    """The suite whose runs lie in a folder; None if it is not the folder of a suite."""
+    """The suite whose runs are in a folder; None if it is not a suite's folder."""
     path = folder / SUITE_FILE
     return load_suite(path) if path.is_file() else None
 
@@ -98,7 +96,7 @@ def groups(suite: Suite) -> Iterator[tuple[str, str]]:
 
 
 def validation_runs(suite: Suite) -> list[Run]:
-    """The runs that choose learning rates; a variant with one rate, or the rate of another, has none."""
+    """The runs that choose learning rates. A variant with a single rate, or the rate of another variant, has none."""
     return [
         run
         for model, task in groups(suite)
@@ -137,7 +135,7 @@ def possible_runs(suite: Suite) -> list[Run]:
 
 
 def read_run(folder: Path, run: Run) -> RunRecord | None:
-    """The record of a run, from its folder or the suite's archive; None if it was not made, or was interrupted."""
+    """The record of a finished run, from its folder or the suite's archive; None if it is not finished."""
     record = stored_record(run_folder(folder, run))
     if record is None and (archived := archived_runs(folder).get(run.name)):
         return replace(archived.record)  # a copy: the archive is read once
@@ -150,7 +148,7 @@ def stored_record(folder: Path) -> RunRecord | None:
 
 
 def read_process(folder: Path, run: Run) -> dict[str, Any]:
-    """What is known of a finished run's process, from the run's folder or the suite's archive; empty if nothing is."""
+    """What is known about a finished run's process, from its folder or the suite's archive; empty if nothing is."""
     path = run_folder(folder, run) / PROCESS_FILE
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -159,89 +157,10 @@ def read_process(folder: Path, run: Run) -> dict[str, Any]:
 
 
 def seconds(folder: Path, run: Run, record: RunRecord) -> float | None:
-    """How long a finished run took, with the start of its process where that is known."""
+    """How long a finished run took, including the start of its process where known."""
     process = read_process(folder, run)
     if process:
         return float(process["elapsed_s"])
     if record.total_s is not None:
         return record.total_s
     return None if record.train_s is None else record.train_s + (record.eval_s or 0.0)
-
-
-@dataclass(frozen=True)
-class Tried:
-    """What validation says of one learning rate."""
-
-    learning_rate: float
-    score: float | None = None
-    """Mean over the search seeds of the task's first metric; None if a run failed or is still to be made."""
-    loss: float | None = None
-    """Mean of the validation loss, likewise."""
-    done: int = 0
-    """Runs that have been made."""
-    failure: str | None = None
-    """Why the first run that failed did."""
-
-
-@dataclass(frozen=True)
-class RateChoice:
-    """The learning rate of one row, and how it was come by."""
-
-    rate: float | None
-    """None: not decided yet, or every rate failed."""
-    tried: list[Tried]
-    """Each rate of the grid; empty where there was nothing to choose."""
-    reason: str
-    """A sentence on why it is this rate, or none."""
-    decided: bool = True
-    """Whether all validation runs have been made."""
-
-    @property
-    def edge(self) -> Literal["lowest", "highest"] | None:
-        """Where in its grid the rate lies, if at an end of it: a better one may lie outside."""
-        rates = sorted(one.learning_rate for one in self.tried)
-        if len(rates) < 2 or self.rate not in (rates[0], rates[-1]):
-            return None
-        return "lowest" if self.rate == rates[0] else "highest"
-
-
-def choose_rate(suite: Suite, folder: Path, model: str, task: str, variant: str) -> RateChoice:
-    """Choose the learning rate of a row by its validation runs: the best mean score, of equal ones the lowest loss."""
-    source = suite.methods[variant].learning_rates_from
-    if source is not None:
-        choice = choose_rate(suite, folder, model, task, source)
-        return RateChoice(choice.rate, [], f"The rate of {source}: {choice.reason}", choice.decided)
-    rates = suite.grid(variant)
-    if len(rates) == 1:
-        return RateChoice(rates[0], [], "The only rate that the suite gives it.")
-    name = suite.score_name(task)
-    runs = searches(suite, model, task, variant)
-    tried = [_tried(rate, name, [read_run(folder, run) for run in runs if run.learning_rate == rate]) for rate in rates]
-    missing = len(runs) - sum(one.done for one in tried)
-    if missing:
-        return RateChoice(None, tried, f"{missing} of {len(runs)} validation runs are still to be made.", False)
-    scored = [one for one in tried if one.score is not None]
-    if not scored:
-        return RateChoice(None, tried, f"No learning rate worked: {tried[0].failure}")
-    sign = -1.0 if name in {"loss", "perplexity"} else 1.0
-    best = max(scored, key=lambda one: (sign * (one.score or 0.0), -(math.inf if one.loss is None else one.loss)))
-    return RateChoice(best.learning_rate, tried, f"Best {name} on the validation part, {best.score:.4g}.")
-
-
-def _tried(rate: float, name: str, records: list[RunRecord | None]) -> Tried:
-    """Where one of a rate's runs failed, or came to no number, the rate has no score: it is worse than any that has."""
-    done = [record for record in records if record is not None]
-    failure = next((_failure(record, name) for record in done if _failure(record, name)), None)
-    if failure or len(done) < len(records):
-        return Tried(rate, done=len(done), failure=failure)
-    losses = [record.metrics.get("loss") for record in done]
-    loss = mean(value for value in losses if value is not None) if None not in losses else None
-    return Tried(rate, mean(record.metrics[name] for record in done), loss, len(done))
-
-
-def _failure(record: RunRecord, name: str) -> str | None:
-    if record.status != "ok":
-        return f"{record.status}: {record.error}"
-    # A record has None where a number was not finite.
-    value = record.metrics.get(name)
-    return f"its {name} is no finite number" if value is None or not math.isfinite(value) else None

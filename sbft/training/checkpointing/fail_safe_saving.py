@@ -1,4 +1,4 @@
-"""The trainer's part of trial saves: one before the first step, and no save that loses the weights."""
+"""Saving that loses no weights: a trial save before the first step, and partial saves if a part fails."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from sbft.training.checkpointing.disk_errors import writing
-from sbft.training.checkpointing.rehearsal import (
+from sbft.training.checkpointing.trial_save import (
     SavingError,
     describe_unsaved,
     raise_if_nothing_can_be_saved,
-    rehearse_saving,
     save_all_that_can_be,
     save_configs,
     save_generation_of_adapter,
+    try_saving,
 )
 from sbft.training.generation_config import settle_generation
 
@@ -35,8 +35,8 @@ else:
     _Base = object
 
 
-class RehearsedSaving(_Base):
-    """Put before `WholeCheckpoints`: `train` begins with a trial save, and if a part cannot be saved, the weights still are."""
+class FailSafeSaving(_Base):
+    """Put before `WholeCheckpoints`: `train` starts with a trial save, and if a part cannot be saved, the weights still are."""
 
     args: Any
     model: Any
@@ -45,7 +45,7 @@ class RehearsedSaving(_Base):
     _writing: bool
     _together: Callable[..., list[Any]]
     warn_once: Callable[[str], None]
-    _rehearsed: tuple[Any, Any] | None = None
+    _tried_with: tuple[Any, Any] | None = None
     _within_checkpoint = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,13 +64,13 @@ class RehearsedSaving(_Base):
             SavingError: if a part cannot be saved and the arguments ask for checkpoints; without checkpoints it is a warning.
         """
         if self.model is not None:  # None between the trials of a search, each of which makes its own
-            self._rehearse_for_training()
+            self._try_saving_before_training()
         return super().train(*args, **kwargs)
 
-    def _rehearse_for_training(self) -> None:
+    def _try_saving_before_training(self) -> None:
         saves = self.args.save_strategy != SaveStrategy.NO
         try:
-            self.rehearse_saving(Path(str(self.args.output_dir)) if saves else None)
+            self.try_saving(Path(str(self.args.output_dir)) if saves else None)
         except SavingError as error:
             if saves:
                 raise
@@ -79,11 +79,11 @@ class RehearsedSaving(_Base):
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As in `Trainer`; the generation config of each new model is repaired as that of the first one is."""
         model: nn.Module = super().call_model_init(*args, **kwargs)
-        if self._rehearsed is not None:
+        if self._tried_with is not None:
             settle_generation(model, self.processing_class, say=self.warn_once)
         return model
 
-    def rehearse_saving(self, folder: Path | None = None) -> None:
+    def try_saving(self, folder: Path | None = None) -> None:
         """Repair the generation config and make a trial save without the weights; once for each model.
 
         Args:
@@ -94,18 +94,18 @@ class RehearsedSaving(_Base):
             DiskError: if the folder cannot be written to.
         """
         processor = self.processing_class
-        if self._rehearsed is not None and all(map(operator.is_, self._rehearsed, (self.model, processor))):
+        if self._tried_with is not None and all(map(operator.is_, self._tried_with, (self.model, processor))):
             return
         settle_generation(self.model, processor, say=self.warn_once)
-        self._together(lambda: self._rehearse(folder) if self.args.should_save else None)
-        self._rehearsed = (self.model, processor)
+        self._together(lambda: self._try_saving(folder) if self.args.should_save else None)
+        self._tried_with = (self.model, processor)
 
-    def _rehearse(self, folder: Path | None) -> None:
+    def _try_saving(self, folder: Path | None) -> None:
         if folder is None:
-            rehearse_saving(self.model, self.processing_class, self.args)
+            try_saving(self.model, self.processing_class, self.args)
             return
         with writing("A trial save", folder):
-            rehearse_saving(self.model, self.processing_class, self.args, folder)
+            try_saving(self.model, self.processing_class, self.args, folder)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As in `Trainer`; an error is raised only after everything that can be saved is saved.

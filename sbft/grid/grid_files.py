@@ -1,4 +1,4 @@
-"""Weights on a grid on the disk: exact, as codes and scales, for checkpoints; and as a plain bfloat16 model."""
+"""Writes and reads models with weights on a grid: exactly, as codes and scales, for checkpoints; or as plain bfloat16."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILES = "grid-*.safetensors"
 """Files of a checkpoint whose weights are on a grid."""
 FILE_BYTES = 2**31
-"""Most bytes of a file, unless a single tensor is larger: what is on a GPU is in the host's memory while a file is written."""
+"""Most bytes of a file, unless a single tensor is larger. While a file is written, a copy of GPU tensors is in host memory."""
 
 
 def has_grid_weights(model: nn.Module) -> bool:
@@ -61,7 +61,7 @@ def write_exact(model: nn.Module, folder: Path, *, file_bytes: int = FILE_BYTES)
 
 
 def save_checkpoint(model: PreTrainedModel, folder: Path) -> None:
-    """Write what a checkpoint has of a model: its tensors by `write_exact`, and its configs."""
+    """Write a model's part of a checkpoint: its tensors by `write_exact`, and its configs."""
     folder.mkdir(parents=True, exist_ok=True)
     write_exact(model, folder)
     model.config.save_pretrained(folder)
@@ -70,7 +70,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path) -> None:
 
 
 def read_exact(model: nn.Module, folder: Path) -> None:
-    """Fill a model, in place, with what `write_exact` has written of one whose weights are on the same grids.
+    """Fill a model in place from the files of `write_exact`; its weights must be on the same grids.
 
     Raises:
         ModelError: if a weight is missing, has another shape or is on another grid, or a file is damaged.
@@ -95,7 +95,7 @@ def read_exact(model: nn.Module, folder: Path) -> None:
 
 
 def exact_files(folder: Path) -> Iterator[Callable[[], Iterator[tuple[str, Tensor | Quantized]]]]:
-    """For each file that `write_exact` wrote, what reads its weights by name, one after the other.
+    """For each file that `write_exact` wrote, a function that reads its weights by name, one after another.
 
     Raises:
         ModelError: if a file is damaged.
@@ -122,14 +122,14 @@ def _read_file(path: Path) -> Iterator[tuple[str, Tensor | Quantized]]:
 
 
 def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_BYTES) -> None:
-    """Write a model as `save_pretrained` writes it, the weights on a grid as bfloat16; one file of them is in memory at once.
+    """Write a model as `save_pretrained` does, with weights on a grid as bfloat16; one file is in memory at a time.
 
-    Beside it, `write_scales` leaves what gives the codes back.
+    `write_scales` adds what is required to recover the codes.
 
     Args:
         model: the model.
         folder: to write into.
-        file_bytes: about the most bytes in one file, unless a single tensor is larger.
+        file_bytes: approximate limit of a file's bytes, unless a single tensor is larger.
     """
     tied = set(model.all_tied_weights_keys)
     state: dict[str, Tensor] = {}
@@ -142,7 +142,7 @@ def save_dense(model: PreTrainedModel, folder: Path, *, file_bytes: int = FILE_B
             state[name] = _WrittenDense(tensor.quantized)
             on_grid[name] = tensor.quantized
             smallest_share = min(smallest_share, tensor.nbytes / (tensor.numel() * tensor.element_size()))
-    # Files are filled by what tensors take before they are brought to bfloat16.
+    # The size of a tensor counts before it becomes bfloat16.
     model.save_pretrained(folder, state_dict=state, max_shard_size=int(file_bytes * smallest_share))
     write_scales(on_grid, folder)
 
@@ -158,13 +158,13 @@ def dense_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _WrittenDense(GridWeight):
-    """A weight that becomes a plain tensor at the moment when `save_pretrained` puts it into a file."""
+    """A weight that becomes a plain tensor only when `save_pretrained` writes it into a file."""
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
         return self.dequantize().contiguous(memory_format=memory_format)
 
     def untyped_storage(self) -> torch.UntypedStorage:
-        """By which weights are told apart."""
+        """`save_pretrained` distinguishes weights by their storages."""
         return self.codes.untyped_storage()
 
 

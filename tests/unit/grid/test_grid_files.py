@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sbft.errors import ModelError
-from sbft.grid.state import FILES, has_grid_weights, holds_grid_weights, read_exact, save_dense, write_exact
+from sbft.grid.grid_files import FILES, has_grid_weights, holds_grid_weights, read_exact, save_dense, write_exact
 from sbft.grid.update import apply_
 from sbft.grid.weight import GridWeight
 from tests.unit.grid.cases import FORMATS, bfloat16_model, dense_copy, grid_model, stored, tokens

@@ -1,4 +1,4 @@
-"""Trial saves, which show before the first step what would fail, and saves that keep the weights whatever else fails."""
+"""Trial saves, which show what would fail before training starts, and saves that keep the weights if another part fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging as transformers_logging
 
 from sbft.errors import TrainingError
-from sbft.grid.state import dense_state, has_grid_weights, save_dense
+from sbft.grid.grid_files import dense_state, has_grid_weights, save_dense
 from sbft.native.memory import stored_tensors
 from sbft.optim.sharding import is_sharded
 from sbft.training.checkpointing.disk_errors import refusal
@@ -35,7 +35,7 @@ class SavingError(TrainingError):
     """A part of a trained model cannot be saved."""
 
 
-def rehearse_saving(model: nn.Module, processor: Any = None, args: Any = None, folder: Path | None = None) -> None:
+def try_saving(model: nn.Module, processor: Any = None, args: Any = None, folder: Path | None = None) -> None:
     """Save everything but the weights of a model to a temporary folder, in the way it will be saved after training.
 
     Args:
@@ -130,7 +130,7 @@ def describe_unsaved(unsaved: dict[str, Exception], folder: Path) -> SavingError
     more = "".join(f" Nor could {part[0].lower()}{part[1:]}." for part in list(unsaved)[1:])
     return SavingError(
         f"The trained weights are in {folder}, but {what[0].lower()}{what[1:]} could not be saved there: "
-        f"{_in_words(error)}{more} Copy what is missing from the model that training began with."
+        f"{_in_words(error)}{more} Copy what is missing from the model that training started with."
     )
 
 
@@ -174,7 +174,9 @@ def _configs(model: Any, folder: Path) -> dict[str, _Save]:
     """What saves each part of a model except its weights."""
     saves: dict[str, _Save] = {}
     if is_peft_model(model):
-        saves["The adapter's config"] = lambda: [config.save_pretrained(folder) for config in model.peft_config.values()]
+        saves["The adapter's config"] = lambda: [
+            config.save_pretrained(folder) for config in model.peft_config.values()
+        ]
         saves["The adapter's card"] = lambda: model.create_or_update_model_card(str(folder))
     elif isinstance(model, PreTrainedModel):
         saves["The model's config"] = lambda: model.config.save_pretrained(folder)
@@ -213,7 +215,7 @@ def _placeholders(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _temporary_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="rehearsal-") as name:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="trial-save-") as name:
         yield Path(name)
 
 
