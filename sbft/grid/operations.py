@@ -55,9 +55,12 @@ def _product(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs and any(isinstance(one, GridTensor) for one in kwargs.values()):  # out=
         return NotImplemented
     dense_args, taken = list(args), []
+    is_empty = any(isinstance(one, Tensor) and not isinstance(one, GridTensor) and one.numel() == 0 for one in args)
     try:
         for place, one in enumerate(args):
-            if isinstance(one, GridTensor):
+            if isinstance(one, GridTensor) and is_empty:  # as where the head is handed no rows: no value matters
+                dense_args[place] = torch.zeros((), dtype=one.dtype, device=one.device).expand(one.shape)
+            elif isinstance(one, GridTensor):
                 dense, memory = borrow(one.quantized)
                 taken.append(memory)
                 dense_args[place] = dense.transpose(-2, -1) if one.is_transposed else dense

@@ -204,8 +204,8 @@ SETTINGS = (
     ),
     Setting(
         "sliced_vocabulary", bool, None,
-        "Update embeddings and output head without making their whole gradient: less memory, about the same time.",
-        ("adafactor", "sgd"), of_trainer=True, default=False,
+        "Update embeddings and output head without making their whole gradient; default: on a CPU, where it costs no time.",
+        ("adafactor", "sgd"), of_trainer=True,
     ),
     Setting(
         "max_skipped_steps", int, _COUNT, "Stop after this many steps in a row whose loss is not finite.",

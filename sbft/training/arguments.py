@@ -104,7 +104,7 @@ class SmallBatchArguments:
     cast_weights: bool = _setting("cast_weights")
     gradient_release: bool = _setting("gradient_release")
     cuda_graphs: bool = _setting("cuda_graphs")
-    sliced_vocabulary: bool = _setting("sliced_vocabulary")
+    sliced_vocabulary: bool | None = _setting("sliced_vocabulary")
     max_skipped_steps: int = _setting("max_skipped_steps")
     logits_free_loss: bool = _setting("logits_free_loss")
 

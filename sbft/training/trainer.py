@@ -25,7 +25,7 @@ from sbft.training.checkpointing.sharded import ShardedCheckpoints, sharded_chec
 from sbft.training.foreign_optimizers import ForeignOptimizers
 from sbft.training.graphs.graphed_training import GraphedTraining
 from sbft.training.loss.logits_free import LogitsFreeLoss
-from sbft.training.loss.sliced_vocabulary import SlicedVocabulary
+from sbft.training.loss.sliced_vocabulary import SlicedVocabulary, most_rows, slices_on
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from sbft.training.model_state import shard_again
 from sbft.training.model_weights import ModelWeights, tied_and_sharded
@@ -135,7 +135,8 @@ class SmallBatchMixin(
             self._tied = self._attached.enter_context(TiedEmbedding(self.model, head, slicing))
             if slicing is not None:
                 update = functools.partial(self._update_in_backward, slicing)
-                sliced = SlicedVocabulary(self.model, head, slicing, self._tied, update)
+                limit = most_rows(self.args.sliced_vocabulary, head.linear.weight.shape[1], self.args.device.type)
+                sliced = SlicedVocabulary(self.model, head, slicing, self._tied, update, limit)
                 self._sliced = self._attached.enter_context(sliced)
         self._resume_counters()
         self._check_optimizer()
@@ -156,9 +157,10 @@ class SmallBatchMixin(
                 self._start_graphs(optimizer, head)
 
     def _hands_over_slices(self, optimizer: TokenOptimizer | None) -> bool:
-        """Whether gradients of embeddings may reach the optimizer in slices: where this trainer releases gradients."""
+        """Whether gradients of embeddings may reach the optimizer in slices: where this trainer releases its own ones."""
         released = optimizer is not None and self.args.gradient_release and not optimizer.releases_gradients
-        return bool(self.args.sliced_vocabulary and released and not self.args.cuda_graphs)
+        alone = self.accelerator.num_processes == 1 and not self.args.cuda_graphs
+        return released and alone and slices_on(self.args.sliced_vocabulary, self.args.device.type)
 
     def _update_in_backward(self, optimizer: TokenOptimizer, parameter: Tensor) -> None:
         self._update_begins()

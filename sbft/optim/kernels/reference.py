@@ -247,6 +247,7 @@ def step_and_apply(
     update_square_sum = torch.zeros((), dtype=torch.float32, device=w.device)
     for part, update, _ in parts():
         update_square_sum += sum_of_squares(part, update)
+    del part, update  # what they hold of a gradient would live beside that of the next pass
     if not isinstance(weight_square_sum, Tensor):
         weight_square_sum = None
     if relative_step and weight_square_sum is None:

@@ -24,6 +24,9 @@ from sbft.optim.vocabulary import SlicedGradient
 SLICE_ELEMENTS = 1 << 20
 """Elements of a slice where the compiled update does not determine their number."""
 
+_MOST_PARTS_IN_SLICE = 8
+"""Of a compiled update, which has 64 where it works on a large matrix."""
+
 GPU_SLICE_ELEMENTS = 1 << 24
 """The same on a GPU: 32 MiB of bfloat16."""
 
@@ -57,6 +60,7 @@ def sgd(
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for _, part in _summed(grad).slices(_height(weight)):
         total += torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32).double().square().sum()
+    del part  # or the memory of its slice would live beside that of the next pass
     total = total.float()
     if not torch.isfinite(total):
         return total
@@ -91,8 +95,23 @@ def _rows_of(weight: Weight, start: int, stop: int) -> Weight:
 
 
 def _height(weight: Weight) -> int:
-    elements = GPU_SLICE_ELEMENTS if weight.device.type == "cuda" else SLICE_ELEMENTS
-    return max(1, elements // weight.shape[-1])
+    return height_of_slices(weight.shape[-1], weight.device.type)
+
+
+def height_of_slices(columns: int, device: str) -> int:
+    """Rows of a slice, where no part of a compiled update says how many; `device` is a type of device."""
+    return max(1, (GPU_SLICE_ELEMENTS if device == "cuda" else SLICE_ELEMENTS) // columns)
+
+
+def height_of_compiled_slices(rows: int, columns: int, weight_bytes: int, threads: int) -> int:
+    """Rows of a slice of the compiled update, as `sbft_slices_begin` cuts a matrix that takes so many bytes."""
+    most = max(1, min(64, max(512 << 10, weight_bytes // 200) // (4 * columns)))
+    wanted = min(most, max(1, rows * columns // 16384))
+    return -(-rows // (8 * wanted)) * 8 * _parts_in_slice(threads)
+
+
+def _parts_in_slice(threads: int) -> int:
+    return min(threads, _MOST_PARTS_IN_SLICE)
 
 
 def _summed(grad: SlicedGradient) -> SlicedGradient:
@@ -126,6 +145,7 @@ def _adafactor(
     for start, part in grad.slices(height):
         row_sum[:, start : start + len(part)], of_columns = reference.row_and_column_sums(part[None])
         column_sum += of_columns
+    del part
     grad_square_sum = row_sum.sum()
     if not torch.isfinite(grad_square_sum):
         return grad_square_sum, weight_square_sum
@@ -204,12 +224,13 @@ _Phase = Callable[..., None]
 
 
 def _over_slices(grad: SlicedGradient, parts: int, rows_each: int, threads: int) -> Callable[[_Phase, Any], None]:
-    """Make a function that runs a phase over slices, each with one part per thread."""
+    """Make a function that runs a phase over slices, each with one part per thread, up to an eighth of the gradient."""
+    parts_at_once = _parts_in_slice(threads)
 
     def run(phase: _Phase, handle: Any) -> None:
-        for start, part in grad.slices(rows_each * threads):
+        for start, part in grad.slices(rows_each * parts_at_once):
             first = start // rows_each
-            phase(handle, first, min(first + threads, parts), part.data_ptr(), None)
+            phase(handle, first, min(first + parts_at_once, parts), part.data_ptr(), None)
 
     return run
 

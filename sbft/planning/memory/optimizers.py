@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.optimization import Adafactor as TransformersAdafactor
 
+from sbft.native.memory import stored_tensors
 from sbft.optim.base import TokenOptimizer
+from sbft.optim.kernels import reference, sliced
+from sbft.optim.kernels.blocks import GPU_BLOCK_ELEMENTS, Block, move_, weight_matrices
 from sbft.optim.matrix import MatrixOptimizer
+from sbft.optim.vocabulary import OuterProduct
 from sbft.planning.memory.trace import AllocationTrace
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
@@ -79,6 +83,45 @@ class PlannedOptimizer:
         alike = (parameter.shape, parameter.dtype, grad.dtype, grad.stride(), self._group_of[parameter])
         trace.replay((self._name, self._settings.model_dump_json(), alike), run)
 
+    def takes_slices(self, parameter: Tensor) -> bool:
+        """Whether its gradient may come in slices of rows."""
+        return self._ours is not None and self._ours.takes_slices(parameter)
+
+    def update_sliced(
+        self, parameter: Tensor, product: OuterProduct | None, dtype: torch.dtype, trace: AllocationTrace
+    ) -> None:
+        """Allocate what an update takes whose gradient comes in slices: one of them, and what works on it.
+
+        Args:
+            parameter: a matrix.
+            product: that the slices are of; None where they are of a few rows.
+            dtype: of the gradient.
+            trace: the trace.
+        """
+        rows, columns = parameter.shape
+        in_plain_torch = self._device != "cpu" and self._name == "adafactor"
+        height = sliced.height_of_slices(columns, self._device)
+        if self._device == "cpu" and self._name == "adafactor":
+            if product is None:  # the table of rows is read where it is
+                return
+            size = sum(tensor.nbytes for tensor in stored_tensors(parameter))
+            height = sliced.height_of_compiled_slices(rows, columns, size, torch.get_num_threads())
+
+        def run() -> None:
+            memory = torch.empty(min(height, rows), columns, dtype=dtype, device="meta")
+            for start in {0, (rows - 1) // height * height}:
+                part = memory[: min(height, rows - start)]
+                if product is not None:
+                    torch.mm(product.left[start : start + height], product.right, out=part)
+                if self._name == "sgd":
+                    _ = [torch.empty(len(part), dtype=torch.float64, device="meta") for _ in range(2)]  # norms of rows
+                if in_plain_torch:
+                    self._update_block_in_plain_torch(parameter, part)
+
+        of_product = None if product is None else (product.right.shape, product.left.stride())
+        alike = (parameter.shape, type(parameter), parameter.dtype, dtype, of_product, height)
+        trace.replay(("sliced", self._name, self._settings.model_dump_json(), alike), run)
+
     def update(self, trace: AllocationTrace) -> None:
         """Allocate the temporaries of updating all parameters; their gradients exist already."""
         if self._transformers is not None:
@@ -118,6 +161,16 @@ class PlannedOptimizer:
             yield torch.empty(parameter.shape, dtype=dtype)
         if self._name != "bitsandbytes_adamw8bit":  # which counts its steps in a plain number
             yield torch.empty((), dtype=torch.float32)
+
+    def _update_block_in_plain_torch(self, parameter: Tensor, grad: Tensor) -> None:
+        """Of Adafactor on a GPU: the update of one block of rows, the first of a slice."""
+        rows, columns = grad.shape
+        rows = min(rows, max(1, GPU_BLOCK_ELEMENTS // columns))
+        block = Block((0, slice(0, rows), slice(0, columns)), 0, rows * columns)
+        factors = (torch.empty(1, size, device="meta") for size in grad.shape)
+        direction = reference.factored_update(grad[None], *factors)(block)
+        key = (0, 0) if self._settings.stochastic_rounding and parameter.dtype == torch.bfloat16 else None
+        move_(weight_matrices(parameter), block, direction, torch.empty((), device="meta"), 0.0, key, None)
 
     def _update_in_plain_torch(self) -> None:
         """Allocate float32 copies of gradient, weight and both moments, and of what decodes moments in 8 bits."""

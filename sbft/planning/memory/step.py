@@ -20,8 +20,9 @@ from sbft.planning.memory.attention import attention_on
 from sbft.planning.memory.optimizers import PlannedOptimizer
 from sbft.planning.memory.skeleton import layers_of, skeleton
 from sbft.planning.memory.trace import BUILD, AllocationTrace, Phase
+from sbft.planning.memory.vocabulary import PlannedVocabulary
 from sbft.recipe import Recipe
-from sbft.training.loss.cross_entropy import linear_cross_entropy
+from sbft.training.loss.cross_entropy import Receiver, linear_cross_entropy
 from sbft.training.loss.head import Head, UnknownHead, head_candidates
 from sbft.training.peft_models import unwrap
 
@@ -116,22 +117,23 @@ class _Simulation:
                 trace.label(self.optimizer.make_state(parameter), "optimizer_state")
         self._hook_parameters()
         head = self._head()
+        vocabulary = PlannedVocabulary(self.recipe, self.model, head, self.optimizer, trace, self.device)
         begin = 0
         # The heap still has the gaps that the first step left.
         for _ in range(1 if trace.heap is None else 2):
             begin = trace.events
-            self._step(head)
+            self._step(head, vocabulary)
         phases = trace.peaks(begin)
         phases.pop(BUILD, None)
         head_products = sum(phase in (LOSS[0], LOSS_BACKWARD[0]) for phase in trace.products.values())
         heap_bytes = None if trace.heap is None else trace.heap.peak_bytes
         return TracedStep(phases, heap_bytes, len(trace.products) - head_products, head_products)
 
-    def _step(self, head: Head | None) -> None:
+    def _step(self, head: Head | None, vocabulary: PlannedVocabulary) -> None:
         passes = 1 if self.recipe.training["gradient_accumulation_steps"] == 1 else 2
-        with self._tied(head) as head_weight:
+        with vocabulary.step() as head_weight:
             for _ in range(passes):
-                self._forward_and_backward(head, head_weight)
+                self._forward_and_backward(head, head_weight, vocabulary.receiver)
         self.trace.phase = UPDATE
         if not self.releases:
             for parameter in self.trainable:
@@ -154,7 +156,8 @@ class _Simulation:
 
         def complete(parameter: Tensor, layer: int | None) -> None:
             grad = parameter.grad
-            assert grad is not None
+            if grad is None:  # it was handed over in slices
+                return
             self.trace.label([grad], "gradients")
             if layer is not None:
                 self.trace.phase = ("backward", layer)
@@ -168,42 +171,7 @@ class _Simulation:
                 layer = layer_of.get(name)
                 parameter.register_post_accumulate_grad_hook(lambda p, layer=layer: complete(p, layer))
 
-    @contextlib.contextmanager
-    def _tied(self, head: Head | None) -> Iterator[Tensor | None]:
-        """Simulate `TiedEmbedding` on a CPU: the rows that the input embedding read have a separate gradient, and the head's
-        gradient waits for it."""
-        base: Any = unwrap(self.model)
-        embedding = base.get_input_embeddings()
-        weight = None if head is None else head.linear.weight
-        tied = (
-            self.device == "cpu"
-            and weight is not None
-            and weight.requires_grad
-            and isinstance(embedding, nn.Embedding)
-            and embedding.weight is weight
-        )
-        if not tied:
-            yield weight
-            return
-        assert weight is not None
-        stand_in = weight.detach().requires_grad_()
-
-        def complete(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            self.trace.label([parameter.grad], "gradients")
-
-        stand_in.register_post_accumulate_grad_hook(complete)
-        anchor = torch.empty((), requires_grad=True)
-        handle = embedding.register_forward_hook(lambda module, args, output: _Cut.apply(anchor, output.detach()))
-        yield stand_in
-        handle.remove()
-        # Added up, they are the gradient, in the memory of the head's.
-        weight.grad, stand_in.grad = stand_in.grad, None
-        if self.releases:
-            self.trace.label(self.optimizer.make_state(weight), "optimizer_state")
-            weight.grad = None
-
-    def _forward_and_backward(self, head: Head | None, head_weight: Tensor | None) -> None:
+    def _forward_and_backward(self, head: Head | None, head_weight: Tensor | None, receiver: Receiver | None) -> None:
         trace, shape = self.trace, self.shape
         size = (shape.batch_size, shape.tokens)
         trace.phase = FORWARD
@@ -230,6 +198,7 @@ class _Simulation:
                 num_items=items,
                 scale=head.scale,
                 softcap=head.softcap,
+                receiver=receiver,
             )
             del hidden, labelled
         trace.label_born_in(LOSS, "logits")
@@ -264,18 +233,6 @@ def _at_gradient(hidden: Tensor, trace: AllocationTrace) -> None:
         trace.phase = BACKWARD
 
     hidden.register_hook(left)
-
-
-class _Cut(torch.autograd.Function):
-    """Returns the same tensor but stops its gradient. (A detached leaf would be kept as long as the graph.)"""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, output: Tensor) -> Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        return None, None
 
 
 @contextlib.contextmanager

@@ -38,8 +38,14 @@ DENSE_ELEMENTS, GPU_DENSE_ELEMENTS = 2**22, 2**24
 """Of a head on a grid, how many weights are dense at once."""
 
 
-Receiver = Callable[[OuterProduct], None]
-"""What is done with the gradient of a head that autograd does not get."""
+@dataclass(frozen=True)
+class Receiver:
+    """Takes the gradient of a head, which autograd then does not get."""
+
+    take: Callable[[OuterProduct], None]
+    """Called in backward. It may change the head's weight."""
+    most_rows: int
+    """Of hidden states. With more of them autograd gets the gradient."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,7 @@ def linear_cross_entropy(
         part: which rows of the vocabulary `weight` and `bias` are, if it is sharded. `hidden` and `labels` are the same on all
             ranks.
         statistics: filled in, which costs a few passes over the logits.
-        receiver: called in backward with the gradient of `weight` as a product, in place of autograd, which gets none. It may
-            change `weight`. Not called where the two factors are not much smaller than the gradient, nor under autocast.
+        receiver: takes the gradient of `weight` as a product, in place of autograd; not under autocast.
 
     Returns:
         float32 of shape (); differentiable once with respect to `hidden`, `weight` and `bias`.
@@ -126,7 +131,9 @@ def linear_cross_entropy(
         part,
         torch.is_grad_enabled(),
         None if statistics is None else StatisticsOfSlices(statistics, counted),
-        receiver if part is None and weight.dtype == dtype and 2 * hidden.shape[0] <= hidden.shape[1] else None,
+        receiver
+        if receiver is not None and part is None and weight.dtype == dtype and hidden.shape[0] <= receiver.most_rows
+        else None,
     )
 
 
@@ -211,7 +218,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             needs_product = receiver is not None
             grads, product = _sliced_gradients(ctx, grad_loss, needs_hidden, needs_weight, needs_bias, needs_product)
         if receiver is not None and product is not None:
-            receiver(product)
+            receiver.take(product)
         return (*grads, *([None] * 10))
 
 

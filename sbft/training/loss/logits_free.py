@@ -67,7 +67,7 @@ class LogitsFreeLoss(_Base):
         head = self._find_head()
         assert head is not None
         weight = self._tied.head_weight() if self._tied is not None and self._in_training_step else None
-        receiver = self._sliced.receiver if self._sliced is not None and self._in_training_step else None
+        receiver = self._sliced.begin_forward() if self._sliced is not None and self._in_training_step else None
         if not self.model_accepts_loss_kwargs:
             num_items_in_batch = None
         metrics = self._metrics_of_sft()

@@ -14,6 +14,13 @@ from sbft.training.loss.head import Head
 from sbft.training.peft_models import unwrap
 
 
+def can_be_sliced(weight: Tensor, optimizer: TokenOptimizer) -> bool:
+    """Whether a weight's gradient may reach its optimizer in slices: whoever hooks the weight gets a plain gradient."""
+    usual = type(weight) in (nn.Parameter, GridWeight) and weight.requires_grad
+    hooked = bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
+    return usual and not hooked and optimizer.takes_slices(weight)
+
+
 class TiedEmbedding:
     """Adds a tied input embedding's gradient to the head's, row by row; a context manager around training.
 
@@ -43,7 +50,7 @@ class TiedEmbedding:
             and type(weight) in (nn.Parameter, GridWeight)
         ):
             self._embedding = embedding
-        self.takes_slices = self._embedding is not None and optimizer is not None and optimizer.takes_slices(weight)
+        self.takes_slices = self._embedding is not None and optimizer is not None and can_be_sliced(weight, optimizer)
         self._optimizer = optimizer
 
     def head_weight(self) -> Tensor:

@@ -517,6 +517,15 @@ def train(recipe: Recipe, config: PreTrainedConfig, tokens: int, folder: Path) -
         ("lora", True, True, 300),
         ("hf-adafactor", False, False, 64),
         ("muon", False, False, 64),
+        # With slices of the gradients of embeddings and head, as by default (up to 16 labels), and where asked for.
+        ("sbft", True, False, 16),
+        ("sbft", False, True, 16),
+        ("sgd", False, False, 16),
+        ("sbft sliced", True, False, 64),
+        ("sbft sliced", False, False, 64),
+        ("sbft sliced", False, False, 300),
+        ("sbft whole", True, False, 16),
+        ("sbft whole", False, False, 16),
     ],
 )
 def test_a_traced_step_holds_what_the_trainer_holds(
@@ -524,8 +533,10 @@ def test_a_traced_step_holds_what_the_trainer_holds(
 ) -> None:
     pytest.importorskip("peft")
     accumulation = 2 if method == "adam-accum" else 1
+    method, *slices = method.split()
     recipe = resolved(
         method,
+        *(f"optimizer.sliced_vocabulary={str(word == 'sliced').lower()}" for word in slices),
         "training.max_steps=2",
         f"training.gradient_accumulation_steps={accumulation}",
         f"training.gradient_checkpointing={str(checkpointing).lower()}",
