@@ -204,7 +204,7 @@ SETTINGS = (
     ),
     Setting(
         "sliced_vocabulary", bool, None,
-        "Update embeddings and output head without making their whole gradient; default: on a CPU, where it costs no time.",
+        "Update embeddings and output head without making their whole gradient; default: on a CPU, for steps with few labels.",
         ("adafactor", "sgd"), of_trainer=True,
     ),
     Setting(

@@ -23,6 +23,7 @@ MATRIX: dict[str, tuple[tuple[int, ...], Use]] = {
     "linear": ((5, 64), lambda w, x: F.linear(x, w)),
     "linear with bias": ((2, 5, 64), lambda w, x: F.linear(x, w, BIAS)),
     "linear of a vector": ((64,), lambda w, x: F.linear(x, w)),
+    "linear of no rows": ((1, 0, 64), lambda w, x: F.linear(x, w, BIAS)),
     "linear of one row": ((1, 1, 64), lambda w, x: F.linear(x, w, BIAS)),
     "linear, strided": ((64, 7), lambda w, x: F.linear(x.T, w)),
     "addmm": ((5, 96), lambda w, x: torch.addmm(BIAS[:64], x, w)),
@@ -221,3 +222,12 @@ def test_threads_do_not_share_the_buffer() -> None:
     for thread in threads:
         thread.join()
     assert differences == []
+
+
+def test_a_product_with_no_rows_reads_no_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = pair()
+    read: list[object] = []
+    monkeypatch.setattr(operations, "borrow", read.append)
+    rows = torch.empty(1, 0, 64, dtype=torch.bfloat16, requires_grad=True)
+    F.linear(rows, weight).sum().backward()
+    assert rows.grad is not None and not read

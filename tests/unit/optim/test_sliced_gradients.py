@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from sbft.grid.formats import INT4, INT8, INT12
 from sbft.grid.weight import GridWeight
+from sbft.native.memory import stored_tensors
 from sbft.optim import SGD, Adafactor, AdamW, RowAdafactor
+from sbft.optim.kernels.sliced import height_of_compiled_slices
 from sbft.optim.vocabulary import OuterProduct, SlicedGradient, TokenRows
 
 VOCABULARY, WIDTH, TOKENS = 3001, 160, 24
@@ -193,3 +195,24 @@ def test_a_step_that_is_skipped_drops_what_was_handed_over() -> None:
     optimizer.tokens_per_step = TOKENS
     optimizer.step()
     assert torch.equal(values_of(weight), before)
+
+
+@pytest.mark.parametrize("format_name", ["bfloat16", "int4"])
+@pytest.mark.parametrize("shape", [(VOCABULARY, WIDTH), (260, 128), (4100, 4096)])
+def test_the_planner_knows_how_many_rows_a_slice_has(
+    format_name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heights: list[int] = []
+    slices = SlicedGradient.slices
+
+    def look(self: SlicedGradient, height: int) -> Any:
+        heights.append(height)
+        return slices(self, height)
+
+    monkeypatch.setattr(SlicedGradient, "slices", look)
+    values, storage = torch.full(shape, 0.02), FORMATS[format_name]
+    weight = nn.Parameter(values.to(storage) if isinstance(storage, torch.dtype) else GridWeight.of(values, storage))
+    left, right = (torch.full(size, 0.1, dtype=torch.bfloat16) for size in ((shape[0], 2), (2, shape[1])))
+    step(Adafactor([weight], beta2=0.9), weight, SlicedGradient(torch.Size(shape), OuterProduct(left, right), None))
+    size = sum(tensor.nbytes for tensor in stored_tensors(weight))
+    assert heights == [height_of_compiled_slices(*shape, size, torch.get_num_threads())] * 3

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from sbft.optim.vocabulary import OuterProduct
 from sbft.training.loss.cross_entropy import Receiver, linear_cross_entropy
+from sbft.training.loss.sliced_vocabulary import most_rows
 from sbft.training.trainer import SmallBatchTrainer
 from tests.tiny import tiny_model
 from tests.unit.training import test_trainer
@@ -17,7 +19,7 @@ from tests.unit.training import test_trainer
 VOCABULARY, HIDDEN = 4099, 128
 
 
-def make(tmp_path: Path, model: Any, *, sliced_vocabulary: bool = True, **arguments: Any) -> SmallBatchTrainer:
+def make(tmp_path: Path, model: Any, *, sliced_vocabulary: bool | None = True, **arguments: Any) -> SmallBatchTrainer:
     return test_trainer.make(tmp_path, model, sliced_vocabulary=sliced_vocabulary, **arguments)
 
 
@@ -157,6 +159,67 @@ def test_other_optimizers_keep_plain_gradients(tmp_path: Path, largest_gradients
 def test_gradients_that_are_kept_are_plain(tmp_path: Path, largest_gradients: list[int], tied: bool) -> None:
     trained(tmp_path, tied=tied, gradient_release=False)
     assert max(largest_gradients) == VOCABULARY * HIDDEN
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_on_a_cpu_few_labels_are_sliced_by_default(tmp_path: Path, largest_gradients: list[int], tied: bool) -> None:
+    trained(tmp_path, tied=tied, sliced_vocabulary=None)  # at most 9 labels for 128 columns
+    assert max(largest_gradients) < VOCABULARY * HIDDEN
+
+
+def test_a_head_is_sliced_up_to_a_share_of_its_columns() -> None:
+    assert [most_rows(setting, 128, "cpu") for setting in (None, True, False)] == [16, 64, 0]
+    assert [most_rows(setting, 128, "cuda") for setting in (None, True, False)] == [0, 64, 0]
+
+
+def test_more_labels_make_the_whole_gradient_of_a_head(tmp_path: Path, largest_gradients: list[int]) -> None:
+    # 3 x 12 tokens, less the first two of each row, are more than an eighth of the columns.
+    settings = {"tied": False, "per_device_train_batch_size": 3}
+    default = trained(tmp_path, sliced_vocabulary=None, **settings)
+    assert max(largest_gradients) == VOCABULARY * HIDDEN
+    assert_equal(default, trained(tmp_path, sliced_vocabulary=False, **settings))
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_hook_on_a_gradient_gets_the_plain_one(tmp_path: Path, when: str) -> None:
+    shapes: list[tuple[torch.Size, bool]] = []
+
+    def look(grad: torch.Tensor) -> None:
+        shapes.append((grad.shape, grad.is_sparse))
+
+    class Hooks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+            if (state.global_step == 0) == (when == "before") and not shapes:
+                for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    module.weight.register_hook(look)
+
+    ends = []
+    for callbacks in ([Hooks()], []):
+        model = tiny_model(tied=False, vocab=VOCABULARY, hidden=HIDDEN)
+        ends.append(trained(tmp_path, model, callbacks=callbacks))
+    steps = 6 if when == "before" else 5
+    assert shapes == [(torch.Size((VOCABULARY, HIDDEN)), False)] * 2 * steps
+    assert_equal(*ends)
+
+
+def test_a_weight_hooked_before_training_has_a_plain_gradient(tmp_path: Path, largest_gradients: list[int]) -> None:
+    model = tiny_model(tied=True, vocab=VOCABULARY, hidden=HIDDEN)
+    calls: list[bool] = []
+    model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad is not None))
+    hooked = trained(tmp_path, model)
+    assert max(largest_gradients) == VOCABULARY * HIDDEN and calls == [True] * 6
+    assert_equal(hooked, trained(tmp_path, tied=True))
+
+
+def test_modules_that_peft_saves_are_trained_to_the_same_bits(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head", "embed_tokens"])
+        return peft.get_peft_model(tiny_model(tied=False, vocab=VOCABULARY, hidden=HIDDEN), config)
+
+    assert_equal(*(trained(tmp_path, adapted(), sliced_vocabulary=setting) for setting in (None, False)))
 
 
 @pytest.mark.parametrize("pieces", ["one piece", "slices"])
