@@ -75,8 +75,11 @@ def test_the_buffer_of_values_is_kept_on_a_cpu_and_freed_after_each_product_on_a
         shape = StepShape(1, 16, 15, False)
         plain = trace_step(resolved(), llama(), shape, device, checkpointing=False).phases[FORWARD]
         grid = trace_step(resolved("weights=int8"), llama(), shape, device, checkpointing=False).phases[FORWARD]
-        assert grid["activations"] == plain["activations"], device
-        assert grid["workspace"] - plain["workspace"] >= largest, device  # in use at the peak of either
+        # On a GPU the buffer is freed after the last product, before the results of the last layer's end are there.
+        results = 0 if device == "cpu" else 5 * 16 * HIDDEN * 2
+        assert plain["activations"] - results <= grid["activations"] <= plain["activations"], device
+        in_use = plain["workspace"] if device == "cpu" else 0  # at the peak of either
+        assert grid["workspace"] - in_use >= largest, device
     weight = GridWeight.empty((HIDDEN, HIDDEN), GRIDS["int8"], "meta")
     for device, buffers in (("cpu", 1), ("cuda", 0)):
         with standing_for(device), buffer.planned_buffer() as planned:
