@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbft.errors import ModelError
-from sbft.grid.formats import GRIDS, Grid, fits
+from sbft.grid.formats import GRIDS, NAMED, Grid, fits
 from sbft.grid.weight import GridWeight
 
 DEFAULT = "default"
@@ -31,7 +31,7 @@ def check_formats(weights: str | Mapping[str, str]) -> dict[str, str]:
     """
     formats = {DEFAULT: weights} if isinstance(weights, str) else {DEFAULT: KEPT, **weights}
     for pattern, name in formats.items():
-        if name not in (*GRIDS, KEPT):
+        if name not in (*NAMED, KEPT):
             meant = difflib.get_close_matches(str(name), [*GRIDS, KEPT], n=1)
             hint = f" Did you mean {meant[0]}?" if meant else ""
             raise ModelError(
@@ -50,7 +50,7 @@ def put_on_grids(
 
     Args:
         model: is changed in place; before adapters are put on it, and before an optimizer is made.
-        weights: a format (`int4`, `int8`, `int12`) for all weights, or formats by pattern, such as
+        weights: a format (`int4`, `int8`, `int12`, or one of `VARIANTS`) for all weights, or formats by pattern, such as
             `{"default": "int4", "lm_head": "int8", "*.layers.0.*": "bfloat16"}`. A pattern (of `fnmatch`) is matched against
             a parameter's name and against any part of that name between dots. If several match, the first one applies;
             `default` (bfloat16 if it is left out) applies where none matches.
@@ -74,7 +74,7 @@ def put_on_grids(
     for parameter in suited:
         name = _format_of(parameter.names, formats)
         if name != KEPT:
-            parameter.replace(GRIDS[name])
+            parameter.replace(NAMED[name])
             put[parameter.names[0]] = name
     return put
 

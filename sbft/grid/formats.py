@@ -65,7 +65,16 @@ INT4 = Grid("int4", LARGEST_OF_NIBBLE, 32)
 INT8 = Grid("int8", LARGEST_OF_BYTE, 128)
 INT12 = Grid("int12", LARGEST_OF_12_BITS, 128)
 GRIDS = {grid.name: grid for grid in (INT4, INT8, INT12)}
-"""The grids that a recipe can ask for, by name."""
+"""The usual grids, by the names that recipes have for them."""
+
+VARIANTS = {
+    grid.name: grid
+    for grid in (Grid("int4/64", LARGEST_OF_NIBBLE, 64), Grid("int6", 31, 128), Grid("int8/32", LARGEST_OF_BYTE, 32))
+}
+"""Grids to compare the usual ones with: another block, or codes of 6 bits, which take a byte as those of 8 do."""
+
+NAMED = {**GRIDS, **VARIANTS}
+"""All grids that a recipe can ask for, by name."""
 
 DTYPES = ("bfloat16", "float32")
 """Formats of weights that are dtypes, and no grids."""
@@ -74,7 +83,7 @@ DTYPES = ("bfloat16", "float32")
 def on_grids(weights: str | Mapping[str, str] | None) -> str | dict[str, str] | None:
     """The format of all weights, or the formats by pattern, as they were given; None if no weight is on a grid."""
     formats = weights.values() if isinstance(weights, Mapping) else [weights]
-    if not any(name in GRIDS for name in formats):
+    if not any(name in NAMED for name in formats):
         return None
     return dict(weights) if isinstance(weights, Mapping) else weights
 

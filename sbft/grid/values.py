@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import os
 from types import ModuleType
 
@@ -37,11 +40,21 @@ def dequantize_entries(weight: Quantized, index: Tensor, dtype: torch.dtype = to
 
 
 def _only_measures(codes: Tensor) -> bool:
-    """Whether codes are on the meta device and stand for a CPU's, whose compiled code allocates nothing but its result."""
-    return codes.device.type == "meta" and device_type(codes) in ("cpu", "meta")
+    """Whether codes are on the meta device and stand for a device whose compiled code allocates nothing but its result."""
+    return codes.device.type == "meta" and device_type(codes) in ("cpu", "cuda", "meta")
 
 
 def _backend(device: torch.device) -> ModuleType:
-    if device.type == "cpu" and os.environ.get("SBFT_KERNELS", "") != "reference":
+    if os.environ.get("SBFT_KERNELS", "") == "reference":
+        return codes
+    if device.type == "cpu":
         return cpu
-    return codes
+    return _cuda() if device.type == "cuda" else codes
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    """The Triton programs, or plain torch where Triton is not installed, of which `sbft.optim.kernels` warns."""
+    if importlib.util.find_spec("triton") is None:
+        return codes
+    return importlib.import_module("sbft.grid.cuda")

@@ -22,7 +22,7 @@ from pydantic import (
 from sbft.grid.formats import on_grids
 from sbft.recipe.settings import Setting, settings_in
 
-WeightFormat = Literal["float32", "bfloat16", "int12", "int8", "int4"]
+WeightFormat = Literal["float32", "bfloat16", "int12", "int8", "int4", "int8/32", "int6", "int4/64"]
 _Word = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
@@ -206,7 +206,7 @@ class Recipe(_Section):
     """dtype of the weights, and of what is computed with them; default: that of the method."""
     weights: WeightFormat | Annotated[dict[_Word, WeightFormat], Field(min_length=1)] | None = None
     """What weights are stored in: float32, bfloat16, int12, int8 or int4; or formats by patterns of their names, such as
-    {default: int4, lm_head: int8}. Default: that of the method, or dtype."""
+    {default: int4, lm_head: int8}. int8/32, int6 and int4/64 are for comparisons. Default: that of the method, or dtype."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
     allow_pickle: bool = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sbft.grid.cuda_programs import load_codes
 from sbft.optim.kernels.cuda_rounding import noise_bits
 
 _BEYOND = tl.constexpr(float(1 << 30))
@@ -30,24 +31,6 @@ def smallest_scale(largest_value, LARGEST: tl.constexpr):
     bits = tl.maximum(bits, 1)
     finite = (largest_value < float("inf")) & (bits < 0x7C00)
     return tl.where(finite, bits, 0x7E00).to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def load_halves(pointers, element, mask):
-    """Four bits of each element."""
-    both = tl.load(pointers + ((element >> 5) * 16 + (element & 15)), mask, 0).to(tl.uint8, bitcast=True).to(tl.int32)
-    return (both >> ((element >> 4) & 1).to(tl.int32) * 4) & 15
-
-
-@triton.jit
-def load_codes(codes, low, element, mask, BITS: tl.constexpr):
-    """Codes of elements, given their index in the weight; int32."""
-    if BITS == 4:
-        return load_halves(codes, element, mask) - 8
-    code = tl.load(codes + element, mask, 0).to(tl.int32)
-    if BITS == 12:
-        code = code * 16 + load_halves(low, element, mask)
-    return code
 
 
 @triton.jit

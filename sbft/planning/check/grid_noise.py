@@ -31,7 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from sbft.errors import SbftError
-from sbft.grid.formats import GRIDS, Grid
+from sbft.grid.formats import NAMED, Grid
 from sbft.grid.weight import GridWeight
 from sbft.planning.check.finding import Finding
 from sbft.planning.check.length import run_length
@@ -118,7 +118,7 @@ def grid_noise(known: Known) -> Finding | None:
         for name, weight in model.named_parameters()
         if isinstance(weight, GridWeight) and weight.requires_grad
     }
-    for grid in sorted({weight.grid.name for weight in weights.values()}, key=lambda name: GRIDS[name].bits):
+    for grid in sorted({weight.grid.name for weight in weights.values()}, key=lambda name: NAMED[name].bits):
         names = [name for name, weight in weights.items() if weight.grid.name == grid]
         widest = max(spacing(weights[name].grid, weights[name].quantized.block) for name in names)
         if (finding := _finding(known, way, grid, widest, names)) is not None:
@@ -130,7 +130,7 @@ def _finding(known: Known, way: Travel, grid: str, widest: float, names: list[st
     prepared = known.prepared
     noise, distance, rate = way.noise(widest), way.distance, prepared.arguments.learning_rate
     steps = run_length(prepared).steps
-    finer = f"--weights {_FINER[grid]}"
+    finer = f"--weights {_FINER[f'int{NAMED[grid].bits}']}"
     if noise > MOST_NOISE:
         return Finding(
             "grid-noise-too-large",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.trainer_utils import SchedulerType
 
-from sbft.grid.formats import GRIDS
+from sbft.grid.formats import NAMED
 from sbft.planning.check.finding import Finding
 from sbft.planning.check.grid_noise import spacing
 from sbft.planning.check.length import run_length, tokens_per_row, tokens_per_step
@@ -77,7 +77,7 @@ def rounded_to_nearest(prepared: Prepared) -> Finding | None:
 
 def _rounded_to_nearest_on_a_grid(prepared: Prepared, formats: str | dict[str, str]) -> Finding:
     names = formats.values() if isinstance(formats, dict) else [formats]
-    on_grids = [GRIDS[name] for name in names if name in GRIDS]
+    on_grids = [NAMED[name] for name in names if name in NAMED]
     step, name = max((spacing(grid, grid.block), grid.name) for grid in on_grids)
     rate = prepared.arguments.learning_rate
     absolute = not prepared.recipe.optimizer.relative_step

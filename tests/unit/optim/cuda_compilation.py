@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from sbft.grid import cuda as grid_cuda
 from sbft.grid.codes import quantize
 from sbft.grid.formats import GRIDS, INT4, INT8, INT12, Grid
 from sbft.optim.kernels import cuda
@@ -141,6 +142,11 @@ def others(numel: int, step: dict[str, Any] = HOSTS, grid: Grid | None = None) -
     )
 
 
+def values(grid: Grid) -> Callable[[], object]:
+    weight = quantize(torch.zeros((1024, 2048), dtype=BF16), grid)
+    return lambda: grid_cuda.dequantize(weight)
+
+
 CASES = {
     "matrix": (lambda: adafactor((1024, 2048)), 4),
     "vector": (lambda: adafactor((4096,)), 1),
@@ -156,6 +162,7 @@ ON_GRIDS = {
     **{f"matrix on {name}": (functools.partial(adafactor, (1024, 2048), grid=grid), 4) for name, grid in GRIDS.items()},
     "long and narrow on int8": (functools.partial(adafactor, (8192, 32), grid=INT8), 3),
     "AdamW and SGD on int4": (functools.partial(others, 1 << 20, grid=INT4), 3),
+    **{f"values of {name}": (functools.partial(values, grid), 1) for name, grid in GRIDS.items()},
     "captured matrix on int12": (functools.partial(adafactor, (1024, 2048), step=DEVICES, grid=INT12), 4),
 }
 

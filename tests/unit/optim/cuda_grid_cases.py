@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from sbft.grid import codes  # noqa: E402
+from sbft.grid import cuda as grid_cuda  # noqa: E402
 from sbft.grid.codes import Quantized, load_codes, quantize  # noqa: E402
 from sbft.grid.formats import GRIDS, INT4, INT8, Grid  # noqa: E402
 from sbft.optim.kernels import cuda, cuda_plans, reference  # noqa: E402
@@ -45,6 +46,27 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def randn(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("grid", GRIDS_TRIED, ids=lambda grid: grid.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_values_are_those_of_the_definition(grid: Grid, dtype: torch.dtype) -> None:
+    values = randn((5, 33, 160), 1)  # not a whole number of programs
+    values[2, 7, 40] = torch.nan
+    weight = quantize(values, grid)
+    expected = codes.dequantize(weight, dtype)
+    assert expected.isnan().any()
+    into = torch.empty_like(expected)
+    assert grid_cuda.dequantize(weight, out=into) is into
+    index = torch.tensor([[3, 0], [3, 4]], device=DEVICE)
+    for made, wanted in [
+        (grid_cuda.dequantize(weight, dtype), expected),
+        (into, expected),
+        (grid_cuda.dequantize_entries(weight, index, dtype), expected[index]),
+        (grid_cuda.dequantize(weight.rows(1, 3), dtype), expected[1:3]),
+    ]:
+        torch.testing.assert_close(made, wanted, rtol=0, atol=0, equal_nan=True)
+    assert grid_cuda.dequantize(weight.rows(1, 1), dtype).shape == (0, 33, 160)
 
 
 @pytest.mark.parametrize("grid", GRIDS_TRIED, ids=lambda grid: grid.name)
