@@ -88,7 +88,7 @@ def test_aliases_cannot_multiply_without_end(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="more than 100,000 keys and values"):
         load_recipe(path)
     path.write_text("data: &a {train: *a}\n")
-    with pytest.raises(RecipeError, match="an alias inside of what it stands for"):
+    with pytest.raises(RecipeError, match="an alias inside the value that it refers to"):
         load_recipe(path)
     path.write_text(f"data: {'[' * 5_000}\n")
     with pytest.raises(RecipeError, match="levels"):
