@@ -64,10 +64,10 @@ def test_the_reward_of_grpo_rises(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("google-bert/bert-base-uncased", "no causal language model"),
-        ("google-t5/t5-small", "no causal language model"),
-        ("google/vit-base-patch16-224", "no causal language model"),
-        ("openai/whisper-tiny", "no causal language model"),
+        ("google-bert/bert-base-uncased", "not a causal language model"),
+        ("google-t5/t5-small", "not a causal language model"),
+        ("google/vit-base-patch16-224", "not a causal language model"),
+        ("openai/whisper-tiny", "not a causal language model"),
         ("google/gemma-3-4b-it", "what images or sound would add is not predicted"),
     ],
 )

@@ -221,7 +221,7 @@ def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
         "whisper": "WhisperForConditionalGeneration",
     }
     for name, architecture in refused.items():
-        with pytest.raises(ModelError, match=f"no causal language model .it is {architecture}"):
+        with pytest.raises(ModelError, match=f"not a causal language model .it is {architecture}"):
             load_model(str(tmp_path / name), dtype=torch.bfloat16)
 
 

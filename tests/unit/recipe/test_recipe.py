@@ -309,8 +309,8 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "holds nothing"),
-        ("- a\n- b\n", "holds a list"),
+        ("", "contains nothing"),
+        ("- a\n- b\n", "contains a list"),
         ("model: [a\n", "line 2, column 1 is not valid YAML: found a list that is not closed"),
         ("a: b: c", "line 1, column 5 is not valid YAML: found a second `key:` on one line"),
         ("a:\n\tb: 1\n", "line 2, column 1 is not valid YAML: found a tab"),
