@@ -140,7 +140,7 @@ def load_model(
         The model on the CPU, in evaluation mode. Random weights are made on the device that they are trained on.
 
     Raises:
-        ModelError: if there is no such model, the hub cannot be reached, it is no causal language model, the checkpoint
+        ModelError: if there is no such model, the hub cannot be reached, it is not a causal language model, the checkpoint
             lacks weights or has them in a pickle, or `dtype` is float16.
         MissingPackageError: if an adapter or its 4-bit base needs a package that is not installed.
     """
@@ -284,7 +284,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
         trust_remote_code: run the Python code that comes with the checkpoint.
 
     Raises:
-        ModelError: if there is no such model, the hub cannot be reached, or it is no causal language model.
+        ModelError: if there is no such model, the hub cannot be reached, or it is not a causal language model.
     """
     if is_random(model):
         return random_config(model)
@@ -314,7 +314,7 @@ def missing_for_sharding() -> str | None:
 
 
 def _causal_config(model: str, folder: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config in a folder or of a hub id, refused if the model is no causal language model."""
+    """The config in a folder or of a hub id, refused if the model is not a causal one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     try:
