@@ -1,9 +1,9 @@
-"""A training step on a CPU, alone and beside one busy process, by how the threads of OpenMP wait for each other.
+"""Times a training step on a CPU, alone and beside a busy process, for several ways in which OpenMP's threads wait.
 
     python benchmarks/busy_machine.py --json busy_machine.json
 
-For each way to wait, a process keeps its model loaded and trains when it is told to. All others sleep meanwhile, so the
-ways alternate on the same machine within minutes. The busy process computes in Python, on one thread.
+Each way has a process that keeps its model loaded and trains on request while all others sleep. So the ways alternate on
+the same machine within minutes. The busy process computes in Python, on one thread.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 @contextmanager
 def busy(another: bool) -> Iterator[None]:
-    """Within, one other process computes without end, if asked to."""
+    """A context in which another process computes continuously, if `another`."""
     if not another:
         yield
         return
@@ -137,7 +137,7 @@ def cores_busy_s() -> float:
 
     now = look()
     if now is None:
-        raise SystemExit("This kernel does not say who uses the cores.")
+        raise SystemExit("This kernel does not report the use of the cores.")
     return now.busy_s
 
 

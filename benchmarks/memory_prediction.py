@@ -1,4 +1,4 @@
-"""Compares predicted with measured peak memory: each row is trained in a process of its own, and predicted.
+"""Compares predicted with measured peak memory: each row is trained in a separate process, and predicted.
 
     python benchmarks/memory_prediction.py --json memory_prediction.json [--only smollm2 sbft]
     python benchmarks/memory_prediction.py --json memory_prediction.json --large --jobs 3   # on a GPU of 80 GB

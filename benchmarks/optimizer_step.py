@@ -5,7 +5,7 @@
 
 All optimizers work in turns in one process, on the same weights and random gradients. Each round builds an optimizer,
 lets it take its first step unmeasured, measures some more, and drops it. An optimizer whose first step takes longer
-than --limit-s is skipped. One that compiles in its first step takes it beforehand in a process of its own, which can be
+than --limit-s is skipped. One that compiles in its first step takes it beforehand in a separate process, which can be
 stopped. All run on the GPU if there is one; CUDA_VISIBLE_DEVICES= before the command keeps them on the CPU. The bound
 is the time that a plain copy, measured in the same rounds, needs for 5 times the weights' bytes: an exact Adafactor
 reads the gradient three times, and reads and writes the weight.
@@ -167,7 +167,7 @@ def benchmark(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> l
         print(f"{name}: {why}", file=sys.stderr)
 
     for name in arguments.optimizers:
-        # This comes before this process takes memory of its own.
+        # This comes before this process allocates memory itself.
         if name in COMPILING and (why := probe(name, arguments)) is not None:
             skip(name, why)
     weights, grads = tensors(shapes, arguments)
@@ -201,7 +201,7 @@ def tensors(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> tup
 
 
 def probe(name: str, arguments: argparse.Namespace) -> str | None:
-    """Takes a contender's first step in a process of its own; returns why to skip it, or None if it succeeds in time."""
+    """Takes a contender's first step in a separate process; returns why to skip it, or None if it succeeds in time."""
     command = [sys.executable, __file__, "--probe", "--optimizers", name, "--dtype", arguments.dtype]
     command += ["--model", *arguments.model]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py --model builtin:smollm2-135m --tokens 64 512 --json training_step.json
 
-Each measurement has a process of its own, so that its memory is its own. The methods alternate, so that all meet the
+Each measurement has a separate process, so that memory is measured separately. The methods alternate, so that all meet the
 same load on a shared machine. All see the same examples, with every token in the loss. `above_model` is the peak of the
 training loop above what the process held once the bare model was loaded.
 """

@@ -3,8 +3,8 @@
     python benchmarks/lab/beyond_language.py --output runs/beyond-language --jobs 2
 
 Every example counts as one token of the optimizer's clock. At the reference batch, the second moment has its usual
-decay, and its half-life in examples follows from that. At batch size 1, either the half-life is held (the rule), or the
-decay factor per step is left as it is. Each row's learning rate is chosen on validation data over a grid of the same
+decay, and its half-life in examples follows from that. At batch size 1, either the half-life is kept (the rule), or the
+decay factor per step is. Each row's learning rate is chosen on validation data over a grid of the same
 width, then measured with each seed on test data. Results are written to OUTPUT/runs.jsonl as they come; the same
 command resumes where it was interrupted.
 
@@ -45,7 +45,7 @@ class Row:
     optimizer: str
     batch: int
     second_moment: str
-    """`half-life`: held in examples; `decay`: the reference's factor per step; `none`: the optimizer has none."""
+    """`half-life`: kept in examples; `decay`: the reference's factor per step; `none`: the optimizer has none."""
     rates: tuple[float, ...]
 
     @property
@@ -178,7 +178,7 @@ def co2(arguments: argparse.Namespace) -> Task:
     past, future = 96, 24
     weekly = statsmodels.datasets.co2.load_pandas().data["co2"].interpolate()
     series = torch.tensor(weekly.to_numpy(), dtype=torch.float32)
-    # Split in time: what is forecast in one part is in no earlier part.
+    # Split in time: no part contains what a later part forecasts.
     ends = [int(len(series) * share) for share in (0.7, 0.85, 1.0)]
     parts = []
     for begin, end in zip([past, *ends], ends, strict=False):
@@ -284,7 +284,7 @@ def make(requested: list[tuple[str, Row, float, int, str]], runs: dict[tuple[Any
             if done.exception() is not None:
                 pool.shutdown(
                     wait=False, cancel_futures=True
-                )  # or all others would still be made, and their results lost
+                )  # otherwise all remaining runs would still be made, and their results lost
             run = done.result()
             runs[key(run)] = run
             file.write(json.dumps(run) + "\n")

@@ -66,7 +66,7 @@ _SHORT = Budget(
 )  # fmt: skip
 BUDGETS = {
     "short": _SHORT,
-    # Everything at that size; in the same folder, runs of `short` are not repeated.
+    # All experiments at that size; in the same folder, runs of `short` are not repeated.
     "evening": replace(
         _SHORT, batches=(1, 8, 64), optimizers=(*OF_THE_PAPER, *CANDIDATES), experiments=ALL,
         takes="three to four hours on 2 cores",

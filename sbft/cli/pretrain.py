@@ -1,4 +1,4 @@
-"""`sbft pretrain`: train a fresh model, or a checkpoint further, on every token of a text."""
+"""`sbft pretrain`: train a new model, or a checkpoint further, on every token of a text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pretrain(
     overwrite: OverwriteOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Train a fresh model, or a checkpoint further, on plain text.
+    """Train a new model, or a checkpoint further, on plain text.
 
     Type sbft pretrain RECIPE, or sbft pretrain --model scratch:1m --data builtin:python-stdlib.
 

@@ -32,11 +32,11 @@ def ls() -> None:
             print(f"\n{family}:")
         for name in names:
             print(_in_columns(name, summary_of_recipe(name), column))
+    print("\nNext: sbft train quickstart\n\nTo change a recipe first, type: sbft recipes cp quickstart my.yaml")
     print(
         "\nGiB are peaks of GPU memory that sbft plan predicts for the recipe as it is: with gradient checkpointing where the "
         "recipe sets it."
     )
-    print("\nNext: sbft train quickstart\n\nTo change a recipe first, type: sbft recipes cp quickstart my.yaml")
 
 
 def _in_columns(name: str, text: str, column: int) -> str:

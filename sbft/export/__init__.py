@@ -1,1 +1,1 @@
-"""A trained model in the forms that other tools take."""
+"""Exports trained models in the formats of other tools."""

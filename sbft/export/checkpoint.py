@@ -1,4 +1,4 @@
-"""A trained model as other tools take it: a folder of plain safetensors, an adapter merged into its base."""
+"""Exports a trained model as a folder of plain safetensors, with an adapter merged into its base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sbft.training.checkpointing.disk_errors import writing
 from sbft.training.generation_config import settle_generation
 
 DTYPES = ("bfloat16", "float32", "float16")
-# A file is in memory as a whole while it is written, and hubs like them no larger.
+# A whole file is in memory while it is written, and hubs recommend files of at most this size.
 MAX_SHARD_BYTES = 5 * 10**9
 _CONFIG, _ADAPTER_CONFIG, _RECORD = "config.json", "adapter_config.json", "run.json"
 GENERATION_FILE = "generation_config.json"
@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("chat_template*", "additional_chat_templates"),
 )
-# Of a run's folder only what belongs to the model: its recipe, record and predictions may name what is private.
+# Only what belongs to the model is copied: a run's recipe, record and predictions may contain private data.
 OF_THE_MODEL = (_CONFIG, GENERATION_FILE, *TOKENIZER_FILES, "*.py", "README.md", "LICENSE*", "NOTICE*")
 
 
@@ -46,17 +46,17 @@ class Export:
 
     folder: Path
     size_bytes: int
-    """Of all weights."""
+    """Bytes of all weights."""
     files: int
-    """How many files hold them."""
+    """Number of weight files."""
     merged_into: str | None = None
     """The base model, where an adapter was merged."""
     dequantized: bool = False
-    """Whether that base was in 4 bits when the adapter was trained, and is written with the values it had so."""
+    """Whether that base was in 4 bits when the adapter was trained; its dequantized values are written."""
     coded: int = 0
     """How many weights are written as the codes that were trained."""
     uncoded: tuple[str, ...] = ()
-    """Weights that were trained on a grid which the format does not have, written in bfloat16."""
+    """Weights that were trained on a grid that the format does not support; they are written in bfloat16."""
 
 
 def export_model(
@@ -69,23 +69,23 @@ def export_model(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Export:
-    """Write a trained model as a folder of safetensors, config and tokenizer that `from_pretrained` and others load.
+    """Write a trained model as a folder of safetensors, config and tokenizer, which `from_pretrained` and others load.
 
-    The weights of a full fine-tuning are read and written one file's worth at a time; an adapter needs its base model in
-    memory. Weights on a grid are written as their values.
+    The weights of a full fine-tuning are read and written one file at a time. An adapter requires its base model in memory.
+    Weights on a grid are written as bfloat16 values.
 
     Args:
         source: folder of a run, one of its checkpoints, or any folder of a checkpoint; LoRA adapters too.
         destination: the folder to make. It appears when everything in it is written.
         base: the model under an adapter: hub id, folder or builtin:NAME; None: the one that the run's recipe or the
             adapter itself names.
-        dtype: one of `DTYPES`; None: that of the checkpoint, for an adapter that of the run.
+        dtype: one of `DTYPES`; None: the checkpoint's, or the run's for an adapter.
         max_shard_bytes: largest size of a file.
-        overwrite: replace a model that lies at the destination.
-        trust_remote_code: run the Python code that comes with the base model of an adapter; a whole model needs none.
+        overwrite: replace a model at the destination.
+        trust_remote_code: run the Python code that comes with the base model of an adapter; a whole model requires none.
 
     Raises:
-        SbftError: if there is no model, or it cannot be written so.
+        SbftError: if there is no model, or it cannot be exported this way.
     """
     check_source(source)
     check_dtype(dtype)
@@ -94,7 +94,7 @@ def export_model(
         return _merge(source, destination, base, dtype, max_shard_bytes, trust_remote_code)
     if base is not None:
         raise ExportError(
-            f"{source} holds a whole model, which needs no base. Leave --base out, or add --as-lora RANK."
+            f"{source} has a whole model, which requires no base. Leave --base out, or add --as-lora RANK."
         )
     with plain_folder(source) as plain:
         _copy(plain, destination, dtype, max_shard_bytes)
@@ -120,10 +120,10 @@ def _copy(source: Path, destination: Path, dtype: str | None, max_shard_bytes: i
 
 
 def check_source(source: Path) -> None:
-    """Refuse what is no folder of a model.
+    """Refuse anything that is not the folder of a model.
 
     Raises:
-        ModelError: if it is none.
+        ModelError: if it is not.
     """
     if not source.is_dir():
         raise ModelError(
@@ -134,17 +134,17 @@ def check_source(source: Path) -> None:
     if checkpoints := newest_first(source):
         newest = checkpoints[0]
         raise ModelError(
-            f"The folder {source} holds no trained model, because its run has not ended. It holds checkpoints, which "
-            f"can be exported too: sbft export {newest} --to DIR"
+            f"The folder {source} has no trained model, because its run has not ended. It has checkpoints, which can be "
+            f"exported too: sbft export {newest} --to DIR"
         )
     raise ModelError(
-        f"The folder {source} holds no model: {_CONFIG} or {_ADAPTER_CONFIG} was expected in it. Give the output folder "
+        f"The folder {source} has no model: {_CONFIG} or {_ADAPTER_CONFIG} was expected in it. Give the output folder "
         "of sbft train (with save_model: true), or a checkpoint inside it."
     )
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter and no whole model."""
+    """Whether a folder has a LoRA adapter and no whole model."""
     return (folder / _ADAPTER_CONFIG).is_file() and not (folder / _CONFIG).is_file()
 
 
@@ -157,7 +157,7 @@ def recipe_of(source: Path) -> Recipe | None:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuse what is none of `DTYPES`.
+    """Refuse a dtype that is not in `DTYPES`.
 
     Raises:
         ExportError: if it is not.
@@ -173,12 +173,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def check_destination(destination: Path, *, overwrite: bool, needed: list[Path]) -> None:
-    """Refuse to write where something lies already. Changes nothing.
+    """Refuse to overwrite what must not be overwritten. Changes nothing.
 
     Args:
-        destination: the folder that shall be written.
-        overwrite: whether a model that lies there may be replaced.
-        needed: folders that are read, and must not be replaced.
+        destination: the folder to write.
+        overwrite: whether a model in it may be replaced.
+        needed: folders that are read, so they must not be replaced.
 
     Raises:
         ExportError: if it cannot be written.
@@ -192,12 +192,12 @@ def check_destination(destination: Path, *, overwrite: bool, needed: list[Path])
         raise ExportError(f"--to {destination} is a file. Type a folder that does not exist yet.")
     above = next(parent for parent in whole.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ExportError(f"--to {destination} cannot be written: {above} gives no permission to. Type another folder.")
+        raise ExportError(f"--to {destination} cannot be written: no permission in {above}. Type another folder.")
     entries = {entry.name for entry in destination.iterdir()} if destination.is_dir() else set()
     if entries and not overwrite:
         raise ExportError(f"--to {destination} exists and is not empty. Add --overwrite, or type another folder.")
     if entries and (not entries & {_CONFIG, _ADAPTER_CONFIG} or _RECORD in entries):
-        what = "is the folder of a run" if _RECORD in entries else "holds no model"
+        what = "is the folder of a run" if _RECORD in entries else "has no model"
         raise ExportError(
             f"--overwrite would remove everything in {destination}, which {what}. Empty it yourself, or type another "
             "folder."
@@ -206,14 +206,14 @@ def check_destination(destination: Path, *, overwrite: bool, needed: list[Path])
 
 @contextmanager
 def new_folder(destination: Path, *, takes_bytes: int | None = None) -> Iterator[Path]:
-    """A folder beside the destination to be filled, renamed to it afterwards; nothing stays of one that was not filled.
+    """A temporary folder beside the destination, which replaces it at the end; removed if an error occurs.
 
     Args:
-        destination: the folder that shall be there in the end.
-        takes_bytes: what it takes on the disk, if that is known.
+        destination: the folder to make.
+        takes_bytes: bytes that it will take on the disk, if known.
 
     Raises:
-        DiskError: if the disk refuses; what was at the destination stays.
+        DiskError: if writing fails; the destination then stays unchanged.
     """
     destination = destination.resolve()
     former: Path | None = None
@@ -224,8 +224,8 @@ def new_folder(destination: Path, *, takes_bytes: int | None = None) -> Iterator
             temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
             former = temporary.with_name(f"{temporary.name}-former")
             yield temporary
-            # What mkdtemp and safetensors make, nobody else may read.
-            os.chmod(temporary, 0o755)  # nosec B103  # of mkdtemp, and as any folder made here would be
+            # mkdtemp and safetensors make folders and files that only their owner can read.
+            os.chmod(temporary, 0o755)  # nosec B103  # as mkdir would have made it
             for file in temporary.glob("*.safetensors"):
                 os.chmod(file, 0o644)
             if destination.exists():
@@ -240,14 +240,14 @@ def new_folder(destination: Path, *, takes_bytes: int | None = None) -> Iterator
 
 
 def copy_files(source: Path, folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Copy the files (and folders) of a folder that match some patterns; returns them."""
-    found = sorted({path for pattern in patterns for path in source.glob(pattern)})
-    for path in found:
+    """Copy files and folders that match any of the patterns; returns their paths."""
+    paths = sorted({path for pattern in patterns for path in source.glob(pattern)})
+    for path in paths:
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
-    return found
+    return paths
 
 
 def _merge(
@@ -258,19 +258,19 @@ def _merge(
     max_shard_bytes: int,
     trust_remote_code: bool,
 ) -> Export:
-    """Merge an adapter into its base and write that."""
+    """Merge an adapter into its base and write the result."""
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise MissingPackageError(
-            f"{source} holds a LoRA adapter, which needs the package peft. " + how_to_install("'sbft[lora]'")
+            f"{source} has a LoRA adapter, which requires the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
 
     if not (source / ADAPTER_FILE).is_file():
         raise ModelError(f"The adapter in {source} has no weights: {ADAPTER_FILE} was expected beside its config.")
     recipe = recipe_of(source)
     if base is None:
-        # The recipe names what it was asked for. PEFT names the folder that builtin:NAME was converted to, on that machine.
+        # The recipe has the name that the user gave. PEFT has the folder that builtin:NAME was converted to on that machine.
         base = recipe.model if recipe else PeftConfig.from_pretrained(str(source)).base_model_name_or_path
     if not base:
         raise ModelError(f"The adapter in {source} does not say which model it was trained on. Type --base MODEL.")
@@ -278,14 +278,14 @@ def _merge(
         check_destination(destination, overwrite=True, needed=[Path(base)])
     config = load_config(base, trust_remote_code=trust_remote_code)
     name = dtype or (recipe.dtype if recipe else None) or str(config.dtype or "float32").removeprefix("torch.")
-    # float16 is only what the result is written in.
+    # float16 is only used for the written result.
     computed = torch_dtype("float32" if name == "float16" else name)
     quantization = read_note(source)
     model = load_model(base, dtype=computed, trust_remote_code=trust_remote_code, quantization=quantization)
     if quantization is not None:
-        # To the values that the adapter was trained on and measured with, not to those they were made from.
+        # Dequantized: the adapter was trained with these values, not with the original ones.
         model = model.dequantize(dtype=computed)
-    # PEFT holds the adapter in float32, adds its product to each weight so, and rounds once.
+    # PEFT keeps the adapter in float32, adds its product to each weight in float32, and rounds once.
     merged: PreTrainedModel = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
     if name == "float16":
         for parameter_name, parameter in merged.named_parameters():
@@ -304,13 +304,13 @@ def _merge(
 
 
 def written(folder: Path, **more: Any) -> Export:
-    """What a folder of safetensors holds that was exported."""
+    """Describe an exported folder of safetensors."""
     files = list(folder.glob("*.safetensors"))
     return Export(folder, sum(file.stat().st_size for file in files), len(files), **more)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    """Write a dtype into a config, and into those of the parts it names one for; `torch_dtype` is the older name."""
+    """Write a dtype into a config and its sub-configs, wherever they name one; `torch_dtype` is the older key."""
     if "torch_dtype" not in config:
         config.setdefault("dtype", dtype)
     for key, value in config.items():

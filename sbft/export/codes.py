@@ -15,12 +15,12 @@ _GGUF_BLOCK = 32
 
 
 def gguf_blocks(weight: Quantized, bits: int) -> NDArray[np.uint8]:
-    """The bytes of Q8_0 or Q4_0: for each 32 elements of a row the float16 scale, then the codes.
+    """The bytes of Q8_0 or Q4_0: for every 32 elements of a row, the float16 scale and then the codes.
 
     A larger block becomes several with the same scale. Codes of Q4_0 are packed as sbft packs them.
 
     Args:
-        weight: of shape (..., C), on a grid of at most so many bits.
+        weight: of shape (..., C), on a grid of at most `bits` bits.
         bits: 8 for Q8_0, 4 for Q4_0.
 
     Returns:
@@ -51,7 +51,7 @@ def packed(weight: Quantized) -> Tensor:
 
 
 def spread(scales: Tensor, times: int) -> Tensor:
-    """The scales of blocks that are cut into so many smaller ones: shape (..., blocks) to (..., blocks * times)."""
+    """Repeat scales for blocks that are each cut into `times` smaller ones: (..., blocks) to (..., blocks * times)."""
     return scales.repeat_interleave(times, dim=-1)
 
 
@@ -60,7 +60,7 @@ def reordered(weight: Quantized, reorder: Callable[[Tensor], Tensor]) -> Quantiz
 
     Args:
         weight: of shape (R, C).
-        reorder: what puts the rows of any tensor of shape (R, ...) in that order.
+        reorder: puts the rows of any tensor of shape (R, ...) in the new order.
     """
     low = None if weight.low is None else reorder(weight.low)
     return weight.with_tensors(reorder(weight.codes), low, reorder(weight.scales))

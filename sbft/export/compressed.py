@@ -1,4 +1,4 @@
-"""A model trained in 8 or 4 bits as `compressed-tensors` stores it, which vLLM and transformers read."""
+"""Exports a model trained in 8 or 4 bits in the format of `compressed-tensors`, which vLLM and transformers read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SHAPE_BYTES = 16  # two int64
 def export_compressed(
     source: Path, destination: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES, overwrite: bool = False
 ) -> Export:
-    """Write a model that was trained in 8 or 4 bits with the very codes that were trained.
+    """Write a model that was trained in 8 or 4 bits with exactly the codes that were trained.
 
     Linear layers are in `pack-quantized`. Embedding, output head, weights in 12 bits, and all others are in bfloat16, the
     values that the trained model computes with. Scales are in float32, in which they are exact.
@@ -131,7 +131,7 @@ class _Compressed:
         return spread(self._codes.scales(stored), grid.block // self._block[grid.bits]).float()
 
     def settings(self) -> dict[str, Any]:
-        """What config.json says of the weights.
+        """The entry of config.json about the weights.
 
         transformers multiplies codes by scales in the dtype that the scales are loaded in: bfloat16 would round them. With
         `dequantize` it multiplies in float32 and rounds the products, as in training, but by the first group's scheme only.
@@ -167,7 +167,7 @@ def _by_bits(layers: dict[str, Grid]) -> dict[int, set[int]]:
 
 
 def _linear_layers(config: PreTrainedConfig) -> tuple[list[str], str | None]:
-    """The names of a model's linear layers, and which of them is the output head; vLLM takes no codes there."""
+    """The names of a model's linear layers, and which is the output head: vLLM does not support codes there."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

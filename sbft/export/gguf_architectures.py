@@ -1,4 +1,4 @@
-"""What llama.cpp calls the parts of a model, and how it stores them: names, hyperparameters, order of rows."""
+"""How llama.cpp stores a model: names of tensors, hyperparameters, order of rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 _GEMMA_PERIOD = 6
-"""Every sixth layer of Gemma 3 attends to all positions, and llama.cpp takes no other pattern."""
-_LAYERS_OF_GEMMA_27B = 62  # the one size that scales attention in another way
+"""Every sixth layer of Gemma 3 attends to all positions; llama.cpp supports no other pattern."""
+_LAYERS_OF_GEMMA_27B = 62  # the only size that scales attention differently
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models as llama.cpp runs it.
+    """A family of models in llama.cpp.
 
     Attributes:
         name: llama.cpp's name for it, the prefix of its hyperparameters.
@@ -56,7 +56,7 @@ def _check_qwen(config: PreTrainedConfig) -> None:
 def _check_gemma(config: PreTrainedConfig) -> None:
     full = [kind == "full_attention" for kind in config.layer_types]
     if full != [(i + 1) % _GEMMA_PERIOD == 0 for i in range(len(full))]:
-        raise _not_expressible(f"full attention in other layers than each {_GEMMA_PERIOD}th")
+        raise _not_expressible(f"full attention in other layers than every {_GEMMA_PERIOD}th")
     large = config.num_hidden_layers == _LAYERS_OF_GEMMA_27B
     scaled_by = config.hidden_size // config.num_attention_heads if large else config.head_dim
     if config.query_pre_attn_scalar != scaled_by:
@@ -72,11 +72,11 @@ ARCHITECTURES = {
     "qwen3": Architecture("qwen3", "silu", check=_check_qwen),
     "gemma3_text": Architecture("gemma3", "gelu", norm_offset=1.0, check=_check_gemma),
 }
-"""By transformers' `model_type`."""
+"""Architectures by transformers' `model_type`."""
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The architecture of a model, if what its config says can be written.
+    """The architecture of a model, if its config can be written.
 
     Raises:
         ExportError: if sbft does not know the family, or llama.cpp's code for it lacks a setting of the config.
@@ -146,7 +146,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def rope_factors(config: PreTrainedConfig) -> Tensor | None:
-    """What llama.cpp divides each rotary frequency by, float32 of shape (head_dim / 2,); None where that is 1.
+    """The divisors of rotary frequencies in llama.cpp, float32 of shape (head_dim / 2,); None where all are 1.
 
     Llama 3.1 stretches low frequencies, as transformers computes them.
     """
@@ -163,7 +163,7 @@ def rope_factors(config: PreTrainedConfig) -> Tensor | None:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor of a checkpoint, and what it is in a GGUF file."""
+    """A tensor of a checkpoint, and how it is stored in a GGUF file."""
 
     source: str
     name: str
@@ -180,7 +180,7 @@ class NamedTensor:
 
 
 def named_tensors(names: list[str], config: PreTrainedConfig, architecture: Architecture) -> list[NamedTensor]:
-    """What each tensor of a checkpoint is in a GGUF file, in the order of the names.
+    """How each tensor of a checkpoint is stored in a GGUF file, in the order of the names.
 
     Raises:
         ExportError: if llama.cpp has no place for a tensor.
@@ -193,7 +193,7 @@ def named_tensors(names: list[str], config: PreTrainedConfig, architecture: Arch
     for source in names:
         if source == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if source.endswith("rotary_emb.inv_freq"):  # older checkpoints keep what their config says
+        if source.endswith("rotary_emb.inv_freq"):  # older checkpoints store it, though it follows from their config
             continue
         name = places.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -213,14 +213,14 @@ def with_adjacent_pairs(rows: Tensor, heads: int) -> Tensor:
 
     Args:
         rows: shape (heads * head_dim, ...).
-        heads: how many heads they are of.
+        heads: number of heads.
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def import_gguf() -> Any:
-    """The package gguf.
+    """Import the package gguf.
 
     Raises:
         MissingPackageError: if it is not installed.
@@ -228,5 +228,5 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MissingPackageError("Writing GGUF needs the package gguf. " + how_to_install("'sbft[gguf]'")) from error
+        raise MissingPackageError("Writing GGUF requires the package gguf. " + how_to_install("'sbft[gguf]'")) from error
     return gguf

@@ -1,4 +1,4 @@
-"""A trained model as one GGUF file, which llama.cpp, Ollama and LM Studio run."""
+"""Exports a trained model as one GGUF file, which llama.cpp, Ollama and LM Studio run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from sbft.models.tensor_files import TensorFiles
 from sbft.recipe.wording import nearest
 
 TYPES = ("bfloat16", "float32", "float16", "q8_0")
-"""What the matrices of a model can be written in. Norms and biases are always float32."""
+"""The types that matrices can be written in. Norms and biases are always float32."""
 _Q8_0_BLOCK = 32
 _CHUNK_ROWS = 4_096
 _KINDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "Q8_0": "q8_0", "Q4_0": "q4_0"}
@@ -68,18 +68,18 @@ def export_gguf(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Export:
-    """Write a trained model as a GGUF file, its tokenizer and chat template included.
+    """Write a trained model as a GGUF file, including its tokenizer and chat template.
 
     Tensors are read, converted and written one at a time; an adapter is merged into its base first. Weights that were trained
-    in 8 or 4 bits are written as the codes that they have, in Q8_0 and Q4_0.
+    in 8 or 4 bits are written as their codes, in Q8_0 and Q4_0.
 
     Args:
         source: folder of a run, one of its checkpoints, or any folder of a checkpoint; LoRA adapters too.
         destination: the folder to make, for `model-TYPE.gguf`, named after the type of most elements. It appears when the
             file is written.
         base: the model under an adapter, as in `export_model`.
-        dtype: one of `TYPES`; None: that of the model, and codes for weights that were trained on a grid. `q8_0` keeps codes
-            of 8 and 4 bits too.
+        dtype: one of `TYPES`; None: the model's, and codes for weights that were trained on a grid. `q8_0` also keeps codes
+            of 8 and 4 bits.
         overwrite: replace a model that is at the destination.
 
     Raises:
@@ -91,7 +91,7 @@ def export_gguf(
         raise ExportError(f"--dtype is {dtype!r}, expected one of {', '.join(TYPES)}{nearest(dtype, TYPES)}.")
     check_destination(destination, overwrite=overwrite, needed=[source])
     if not is_adapter(source) and base is not None:
-        raise ExportError(f"{source} holds a whole model, which needs no base. Leave --base out.")
+        raise ExportError(f"{source} has a whole model, which requires no base. Leave --base out.")
     with _whole_model(source, base, dtype) as (folder, merged):
         config = load_config(str(folder))
         plan = _plan(folder, config, dtype)
@@ -103,7 +103,7 @@ def export_gguf(
 
 @contextmanager
 def _whole_model(source: Path, base: str | None, dtype: str | None) -> Iterator[tuple[Path, Export | None]]:
-    """A folder with all weights of a model: the source, or its adapter merged, for a while."""
+    """A folder with all weights of a model: the source, or a temporary one with its adapter merged."""
     if not is_adapter(source):
         with plain_folder(source) as plain:
             yield plain, None
@@ -115,7 +115,7 @@ def _whole_model(source: Path, base: str | None, dtype: str | None) -> Iterator[
 
 @dataclass(frozen=True)
 class _Plan:
-    """What goes into a file."""
+    """The content of a file."""
 
     folder: Path
     architecture: Architecture
@@ -127,7 +127,7 @@ class _Plan:
     coded: set[str]
     """The weights whose codes are written, by their names in the model."""
     uncoded: tuple[str, ...]
-    """The weights on grids that GGUF does not have, if codes were to be kept."""
+    """The weights on grids that GGUF does not support, if codes were to be kept."""
 
     @property
     def kind(self) -> str:
@@ -211,7 +211,7 @@ def _write(plan: _Plan, config: PreTrainedConfig, file: Path) -> int:
 
 
 def _type_of_codes(grid: Grid, dtype: str | None) -> Any:
-    """The type that stores the codes of a grid as they are; None where there is none."""
+    """The type that stores the codes of a grid unchanged; None where there is none."""
     types = import_gguf().GGMLQuantizationType
     if grid.bits == 4 and dtype is None:
         return types.Q4_0
@@ -219,7 +219,7 @@ def _type_of_codes(grid: Grid, dtype: str | None) -> Any:
 
 
 def _type_of(shape: tuple[int, ...], kind: str) -> Any:
-    """How a tensor is stored: matrices in the type that was asked for, unless its blocks do not divide their rows."""
+    """The type of a tensor: for matrices the requested one, unless its blocks do not divide their rows."""
     types = import_gguf().GGMLQuantizationType
     if len(shape) < 2:
         return types.F32

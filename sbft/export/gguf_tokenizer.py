@@ -1,4 +1,4 @@
-"""A tokenizer in the terms of llama.cpp: its tokens with their types, its merges, and how it cuts text beforehand."""
+"""Writes a tokenizer for llama.cpp: its tokens with their types, its merges, and its pre-tokenization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SPACE = "▁"
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {rf"{_LETTERS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe", rf"{_LETTERS}|\p{{N}}|{_REST}": "qwen2"}
-"""Regular expressions that cut text before merging, and llama.cpp's name for each."""
+"""llama.cpp's name for each regular expression that splits text before merging."""
 _IGNORES_MERGES = {"llama-bpe": True, "qwen2": False, "smollm": False, "gpt-2": False}
 """Whether a piece that is a token as a whole is taken without its merges; llama.cpp knows it by the name."""
 _NO_MERGE_MAKES_IT = -1e9
@@ -29,9 +29,9 @@ def write_tokenizer(
 
     Args:
         writer: of the file.
-        tokenizer: a fast one, of byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) or BPE with byte fallback (Llama 2, Gemma).
-        generation: at which tokens an answer ends, beside the tokenizer's own.
-        rows: rows of the embedding; those without a token are named as unused.
+        tokenizer: a fast one, with byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) or BPE with byte fallback (Llama 2, Gemma).
+        generation: has the tokens that end an answer, in addition to the tokenizer's own.
+        rows: rows of the embedding; those without a token are marked as unused.
 
     Raises:
         ExportError: if llama.cpp cannot tokenize as it does.
@@ -101,7 +101,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, model: dict[str, Any], rows: int
 
 
 def _scores(tokens: list[str], model: dict[str, Any]) -> list[float]:
-    """Scores by which llama.cpp's merging of the best-scored pair makes the merges in their order."""
+    """Scores that make llama.cpp, which merges the best-scored pair first, apply the merges in their order."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(_pair(merge)), rank)
@@ -115,7 +115,7 @@ def _adds_space(state: dict[str, Any]) -> bool:
 
 
 def _pre_tokenizer(state: dict[str, Any]) -> str:
-    """llama.cpp's name for how text is cut before merging."""
+    """llama.cpp's name for the way text is split before merging."""
     cut = state.get("pre_tokenizer") or {}
     steps = cut["pretokenizers"] if cut.get("type") == "Sequence" else [cut]
     kinds = [step.get("type") for step in steps]

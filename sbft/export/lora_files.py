@@ -28,7 +28,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Of their product, at most."""
+        """Upper limit of the rank of their product."""
         return len(self.down)
 
 
@@ -36,8 +36,8 @@ def save_lora(folder: Path, model: PreTrainedModel, factors: dict[str, Factors],
     """Write an adapter's weights and config.
 
     Args:
-        folder: where to; it exists.
-        model: the model under the adapter, for the names and types of its modules; its weights are not looked at.
+        folder: an existing folder to write to.
+        model: the model under the adapter, for the names and types of its modules; its weights are not used.
         factors: by the name of the module.
         base: name of the model under the adapter: hub id, folder or builtin:NAME.
     """
@@ -61,7 +61,7 @@ def _config(model: PreTrainedModel, factors: dict[str, Factors], base: str) -> A
     }
     folder = Path(resolve(base))
     return LoraConfig(
-        # PEFT finds a hub id again by itself, and a folder wherever it is called from; it does not know builtin:NAME.
+        # PEFT can resolve a hub id or an absolute folder later, but not builtin:NAME.
         base_model_name_or_path=str(folder.absolute()) if folder.is_dir() else base,
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -75,7 +75,7 @@ def _config(model: PreTrainedModel, factors: dict[str, Factors], base: str) -> A
 
 
 def _shortened(chosen: set[str], paths: list[str]) -> list[str]:
-    """Names of modules, those of all layers as one where all of this name are among them: q_proj."""
+    """Names of modules, shortened to a common name such as q_proj where all modules of this name are included."""
     last = {path: path.rpartition(".")[2] for path in paths}
     partly = {last[path] for path in paths if path not in chosen}
     return sorted({path if last[path] in partly else last[path] for path in chosen})

@@ -1,4 +1,4 @@
-"""A fully fine-tuned model as a LoRA adapter of its base: the difference of their weights, cut off at a rank."""
+"""Extracts a LoRA adapter from a fully fine-tuned model: the difference to its base, truncated to a rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ROWS = 4096
 
 @dataclass
 class Kind:
-    """The tensors of one kind that training has changed, those of all layers together."""
+    """The tensors of one kind that training has changed, over all layers."""
 
     name: str
     adapted: bool
@@ -48,7 +48,7 @@ class Kind:
     difference: float = 0.0
     """Squared Frobenius norm of their difference to the base model."""
     kept: float = 0.0
-    """What the adapter keeps of it."""
+    """The part of it that the adapter keeps."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Extraction:
     folder: Path
     base: str
     rank: int
-    """The highest of its matrices: what was asked for, or less where they are all smaller."""
+    """The highest rank of its matrices: the requested one, or less if all matrices are smaller."""
     kinds: list[Kind]
     adapter_bytes: int
     model_bytes: int
@@ -71,7 +71,7 @@ class Extraction:
 
     @property
     def share_kept(self) -> float:
-        """Share of the whole difference that the adapter keeps; what it has no matrices for is lost."""
+        """Share of the whole difference that the adapter keeps; the part of tensors without matrices is lost."""
         return sum(kind.kept for kind in self.kinds) / self.difference
 
 
@@ -86,32 +86,31 @@ def extract_lora(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Extraction:
-    """Write the PEFT adapter of a rank that brings the base model nearest to a fully fine-tuned one.
+    """Write the PEFT adapter of a given rank that brings the base model nearest to a fully fine-tuned one.
 
     The difference D of every linear layer to the base is decomposed, D = U S V^T, and cut off after the `rank` largest
     singular values: B = U sqrt(S), A = sqrt(S) V^T, lora_alpha = rank. One pair of tensors is in memory at a time, and
     the adapter.
 
-    Embeddings, output head, norms and biases get no matrices: an adapter of tied embeddings is added to them twice when
-    PEFT merges it, and whole tensors beside an adapter are read by PEFT alone. Their part of the difference is lost, and
-    is counted so.
+    Embeddings, output head, norms and biases get no matrices: PEFT would merge an adapter of tied embeddings twice, and only
+    PEFT reads whole tensors beside an adapter. Their part of the difference is lost, and counts as lost.
 
     Args:
         source: folder of a run that trained all weights, one of its checkpoints, or any such checkpoint.
         destination: the folder to make. It appears when everything in it is written.
-        rank: of the adapter, 1 or more; matrices with fewer rows or columns are kept whole.
+        rank: of the adapter, at least 1; matrices with fewer rows or columns are kept whole.
         base: the model it was trained from: hub id, folder or builtin:NAME; None: the one that its recipe names.
         dtype: of the adapter: bfloat16, float32 or float16; None: that of the weights.
-        overwrite: replace a model that lies at the destination.
+        overwrite: replace a model at the destination.
         trust_remote_code: run the Python code that comes with the model.
-        progress: told the name of each tensor before it is read.
+        progress: called with the name of each tensor before it is read.
 
     Raises:
-        SbftError: if there is no such model, the base does not fit it, or the two do not differ.
+        SbftError: if there is no such model, the base does not match it, or the two do not differ.
     """
     begun = time.perf_counter()
     if rank < 1:
-        raise ExportError(f"The rank is {rank}, expected 1 or more.")
+        raise ExportError(f"The rank is {rank}, expected at least 1.")
     _check_peft()
     check_dtype(dtype)
     base = _base_of(source, base)
@@ -148,20 +147,20 @@ def extract_lora(
 
 
 def decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The two factors of a matrix's best approximation of some rank.
+    """The two factors of a matrix's best approximation of a given rank.
 
-    All singular values are computed where a good part of them is wanted, and of matrices of up to 1024 rows or columns,
-    where one core does so in a second. At 2048 it needs six, 8 (rank 64) to 25 times (rank 16) as long as a randomized
-    decomposition (Halko et al., arXiv 0909.4061), which finds the first few. A fine-tuning's values fall slowly, because
-    the rounding of weights adds to all of them, so it looks for more directions than are wanted and iterates eight times.
-    Of what the best approximation keeps it then loses a thousandth, and 2 % of a matrix that is little but noise.
+    All singular values are computed if a large part of them is needed, and for matrices of up to 1024 rows or columns, where
+    this takes one core a second. At 2048 it takes six seconds. A randomized decomposition (Halko et al., arXiv 0909.4061)
+    finds the first few in an eighth (rank 64) to a twenty-fifth (rank 16) of the time. The singular values of a fine-tuning
+    fall slowly, because rounding of weights adds to all of them. So it computes more directions than needed, with eight
+    iterations. It then loses a thousandth of what the best approximation keeps, or 2 % if the matrix is mostly noise.
 
     Args:
         matrix: [m, n], float32.
         rank: of the approximation, at most the smaller of m and n.
 
     Returns:
-        B [m, rank] and A [rank, n]; B @ A is the approximation, and a column of B is as long as its row of A.
+        B [m, rank] and A [rank, n]; B @ A is the approximation, and a column of B has the same norm as its row of A.
     """
     smaller, directions = min(matrix.shape), 2 * rank + 16
     if smaller > _EXACT_UP_TO and 4 * directions <= smaller:
@@ -179,15 +178,15 @@ def _check_peft() -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError("--as-lora needs the package peft. " + how_to_install("'sbft[lora]'")) from error
+        raise MissingPackageError("--as-lora requires the package peft. " + how_to_install("'sbft[lora]'")) from error
 
 
 def _base_of(source: Path, base: str | None) -> str:
-    """The model that a fully fine-tuned one began as."""
+    """The model that a fully fine-tuned one was trained from."""
     check_source(source)
     if is_adapter(source):
         raise ExportError(
-            f"{source} holds a LoRA adapter already. Copy the folder as it is, or leave --as-lora out to merge it into its "
+            f"{source} already has a LoRA adapter. Copy the folder as it is, or leave --as-lora out to merge it into its "
             "base model."
         )
     if base is not None:
@@ -206,23 +205,23 @@ def _without_weights(source: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def _pair(name: str, tuned: TensorFiles, start: TensorFiles, prefix: str) -> tuple[Tensor, Tensor]:
-    """A tensor as trained, and as it was before, as far as the trained one's dtype can hold it."""
-    there = next((one for one in _spellings(name, prefix) if one in start), None)
+    """A tensor after training, and before it in the same dtype."""
+    there = next((spelling for spelling in _spellings(name, prefix) if spelling in start), None)
     if there is None:
         raise ExportError(
-            f"The base model in {start.folder} does not fit: it has no weight {name}. Type another --base."
+            f"The base model in {start.folder} does not match: it has no weight {name}. Type another --base."
         )
     if start.shape(there) != tuned.shape(name):
         raise ExportError(
-            f"The base model in {start.folder} does not fit: its {name} has the shape {list(start.shape(there))}, and that "
-            f"in {tuned.folder} {list(tuned.shape(name))}. Type another --base."
+            f"The base model in {start.folder} does not match: its {name} has the shape {list(start.shape(there))}, and that "
+            f"in {tuned.folder} has {list(tuned.shape(name))}. Type another --base."
         )
     after = tuned.read(name)
     return after, start.read(there).to(after.dtype)
 
 
 def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """A name as it is, and with and without the decoder's own, which some checkpoints leave out."""
+    """A name as it is, and with and without the decoder's prefix, which some checkpoints leave out."""
     yield name
     yield f"{prefix}.{name}"
     yield name.removeprefix(f"{prefix}.")
@@ -239,14 +238,13 @@ def _module_of(name: str, tensor: Tensor, model: PreTrainedModel, source: Path) 
         if tensor.ndim <= 2 or isinstance(module, nn.Conv1d):
             return spelling, module
     raise ExportError(
-        f"No adapter can be extracted from {source}: {type(model).__name__} holds {name}, which training has changed, not as "
-        "a matrix of its own, but with others in one tensor, as the experts of a mixture are. Leave --as-lora out to "
-        "export the whole model."
+        f"No adapter can be extracted from {source}: training has changed {name}, which {type(model).__name__} stores in one "
+        "tensor with other matrices, such as the experts of a mixture. Leave --as-lora out to export the whole model."
     )
 
 
 def _kind(name: str) -> str:
-    """What a tensor is called in every layer: q_proj, input_layernorm, q_proj.bias."""
+    """A tensor's name without its layer: q_proj, input_layernorm, q_proj.bias."""
     module, leaf = name.split(".")[-2:]
     return module if leaf == "weight" else f"{module}.{leaf}"
 
@@ -259,9 +257,9 @@ def _takes_adapter(name: str, module: nn.Module, model: PreTrainedModel) -> bool
 def _measure(
     name: str, pair: tuple[Tensor, Tensor], kind: Kind, module: nn.Module, rank: int, dtype: torch.dtype | None
 ) -> Factors | None:
-    """Add the difference of one pair to those of its kind, and decompose it if it takes an adapter."""
+    """Add the difference of one pair to that of its kind, and decompose it if the module gets an adapter."""
     after, before = pair
-    # Embeddings are large, so that a difference that need not be whole is not made.
+    # Embeddings are large: where the whole difference is not needed, it is computed in parts.
     parts = [pair] if kind.adapted else _in_parts(after, before)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     norm = 0.0
@@ -269,15 +267,15 @@ def _measure(
         difference = one.to(device, torch.float32) - other.to(device, torch.float32)
         norm += _squared_norm(difference)
     if not math.isfinite(norm):
-        raise ExportError(f"The weight {name} holds values that are no finite numbers, in the model or in its base.")
+        raise ExportError(f"The weight {name} has values that are not finite, in the model or in its base.")
     kind.tensors += 1
     kind.difference += norm
     if not kind.adapted:
         return None
     if isinstance(module, Conv1D):
-        difference = difference.T  # GPT-2 holds its weights as [in, out]
+        difference = difference.T  # GPT-2 stores its weights as [in, out]
     up, down = (cast(name, part, dtype or after.dtype) for part in decompose(difference, min(rank, *difference.shape)))
-    # Of the factors as they are written, which their dtype has rounded.
+    # Measured on the written factors, which are rounded to their dtype.
     kind.kept += norm - _squared_norm(difference.addmm(up.float(), down.float(), alpha=-1))
     return Factors(down.cpu().contiguous(), up.cpu().contiguous())
 
@@ -287,18 +285,18 @@ def _in_parts(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _squared_norm(tensor: Tensor) -> float:
-    """Squared Frobenius norm, summed in float64 over rows, without a copy of the tensor in it."""
+    """Squared Frobenius norm, summed in float64 row by row, without a float64 copy of the tensor."""
     return float(torch.linalg.vector_norm(tensor, dim=-1).double().square().sum())
 
 
 def _check_there_is_something(kinds: dict[str, Kind], factors: Collection[str], source: Path, base: str) -> None:
     if not kinds:
         raise ExportError(
-            f"The weights in {source} are those of {base}: there is no difference to extract. If it was trained from "
+            f"The weights in {source} equal those of {base}: there is no difference to extract. If it was trained from "
             "another model, type --base MODEL."
         )
     if not factors:
         raise ExportError(
-            f"Between {source} and {base} only {', '.join(kinds)} differ, for which an adapter has no matrices. Leave "
-            "--as-lora out to export the whole model."
+            f"{source} and {base} only differ in {', '.join(kinds)}, for which an adapter has no matrices. Leave --as-lora "
+            "out to export the whole model."
         )

@@ -1,4 +1,4 @@
-"""What an extracted adapter keeps of its full model: measured, told in a table, and kept beside it."""
+"""Measures and reports how much of its full model an extracted adapter keeps."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a run's evaluation gives for its base model, for all that it trained, and for the adapter made of that."""
+    """Metrics by a run's evaluation: of its base model, of the trained model, and of the extracted adapter."""
 
     adapter: dict[str, float] = field(default_factory=dict)
     full: dict[str, float] = field(default_factory=dict)
     base: dict[str, float] = field(default_factory=dict)
     examples: int | None = None
     why_not: str | None = None
-    """Why the adapter was not measured, a clause."""
+    """A clause that says why the adapter was not measured."""
 
 
 def measure_adapter(made: Extraction, source: Path, *, trust_remote_code: bool = False) -> Metrics:
-    """Measure an adapter on its base as the run was measured; the full model's metrics are those in the run's record.
+    """Evaluate an adapter as the run was evaluated; the full model's metrics come from the run's record.
 
     Args:
         made: the adapter.
@@ -49,7 +49,7 @@ def measure_adapter(made: Extraction, source: Path, *, trust_remote_code: bool =
     """
     recipe = recipe_of(source)
     if recipe is None:
-        return Metrics(why_not=f"{source} has no recipe.yaml that says on what")
+        return Metrics(why_not=f"{source} has no recipe.yaml, which names the evaluation data")
     rows = evaluation_rows(read_splits(recipe.data))
     if rows is None:
         return Metrics(why_not="the run's recipe has no evaluation data")
@@ -60,7 +60,7 @@ def measure_adapter(made: Extraction, source: Path, *, trust_remote_code: bool =
     tokenizer = load_tokenizer(str(source), trust_remote_code=trust_remote_code)
     adapter = measure(recipe, model, tokenizer, rows)
     examples = min(len(rows), recipe.evaluation.limit or len(rows))
-    # A checkpoint within the run has other weights than those that the record measured.
+    # The record's metrics are those of the final weights, not of a checkpoint.
     record = RunRecord.load(source) if (source / FILE_NAME).is_file() else None
     if record is None:
         return Metrics(adapter, examples=examples)
@@ -73,7 +73,7 @@ def save_report(made: Extraction, source: Path, metrics: Metrics | None) -> Path
     Args:
         made: the adapter.
         source: the folder it was extracted from.
-        metrics: None: not asked for.
+        metrics: of the adapter; None if not requested.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -119,8 +119,8 @@ def _card(made: Extraction, metrics: Metrics | None) -> str:
 
 # A LoRA adapter of rank {made.rank} for {made.base}
 
-It was not trained as an adapter. All weights were trained, and this is their difference to the base model, as far as
-matrices of this rank can hold it.
+It was not trained as an adapter. All weights were trained, and this is the best approximation of their difference to the
+base model by matrices of this rank.
 
 ```
 {tell(made, metrics)}
@@ -129,7 +129,7 @@ matrices of this rank can hold it.
 
 
 def tell(made: Extraction, metrics: Metrics | None) -> str:
-    """The report for people: at most 80 columns wide."""
+    """The report for people, at most 80 columns wide."""
     rows: list[tuple[str, ...]] = [("", "tensors", "of the difference", "kept")]
     for kind in sorted(made.kinds, key=lambda kind: -kind.difference):
         kept = _percent(kind.kept / kind.difference) if kind.adapted else "not in the adapter"
@@ -157,7 +157,7 @@ def _of_metrics(metrics: Metrics) -> list[tuple[str, ...]]:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> str:
-    """Columns, the first to the left, the others to the right."""
+    """Align columns, the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for first, *others in rows:

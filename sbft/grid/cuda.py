@@ -1,7 +1,7 @@
 """Reading weights on CUDA devices, in one launch of a Triton program; the same bits as `codes`.
 
-What the program does not cover (tensors that are not contiguous, other dtypes) goes to `codes`. So does quantizing, which is
-done once, when a model is put on a grid.
+What the program does not cover (tensors that are not contiguous, other dtypes) falls back to `codes`. Quantizing, which is done
+once when a model is put on a grid, always uses `codes`.
 """
 
 from __future__ import annotations

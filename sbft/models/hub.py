@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, found out at once instead of after half a minute of retries."""
+"""Checks at once whether the Hugging Face hub can be reached, instead of after half a minute of retries."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 @cache
 def hub_reachable() -> bool:
-    """Whether it is worth asking the hub: it is not switched off, and its name resolves or there is a proxy.
+    """Whether the hub can probably be reached: it is not switched off, and its name resolves or there is a proxy.
 
     Files in the hub's local cache load without it (`local_files_only`).
     """

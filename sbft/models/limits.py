@@ -1,4 +1,4 @@
-"""What input a model can take: token ids within its embedding, and no more positions than it has.
+"""Limits of a model's input: token ids within its embedding, and no more positions than it has.
 
 Beyond these limits, a CPU raises an IndexError that names neither, and a GPU kills the process.
 """
@@ -55,11 +55,11 @@ def refuse_what_does_not_fit(
     Args:
         model: a loaded model.
         texts: their token ids.
-        what: what a text is called in the error: "a prompt".
+        what: the name of a text in the error, such as "a prompt".
         more: how many tokens are generated after each text.
 
     Raises:
-        ModelError: if one does not fit.
+        ModelError: if a text exceeds a limit.
     """
     extremes = [(max(text), len(text)) for text in texts if len(text)]
     if extremes:
@@ -153,6 +153,6 @@ def position_limit(config: PreTrainedConfig, *, trust_remote_code: bool = False)
 def _runs(model: PreTrainedModel, tokens: int) -> bool:
     try:
         model(input_ids=torch.full((1, tokens), 5), use_cache=False)
-    except Exception:  # of the model's own code
+    except Exception:  # from the model's own code
         return False
     return True

@@ -1,4 +1,4 @@
-"""Models, tokenizers and configs, loaded by name and refused in a sentence where they cannot be used."""
+"""Loads models, tokenizers and configs by name, with clear errors where they cannot be used."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SHARDING = {"transformers": "5.23", "accelerate": "1.15"}
 
 
 def check_model(model: str) -> None:
-    """Refuse a name that cannot be that of a model, before anything is read; cheap.
+    """Refuse a name that cannot be a model's. Cheap: no weights, tokenizer or data are read.
 
     Args:
         model: as for `load_model`, or `scratch:NAME`.
@@ -78,7 +78,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> PreTrained
     """
     if is_scratch(model):
         scratch_config(model)  # refuses an unknown size
-        raise ModelError(f"The model {model} is fresh: its tokenizer comes with the data that it is pretrained on.")
+        raise ModelError(f"The model {model} is new: its tokenizer comes with the data that it is pretrained on.")
     if is_random(model):
         random_config(model)  # refuses an unknown name
         return byte_tokenizer()
@@ -105,7 +105,7 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     pad_token = present[0] if present else tokenizer.eos_token or tokenizer.unk_token
     if pad_token is None:
         raise ModelError(
-            "The tokenizer has neither a pad token nor an end token, so that sequences cannot be padded or ended. "
+            "The tokenizer has neither a pad token nor an end token, so sequences cannot be padded or ended. "
             "Set both in its tokenizer_config.json (eos_token, pad_token)."
         )
     tokenizer.pad_token = pad_token
@@ -140,7 +140,7 @@ def load_model(
         The model on the CPU, in evaluation mode. Random weights are made on the device that they are trained on.
 
     Raises:
-        ModelError: if there is no such model, the hub cannot be reached, it is no causal language model, the checkpoint
+        ModelError: if there is no such model, the hub cannot be reached, it is not a causal language model, the checkpoint
             lacks weights or has them in a pickle, or `dtype` is float16.
         MissingPackageError: if an adapter or its 4-bit base needs a package that is not installed.
     """
@@ -176,7 +176,7 @@ class _How:
 
 
 def _refuse(model: str, how: _How) -> None:
-    """Refuse what needs no look at the checkpoint."""
+    """Refuse what can be refused without reading the checkpoint."""
     import torch
 
     if how.dtype == torch.float16:
@@ -187,8 +187,8 @@ def _refuse(model: str, how: _How) -> None:
         )
     if is_scratch(model):
         raise ModelError(
-            f"The model {model} is fresh: it knows nothing until it is pretrained. Type sbft pretrain RECIPE, and give the "
-            "folder of that run."
+            f"The model {model} is new, and has to be pretrained first. Type sbft pretrain RECIPE, and give the folder of "
+            "that run."
         )
     if is_random(model) and how.quantization is not None:
         raise ModelError(f"The model {model} has random weights, which are not held in 4 bits. Choose another method.")
@@ -208,13 +208,13 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
         raise pickled(model, "its config.json names a .bin file")
     if _is_compressed(config) and importlib.util.find_spec("compressed_tensors") is None:
         raise MissingPackageError(
-            f"The weights in {model} are stored as compressed-tensors has them, which needs that package. "
+            f"The weights in {model} are in the format of compressed-tensors, which requires that package. "
             + how_to_install("'sbft[compressed-tensors]'")
         )
     quantized: dict[str, Any] = {}  # None would hide what the checkpoint says of itself
     if how.quantization is not None:
         quantized["quantization_config"] = quantization_config(how.quantization, how.dtype)
-    # Otherwise transformers asks a public service, with the user's token, to convert a hub id's pickle to safetensors.
+    # Otherwise transformers asks a public service, with the user's token, to convert a hub model's pickle to safetensors.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     try:
         with_report: Any = AutoModelForCausalLM.from_pretrained(
@@ -232,7 +232,7 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
         )
     except (MemoryError, SbftError):
         raise
-    except Exception as error:  # of transformers, safetensors, torch and the model's own class
+    except Exception as error:  # from transformers, safetensors, torch or the model's own class
         raise not_loaded(model, folder, error, "model") from error
     loaded, report = with_report
     if missing := sorted(report["missing_keys"]):
@@ -256,8 +256,8 @@ def _is_compressed(config: PreTrainedConfig) -> bool:
 def _own_weights(model: PreTrainedModel) -> None:
     """Copy weights that are mapped from their file into memory, one by one.
 
-    A mapped weight becomes resident at its first use, so the model's memory would be counted as that of the training loop.
-    And it changes when another run overwrites the file.
+    A mapped weight becomes resident at its first use, so its memory would count for the training loop. It would also change
+    when another run overwrites the file.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -268,7 +268,7 @@ def _load_adapter(folder: str, config: Path, how: _How) -> PreTrainedModel:
         from peft import PeftModel
     except ImportError as error:
         raise MissingPackageError(
-            f"{folder} holds a LoRA adapter, which needs the package peft. " + how_to_install("'sbft[lora]'")
+            f"{folder} has a LoRA adapter, which requires the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
     how = replace(how, quantization=how.quantization or read_note(Path(folder)))
     adapted: Any = PeftModel.from_pretrained(load_model(base_of_adapter(folder, config), **vars(how)), folder)
@@ -284,7 +284,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PreTrainedCon
         trust_remote_code: run the Python code that comes with the checkpoint.
 
     Raises:
-        ModelError: if there is no such model, the hub cannot be reached, or it is no causal language model.
+        ModelError: if there is no such model, the hub cannot be reached, or it is not a causal language model.
     """
     if is_random(model):
         return random_config(model)
@@ -314,14 +314,14 @@ def missing_for_sharding() -> str | None:
 
 
 def _causal_config(model: str, folder: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config in a folder or of a hub id, refused if the model is no causal language model."""
+    """The config in a folder or of a hub id, refused if the model is not a causal one."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=local_only(folder)
         )
-    except Exception as error:  # of transformers, the hub's client and the config's own class
+    except Exception as error:  # from transformers, the hub's client or the config's own class
         raise not_loaded(model, folder, error, "model") from error
     kind, settings = type(config), config.to_dict()
     own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
@@ -345,7 +345,7 @@ def _names(mapping: Any, kind: type) -> set[str]:
 def _not_causal(model: str, config: Any) -> ModelError:
     architecture = ", ".join(config.architectures or []) or f"of type {config.model_type}"
     return ModelError(
-        f"The model {model} is no causal language model (it is {architecture}), and sbft trains models that write "
+        f"The model {model} is not a causal language model (it is {architecture}), and sbft trains models that write "
         "text from left to right. Give one whose architecture ends in ForCausalLM, or train this one in Python with "
         "sbft.SmallBatchTrainer."
     )

@@ -1,4 +1,4 @@
-"""A model's class in miniature, to try what its code does with positions and packed rows without its weights."""
+"""Small models of a given class, to test without its weights how its code handles positions and packed rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's name stands for: a folder, a hub id, or a built-in model; and why it could not be loaded."""
+"""Resolves names of models (folders, hub ids, built-in models), and explains why a model could not be loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sbft.models.builtin import convert, find_gguf
 from sbft.models.hub import hub_reachable, hub_state
 
 PREFIX = "builtin:"
-_CONVERSION = 1  # raise it when what `convert` writes changes, so that nobody keeps an older one
+_CONVERSION = 1  # increment it when the output of `convert` changes, so that older conversions are not used
 _FORMS = "A model is a folder, a hub id, or builtin:NAME."
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -27,7 +27,7 @@ class Builtin:
     package: str
     """Import name of the package."""
     requirement: str
-    """What pip is asked for."""
+    """The requirement to install with pip."""
     hub_id: str
     """The original on the hub."""
 
@@ -46,7 +46,7 @@ def is_builtin(model: str) -> bool:
 
 
 def check_name(model: str) -> None:
-    """Refuse a name that cannot be that of a model, as far as this shows without loading anything.
+    """Refuse a name that cannot be a model's, as far as can be seen without loading anything.
 
     Args:
         model: the name, as the user gave it; not `random:NAME` or `scratch:NAME`.
@@ -78,7 +78,7 @@ def _builtin(name: str) -> Builtin:
         near = difflib.get_close_matches(name, BUILTIN, n=1)
         hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
         known = ", ".join(PREFIX + builtin for builtin in BUILTIN)
-        raise ModelError(f"There is no built-in model {name!r}; there is: {known}.{hint}")
+        raise ModelError(f"There is no built-in model {name!r}; expected {known}.{hint}")
     return BUILTIN[name]
 
 
@@ -114,7 +114,7 @@ def check_folder(model: str, folder: str) -> None:
 
     Args:
         model: the name, as the user gave it.
-        folder: what `resolve` made of it.
+        folder: what `resolve` returned for it.
 
     Raises:
         ModelError: if it is one of these; a hub id is not checked.
@@ -124,7 +124,7 @@ def check_folder(model: str, folder: str) -> None:
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
             raise ModelError(
-                f"The folder {model} holds no checkpoint: config.json was expected in it, and there is {present}. "
+                f"The folder {model} has no checkpoint: config.json was expected in it, and there is {present}. "
                 "Give the folder that a training run or save_pretrained wrote."
             )
     elif path.is_file():
@@ -139,7 +139,7 @@ def local_only(folder: str) -> bool:
 
 
 def refuse_pickle(model: str, folder: Path) -> None:
-    """Refuse a folder that holds its weights only as a pickle. For a hub id, transformers checks that itself.
+    """Refuse a folder that has its weights only as a pickle. For a hub id, transformers checks this itself.
 
     Raises:
         ModelError: if it does.
@@ -152,7 +152,7 @@ def refuse_pickle(model: str, folder: Path) -> None:
 
 
 def pickled(model: str, evidence: str) -> ModelError:
-    """The error about weights in a pickle; `evidence` says what shows that they are in one."""
+    """The error about weights in a pickle; `evidence` is how this is known."""
     return ModelError(
         f"The weights of {model} are stored as a pickle ({evidence}), which is a program that runs while it is read. Give a "
         "checkpoint in the safetensors format; or, if you trust the source of this one, set allow_pickle: true in the "
@@ -161,7 +161,7 @@ def pickled(model: str, evidence: str) -> ModelError:
 
 
 def adapter_config(folder: str) -> Path | None:
-    """The config of the adapter in a folder; None where it holds a whole model, or is none."""
+    """The config of the adapter in a folder; None if it has a whole model or does not exist."""
     path = Path(folder) / "adapter_config.json"
     return path if path.is_file() and not (Path(folder) / "config.json").is_file() else None
 
@@ -190,7 +190,7 @@ def not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelErr
 
     Args:
         model: the name, as the user gave it.
-        folder: what `resolve` made of it.
+        folder: what `resolve` returned for it.
         error: what was raised.
         what: "model" or "tokenizer".
     """
@@ -206,7 +206,7 @@ def not_loaded(model: str, folder: str, error: Exception, what: str) -> ModelErr
         architecture, kind = unplanned.groups()
         other = "fsdp_size to shard its weights" if kind == "tp" else "tp_size to share every matrix"
         return ModelError(
-            f"The {what} {model} cannot be spread by distributed.{kind}_size: transformers has no plan for splitting "
+            f"The {what} {model} cannot be split by distributed.{kind}_size: transformers has no plan for splitting "
             f"a {architecture}. Leave it out, and write {other}."
         )
     if Path(folder).is_dir():

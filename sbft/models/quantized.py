@@ -1,4 +1,4 @@
-"""Models whose weights bitsandbytes holds in 4 bits: how they are loaded, and how much memory they take."""
+"""Loads models whose weights bitsandbytes stores in 4 bits, and measures their memory."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def check_bitsandbytes(what: str, device: torch.device, *, optimizer: bool) -> N
         else:
             _round_trip_in_4_bits(device)
     except ImportError as error:
-        raise MissingPackageError(f"{what} needs the package bitsandbytes. " + how_to_install(_EXTRA)) from error
+        raise MissingPackageError(f"{what} requires the package bitsandbytes. " + how_to_install(_EXTRA)) from error
     except (RuntimeError, NotImplementedError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MissingPackageError(
-            f"{what} needs the package bitsandbytes, which does not work on this machine's {device.type} device: {reason} "
+            f"{what} requires the package bitsandbytes, which does not work on this machine's {device.type} device: {reason} "
             "Install a version built for it, or choose another method."
         ) from error
 

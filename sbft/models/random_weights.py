@@ -170,7 +170,7 @@ def random_config(model: str) -> PreTrainedConfig:
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
         hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
         known = ", ".join(PREFIX + architecture for architecture in ARCHITECTURES)
-        raise ModelError(f"There is no model with random weights called {name!r}; there is: {known}.{hint}")
+        raise ModelError(f"There is no model with random weights called {name!r}; expected {known}.{hint}")
     tokens: dict[str, Any] = {"bos_token_id": _BYTES, "eos_token_id": _BYTES + 1, "pad_token_id": _BYTES + 2}
     # An adapter records its base by this name.
     return AutoConfig.for_model(**ARCHITECTURES[name], **tokens, name_or_path=PREFIX + name)

@@ -1,4 +1,4 @@
-"""Fresh models of named sizes, `scratch:NAME`, to be pretrained: the decoder of arXiv 2507.07101.
+"""New models of named sizes for pretraining, `scratch:NAME`: the decoder of arXiv 2507.07101.
 
 Rotary positions, RMSNorm before each block and on queries and keys, an MLP of four times the width with GELU and without a
 gate, no biases, an untied output head. Apertus is the transformers architecture that has all of these. As in the
@@ -97,7 +97,7 @@ def scratch_config(model: str, tokenizer: PreTrainedTokenizerBase | None = None)
 def scratch_model(
     model: str, tokenizer: PreTrainedTokenizerBase, *, seed: int, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Make a fresh model, initialized as in the paper's code: matrices uniform (Glorot), embeddings normal.
+    """Make a new model, initialized as in the paper's code: matrices uniform (Glorot), embeddings normal.
 
     There, queries, keys and values are one kernel, for which Glorot's bound is lower; nothing is scaled by the depth. The
     numbers are drawn on the CPU in float32, separately for each parameter, so a seed gives the same model on every device
@@ -165,7 +165,7 @@ def _size(model: str) -> Size:
         near = difflib.get_close_matches(name, SIZES, n=1)
         hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
         known = ", ".join(PREFIX + size for size in SIZES)
-        raise ModelError(f"There is no size of a fresh model called {name!r}; there is: {known}.{hint}")
+        raise ModelError(f"There is no size of a new model called {name!r}; expected {known}.{hint}")
     return SIZES[name]
 
 

@@ -1,6 +1,6 @@
-"""The recipe: what one run is.
+"""The recipe, which describes one run.
 
-Everything here is imported on first use: names of methods are asked for by shells at every key, and the schema takes time.
+Everything here is imported on first use: shells ask for names of methods at every key press, and the schema is slow to load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is special about a recipe: the settings that its method does not already stand for."""
+"""A recipe in brief: the settings that differ from its method's defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sbft.recipe.schema import Recipe, as_yaml
 def in_brief(recipe: Recipe) -> str:
     """A resolved recipe as YAML, without the settings that are its method's defaults.
 
-    Model, method, training data and output folder are always there. Resolved, it is the same recipe again.
+    Model, method, training data and output folder are always included. Resolving the result gives the same recipe.
     """
     named: dict[str, Any] = {"model": recipe.model, "method": recipe.method, "data": {"train": recipe.data.train}}
     default = _dumped(Recipe.model_validate(complete(named)))

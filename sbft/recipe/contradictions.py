@@ -1,4 +1,4 @@
-"""What in a recipe does not go together: a value given twice, and settings that its method has no use for."""
+"""Contradictions in a recipe: a value given in two ways, and settings that its method does not use."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _DEFAULTS = {
 
 
 def given_twice(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
-    """Key and sentence for each pair of settings that exclude each other and are both given."""
+    """Key and message for each pair of settings that exclude each other and are both given."""
     for section, first, second in EXCLUSIVE:
         values = content.get(section, {})
         if values.get(first) is not None and values.get(second) is not None and values.get(first) != -1:
             yield (
                 (section, second),
-                f"and {section}.{first} are both given, and say the same thing in two ways. Keep one.",
+                f"and {section}.{first} are both given, but they set the same thing. Keep one.",
             )
     optimizer = content.get("optimizer", {})
     if optimizer.get("schedule") == "power" and optimizer.get("second_moment_half_life") is not None:
         yield (
             ("optimizer", "second_moment_half_life"),
-            "is given, but optimizer.schedule power has none. Leave it out, or write schedule: half_life.",
+            "is given, but optimizer.schedule power has no half-life. Leave it out, or write schedule: half_life.",
         )
 
 
 def contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, str]]:
-    """Key and sentence for each thing in a recipe that contradicts its method, called `name`, or another key."""
+    """Key and message for each setting that contradicts another one or the recipe's method, called `name`."""
     method = METHODS[name]
     yield from _missing_packages(content, name, method)
     yield from _settings_of_other_optimizers(content.get("optimizer", {}), name, method)
@@ -62,7 +62,7 @@ def _missing_packages(content: dict[str, Any], name: str, method: Method) -> Ite
     for package in method.missing_packages:
         yield (
             ("method",),
-            f"is {name}, which needs the package {package}. " + how_to_install(f"'sbft[{method.packages[package]}]'"),
+            f"is {name}, which requires the package {package}. " + how_to_install(f"'sbft[{method.packages[package]}]'"),
         )
     for reporter in reporters(content.get("training", {}).get("report_to")):
         reporters_package = REPORTERS.get(reporter)
@@ -79,7 +79,7 @@ def _settings_of_other_optimizers(optimizer: dict[str, Any], name: str, method: 
             users = [other for other in METHODS if key in METHODS[other].settings]
             yield (
                 ("optimizer", key),
-                f"means nothing to the optimizer of method {name}. Leave it out, or take a method that has it: "
+                f"has no effect on the optimizer of method {name}. Leave it out, or choose a method that uses it: "
                 f"{', '.join(users)}.",
             )
 
@@ -94,8 +94,8 @@ def _settings_of_other_weights(content: dict[str, Any], name: str, method: Metho
         whole = [other for other in METHODS if METHODS[other].lora_defaults is None]
         yield (
             ("freeze",),
-            f"is given, but method {name} trains an adapter, and none of the model's own weights. Leave it out, or take "
-            f"a method that trains them: {', '.join(whole)}.",
+            f"is given, but method {name} trains an adapter, not the model's own weights. Leave it out, or choose a method "
+            f"that trains them: {', '.join(whole)}.",
         )
 
 
@@ -115,7 +115,7 @@ def _stored_weights(content: dict[str, Any], name: str, method: Method) -> Itera
         users = [other for other in METHODS if METHODS[other].optimizer in OPTIMIZERS]
         yield (
             ("weights",),
-            f"has the format {grids[0]}, but the optimizer of method {name} cannot update it. Take a method whose optimizer "
+            f"has the format {grids[0]}, but the optimizer of method {name} cannot update it. Choose a method whose optimizer "
             f"is sbft's own: {', '.join(users)}.",
         )
     if grids and content.get("distributed") is not None:
@@ -132,21 +132,21 @@ def _sharding(content: dict[str, Any], name: str, method: Method) -> Iterator[tu
     if method.optimizer in MATRIX_OPTIMIZERS:
         yield (
             ("distributed",),
-            f"is given, but method {name} works on whole matrices, which sharding would cut. Leave it out, or write method: "
+            f"is given, but method {name} works on whole matrices, which sharding would split. Leave it out, or write method: "
             "sbft.",
         )
     if method.quantization is not None:
         yield (
             ("distributed",),
-            f"is given, but method {name} holds the model in 4 bits, which are not sharded. Leave it out: --num-processes then "
-            "replicates the model; or write method: lora.",
+            f"is given, but method {name} holds the model in 4 bits, which cannot be sharded. Leave it out (--num-processes "
+            "then replicates the model), or write method: lora.",
         )
     elif method.lora_defaults is not None:
         if (sizes.get("tp_size") or 1) > 1:
             yield (
                 ("distributed", "tp_size"),
-                f"is {sizes['tp_size']}, but method {name} trains an adapter, which requires whole matrices. Leave it out, and "
-                "write fsdp_size to shard the model under the adapter.",
+                f"is {sizes['tp_size']}, but method {name} trains an adapter, which requires whole matrices. Write fsdp_size "
+                "instead, to shard the model under the adapter.",
             )
         if (content.get("lora") or {}).get("dora"):
             yield (
@@ -171,7 +171,7 @@ def _schedule_contradictions(
             f"makes the batch larger itself, and training.gradient_accumulation_steps is {accumulated}. Write 1.",
         )
     if content.get("distributed") is not None:
-        yield ("batch_schedule",), "is given with distributed, and works in one process. Leave out one of them."
+        yield ("batch_schedule",), "is given with distributed, but works in one process only. Leave out one of them."
 
 
 def _unused_first_moment(optimizer: dict[str, Any]) -> Iterator[tuple[Key, str]]:
@@ -188,16 +188,16 @@ def _release_contradictions(whole: dict[str, Any], name: str) -> Iterator[tuple[
     if not whole["optimizer"].get("gradient_release"):
         return
     steps, norm = whole["training"].get("gradient_accumulation_steps", 1), whole["training"].get("max_grad_norm", 0)
-    off = "write optimizer.gradient_release: false, which holds all gradients at once"
+    off = "write optimizer.gradient_release: false, which keeps all gradients in memory"
     if int(steps) > 1:
         yield (
             ("training", "gradient_accumulation_steps"),
-            f"is {steps}, but method {name} releases each gradient during the backward pass, so that there is nothing "
-            f"to accumulate. Write 1 (small batches need no accumulation), or {off}.",
+            f"is {steps}, but method {name} releases each gradient during the backward pass, so there is nothing to "
+            f"accumulate. Write 1 (small batches need no accumulation), or {off}.",
         )
     if float(norm or 0) > 0:
         yield (
             ("training", "max_grad_norm"),
-            f"is {norm}, but clipping by the global norm needs all gradients at once, and method {name} releases each "
-            f"during the backward pass. Write 0 (Adafactor clips each update by itself), or {off}.",
+            f"is {norm}, but clipping by the global norm requires all gradients, and method {name} releases each during the "
+            f"backward pass. Write 0 (Adafactor clips each update by itself), or {off}.",
         )

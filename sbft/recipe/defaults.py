@@ -1,4 +1,4 @@
-"""How a method's defaults complete a recipe that holds only what differs from them."""
+"""Completes a recipe with its method's defaults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sbft.recipe.pretraining import has_budget
 from sbft.recipe.settings import RIVALS
 
 EXCLUSIVE = (*RIVALS, ("training", "max_steps", "num_train_epochs"))
-"""A section and two of its keys that set the same thing in two ways. Giving one drops the default of the other."""
+"""A section and two of its keys that set the same thing. Giving one drops the default of the other."""
 
 
 def complete(content: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def complete(content: dict[str, Any]) -> dict[str, Any]:
     if merged.get("dtype") is None:
         merged["dtype"] = merged["weights"] if merged.get("weights") in DTYPES else method.dtype
     if merged["dtype"] == "float32" and "stochastic_rounding" in merged["optimizer"]:
-        merged["optimizer"]["stochastic_rounding"] = False  # nothing is rounded
+        merged["optimizer"]["stochastic_rounding"] = False  # float32 weights are not rounded
     if merged["optimizer"].get("schedule") == "power":
         merged["optimizer"].pop("second_moment_half_life", None)
     if not merged.get("output_dir"):

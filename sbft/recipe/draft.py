@@ -1,4 +1,4 @@
-"""A recipe before it is checked: plain nested dicts, and for each key where it was written."""
+"""A recipe before it is checked: nested dicts, and where each key was written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Key = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as its version 1.2 reads numbers: PyYAML alone takes 1e-4 for text."""
+    """Reads numbers as YAML 1.2 does: PyYAML itself reads 1e-4 as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -27,16 +27,16 @@ _Loader.add_implicit_resolver(
 
 
 _MOST_NODES = 100_000
-"""Keys and values of a text, each counted as often as an alias repeats it."""
+"""Limit on the keys and values of a text, each counted as often as an alias repeats it."""
 _DEEPEST = 50
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a YAML text stands for: plain dicts, lists and scalars, whatever its tags say.
+    """Parse YAML into dicts, lists and scalars.
 
     Raises:
-        yaml.YAMLError: if it is not valid YAML, or holds what no recipe needs: a tag of its own, hundreds of levels, or
-            aliases that repeat one another without end.
+        yaml.YAMLError: if it is not valid YAML, or has what no recipe needs: custom tags, hundreds of levels, or aliases that
+            repeat one another endlessly.
     """
     loader = _Loader(text)
     try:
@@ -46,28 +46,28 @@ def read_yaml(text: str) -> Any:
         _nodes_below(node, (), {})
         return loader.construct_document(node)
     except RecursionError as error:
-        raise yaml.YAMLError(f"found more than {_DEEPEST} levels, one in the other") from error
+        raise yaml.YAMLError(f"found more than {_DEEPEST} nested levels") from error
     except (ValueError, OverflowError) as error:
-        # PyYAML lets through what int() and datetime() say of 2026-13-45 and of numbers of thousands of digits.
-        raise yaml.YAMLError(f"found a number or a date that is none ({error}); quote it if it is text") from error
+        # PyYAML passes on errors of int() and datetime(), as for 2026-13-45 or numbers of thousands of digits.
+        raise yaml.YAMLError(f"found an invalid number or date ({error}); quote it if it is text") from error
     finally:
         loader.dispose()
 
 
 def _nodes_below(node: yaml.Node, above: tuple[int, ...], known: dict[int, int]) -> int:
-    """How many nodes a node stands for, itself and all that aliases repeat below it."""
+    """How many nodes a node expands to: itself and everything below it, including what aliases repeat."""
     if id(node) in known:
         return known[id(node)]
     if id(node) in above:
-        raise yaml.YAMLError("found an alias inside of what it stands for")
+        raise yaml.YAMLError("found an alias inside the value that it refers to")
     if len(above) == _DEEPEST:
-        raise yaml.YAMLError(f"found more than {_DEEPEST} levels, one in the other")
+        raise yaml.YAMLError(f"found more than {_DEEPEST} nested levels")
     inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
     count = 1
     if not isinstance(node, yaml.ScalarNode):
-        count += sum(_nodes_below(one, (*above, id(node)), known) for one in inner)
+        count += sum(_nodes_below(child, (*above, id(node)), known) for child in inner)
     if count > _MOST_NODES:
-        raise yaml.YAMLError(f"found more than {_MOST_NODES:,} keys and values, those that aliases repeat included")
+        raise yaml.YAMLError(f"found more than {_MOST_NODES:,} keys and values, including those that aliases repeat")
     known[id(node)] = count
     return count
 
@@ -82,7 +82,7 @@ FLAGS: dict[str, Key] = {
     "trust_remote_code": ("trust_remote_code",),
     "allow_pickle": ("allow_pickle",),
 }
-"""Flags of `sbft train` and the keys they set."""
+"""Flags of `sbft train`, and the key that each sets."""
 
 
 def recipe_names() -> list[str]:
@@ -119,17 +119,17 @@ _IN_PLAIN_WORDS = (
     ("found unexpected end of stream", "a quotation mark that is not closed; write it at the end of the text"),
     (
         "could not determine a constructor for the tag",
-        "a tag (a word that begins with !), which a recipe has none of; take it out, or quote the text",
+        "a tag (a word that begins with !), which recipes do not have; remove it, or quote the text",
     ),
-    ("found unhashable key", "a list or a mapping in the place of a key; write a word there"),
+    ("found unhashable key", "a list or a mapping as a key; write a word there"),
 )
-"""What PyYAML says, and what it means to the author of a recipe."""
+"""Messages of PyYAML, and what they mean to the author of a recipe."""
 
 
 def _where_and_what(error: yaml.YAMLError) -> str:
     """Line, column and cause of a mistake in YAML."""
     if isinstance(error, yaml.reader.ReaderError):
-        return f"is not valid YAML: found the character {chr(error.character)!r}, which no text has."
+        return f"is not valid YAML: found the character {chr(error.character)!r}, which is not allowed in text."
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
         return f"is not valid YAML: {' '.join(str(error).split())}."
     mark = error.problem_mark or error.context_mark
@@ -150,7 +150,7 @@ def _file_text(path: Path) -> str:
 
 
 def source_text(source: str | Path) -> tuple[str, str]:
-    """The YAML of a file, or of a recipe that ships with sbft, and what to call it in messages.
+    """The YAML of a file or of a recipe that ships with sbft, and its name for messages.
 
     Raises:
         RecipeError: if there is none, or it is not text.
@@ -173,7 +173,7 @@ class Draft:
         self.content = content
         self.name = name
         self.problems: list[str] = []
-        """What was already wrong with the reading."""
+        """Problems found while reading."""
         self._origins: dict[Key, str] = {}
 
     @classmethod
@@ -186,13 +186,13 @@ class Draft:
         text, name = source_text(source)
         try:
             content = read_yaml(text)
-            # Anew, because reading puts into a mapping what `<<` names, in the place where it was written first.
+            # Composed again, because constructing merges what `<<` names into the mapping itself.
             tree = yaml.compose(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise RecipeError(f"{name} {_where_and_what(error)}") from error
         if not isinstance(content, dict):
             raise RecipeError(
-                f"{name} holds {'nothing' if content is None else 'a ' + type(content).__name__}, expected keys and "
+                f"{name} contains {'nothing' if content is None else 'a ' + type(content).__name__}, expected keys and "
                 "values such as `model: builtin:smollm2-135m`. Type `sbft recipes show quickstart` to see a recipe."
             )
         draft = cls(content, name)
@@ -206,8 +206,8 @@ class Draft:
             key, line = (*at, str(key_node.value)), key_node.start_mark.line + 1
             if key in self._origins:
                 self.problems.append(
-                    f"{self.name} line {line}: {'.'.join(key)} is given twice; it already stands in "
-                    f"{self._origins[key]}. Keep one."
+                    f"{self.name} line {line}: {'.'.join(key)} is given twice; it is already in {self._origins[key]}. "
+                    "Keep one."
                 )
             self._origins[key] = f"{self.name} line {line}"
             self._note_lines(value_node, key)
@@ -220,13 +220,13 @@ class Draft:
         return self.name
 
     def apply_flags(self, flags: dict[str, Any]) -> None:
-        """Set what the flags of the command line say; None means not given."""
+        """Apply the flags of the command line; None means not given."""
         for flag, value in flags.items():
             if value is not None:
                 self._set(FLAGS[flag], value, f"--{flag.replace('_', '-')}")
 
     def apply_overrides(self, overrides: list[str]) -> None:
-        """Set what each `a.b=c` says, the value read as YAML; what cannot be read becomes a problem."""
+        """Apply each `a.b=c`, its value read as YAML; what cannot be read becomes a problem."""
         for override in overrides:
             path, equals, text = override.partition("=")
             key = tuple(part.strip() for part in path.split("."))
@@ -247,7 +247,7 @@ class Draft:
                 self._drop_rival(key)
 
     def _drop_rival(self, key: Key) -> None:
-        """Take out what the file says in another way: an override of max_steps replaces the file's epochs."""
+        """Remove the rival of a setting: an override of max_steps replaces the file's number of epochs."""
         for section, one, other in (*EXCLUSIVE, ("data", "train_tokens", "tokens_per_parameter")):
             for own, rival in ((one, other), (other, one)):
                 origin = self._origins.get((section, rival), "")
@@ -262,7 +262,7 @@ class Draft:
                 inner = section[part] = {}
             if not isinstance(inner, dict):
                 self.problems.append(
-                    f"{origin}: {'.'.join(key[:depth])} is {shown(inner)}, and has no keys of its own."
+                    f"{origin}: {'.'.join(key[:depth])} is {shown(inner)}, which has no keys."
                 )
                 return
             section = inner

@@ -1,7 +1,7 @@
-"""How a recipe is read and checked, and how the method's defaults complete it.
+"""Reads and checks recipes, and completes them with their method's defaults.
 
-A recipe file holds only what differs from the method's defaults. `load_recipe` finds every problem at once; `resolve`
-gives the whole that the run prints and saves.
+A recipe file has only what differs from the method's defaults. `load_recipe` reports every problem; `resolve` makes the
+complete recipe, which a run saves.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ def load_recipe(source: str | Path | None = None, overrides: list[str] | None = 
 
     Args:
         source: a YAML file, the name of a recipe that ships with sbft, or None for one given by flags alone.
-        overrides: `a.b=c` each, the value in YAML; they win over the file.
-        **flags: `model`, `method`, `data`, `eval_data`, `output_dir`; they win over the file. None: not given.
+        overrides: `a.b=c` each, with the value in YAML; they take precedence over file and flags.
+        **flags: `model`, `method`, `data`, `eval_data`, `output_dir`; they take precedence over the file. None: not given.
 
     Returns:
         The recipe as written, without the method's defaults: see `resolve`.
 
     Raises:
-        RecipeError: with every problem at once: file and line, key, what was expected, the nearest right key.
+        RecipeError: if it has problems. The message lists all of them, with file and line, key, what was expected, and the
+            nearest valid key.
     """
     draft = Draft.read(source) if source is not None else Draft({}, name="recipe")
     draft.apply_flags(flags)
@@ -39,10 +40,10 @@ def load_recipe(source: str | Path | None = None, overrides: list[str] | None = 
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The whole recipe: every setting of the method that this one leaves open filled in.
+    """Complete a recipe with its method's defaults.
 
     Raises:
-        RecipeError: with every problem at once, if settings are wrong or contradict one another.
+        RecipeError: if settings are wrong or contradict one another; the message lists every problem.
     """
     draft = Draft(recipe.model_dump(exclude_unset=True), name="recipe")
     _refuse(draft)
@@ -50,17 +51,17 @@ def resolve(recipe: Recipe) -> Recipe:
 
 
 def for_pretraining(recipe: Recipe) -> Recipe:
-    """A recipe with the defaults of pretraining where it says nothing; see `sbft.recipe.pretraining.PRETRAINING`.
+    """Complete a recipe with the defaults of pretraining; see `sbft.recipe.pretraining.PRETRAINING`.
 
     Raises:
-        RecipeError: if it is none of pretraining.
+        RecipeError: if it is not a recipe of pretraining.
     """
     content = recipe.model_dump(exclude_unset=True)
     if not is_pretraining(content):
         raise RecipeError(
-            f"This recipe trains {recipe.model} on the examples of {recipe.data.train}, which is no pretraining. Type sbft "
-            "train in the place of sbft pretrain; or, to learn every token of a text, write model: scratch:1m for a fresh "
-            "model, or data.train_tokens for how many tokens of it a checkpoint shall be trained on."
+            f"This recipe trains {recipe.model} on the examples of {recipe.data.train}, which is not pretraining. Type sbft "
+            "train instead of sbft pretrain; or, to learn every token of a text, write model: scratch:1m for a new model, or "
+            "data.train_tokens for the number of tokens to train a checkpoint on."
         )
     draft = Draft(with_defaults(content), name="recipe")
     _refuse(draft)

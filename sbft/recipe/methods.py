@@ -1,4 +1,4 @@
-"""What each compared method is: plain data, read by the recipe, the run, and whoever only wants to list them.
+"""The methods: plain data, used by recipes, runs, and code that lists them.
 
 This is beside the recipe and not in `training/`: checking a recipe requires its method, and must require neither torch nor
 anything above the recipe.
@@ -28,7 +28,7 @@ _TRAINING: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune: an optimizer, and what a recipe that names the method starts from."""
+    """One way to fine-tune: an optimizer, and the defaults of recipes that name the method."""
 
     summary: str
     optimizer: str
@@ -40,24 +40,24 @@ class Method:
     lora_defaults: dict[str, Any] | None = None
     """Settings of the adapter; None: all weights are trained."""
     quantization: Literal["nf4"] | None = None
-    """How the weights under the adapter are held; None: in the recipe's dtype."""
+    """How the weights under the adapter are stored; None: in the recipe's dtype."""
     weights: str | None = None
     """What the weights are stored in, if that is not the recipe's dtype."""
     packages: dict[str, str] = field(default_factory=dict)
-    """The modules that the method needs beyond sbft's own dependencies, and the extra of sbft that installs each."""
+    """The modules that the method requires beyond sbft's own dependencies, and the extra of sbft that installs each."""
 
     @property
     def missing_packages(self) -> list[str]:
-        """Those of `packages` that are not installed here."""
+        """Packages of the method that are not installed here."""
         return [package for package in self.packages if importlib.util.find_spec(package) is None]
 
     @property
     def settings(self) -> frozenset[str]:
-        """The keys of the recipe's `optimizer` section that mean something to this method."""
+        """The keys of the recipe's `optimizer` section that this method uses."""
         return OPTIMIZER_KEYS[self.optimizer]
 
     def defaults(self) -> dict[str, dict[str, Any]]:
-        """The sections of a recipe that naming this method stands for."""
+        """The sections of a recipe with this method's defaults."""
         recipe = {
             "optimizer": dict(self.optimizer_defaults),
             "training": {**_TRAINING, "learning_rate": self.learning_rate, **self.training_defaults},
@@ -80,7 +80,7 @@ _RELATIVE_ADAFACTOR = {
 }
 _ADAM = {"beta1": 0.9, "eps": 1e-8, "weight_decay": 0.0}
 _FULL_ADAM = {**_ADAM, "stochastic_rounding": False, "gradient_release": False, "max_skipped_steps": 20}
-# What the paper (arXiv 2507.07101) compares with at batch 16: the usual beta2, per step, however many tokens it holds.
+# What the paper (arXiv 2507.07101) compares with at batch 16: the usual beta2 per step, whatever its number of tokens.
 _ADAM_OF_BATCH_16 = {**_FULL_ADAM, "beta2": 0.95}
 # torch's, bitsandbytes' and transformers' own default.
 _USUAL_ADAM = {**_ADAM, "beta2": 0.999}
@@ -92,8 +92,8 @@ _LORA = {
     "dora": False,
     "target_modules": "all-linear",
 }
-# adam8bit and hf-adafactor are what people run with transformers' Trainer as it is: it clips the gradient's norm, and takes
-# the loss from the logits of all tokens.
+# adam8bit and hf-adafactor are what people run with transformers' unchanged Trainer: it clips the gradient's norm, and
+# computes the loss from the logits of all tokens.
 _PLAIN_TRAINER = {"max_grad_norm": 1.0}
 # The default of transformers' TrainingArguments, which most people leave as it is.
 _USUAL_LEARNING_RATE = 5e-5

@@ -1,4 +1,4 @@
-"""What makes a recipe one of pretraining, and what such a recipe starts from."""
+"""Recipes of pretraining: how they are recognised, their defaults and their problems."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PRETRAINING: dict[str, dict[str, Any]] = {
     "optimizer": {"second_moment_half_life": round(PRETRAINING_HALF_LIFE)},
     "training": {"lr_scheduler_type": "cosine", "warmup_steps": 0.05},
 }
-"""Defaults of `sbft pretrain`: those of arXiv 2507.07101, section 4; 20 tokens a parameter are Chinchilla's."""
+"""Defaults of `sbft pretrain`: those of arXiv 2507.07101, section 4; 20 tokens per parameter are Chinchilla's."""
 
 _SCRATCH = "scratch:"
 _BUILTIN = "builtin:"
 _BUDGET = ("train_tokens", "tokens_per_parameter")
-_MANIFEST = "tokens.json"  # of sbft.data.token_files, which a recipe that is only read does not import
+_MANIFEST = "tokens.json"  # as in sbft.data.token_files, which is too slow to import for reading a recipe
 _OF_QUESTIONS: dict[str, tuple[str, ...]] = {
     "data": (
         "eval", "eval_size", "train_size", "validation_size", "options", "prompt", "completion", "messages", "packing",
@@ -28,18 +28,18 @@ _OF_QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
     "evaluation": ("metrics", "metric_options", "labels"),
 }  # fmt: skip
-"""Keys that mean nothing where every token is learned."""
+"""Keys that have no effect where every token is learned."""
 _FRESH = "model: scratch:1m"
 _NO_QUESTIONS = (
-    "means nothing where every token of a text is learned, as this recipe asks for. Leave it out; or, to train on questions "
-    "and answers, name a checkpoint under model, and no tokenizer, data.train_tokens or data.tokens_per_parameter."
+    "has no effect here, because this recipe trains on every token of a text. Leave it out; or, to train on questions and "
+    "answers, name a checkpoint under model, and no tokenizer, data.train_tokens or data.tokens_per_parameter."
 )
 
 Key = tuple[str, ...]
 
 
 def is_pretraining(content: dict[str, Any]) -> bool:
-    """Whether a recipe, as nested dicts, trains on every token of a corpus: from scratch, or on with a checkpoint."""
+    """Whether a recipe, as nested dicts, trains on every token of a corpus, from scratch or from a checkpoint."""
     data = content.get("data") or {}
     source = data.get("train")
     return (
@@ -54,7 +54,7 @@ def is_pretraining(content: dict[str, Any]) -> bool:
 
 
 def with_defaults(content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with the defaults of pretraining where it says nothing."""
+    """Complete a recipe with the defaults of pretraining."""
     whole = copy.deepcopy(content)
     defaults = copy.deepcopy(PRETRAINING)
     data, optimizer, training = (whole.get(section) or {} for section in ("data", "optimizer", "training"))
@@ -67,22 +67,22 @@ def with_defaults(content: dict[str, Any]) -> dict[str, Any]:
     if training.get("warmup_ratio") is not None:
         del defaults["training"]["warmup_steps"]
     for section, values in defaults.items():
-        given = {key: value for key, value in (whole.get(section) or {}).items() if value is not None}
-        whole[section] = {**values, **given}
+        given_values = {key: value for key, value in (whole.get(section) or {}).items() if value is not None}
+        whole[section] = {**values, **given_values}
     return whole
 
 
 def has_budget(content: dict[str, Any]) -> bool:
-    """Whether a recipe says in tokens how long to train."""
+    """Whether a recipe sets the length of training in tokens."""
     return any((content.get("data") or {}).get(key) is not None for key in _BUDGET)
 
 
 def problems_of_pretraining(content: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> Iterator[tuple[Key, str]]:
-    """Key and sentence for each thing in a recipe that does not go with pretraining.
+    """Key and message for each setting of a recipe that contradicts pretraining.
 
     Args:
         content: of the recipe.
-        defaults: by section, the values of the keys that say nothing.
+        defaults: default values of keys by section; a key with its default value is no problem.
     """
     if not is_pretraining(content):
         return
@@ -102,13 +102,13 @@ def problems_of_pretraining(content: dict[str, Any], defaults: dict[str, dict[st
     if all(data.get(key) is not None for key in _BUDGET):
         yield (
             ("data", "tokens_per_parameter"),
-            "and data.train_tokens are both given, and say the same thing in two ways. Keep one.",
+            "and data.train_tokens are both given, but they set the same thing. Keep one.",
         )
     if has_budget(content) and (content.get("training") or {}).get("num_train_epochs") is not None:
         yield (
             ("training", "num_train_epochs"),
-            "is given beside a budget of tokens (data.train_tokens, data.tokens_per_parameter), and both say how long to "
-            "train. Keep one.",
+            "is given together with a budget of tokens (data.train_tokens, data.tokens_per_parameter), but both set the length "
+            "of training. Keep one.",
         )
 
 
@@ -117,12 +117,12 @@ def _problems_of_fresh(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
     if content.get("method", "sbft") not in whole:
         yield (
             ("method",),
-            f"trains an adapter, for which a fresh model is no base. Take one that trains all weights: {', '.join(whole)}.",
+            f"trains an adapter, which is useless on a new model. Choose one that trains all weights: {', '.join(whole)}.",
         )
     if content.get("distributed") is not None:
         yield (
             ("distributed",),
-            "shards a checkpoint, and a fresh model has none. Leave it out: with optimizer.gradient_release: false, several "
+            "shards a checkpoint, but a new model has none. Leave it out: with optimizer.gradient_release: false, several "
             "processes replicate the model.",
         )
 
@@ -133,6 +133,6 @@ def _is_scratch(content: dict[str, Any]) -> bool:
 
 
 def _length(training: dict[str, Any]) -> Any:
-    """What says in `training` how long to train, if anything does."""
+    """The key of `training` that sets the length of training, if any does."""
     steps = training.get("max_steps")
     return steps if steps not in (None, -1) else training.get("num_train_epochs")

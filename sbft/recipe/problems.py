@@ -1,4 +1,4 @@
-"""Everything that is wrong with a recipe, reported at once: unknown keys, wrong types, contradictions."""
+"""Finds every problem of a recipe: unknown keys, wrong types, contradictions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXAMPLES = {
     "batch_schedule": "doubling_examples: 1000, largest: 16",
     "evaluation": "metrics: [exact_match]",
 }
-"""One key and value of each section, to show how it is written."""
+"""An example of each section, to show how it is written."""
 
 _OF_LABELS = "label_accuracy"
 _LARGEST, _SMALLEST = 2**63 - 1, -(2**63)
@@ -41,11 +41,11 @@ _EXPECTED: dict[Key, str] = {
     ("data", "eval"): "a file, a hub id, or generated:NAME",
     ("evaluation", "labels"): f"auto, or a list of two or more different words such as [good, bad]; {_QUOTE}",
 }
-"""What is expected of keys whose type alone says too little."""
+"""What to expect for keys whose type alone says too little."""
 
 
 def find_problems(draft: Draft) -> list[str]:
-    """One sentence for each thing that is wrong: where it is, the key, what was expected."""
+    """A message for each problem: where it is, the key, what was expected."""
     problems = list(draft.problems)
     bad_keys: set[Key] = set()
 
@@ -85,10 +85,10 @@ def _schema_problems(content: dict[str, Any]) -> Iterator[tuple[Key, str]]:
 
 def _unusable_values(content: dict[str, Any], bad_keys: set[Key]) -> Iterator[tuple[Key, str]]:
     for key, value, reason in _unusable(_without(content, bad_keys), ()):
-        # A number in the training section that has a range gets a message of its own, which says more.
+        # A number in the training section that has a range gets a more specific message later.
         has_range = isinstance(value, float) and key[:1] == ("training",) and key[-1] in RANGES
         if key not in bad_keys and not has_range:
-            yield key, f"holds {shown(value)}, {reason}"
+            yield key, f"has {shown(value)}, {reason}"
 
 
 def _training_problems(training: Any, bad_keys: set[Key]) -> Iterator[tuple[Key, str]]:
@@ -118,7 +118,7 @@ def _metric_problems(evaluation: dict[str, Any]) -> Iterator[tuple[Key, str]]:
 
 
 def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
-    """Key, value and reason for each value that is wrong wherever it is: broken text, secrets, bytes, numbers too large."""
+    """Key, value and reason for each value that is wrong for any key: broken text, secrets, bytes, too large numbers."""
     if isinstance(value, dict):
         for name, inner in value.items():
             deeper = (*key, str(name)) if len(key) < 2 else key
@@ -128,7 +128,7 @@ def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
         for inner in value:
             yield from _unusable(inner, key)
     elif isinstance(value, str) and any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-        yield key, value, "which has a character that no text has: NUL, or half of a pair of surrogates. Remove it."
+        yield key, value, "which has an invalid character: NUL, or half of a surrogate pair. Remove it."
     elif isinstance(value, str) and holds_secret(value):
         yield (
             key,
@@ -172,7 +172,7 @@ def _schema_problem(key: Key, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return _unknown_key(key)
     if detail["type"] == "invalid_key":
-        return "is not text, and a key has to be: put it in quotation marks, or remove it."
+        return "is not text, as a key must be: put it in quotation marks, or remove it."
     if detail["type"] == "missing":
         return "is missing: " + {
             ("model",): "write which model to train, such as `model: builtin:smollm2-135m`, or type --model M.",
@@ -207,7 +207,7 @@ def _unknown_key(key: Key) -> str:
     if homes:
         return f"is not a key here; write {homes[0]}.{name}."
     if near := nearest(name, fields):
-        return f"is no key of a recipe{near}."
+        return f"is not a key of a recipe{near}."
     if name in training_types():
         return f"is not a key here; write training.{name}."
-    return f"is no key of a recipe; expected one of {', '.join(fields)}."
+    return f"is not a key of a recipe; expected one of {', '.join(fields)}."

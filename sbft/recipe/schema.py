@@ -181,10 +181,10 @@ class Recipe(_Section):
     """One training run."""
 
     model: _Word
-    """Hub id, local folder, builtin:NAME, scratch:SIZE for a fresh model to pretrain, or random:NAME for random weights in a
+    """Hub id, local folder, builtin:NAME, scratch:SIZE for a new model to pretrain, or random:NAME for random weights in a
     known shape."""
     tokenizer: _Word | None = None
-    """Tokenizer of a fresh model: a name, a folder, or bpe:2048 to train one on the data."""
+    """Tokenizer of a new model: a name, a folder, or bpe:2048 to train one on the data."""
     method: str = "sbft"
     """sbft, lora, adam, ...: sets the defaults of all other keys, each of which can be overridden."""
     data: DataConfig

@@ -1,4 +1,4 @@
-"""What is wrong with a key of a recipe's `training` section, whose names and types are those of TrainingArguments."""
+"""Checks keys of a recipe's `training` section, whose names and types are those of TrainingArguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "do_train": "sbft train always trains",
     "do_eval": "write `evaluation:`",
     "do_predict": "write `evaluation:`",
-    "disable_tqdm": "sbft draws its own progress bar, and plain lines where the output is no terminal; leave it out",
+    "disable_tqdm": "sbft draws its own progress bar, and prints lines where the output is not a terminal; leave it out",
 }
 """Arguments of TrainingArguments that a recipe sets elsewhere or not at all, and what to do instead."""
 
@@ -74,7 +74,7 @@ RANGES = {
     "seed": Range(0, LARGEST_SEED),
     "data_seed": Range(0, LARGEST_SEED),
 }
-"""The numbers that a key of the section may be, beyond what its type says."""
+"""The range of each key that its type does not already give."""
 
 
 def training_types() -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _reporter_problem(value: Any) -> str | None:
 
 
 def _mismatch(hint: Any, value: Any) -> str | None:
-    """What was expected, if `value` is not of this type."""
+    """What was expected, if `value` does not have this type; else None."""
     members = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
     choices = [member for member in members if isinstance(member, type) and issubclass(member, enum.Enum)]
     if choices and value is not None and not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""How a message quotes a value that somebody typed, and names the nearest right one."""
+"""Quotes typed values in messages, and suggests the nearest valid name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST = 200
 
 
 def shown(value: Any) -> str:
-    """What Python writes for it, cut where it is long, in characters that every terminal has a way to print."""
+    """A value's `repr`, shortened if it is long, in characters that every terminal can print."""
     try:
         text = without_secrets(repr(value))
     except ValueError:
@@ -22,12 +22,12 @@ def shown(value: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence that names what is most like `name`; empty where nothing is."""
+    """The end of a sentence that suggests the name most similar to `name`; empty if none is similar."""
     near = closest(name, names)
     return f"; the nearest is {near}" if near else ""
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
-    """What is most like `name`, or None where nothing is."""
+    """The name most similar to `name`; None if none is similar."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.55)
     return near[0] if near else None

@@ -1,1 +1,1 @@
-"""How a recipe becomes a run. `run_recipe` tells the whole story; every other module is one part of it."""
+"""Runs of recipes. `run_recipe` is the whole sequence; every other module is a part of it."""

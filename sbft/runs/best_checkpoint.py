@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: evaluation during training, as `eval_strategy` and `load_best_model_at_end` ask for it."""
+"""Evaluation during training, and the choice of the best checkpoint (`eval_strategy`, `load_best_model_at_end`)."""
 
 from __future__ import annotations
 

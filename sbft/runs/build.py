@@ -1,4 +1,4 @@
-"""What a resolved recipe's method does: the training arguments it stands for, and the model it makes trainable."""
+"""Makes the training arguments and the trainable model of a resolved recipe."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
                     for key, value in values.model_dump(exclude_none=True).items()
                 }
             )
-    # Said outright, because several processes on a CPU find one another only then.
+    # Set explicitly, because several processes on a CPU find one another only then.
     chosen["use_cpu"] = not torch.accelerator.is_available()
     # The model is loaded in the recipe's dtype, which may be float32.
     chosen["cast_weights"] = False
@@ -75,7 +75,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     if chosen["use_cpu"] and chosen.get("ddp_backend") in (None, "gloo"):
         join_on_cpu(chosen.get("ddp_timeout", DEFAULT_TIMEOUT_S))
     try:
-        # The bar and the closing lines are sbft's own.
+        # sbft has its own progress bar and closing lines.
         return SmallBatchTrainingArguments(output_dir=str(output_dir), disable_tqdm=True, **chosen)
     except RecipeError:
         raise
@@ -86,7 +86,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
         own = [name for name, value in recipe.training.items() if defaults.get(name) != value]
         keys = ", ".join(f"training.{name}" for name in named or own or recipe.training)
         raise RecipeError(
-            f"These settings of the recipe do not go together, or are wrong: {keys}. ({reason})"
+            f"These settings of the recipe are wrong or contradict one another: {keys}. ({reason})"
         ) from error
 
 
@@ -103,7 +103,7 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
-        tokenizer: the tokenizer of the data; a fresh model gets its vocabulary.
+        tokenizer: the tokenizer of the data; a new model gets its vocabulary.
 
     Raises:
         ModelError: if it cannot be loaded, has none of the layers that the adapter names or of the weights that `freeze`
@@ -138,13 +138,13 @@ def _check_processes(recipe: Recipe) -> None:
     """Refuse any other number of processes than the recipe shards the model over."""
     if recipe.distributed is None:
         return
-    wanted = math.prod(size or 1 for size in recipe.distributed.model_dump().values())
+    required = math.prod(size or 1 for size in recipe.distributed.model_dump().values())
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if wanted != processes:
+    if required != processes:
         raise RecipeError(
-            f"distributed spreads the model over {wanted} processes, and there {'is' if processes == 1 else 'are'} "
-            f"{processes}. Add --num-processes {wanted}, or start as many with: torchrun "
-            f"--nproc-per-node {wanted} -m sbft train ..."
+            f"distributed shards the model over {required} processes, and there {'is' if processes == 1 else 'are'} "
+            f"{processes}. Add --num-processes {required}, or start as many with: torchrun "
+            f"--nproc-per-node {required} -m sbft train ..."
         )
 
 
@@ -163,8 +163,8 @@ def make_trainable(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
 
 def _freeze(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Turn off the gradients of the weights that the recipe's `freeze` names; tied weights count under either name."""
-    # Duplicates too: a tied output head has a name of its own.
+    """Freeze the weights that the recipe's `freeze` names; a tied weight matches under any of its names."""
+    # With duplicates, because a tied output head has a second name.
     named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in recipe.freeze:
         frozen = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
@@ -172,7 +172,7 @@ def _freeze(model: PreTrainedModel, recipe: Recipe) -> None:
             frozen = _embeddings(model)
         if not frozen:
             raise ModelError(
-                f"freeze names {pattern!r}, which is no parameter of {recipe.model}. Write embeddings, or a pattern of "
+                f"freeze names {pattern!r}, which matches no parameter of {recipe.model}. Write embeddings, or a pattern of "
                 f"parameter names; the first is {next(iter(named))}, the last {list(named)[-1]}."
             )
         for parameter in frozen:
@@ -193,7 +193,7 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, An
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingPackageError(
-            f"Method {recipe.method} needs the package peft. " + how_to_install("'sbft[lora]'")
+            f"Method {recipe.method} requires the package peft. " + how_to_install("'sbft[lora]'")
         ) from error
     targets = settings["target_modules"]
     if isinstance(targets, str) and targets != "all-linear" and targets.isidentifier():

@@ -1,4 +1,4 @@
-"""What a run is, in its record and in a line on the terminal: its recipe, its model, and its data."""
+"""Describes a run's recipe, model and data, in its record and in a line on the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sbft.runs.record import RunRecord, git_commit, versions
 
 
 def new_record(recipe: Recipe) -> RunRecord:
-    """The record of an unfinished run: everything that its resolved recipe says.
+    """The record of an unfinished run, with everything known from its resolved recipe.
 
     Args:
         recipe: as `sbft.recipe.resolve` returns it.
@@ -83,16 +83,16 @@ def _describe_examples(prepared: Prepared) -> str:
     if report.truncated:
         clauses.append(f"{report.truncated} cut off at data.max_length")
     if report.dropped:
-        clauses.append(f"{report.dropped} left out, because nothing to learn was left after the cut at data.max_length")
+        clauses.append(f"{report.dropped} left out, because data.max_length cuts off all that would be learned")
     if report.empty:
         clauses.append(f"{report.empty} left out, because they are empty")
     if report.unanswered:
-        clauses.append(f"{report.unanswered} left out, because no turn in them is the assistant's to learn")
+        clauses.append(f"{report.unanswered} left out, because they have no assistant turn to learn")
     if report.divided:
         clauses.append(
             f"{report.divided} conversations became several examples each, as the chat template changes earlier answers "
             "in later turns"
         )
     if overlapping:
-        clauses.append(f"{overlapping} left out, because the evaluation asks the same")
+        clauses.append(f"{overlapping} left out, because the evaluation has the same question")
     return "; ".join(clauses)

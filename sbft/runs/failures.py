@@ -1,4 +1,4 @@
-"""How a run fails: what its record says, and what the user can do about it."""
+"""Failures of a run: what its record says, and what the user can do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MESSAGES = ("can't allocate memory", "out of memory", "cannot allocate memory")
 
 @dataclass
 class Stage:
-    """How far a run has come."""
+    """How far a run has progressed."""
 
     evaluating: bool = False
     within_training: bool = False
@@ -44,7 +44,7 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
     """Record how the run failed, and raise an error that says what to do about it.
 
     Yields:
-        How far the run has come, which the run itself keeps up to date.
+        How far the run has progressed; the run itself keeps this up to date.
     """
     stage = Stage()
     try:
@@ -62,7 +62,7 @@ def failures_recorded(recipe: Recipe, record: RunRecord, output: RunFolder) -> I
         if kept and isinstance(shown, SbftError):
             shown.args = (f"{shown}{kept}",)
         record.error = str(shown) if isinstance(shown, SbftError) else f"{type(shown).__name__}: {shown}{kept}"
-        # A run that has not begun leaves nothing behind.
+        # A run that has not started leaves nothing behind.
         if output.open:
             _save_if_there_is_room(record, output)
         if shown is error:

@@ -34,7 +34,7 @@ from sbft.training.arguments import SmallBatchTrainingArguments
 
 OFFLINE_TOKENIZER = f"{BPE}2048"
 HUB_TOKENIZER = "openai-community/gpt2"
-"""The tokenizers of a fresh model whose recipe names none, for local text and for data from the hub."""
+"""The tokenizers of a new model whose recipe names none, for local text and for data from the hub."""
 _CACHE_VERSION = 1  # raise it when the same text would give different files, so that older ones are not used
 _LOCK = ".lock"
 

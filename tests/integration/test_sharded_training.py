@@ -252,7 +252,7 @@ def test_four_processes_end_with_the_weights_of_one(name: str, models: Path, in_
 
 def test_a_model_that_cannot_be_cut_into_matrices_is_refused(in_two: dict[str, Any]) -> None:
     said = in_two["no plan"]
-    assert "cannot be spread by distributed.tp_size: transformers has no plan for splitting a GPT2LMHeadModel" in said
+    assert "cannot be split by distributed.tp_size: transformers has no plan for splitting a GPT2LMHeadModel" in said
     assert said.endswith("Leave it out, and write fsdp_size to shard its weights.")
 
 
@@ -456,7 +456,7 @@ def test_as_many_processes_are_needed_as_the_model_is_sharded_over(recipe: Path,
             ["method=qlora", "distributed.fsdp_size=2"],
             "distributed is given, but method qlora holds the model in 4 bits",
         ),
-        (["method=lora", "distributed.tp_size=2"], "tp_size is 2, but method lora trains an adapter.* write fsdp_size"),
+        (["method=lora", "distributed.tp_size=2"], "tp_size is 2, but method lora trains an adapter.* Write fsdp_size"),
         (["method=lora", "distributed.fsdp_size=2", "lora.dora=true"], "DoRA requires the norms of whole matrices"),
         (
             ["method=lora", "distributed.tp_size=2", "lora.dora=true"],

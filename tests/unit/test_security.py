@@ -88,7 +88,7 @@ def test_aliases_cannot_multiply_without_end(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="more than 100,000 keys and values"):
         load_recipe(path)
     path.write_text("data: &a {train: *a}\n")
-    with pytest.raises(RecipeError, match="an alias inside of what it stands for"):
+    with pytest.raises(RecipeError, match="an alias inside the value that it refers to"):
         load_recipe(path)
     path.write_text(f"data: {'[' * 5_000}\n")
     with pytest.raises(RecipeError, match="levels"):
@@ -297,14 +297,14 @@ def test_the_folder_that_is_named_after_the_data_is_one_below_runs(data: str) ->
 
 
 def test_a_record_cannot_have_another_folders_file_read(tmp_path: Path) -> None:
-    from sbft.bench.report.comparison import Made
+    from sbft.bench.report.comparison import SuiteRun
 
     (tmp_path / "secret.jsonl").write_text('{"prompt": "p", "reference": "r", "exact_match": true}\n')
     (tmp_path / "run").mkdir()
     for name in ("../secret.jsonl", str(tmp_path / "secret.jsonl")):
         record = RunRecord(method="sbft", model="m", dataset="d", seed=0, status="ok", predictions=name)
         suite = load_suite(suite_file(tmp_path))
-        assert Made(possible_runs(suite)[0], tmp_path / "run", record, {}).outcomes("exact_match") is None
+        assert SuiteRun(possible_runs(suite)[0], tmp_path / "run", record, {}).outcomes("exact_match") is None
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_a_folder_comes_before_the_archive(tmp_path):
 
 def test_what_is_no_archive_is_named(tmp_path):
     (tmp_path / ARCHIVE_FILE).write_text('{"run": "a"}\n')
-    with pytest.raises(DataError, match=r"Line 1 of .*runs\.jsonl is not that of a run"):
+    with pytest.raises(DataError, match=r"Line 1 of .*runs\.jsonl does not describe a run"):
         archived_runs(tmp_path)
     (tmp_path / RUNS_FOLDER).mkdir()
     with pytest.raises(DataError, match="There is no finished run below"):

@@ -187,7 +187,7 @@ def test_what_lies_at_the_destination_is_kept_unless_it_is_a_model_and_may_go(ru
     (out / "precious").touch()
     with pytest.raises(ExportError, match="not empty. Add --overwrite"):
         export_model(run, out)
-    with pytest.raises(ExportError, match="which holds no model"):
+    with pytest.raises(ExportError, match="which has no model"):
         export_model(run, out, overwrite=True)
     assert (out / "precious").exists()
     (out / "config.json").touch()
@@ -520,9 +520,9 @@ def test_what_makes_no_adapter_is_said_and_leaves_nothing(run: Path, tiny_dir: P
     refused("There is no folder", source=tmp_path / "none")
     refused("weights in .* are those of .* no difference to extract", source=tiny_dir)
     refused("no recipe.yaml .*Type --base MODEL", source=tiny_dir, base=None)
-    refused("does not fit: its lm_head.weight has the shape", base=save_tiny(tmp_path / "wide", hidden=128))
-    refused("does not fit: it has no weight model.layers.1", base=save_tiny(tmp_path / "flat", layers=1))
-    refused("holds a LoRA adapter already", source=save_adapter(tiny_dir, tmp_path / "lora"))
+    refused("does not match: its lm_head.weight has the shape", base=save_tiny(tmp_path / "wide", hidden=128))
+    refused("does not match: it has no weight model.layers.1", base=save_tiny(tmp_path / "flat", layers=1))
+    refused("already has a LoRA adapter", source=save_adapter(tiny_dir, tmp_path / "lora"))
     refused("random weights, which are in no file", base="random:tiny")
     refused("There is no folder /no/such", base="/no/such")
     norms = fine_tuned(tiny_dir, tmp_path / "norms", lambda name, weight: weight * 2 if "norm" in name else weight)
@@ -530,7 +530,7 @@ def test_what_makes_no_adapter_is_said_and_leaves_nothing(run: Path, tiny_dir: P
     broken = fine_tuned(
         tiny_dir, tmp_path / "broken", lambda name, weight: weight * torch.nan if "up" in name else weight
     )
-    refused("up_proj.weight holds values that are no finite numbers", source=broken)
+    refused("up_proj.weight has values that are not finite", source=broken)
     with pytest.raises(ExportError, match="would replace"):
         extract_lora(run, tiny_dir, 4, base=str(tiny_dir), overwrite=True)
 
@@ -543,7 +543,7 @@ def test_experts_held_in_one_tensor_are_refused(tmp_path: Path) -> None:
     attention = fine_tuned(base, tmp_path / "attention", lambda name, w: noise(name, w) if "q_proj" in name else w)
     assert extract_lora(attention, tmp_path / "out", 4, base=str(base)).share_kept > 0.1
     experts = fine_tuned(base, tmp_path / "experts", lambda name, w: noise(name, w) if "experts" in name else w)
-    with pytest.raises(ExportError, match="experts.*as the experts of a mixture are. Leave --as-lora out"):
+    with pytest.raises(ExportError, match="experts.*such as the experts of a mixture. Leave --as-lora out"):
         extract_lora(experts, tmp_path / "none", 4, base=str(base))
 
 
@@ -562,7 +562,7 @@ def test_the_verb_writes_a_whole_model(run: Path, tmp_path: Path) -> None:
     code, _, err = sbft("export", run, "--to", run)
     assert code == 2 and "would replace" in err and "Traceback" not in err
     code, _, err = sbft("export", run, "--to", tmp_path / "new", "--base", run)
-    assert code == 2 and "needs no base. Leave --base out, or add --as-lora RANK" in err
+    assert code == 2 and "requires no base. Leave --base out, or add --as-lora RANK" in err
     code, _, err = sbft("export", run, "--to", tmp_path / "new", "--no-eval")
     assert code == 2 and "--no-eval belongs to --as-lora RANK" in err
     code, _, err = sbft("export", run, "--to", tmp_path / "new", "--as-lora", "4", "--max-shard-size", "1GB")

@@ -147,7 +147,7 @@ def test_llama_3_frequencies_are_stretched_as_transformers_stretches_them() -> N
         ("llama", {"hidden_act": "relu"}, "activation relu"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type dynamic"),
         ("gemma3", {"query_pre_attn_scalar": 999}, "query_pre_attn_scalar of 999"),
-        ("gemma3", {"layer_types": ["full_attention", "full_attention"]}, "other layers than each 6th"),
+        ("gemma3", {"layer_types": ["full_attention", "full_attention"]}, "other layers than every 6th"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "sliding window of 8"),
     ],
 )

@@ -164,7 +164,7 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="There is no folder ./absent/model"):
             load("./absent/model")
         with pytest.raises(
-            ModelError, match="holds no checkpoint: config.json was expected in it, and there is notes.txt"
+            ModelError, match="has no checkpoint: config.json was expected in it, and there is notes.txt"
         ):
             load(str(tmp_path))
         with pytest.raises(ModelError, match="is a file; a model is a folder"):
@@ -221,7 +221,7 @@ def test_models_that_are_not_causal_are_refused(tmp_path: Path) -> None:
         "whisper": "WhisperForConditionalGeneration",
     }
     for name, architecture in refused.items():
-        with pytest.raises(ModelError, match=f"no causal language model .it is {architecture}"):
+        with pytest.raises(ModelError, match=f"not a causal language model .it is {architecture}"):
             load_model(str(tmp_path / name), dtype=torch.bfloat16)
 
 

@@ -170,7 +170,7 @@ def test_it_is_made_where_it_is_trained() -> None:
 
 def test_an_unknown_name_is_told_the_near_one() -> None:
     for load in (load_tokenizer, lambda name: load_model(name, dtype=torch.bfloat16)):
-        with pytest.raises(ModelError, match="weights called 'gpt3-13B'; there is: random:tiny.*mean random:gpt3-13b"):
+        with pytest.raises(ModelError, match="weights called 'gpt3-13B'; expected random:tiny.*mean random:gpt3-13b"):
             load("random:gpt3-13B")
 
 

@@ -107,12 +107,12 @@ def test_a_fresh_model_loads_again_with_its_tokenizer(tmp_path: Path) -> None:
 
 def test_what_there_is_not_is_said() -> None:
     with pytest.raises(
-        ModelError, match=r"no size of a fresh model called '1mb'.*scratch:30m.* Did you mean scratch:1m\?"
+        ModelError, match=r"no size of a new model called '1mb'.*scratch:30m.* Did you mean scratch:1m\?"
     ):
         scratch_config("scratch:1mb")
     with pytest.raises(ModelError, match="its tokenizer comes with the data"):
         load_tokenizer("scratch:1m")
-    with pytest.raises(ModelError, match="is fresh: it knows nothing"):
+    with pytest.raises(ModelError, match="is new, and has to be pretrained"):
         load_model("scratch:1m", dtype=torch.float32)
 
 

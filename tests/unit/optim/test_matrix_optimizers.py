@@ -351,7 +351,7 @@ def test_muons_momentum_can_be_switched_off_and_on() -> None:
         ),
         (
             ["method=sbft", "optimizer.nesterov=true"],
-            "optimizer.nesterov means nothing .* take a method that has it: muon",
+            "optimizer.nesterov has no effect .* choose a method that uses it: muon",
         ),
     ],
 )

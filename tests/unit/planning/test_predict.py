@@ -341,7 +341,7 @@ def test_what_is_no_causal_model_or_no_folder_has_no_config(tmp_path: Path) -> N
     with pytest.raises(ModelError, match=r"config\.json was expected"):
         load_config(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5Model"]}))
-    with pytest.raises(ModelError, match="no causal language model"):
+    with pytest.raises(ModelError, match="not a causal language model"):
         load_config(str(tmp_path))
 
 

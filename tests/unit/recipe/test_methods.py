@@ -235,7 +235,7 @@ def test_a_tied_head_is_frozen_by_its_own_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("freeze", "said"), [("[nothing.*]", "'nothing.*', which is no parameter"), ("['*']", "leaves no weight")]
+    ("freeze", "said"), [("[nothing.*]", "'nothing.*', which matches no parameter"), ("['*']", "leaves no weight")]
 )
 def test_a_freeze_that_cannot_be_is_refused(freeze: str, said: str, tiny_dir: Path) -> None:
     with pytest.raises(ModelError, match=said.replace("*", r"\*")):

@@ -1,4 +1,4 @@
-"""Pretraining: a fresh model on every token of a text, from the recipe to the record."""
+"""Pretraining: a new model on every token of a text, from the recipe to the record."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_run_from_the_text_to_the_record(make: Make) -> None:
     assert record.metrics["loss"] == pytest.approx(validation_loss(folder, files, 5), rel=1e-5)
     measured = {entry["step"]: entry["eval_loss"] for entry in record.history if "eval_loss" in entry}
     assert measured.keys() == {4, 8} and measured[8] == pytest.approx(record.metrics["loss"], rel=1e-5)
-    assert record.metrics["loss"] < math.log(300) + 0.5  # the loss of a fresh model, whose logits have a variance of 1
+    assert record.metrics["loss"] < math.log(300) + 0.5  # the loss of a new model, whose logits have a variance of 1
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer("return x")["input_ids"]) == "return x"
     assert "pretrained on" in (Path(folder) / "README.md").read_text()
@@ -175,13 +175,13 @@ def test_what_pretraining_starts_from() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["data.eval=my.jsonl"], "data.eval means nothing where every token"),
-        (["evaluation.metrics=[exact_match]"], "evaluation.metrics means nothing where every token"),
-        (["data.prompt=question"], "data.prompt means nothing where every token"),
-        (["method=lora"], "method trains an adapter, for which a fresh model is no base"),
+        (["data.eval=my.jsonl"], "data.eval has no effect here, because"),
+        (["evaluation.metrics=[exact_match]"], "evaluation.metrics has no effect here, because"),
+        (["data.prompt=question"], "data.prompt has no effect here, because"),
+        (["method=lora"], "method trains an adapter, which is useless on a new model"),
         (["distributed.fsdp_size=2"], "distributed shards a checkpoint"),
-        (["data.train_tokens=5", "data.tokens_per_parameter=2"], "say the same thing in two ways"),
-        (["data.train_tokens=5", "training.num_train_epochs=2"], "both say how long to train"),
+        (["data.train_tokens=5", "data.tokens_per_parameter=2"], "but they set the same thing"),
+        (["data.train_tokens=5", "training.num_train_epochs=2"], "both set the length of training"),
         (["model=some/model", "tokenizer=bpe:300"], "tokenizer is given, but the model some/model has its own"),
     ],
 )
@@ -191,7 +191,7 @@ def test_what_does_not_go_with_pretraining_is_said(settings: list[str], said: st
 
 
 def test_a_fine_tuning_recipe_is_not_pretrained() -> None:
-    with pytest.raises(RecipeError, match="which is no pretraining. Type sbft train in the place of sbft pretrain"):
+    with pytest.raises(RecipeError, match="which is not pretraining. Type sbft train instead of sbft pretrain"):
         for_pretraining(load_recipe("quickstart"))
 
 
@@ -293,4 +293,4 @@ def test_the_verbs(make: Make, tmp_path: Path) -> None:
     assert shell.invoke(app, ["pretrain", str(path)]).exit_code == 0
     assert RunRecord.load(tmp_path / "run").steps == 1
     refused = shell.invoke(app, ["pretrain", "quickstart"])
-    assert refused.exit_code == 2 and "is no pretraining" in refused.output
+    assert refused.exit_code == 2 and "is not pretraining" in refused.output
