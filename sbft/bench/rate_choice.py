@@ -10,6 +10,7 @@ from typing import Literal
 
 from sbft.bench.suite import Suite
 from sbft.bench.suite_runs import read_run, searches
+from sbft.metrics import LOWER_IS_BETTER
 from sbft.runs.record import RunRecord
 
 
@@ -68,7 +69,7 @@ def choose_rate(suite: Suite, folder: Path, model: str, task: str, variant: str)
     scored = [rate for rate in tried if rate.score is not None]
     if not scored:
         return RateChoice(None, tried, f"No learning rate worked: {tried[0].failure}")
-    sign = -1.0 if name in {"loss", "perplexity"} else 1.0
+    sign = -1.0 if name in LOWER_IS_BETTER else 1.0
     best = max(scored, key=lambda rate: (sign * (rate.score or 0.0), -(math.inf if rate.loss is None else rate.loss)))
     return RateChoice(best.learning_rate, tried, f"Best {name} on the validation part, {best.score:.4g}.")
 

@@ -17,7 +17,7 @@ from sbft.files import shipped_file, shipped_names
 from sbft.recipe.draft import Draft
 from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import is_pretraining
-from sbft.recipe.schema import DataConfig, EvaluationConfig
+from sbft.recipe.schema import DataConfig, EvaluationConfig, fields_at
 from sbft.recipe.wording import nearest
 
 Key = tuple[str, ...]
@@ -212,14 +212,9 @@ def _schema_problem(key: Key, detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         if len(key) == 1:
             return f"is not a key of a suite{nearest(key[0], Suite.model_fields)}; expected {', '.join(Suite.model_fields)}."
-        sections: dict[str, type[BaseModel]] = {
-            "tasks": Task,
-            "methods": Variant,
-            "data": DataConfig,
-            "evaluation": EvaluationConfig,
-        }
+        sections: dict[str, type[BaseModel]] = {"tasks": Task, "methods": Variant}
         # methods.NAME.KEY, and tasks.NAME.data.KEY.
-        fields = sections[key[0] if len(key) == 3 else key[2]].model_fields
+        fields = sections[key[0]].model_fields if len(key) == 3 else fields_at(key[2:-1])
         return f"is not a key here{nearest(key[-1], fields)}; expected one of {', '.join(fields)}."
     if detail["type"] == "missing":
         return "is missing."
@@ -291,6 +286,8 @@ def _variant_problems(suite: Suite, name: str) -> Iterator[tuple[Key, str]]:
     for key in variant.set:
         if key in _ELSEWHERE:
             yield (*at, "set", key), f"cannot be set here: write {_ELSEWHERE[key]}."
+        elif key.startswith("data.replay"):
+            continue  # a part of how a method trains; what it is measured on stays the same
         elif (place := _FOR_ALL.get(key, _FOR_ALL.get(key.partition(".")[0]))) is not None:
             yield (
                 (*at, "set", key),

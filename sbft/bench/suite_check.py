@@ -63,12 +63,14 @@ def data_problems(suite: Suite) -> list[str]:
     """
     from sbft.data.sources import read_splits
     from sbft.recipe.pretraining import is_pretraining
+    from sbft.runs.other_data import read_other_data
     from sbft.runs.token_data import load_tokens
 
     problems: dict[str, None] = {}
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, str, str, str]] = set()
     for run in possible_runs(suite):
-        part = (run.model, run.task, run.phase)
+        replay = {key: value for key, value in suite.methods[run.variant].set.items() if key.startswith("data.")}
+        part = (run.model, run.task, run.phase, str(replay))
         if part in seen or METHODS[suite.method_of(run.variant)].missing_packages:
             continue
         seen.add(part)
@@ -77,7 +79,7 @@ def data_problems(suite: Suite) -> list[str]:
             if is_pretraining(recipe.model_dump(exclude_none=True)):
                 load_tokens(recipe)  # prepared here on first use, so that the first run's time does not include it
             else:
-                read_splits(recipe.data)
+                read_other_data(recipe, read_splits(recipe.data))
         except SbftError as error:
             problems.setdefault(f"tasks.{run.task}.data: {error}")
     return list(problems)

@@ -62,6 +62,7 @@ class Run:
             content["data"].pop("eval", None)
             content["data"].pop("eval_size", None)
             content["evaluation"]["before"] = False
+            content["evaluation"].pop("watch", None)
         return content
 
     def whole_recipe(self, suite: Suite) -> Recipe:

@@ -98,17 +98,19 @@ def _for_people(result: Check) -> str:
 
 def _summary(result: Check) -> dict[str, str]:
     from sbft.native.memory import device_name
+    from sbft.runs.description import describe_replay
 
     recipe, report, length = result.prepared.recipe, result.prepared.report, result.length
     rows = "examples" if report.packed_into is None else "rows"
     packed = "" if report.packed_into is None else f", packed into {report.packed_into:,} rows"
+    replayed = f"; {describe_replay(report)}" if report.replay_examples else ""
     tokens = f"{length.tokens:,}" if length.exact else f"about {length.tokens:,}"
     epochs = f"{length.epochs:.3g} epoch{'s' * (length.epochs != 1)}"
     peak = "not known" if result.prediction is None else f"a peak of {gib(result.prediction.peak_bytes)}, predicted"
     return {
         "model": f"{recipe.model}, {_formats(recipe)}",
         "method": f"{recipe.method}: {METHODS[recipe.method].summary}",
-        "data": f"{report.examples:,} examples, {report.tokens:,} tokens, the longest {report.longest:,}{packed}",
+        "data": f"{report.examples:,} examples, {report.tokens:,} tokens, the longest {report.longest:,}{packed}{replayed}",
         "run": f"{length.steps:,} steps on {length.rows:,} {rows}, {tokens} tokens, {epochs}",
         "memory": f"{peak}; {gib(result.available_bytes)} available",
         "time": _time(result),

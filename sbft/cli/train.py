@@ -121,13 +121,23 @@ def _train_in_parallel(recipe: Recipe, flags: list[str], processes: int) -> int:
 def _summarize(console: Console, record: RunRecord, folder: str) -> None:
     from rich.table import Table
 
-    if record.metrics:
+    from sbft.runs.record import forgetting
+
+    measured = [("", record.metrics_before, record.metrics)]
+    for name, figures in record.watched.items():
+        measured.append((f"{name}: ", figures.get("metrics_before", {}), figures.get("metrics", {})))
+    if any(after for *_, after in measured):
         table = Table("", "before", "after", box=None, pad_edge=False)
-        for name, value in record.metrics.items():
-            before = record.metrics_before.get(name)
-            table.add_row(name, "" if before is None else f"{before:.4g}", f"{value:.4g}")
+        for prefix, befores, after in measured:
+            for name, value in after.items():
+                before = befores.get(name)
+                table.add_row(f"{prefix}{name}", "" if before is None else f"{before:.4g}", f"{value:.4g}")
         console.print()
         console.print(table)
+        for name, forgotten in forgetting(record).items():
+            console.print(
+                f"Forgetting of {name}: {forgotten.change:+.4g} {forgotten.metric}, after minus before.", markup=False
+            )
     peak, above = gib(record.peak_memory_bytes or 0), gib(record.memory.get("above_baseline") or 0)
     kind = "allocated on the GPU" if record.memory_kind == "cuda_allocated" else "resident"
     speed = "" if record.tokens_per_s is None else f", {record.tokens_per_s:.0f} per s"

@@ -47,7 +47,11 @@ class LocalCorpus:
 
     def training_texts(self) -> Iterator[str]:
         """The documents that a tokenizer may learn from."""
-        return islice(self.documents(0), self._training)
+        return self.texts(held_out=False)
+
+    def texts(self, *, held_out: bool) -> Iterator[str]:
+        """The documents for validation, or those for training."""
+        return self.documents(self._training) if held_out else islice(self.documents(0), self._training)
 
     def state(self) -> None:
         """See `sbft.data.token_files.Corpus`: the number of documents is enough."""

@@ -43,6 +43,10 @@ class FormatReport:
     """Tokens of the longest kept example."""
     packed_into: int | None
     """Rows that the examples were packed into; None without packing."""
+    replay_examples: int = 0
+    """Examples among them that are of an old kind: `data.replay`."""
+    replay_tokens: int = 0
+    """Tokens among them that are."""
     empty: int = 0
     """Rows left out because the text, the question or the answer is missing or empty."""
     unanswered: int = 0
@@ -109,6 +113,20 @@ def format_rows(
     packing: bool = False,
 ) -> tuple[Dataset, FormatReport]:
     """As `format_dataset`, for settings that are already one object."""
+    table, report = format_table(dataset, tokenizer, rendering, max_length=max_length)
+    return packed_rows(table, report, max_length) if packing else (dataset_of(table), report)
+
+
+def packed_rows(table: pa.Table, report: FormatReport, max_length: int) -> tuple[Dataset, FormatReport]:
+    """The packed rows of examples, and the report with their number."""
+    packed = pack(table, max_length)
+    return dataset_of(packed), replace(report, packed_into=packed.num_rows)
+
+
+def format_table(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, rendering: Rendering, *, max_length: int
+) -> tuple[pa.Table, FormatReport]:
+    """As `format_rows`, as a table that is not packed."""
     if max_length < 2:
         raise DataError(f"data.max_length is {max_length}; expected at least 2 tokens, or nothing can be predicted.")
     kind = rendering.kind(dataset.column_names)
@@ -139,10 +157,7 @@ def format_rows(
         raise DataError(_nothing_left(dataset, rendering, kind, left_out, max_length))
     unread = tuple(rendering.not_read(dataset, kind, tokenizer))
     report = FormatReport(**counts, truncated=truncated, packed_into=None, **left_out, divided=divided, unread=unread)
-    if not packing:
-        return dataset_of(whole), report
-    packed = pack(whole, max_length)
-    return dataset_of(packed), replace(report, packed_into=packed.num_rows)
+    return whole, report
 
 
 def encode_prompts(

@@ -17,7 +17,7 @@ from sbft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from sbft.recipe.schema import DataConfig
+    from sbft.recipe.schema import DataConfig, SourceConfig
 
 CONVERSATIONS = "conversations"
 """The messages column of ShareGPT files."""
@@ -48,6 +48,12 @@ class Rendering:
     def of(cls, data: DataConfig) -> Rendering:
         """The rendering that the `data` section of a recipe asks for."""
         return cls(**{setting.name: getattr(data, setting.name) for setting in fields(cls)})
+
+    @classmethod
+    def of_other(cls, source: SourceConfig, data: DataConfig) -> Rendering:
+        """The rendering of other data: as the `data` section asks for, with the columns that the source names."""
+        named = {name: getattr(source, name) for name in ("prompt", "completion", "messages", "text")}
+        return replace(cls.of(data), **{name: column for name, column in named.items() if column is not None})
 
     def kind(self, columns: list[str]) -> str:
         """How rows with these columns are read: "completion", "messages" or "text".

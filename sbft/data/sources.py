@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from sbft.data import generated
+from sbft.data.corpus import PYTHON_SOURCES, python_sources
 from sbft.data.files import looks_like_file, read_file
 from sbft.data.labels import label_words
 from sbft.data.overlap import normalized, questions, refuse_choice_on_test, refuse_overlap
 from sbft.data.tables import GrowingTable, dataset_of
 from sbft.errors import DataError
 from sbft.models.hub import hub_reachable, hub_state, offline_if_unreachable
-from sbft.recipe.schema import DataConfig
+from sbft.recipe.schema import DataConfig, SourceConfig
 
 # A generated task is given up after this many rows without a new question between them.
 _PATIENCE = 2_000
@@ -199,6 +200,44 @@ def read_splits(data: DataConfig) -> Splits:
     return Splits(_choose(rest, data.train_size, data.seed), rows_of_part["validation"], rows_of_part["eval"], dropped)
 
 
+def read_other(source: SourceConfig, data: DataConfig, part: Literal["train", "eval"], key: str) -> Dataset:
+    """Loads the rows of other data than the training data.
+
+    Args:
+        source: where they are.
+        data: the `data` section of the recipe, whose seed and columns count where the source has none of its own.
+        part: which part of a generated task, or split of a hub data set that `source` does not name, they are.
+        key: the source's key in a recipe, for messages.
+
+    Raises:
+        DataError: as `load_source`; or a generated task has no size.
+        MissingPackageError: as `load_source`.
+    """
+    if source.data == PYTHON_SOURCES:
+        texts = python_sources().texts(held_out=part == "eval")
+        rows = _dataset({source.text or data.text: text} for text in texts)
+        return _choose(rows, source.size, data.seed)
+    if generated.is_generated(source.data) and source.size is None:
+        raise DataError(f"The data {source.data} is generated without end: set {key}.size to the number of rows.")
+    split = source.split or ("train" if part == "train" else "test")
+    return load_source(
+        source.data,
+        split=_part(source.data, part, split),
+        subset=source.subset,
+        size=source.size,
+        seed=data.seed,
+        options=source.options,
+        completion=source.completion or data.completion,
+    )
+
+
+def without_questions_of(rows: Dataset, columns: Sequence[str], held_out: Iterable[str]) -> Dataset:
+    """The rows whose question, in the first of the columns that they have, is not one of the held-out ones."""
+    asked = set(held_out)
+    keep = [question not in asked for question in questions(rows, columns)]
+    return rows if all(keep) else rows.select(np.flatnonzero(keep))
+
+
 def _place(source: str | None, part: str, split: str) -> tuple[str | None, str]:
     """Identifies the rows of a source and its split: if two results are equal, so are the rows."""
     if source is None or generated.is_generated(source):
@@ -299,6 +338,7 @@ def _choose(dataset: Dataset, size: int | None, seed: int) -> Dataset:
 
 
 def _dataset(rows: Iterator[dict[str, str]]) -> Dataset:
+    """Some rows, of which there must be one."""
     grown = GrowingTable()
     while chunk := list(islice(rows, _AT_ONCE)):
         grown.add(pa.Table.from_pylist(chunk))

@@ -15,7 +15,8 @@ from sbft.data.format import encode_questions, format_rows, stop_tokens
 from sbft.data.rendering import Rendering
 from sbft.data.turns import THOUGHT_ENDS
 from sbft.errors import DataError
-from sbft.evaluation.likelihood import evaluate_loss, evaluating, label_likelihoods, pad_token
+from sbft.evaluation.likelihood import bits_per_byte, evaluate_loss, evaluating, label_likelihoods, pad_token
+from sbft.metrics import ALWAYS, BITS_PER_BYTE
 from sbft.models.limits import refuse_what_does_not_fit, table_of_positions
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def evaluate(
             is written.
 
     Returns:
-        "loss", "perplexity", "label_accuracy" if there are labels, and each metric by its name.
+        "loss", "perplexity", "bits_per_byte" of plain text, "label_accuracy" if there are labels, and each metric by its name.
 
     Raises:
         DataError: as from `format_dataset` and `label_likelihoods`; if a metric is unknown; if a right answer is not among
@@ -149,6 +150,8 @@ def evaluate(
     rendering = rendering.thinking([rows], tokenizer)
     formatted, _ = format_rows(rows, tokenizer, rendering, max_length=max_length)
     result = evaluate_loss(model, formatted, Collator(pad_token(tokenizer)), batch_size=batch_size)
+    if kind == "text":
+        result[BITS_PER_BYTE] = bits_per_byte(result["loss"], formatted, tokenizer)
     if not scores and not words:
         return result
 
@@ -183,12 +186,17 @@ def evaluate(
 
 def _checked(metrics: list[str], labels: list[str] | str | None, kind: str) -> list[str]:
     """The metrics among `metrics` that score generated answers, after a check that this kind of data has them."""
-    scores = [name for name in metrics if name not in ("loss", "perplexity", LABEL_ACCURACY)]
+    scores = [name for name in metrics if name not in (*ALWAYS, BITS_PER_BYTE, LABEL_ACCURACY)]
     metric_modules.check(scores)
     if LABEL_ACCURACY in metrics and not labels:
         raise DataError(
             f"The metric {LABEL_ACCURACY} needs labels to choose from, and evaluation.labels is not set. List the "
             "labels in it, or set evaluation.labels: auto."
+        )
+    if kind != "text" and BITS_PER_BYTE in metrics:
+        raise DataError(
+            f"The metric {BITS_PER_BYTE} is of plain text, and the evaluation data has prompts and answers. Write loss, or "
+            "name the column of a text with data.text."
         )
     if kind == "text" and (scores or labels):
         counted = ", ".join([*scores, *([LABEL_ACCURACY] if labels else [])])

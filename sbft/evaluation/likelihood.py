@@ -56,6 +56,29 @@ def evaluate_loss(
     return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
 
+def bits_per_byte(loss: float, rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> float:
+    """The bits that a model needs for each UTF-8 byte of some texts. It compares models with different tokenizers.
+
+    Args:
+        loss: in nats per token with a label, as `evaluate_loss` returns it.
+        rows: what it was measured on. Each is one text, of which the tokens from the second on have labels, and are
+            counted. Special tokens are no bytes. A text that is cut within a character counts up to 2 bytes more.
+        tokenizer: the model's tokenizer. Of one that changes texts, such as by lower case, the changed texts are counted.
+
+    Raises:
+        DataError: if the tokens with labels have no text.
+    """
+    predicted = size = 0
+    for row in rows:
+        ids, count = row["input_ids"], len(_predicting(row["labels"]))
+        predicted += count
+        # Decoded from the beginning: the first token may be a part of a character, or lose a space.
+        size += _size_of_text(ids, tokenizer) - _size_of_text(ids[: len(ids) - count], tokenizer)
+    if size <= 0:
+        raise DataError("The tokens of the evaluation data have no text, so there are no bits per byte of it.")
+    return loss * predicted / math.log(2) / size
+
+
 def label_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -131,6 +154,12 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.pad_token_id is None:
         raise DataError("The tokenizer has no pad token. Load it with sbft.models.load_tokenizer, which sets one.")
     return int(tokenizer.pad_token_id)
+
+
+def _size_of_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the text of some tokens."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return len(str(text).encode())
 
 
 def _check_candidates(candidates: list[dict[str, list[int]]], labels: list[str], max_length: int, before: int) -> None:

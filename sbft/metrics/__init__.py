@@ -8,6 +8,11 @@ from typing import Any
 
 from sbft.errors import DataError
 
+ALWAYS = ("loss", "perplexity")
+"""What is measured of all data, in nats per token and as its exponential."""
+BITS_PER_BYTE = "bits_per_byte"
+"""Of plain text: the bits that the model needs for each byte of it, whatever its tokenizer."""
+LOWER_IS_BETTER = frozenset({*ALWAYS, BITS_PER_BYTE})
 _FOLDER = Path(__file__).parent
 
 
@@ -23,7 +28,7 @@ def check(names: list[str]) -> None:
         DataError: there is no metric of one of the names.
     """
     for name in names:
-        if name in available() or name in ("loss", "perplexity", "label_accuracy"):
+        if name in available() or name in (*ALWAYS, BITS_PER_BYTE, "label_accuracy"):
             continue
         near = difflib.get_close_matches(name, available(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

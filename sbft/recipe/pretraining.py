@@ -91,6 +91,12 @@ def problems_of_pretraining(content: dict[str, Any], defaults: dict[str, dict[st
             value = (content.get(section) or {}).get(key)
             if value is not None and value != defaults[section][key]:
                 yield (section, key), _NO_QUESTIONS
+    if (content.get("data") or {}).get("replay") is not None:
+        yield (
+            ("data", "replay"),
+            "mixes examples, and this recipe trains on windows of one stream of tokens. Leave it out; or, to train on the "
+            "texts as examples, leave out data.train_tokens and data.tokens_per_parameter, and write packing: true.",
+        )
     if _is_scratch(content):
         yield from _problems_of_fresh(content)
     elif content.get("tokenizer") is not None:

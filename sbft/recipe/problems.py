@@ -13,7 +13,7 @@ from sbft.errors import holds_secret
 from sbft.recipe.contradictions import contradictions, given_twice
 from sbft.recipe.draft import Draft, Key
 from sbft.recipe.methods import METHODS
-from sbft.recipe.schema import SECTIONS, Recipe
+from sbft.recipe.schema import INNER_SECTIONS, SECTIONS, Recipe, fields_at
 from sbft.recipe.training_keys import RANGES, training_problem, training_types
 from sbft.recipe.wording import closest, nearest, shown
 
@@ -25,6 +25,8 @@ _EXAMPLES = {
     "distributed": "fsdp_size: 2",
     "batch_schedule": "doubling_examples: 1000, largest: 16",
     "evaluation": "metrics: [exact_match]",
+    "replay": "data: old.jsonl, share: 0.05",
+    "watch": "english: {data: english.jsonl}",
 }
 """An example of each section, to show how it is written."""
 
@@ -39,6 +41,7 @@ _EXPECTED: dict[Key, str] = {
     ("data", "train"): "a file, a hub id, or generated:NAME",
     ("data", "validation"): "a file, a hub id, or generated:NAME",
     ("data", "eval"): "a file, a hub id, or generated:NAME",
+    ("data", "replay", "share"): "a share of the tokens between 0 and 1, such as 0.05",
     ("evaluation", "labels"): f"auto, or a list of two or more different words such as [good, bad]; {_QUOTE}",
 }
 """What to expect for keys whose type alone says too little."""
@@ -102,19 +105,24 @@ def _training_problems(training: Any, bad_keys: set[Key]) -> Iterator[tuple[Key,
 
 
 def _metric_problems(evaluation: dict[str, Any]) -> Iterator[tuple[Key, str]]:
-    measured = [*metrics.available(), _OF_LABELS, "loss", "perplexity"]
+    measured = [*metrics.available(), _OF_LABELS, *metrics.ALWAYS, metrics.BITS_PER_BYTE]
     names = evaluation.get("metrics", [])
-    for name in names:
-        if name not in measured:
-            yield (
-                ("evaluation", "metrics"),
-                f"names {shown(name)}, expected some of {', '.join(measured)}{nearest(name, measured)}.",
-            )
+    yield from _unknown_metrics(("evaluation", "metrics"), names, measured)
+    for name, watched in evaluation.get("watch", {}).items():
+        at = ("evaluation", "watch", str(name), "metrics")
+        of_watched = [metric for metric in measured if metric != _OF_LABELS]
+        yield from _unknown_metrics(at, watched.get("metrics") or [], of_watched)
     if _OF_LABELS in names and not evaluation.get("labels"):
         yield (
             ("evaluation", "metrics"),
             f"names {_OF_LABELS}, which needs labels to choose from. Write evaluation.labels: auto, or list them there.",
         )
+
+
+def _unknown_metrics(key: Key, names: list[str], measured: list[str]) -> Iterator[tuple[Key, str]]:
+    for name in names:
+        if name not in measured:
+            yield key, f"names {shown(name)}, expected some of {', '.join(measured)}{nearest(name, measured)}."
 
 
 def _unusable(value: Any, key: Key) -> Iterator[tuple[Key, Any, str]]:
@@ -151,21 +159,24 @@ def _without(content: dict[str, Any], bad: set[Key]) -> dict[str, Any]:
         if (name,) in bad or (value is None and name in {*SECTIONS, "training"}):
             continue
         if isinstance(value, dict):
-            value = {key: inner for key, inner in value.items() if (name, str(key)) not in bad}
+            # A key within a section of a section takes the whole of that one with it.
+            value = {key: inner for key, inner in value.items() if (name, str(key)) not in {key[:2] for key in bad}}
         clean[name] = value
     return clean
 
 
 def _key(location: tuple[int | str, ...]) -> Key:
     # Locations inside a list or a union have indices and type names in them, which are not keys.
-    return tuple(str(part) for part in location)[: 2 if location[0] in SECTIONS else 1]
+    parts = tuple(str(part) for part in location)
+    if parts[:2] in INNER_SECTIONS:
+        return parts[: 3 if parts[0] == "data" else 4]
+    return parts[: 2 if parts[0] in SECTIONS else 1]
 
 
 def _meant(key: Key) -> Key:
     """The key that a misspelt one is closest to."""
     *path, name = key
-    fields = SECTIONS[path[0]].model_fields if path else Recipe.model_fields
-    return (*path, closest(name, fields) or name)
+    return (*path, closest(name, fields_at(path)) or name)
 
 
 def _schema_problem(key: Key, detail: Any) -> str:
@@ -178,7 +189,9 @@ def _schema_problem(key: Key, detail: Any) -> str:
             ("model",): "write which model to train, such as `model: builtin:smollm2-135m`, or type --model M.",
             ("data",): "write what to train on, such as `data: {train: my.jsonl}`, or type --data D.",
             ("data", "train"): "write what to train on, such as `train: my.jsonl`, or type --data D.",
-        }.get(key, "it has no default.")
+            ("data", "replay", "data"): "write what to mix in, such as `data: old.jsonl`.",
+            ("data", "replay", "share"): "write its share of all tokens, such as `share: 0.05`.",
+        }.get(key, "write what to measure, such as `data: other.jsonl`." if key[-1] == "data" else "it has no default.")
     found = shown(detail["input"])
     if key in _EXPECTED:
         return f"is {found}, expected {_EXPECTED[key]}."
@@ -200,7 +213,7 @@ def _schema_problem(key: Key, detail: Any) -> str:
 
 def _unknown_key(key: Key) -> str:
     *path, name = key
-    fields = SECTIONS[path[0]].model_fields if path else Recipe.model_fields
+    fields = fields_at(path)
     homes = [section for section, model in SECTIONS.items() if name in model.model_fields]
     if name in Recipe.model_fields:
         return "is not a key of this section; it belongs at the top of the recipe."

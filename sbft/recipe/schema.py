@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -18,6 +19,7 @@ from pydantic import (
     StringConstraints,
     create_model,
 )
+from pydantic.fields import FieldInfo
 
 from sbft.grid.formats import on_grids
 from sbft.recipe.settings import Setting, settings_in
@@ -60,6 +62,47 @@ def _field_of(setting: Setting) -> tuple[Any, Any]:
     if setting.required:
         return kind, Field(description=setting.help, **limits)
     return kind | None, Field(None, description=setting.help, **limits)
+
+
+class SourceConfig(_Section):
+    """Other data than the training data. Columns that are not named here are those of the data section."""
+
+    data: _Word
+    """A source like data.train: a hub id, a local file, generated:NAME or builtin:python-stdlib."""
+    split: str | None = None
+    """Split of a hub data set; default: train to mix in, test to watch."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    size: PositiveInt | None = None
+    """Use only this many of its examples, chosen at random; a generated task makes this many."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a generated task."""
+    prompt: str | None = None
+    """Column that holds the question."""
+    completion: str | None = None
+    """Column that holds the answer."""
+    messages: str | None = None
+    """Column that holds a chat."""
+    text: str | None = None
+    """Column that holds plain text."""
+
+
+class ReplayConfig(SourceConfig):
+    """Data of an old kind, mixed into the training data so that the model forgets less of it. It is drawn at random by
+    data.seed, and again from its beginning where it is too small."""
+
+    share: FiniteFloat = Field(gt=0, lt=1)
+    """Its share of all tokens that an epoch trains on, such as 0.05."""
+
+
+class WatchConfig(SourceConfig):
+    """Other data that the loss is measured on before and after training, to see what the model forgets."""
+
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics besides loss and perplexity; the first says what is forgotten. Default: bits_per_byte of plain text, else
+    loss."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer in tokens; default: evaluation.max_new_tokens."""
 
 
 class DataConfig(_Section):
@@ -116,6 +159,8 @@ class DataConfig(_Section):
     """Words that the model learns to write for the values of the completion column: {0: negative, 1: positive}."""
     allow_overlap: bool = False
     """Train even if evaluation questions are also in the training data."""
+    replay: ReplayConfig | None = None
+    """Data of an old kind to mix in, so that the model forgets less: {data: old.jsonl, share: 0.05}, a share of the tokens."""
     seed: NonNegativeInt = 0
     """Seed of shuffling, splitting and generated tasks."""
 
@@ -139,6 +184,8 @@ class LoraConfig(_Section):
     """Train magnitude and direction of each weight column separately (arXiv 2402.09353); slower."""
     target_modules: str | list[str] | None = None
     """Names of the layers that get an adapter, or all-linear, or a regular expression for their full paths."""
+    modules_to_save: list[_Word] | None = None
+    """Names of layers that are trained whole beside the adapter, and saved with it, such as [embed_tokens]."""
 
 
 class DistributedConfig(_Section):
@@ -162,7 +209,8 @@ class EvaluationConfig(_Section):
     """What is measured before and after training."""
 
     metrics: list[str] = Field(default_factory=list)
-    """Metrics of generated answers: exact_match, accuracy. Loss and perplexity are always measured."""
+    """Metrics of generated answers: exact_match, accuracy. Loss and perplexity are always measured, and bits_per_byte of
+    plain text."""
     metric_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of a metric, by its name."""
     labels: Annotated[list[_Word], AfterValidator(_at_least_two)] | Literal["auto"] | None = None
@@ -175,6 +223,9 @@ class EvaluationConfig(_Section):
     """Answers generated at once. It affects the speed and memory of evaluation, not of training."""
     before: bool = True
     """Also evaluate before training."""
+    watch: dict[_Word, WatchConfig] = Field(default_factory=dict)
+    """Other data to measure before and after training, by a name of yours: {english: {data: english.jsonl}}. Reports show what
+    of it is forgotten."""
 
 
 class Recipe(_Section):
@@ -243,6 +294,19 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "evaluation": EvaluationConfig,
 }
 """The sections of a recipe, but for `training`, whose keys are those of TrainingArguments."""
+INNER_SECTIONS: dict[tuple[str, str], type[BaseModel]] = {
+    ("data", "replay"): ReplayConfig,
+    ("evaluation", "watch"): WatchConfig,
+}
+"""Sections within sections; `evaluation.watch` holds one for each of its names."""
+
+
+def fields_at(path: Sequence[str]) -> dict[str, FieldInfo]:
+    """The keys of a recipe's section, by its path: () is the recipe itself."""
+    if not path:
+        return Recipe.model_fields
+    inner = INNER_SECTIONS.get((path[0], path[1])) if len(path) > 1 else None
+    return (inner or SECTIONS[path[0]]).model_fields
 
 
 def as_yaml(content: dict[str, Any]) -> str:

@@ -205,6 +205,9 @@ def _with_adapter(model: PreTrainedModel, recipe: Recipe, settings: dict[str, An
         use_rslora=settings["rslora"],
         use_dora=settings["dora"],
         target_modules=targets,
+        modules_to_save=settings["modules_to_save"],
+        # An output head that is tied to a saved embedding is trained with it.
+        ensure_weight_tying=bool(settings["modules_to_save"]) and model.config.get_text_config().tie_word_embeddings,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(int(recipe.training.get("seed", 0)))  # the adapter starts from random numbers

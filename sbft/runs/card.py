@@ -72,14 +72,21 @@ def _hub_id(model: str) -> str | None:
 
 
 def _metrics_table(record: RunRecord) -> str:
-    if not record.metrics:
+    if not record.metrics and not record.watched:
         return "It was not evaluated."
-    rows = [
-        f"| {name} | {_number(record.metrics_before.get(name))} | {_number(value)} |"
-        for name, value in record.metrics.items()
-    ]
     examples = record.data.get("evaluation_examples")
-    return "\n".join([f"| {record.evaluated_on}, {examples} examples | before | after |", "| --- | --- | --- |", *rows])
+    tables = [_before_and_after(f"{record.evaluated_on}, {examples} examples", record.metrics_before, record.metrics)]
+    for name, figures in record.watched.items():
+        title = f"{name} (other data, to see what is forgotten), {figures['examples']} examples"
+        tables.append(_before_and_after(title, figures.get("metrics_before", {}), figures.get("metrics", {})))
+    return "\n\n".join(table for table in tables if table)
+
+
+def _before_and_after(title: str, before: dict[str, float], after: dict[str, float]) -> str:
+    if not after:
+        return ""
+    rows = [f"| {name} | {_number(before.get(name))} | {_number(value)} |" for name, value in after.items()]
+    return "\n".join([f"| {title} | before | after |", "| --- | --- | --- |", *rows])
 
 
 def _figures_table(record: RunRecord) -> str:

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 from transformers import PreTrainedModel
 
+from sbft.data.format import FormatReport
 from sbft.models.quantized import scales_bytes
 from sbft.native.memory import device_name, model_bytes
 from sbft.recipe import Recipe
@@ -75,9 +76,17 @@ def _describe_windows(prepared: Prepared) -> str:
     return f"{total}{steps}; the loss is measured on {held_out:,} others"
 
 
+def describe_replay(report: FormatReport) -> str:
+    """How much of the training data is of an old kind, in words."""
+    share = report.replay_tokens / report.tokens
+    return f"{report.replay_examples} of them, {report.replay_tokens} tokens ({share:.1%}), replayed from older data"
+
+
 def _describe_examples(prepared: Prepared) -> str:
     report, overlapping = prepared.report, prepared.splits.dropped_overlap
     clauses = [f"{report.examples} examples, {report.tokens} tokens, the longest {report.longest}"]
+    if report.replay_examples:
+        clauses.append(describe_replay(report))
     if report.packed_into is not None:
         clauses.append(f"packed into {report.packed_into} rows")
     if report.truncated:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,8 @@ from sbft.data.collate import Collator
 from sbft.data.rendering import Rendering
 from sbft.data.windows import TokenWindows
 from sbft.evaluation.generate import evaluate
-from sbft.evaluation.likelihood import evaluate_loss, pad_token
+from sbft.evaluation.likelihood import bits_per_byte, evaluate_loss, pad_token
+from sbft.metrics import BITS_PER_BYTE
 from sbft.native.memory import PeakMemory
 from sbft.recipe import Recipe
 from sbft.runs.prepare import Prepared, evaluation_rows
@@ -43,7 +45,9 @@ def measure(
     """
     settings = recipe.evaluation
     if isinstance(rows, TokenWindows):
-        return evaluate_loss(model, rows.rows(), Collator(pad_token(tokenizer)), batch_size=settings.batch_size)
+        windows = rows.rows()
+        loss = evaluate_loss(model, windows, Collator(pad_token(tokenizer)), batch_size=settings.batch_size)
+        return {**loss, BITS_PER_BYTE: bits_per_byte(loss["loss"], windows, tokenizer)}
     return evaluate(
         model,
         tokenizer,
@@ -79,3 +83,36 @@ def measure_and_record(
     if predictions is not None and predictions.exists():
         record.predictions = predictions.name
     return metrics
+
+
+def measure_watched(
+    prepared: Prepared, model: PreTrainedModel, record: RunRecord, moment: Literal["metrics_before", "metrics"]
+) -> None:
+    """Measure a run's model on the data that the recipe watches, and add what is measured to the record.
+
+    Args:
+        prepared: what the run reads.
+        model: on the device where it runs.
+        record: of the run. Data with figures of this moment are left out: an earlier session has measured them.
+        moment: whether this is before training, or after it.
+    """
+    recipe = prepared.recipe
+    settings = recipe.evaluation
+    for name, watched in prepared.watched.items():
+        figures = record.watched.setdefault(name, {"examples": len(watched.rows)})
+        if moment == "metrics_before" and moment in figures:
+            continue
+        own = settings.watch[name]
+        with PeakMemory(model.device) as peak:
+            figures[moment] = evaluate(
+                model,
+                prepared.tokenizer,
+                watched.rows,
+                watched.rendering,
+                metrics=own.metrics,
+                metric_options=settings.metric_options,
+                max_new_tokens=own.max_new_tokens or settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                max_length=recipe.data.max_length,
+            )
+        record.memory["evaluation_peak"] = max(peak.peak_bytes, record.memory.get("evaluation_peak") or 0)

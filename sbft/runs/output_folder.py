@@ -110,6 +110,8 @@ def check_nothing_needed_is_removed(folder: Path, recipe: Recipe) -> None:
         "data.train": data.train,
         "data.validation": data.validation,
         "data.eval": data.eval,
+        "data.replay.data": None if data.replay is None else data.replay.data,
+        **{f"evaluation.watch.{name}.data": watched.data for name, watched in recipe.evaluation.watch.items()},
     }
     emptied = folder.resolve()
     for key, source in sources.items():

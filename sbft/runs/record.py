@@ -14,6 +14,7 @@ from typing import Any
 
 from sbft import files
 from sbft.errors import without_secrets
+from sbft.metrics import BITS_PER_BYTE
 
 SCHEMA = 2
 _READ = (1, 2)
@@ -77,9 +78,12 @@ class RunRecord:
     eval_loss where the run was evaluated on its way."""
     data: dict[str, int | None] = field(default_factory=dict)
     """Counts: examples, tokens, completion_tokens, truncated, dropped (no completion left), dropped_overlap (question
-    also in the evaluation), longest, packed_into, evaluation_examples."""
+    also in the evaluation), longest, packed_into, evaluation_examples; of examples and tokens, replay_examples and
+    replay_tokens are of data.replay."""
     metrics_before: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    watched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By the names of the recipe's evaluation.watch: examples, metrics_before and metrics on that data."""
     evaluated_on: str | None = None
     """`eval`, or `validation` where the recipe has no evaluation data."""
     predictions: str | None = None
@@ -129,6 +133,30 @@ class RunRecord:
     def is_result(self) -> bool:
         """Whether the run ended by itself, well or badly."""
         return self.status not in ("unfinished", "interrupted")
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What training has changed on data that is watched."""
+
+    metric: str
+    change: float
+    """The metric after training minus that before: a loss that rises, a share of right answers that falls."""
+
+
+def forgetting(record: RunRecord) -> dict[str, Forgetting]:
+    """What a run has forgotten, by the names of the watched data that were measured before and after.
+
+    The metric is the first that the recipe names for the data; else bits per byte of plain text, or the loss.
+    """
+    changes = {}
+    for name, figures in record.watched.items():
+        before, after = figures.get("metrics_before", {}), figures.get("metrics", {})
+        named = record.recipe.get("evaluation", {}).get("watch", {}).get(name, {}).get("metrics", [])
+        metric = next((known for known in (*named, BITS_PER_BYTE, "loss") if known in after), "loss")
+        if before.get(metric) is not None and after.get(metric) is not None:
+            changes[name] = Forgetting(metric, after[metric] - before[metric])
+    return changes
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:

@@ -28,7 +28,7 @@ from sbft.runs.card import write_card
 from sbft.runs.description import describe_data, describe_in_record, new_record
 from sbft.runs.failures import failures_recorded
 from sbft.runs.interrupt import StopBetweenSteps
-from sbft.runs.measurement import measure_and_record
+from sbft.runs.measurement import measure_and_record, measure_watched
 from sbft.runs.output_folder import (
     RunFolder,
     check_nothing_needed_is_removed,
@@ -203,6 +203,7 @@ def _continue_record(record: RunRecord, folder: Path) -> RunRecord | None:
     except FileNotFoundError:
         return None
     record.metrics_before, record.train_s, record.total_s = former.metrics_before, former.train_s, former.total_s
+    record.watched = former.watched
     return former
 
 
@@ -215,13 +216,20 @@ def _open_folder(session: Session, damaged: dict[Path, str]) -> None:
 
 
 def _measure_untrained(session: Session) -> None:
-    """Measure the model before training, unless the recipe skips it or an earlier session has done it."""
+    """Measure the model before training, unless the recipe skips it or an earlier session has done it.
+
+    What is watched is always measured: otherwise nothing could be said of what is forgotten.
+    """
     prepared, record = session.prepared, session.record
-    if evaluation_rows(prepared.splits) is None or not prepared.recipe.evaluation.before or record.metrics_before:
+    own = evaluation_rows(prepared.splits) is not None and prepared.recipe.evaluation.before and not record.metrics_before
+    watched = any("metrics_before" not in record.watched.get(name, {}) for name in prepared.watched)
+    if not (own or watched):
         return
     session.say("Measuring the untrained model")
     session.stage.evaluating = True
-    record.metrics_before = measure_and_record(prepared, session.model, record)
+    if own:
+        record.metrics_before = measure_and_record(prepared, session.model, record)
+    measure_watched(prepared, session.model, record, "metrics_before")
     session.stage.evaluating = False
     session.output.save(record)
 
@@ -257,12 +265,15 @@ def _save(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
 def _measure_trained(session: Session) -> None:
     """Measure the model after training, if there is anything to measure it on, and keep its answers."""
     prepared, output, record = session.prepared, session.output, session.record
-    if evaluation_rows(prepared.splits) is None:
+    own = evaluation_rows(prepared.splits) is not None
+    if not own and not prepared.watched:
         return
     if session.stop.requested:
         raise KeyboardInterrupt(session.stop.signal)  # the signal came during the last step
     session.say("Measuring the trained model")
     session.stage.evaluating = True
-    predictions = output.folder / PREDICTIONS_FILE if output.main else None
-    record.metrics = measure_and_record(prepared, session.model, record, predictions)
+    if own:
+        predictions = output.folder / PREDICTIONS_FILE if output.main else None
+        record.metrics = measure_and_record(prepared, session.model, record, predictions)
+    measure_watched(prepared, session.model, record, "metrics")
     session.stage.evaluating = False

@@ -15,10 +15,10 @@ from sbft.bench.report import statistics
 from sbft.bench.report.statistics import Estimate
 from sbft.bench.suite import Suite
 from sbft.bench.suite_runs import Run, groups, prefix, read_process, read_run, run_folder, searches
+from sbft.metrics import LOWER_IS_BETTER
 from sbft.recipe.methods import METHODS
-from sbft.runs.record import RunRecord
+from sbft.runs.record import Forgetting, RunRecord, forgetting
 
-LOSSES = frozenset({"loss", "perplexity"})
 _SHARES_OF_ITEMS = frozenset({"exact_match", "label_accuracy", "accuracy"})
 # The keys of a metric's outcome in a line of predictions.jsonl.
 _OUTCOMES = {"exact_match": "exact_match", "label_accuracy": "label_match"}
@@ -118,7 +118,7 @@ class Row:
     @property
     def is_share(self) -> bool:
         """Whether the metric is a share of items, higher being better."""
-        return self.metric not in LOSSES
+        return self.metric not in LOWER_IS_BETTER
 
     @property
     def is_adapter(self) -> bool:
@@ -169,6 +169,15 @@ class Row:
             for made in self.tested
             if made.ok is not None and (value := made.ok.metrics.get(metric)) is not None
         }
+
+    @property
+    def forgetting(self) -> dict[str, list[Forgetting]]:
+        """What each test run has forgotten, by the names of the watched data."""
+        found: dict[str, list[Forgetting]] = {}
+        for record in self.records:
+            for name, change in forgetting(record).items():
+                found.setdefault(name, []).append(change)
+        return found
 
     def mean(self, figure: Callable[[RunRecord], float | None]) -> float | None:
         """Mean of a quantity over the seeds that have it."""

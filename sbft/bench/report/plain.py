@@ -8,10 +8,10 @@ from pathlib import Path
 from sbft.bench.report import formats
 from sbft.bench.report.statistics import standard_error
 from sbft.bench.report.style import BLUE, ORANGE, literal
-from sbft.bench.report.tables import Table
+from sbft.bench.report.tables import Table, metric_name
 from sbft.errors import DataError
 from sbft.native.sizes import MIB, gib, mib
-from sbft.runs.record import FILE_NAME, RunRecord
+from sbft.runs.record import FILE_NAME, Forgetting, RunRecord, forgetting
 
 TABLE_FILE, PICTURE_FILE = "table.md", "picture.png"
 
@@ -20,6 +20,7 @@ _HEAD = (
     "run", "learning rate", "exact match before", "after", "loss before", "after ", "peak memory", "above the model",
     "ms per step", "of which update", "trained weights",
 )  # fmt: skip
+_FORGETTING = "Forgetting: the metric after training minus that before, on data that the recipe watches."
 
 
 def read_records(folder: Path) -> dict[str, RunRecord]:
@@ -38,14 +39,17 @@ def read_records(folder: Path) -> dict[str, RunRecord]:
 
 def table(records: dict[str, RunRecord]) -> Table:
     """One row per run; the row of a failed run says why it failed."""
-    return Table(list(_HEAD), [_row(name, record) for name, record in records.items()])
+    watched = list(dict.fromkeys(name for record in records.values() for name in forgetting(record)))
+    head = [*_HEAD, *(f"forgetting of {name}" for name in watched)]
+    return Table(head, [_row(name, record, watched) for name, record in records.items()])
 
 
-def _row(name: str, record: RunRecord) -> list[str]:
+def _row(name: str, record: RunRecord, watched: list[str]) -> list[str]:
     if record.status != "ok":
         return [name, f"{record.learning_rate:g}", f"{record.status}: {formats.reason(record.error)}"]
     examples = record.data.get("evaluation_examples")
     above = record.memory.get("above_baseline")
+    changes = forgetting(record)
     return [
         name,
         f"{record.learning_rate:g}",
@@ -58,7 +62,15 @@ def _row(name: str, record: RunRecord) -> list[str]:
         _milliseconds(record.step_s.get("median")),
         _milliseconds(record.optimizer_s.get("median")),
         f"{record.trainable_parameters / 1e6:.1f} of {record.parameters / 1e6:.1f} M",
+        *(_change(changes.get(name)) for name in watched),
     ]
+
+
+def _change(forgotten: Forgetting | None) -> str:
+    """The metric after training minus that before, with its name."""
+    if forgotten is None:
+        return ""
+    return f"{forgotten.change:+.3f} {metric_name(forgotten.metric)}".replace("-", "−")
 
 
 def footer(records: dict[str, RunRecord]) -> str:
@@ -80,6 +92,7 @@ def footer(records: dict[str, RunRecord]) -> str:
         f"({every(run.evaluated_on for run in runs)}); ± is one standard error of that sample.",
         f"Peak memory ({every(run.memory_kind for run in runs)}) is that of the training loop. Memory above the model is what "
         "the loop added to the memory in use when it began.",
+        *([_FORGETTING] if any(map(forgetting, runs)) else []),
         f"Machine: {formats.machines((run.device, None) for run in runs)}; {', '.join(packages)}.",
     ]
     return "\n".join(lines)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sbft.bench.report.comparison import Comparison, Row, SuiteRun
 from sbft.bench.report.parts import NAMES, parts_of_row
 from sbft.bench.report.statistics import Estimate
 from sbft.bench.report.tables import front
+from sbft.runs.record import forgetting
 
 _PLAIN = (
     "dtype", "device", "parameters", "trainable_parameters", "per_device_batch_size", "gradient_accumulation_steps",
@@ -51,6 +53,7 @@ def _run(row: Row, made: SuiteRun) -> dict[str, Any]:
     cells |= {name: getattr(record, name) for name in _PLAIN}
     for group in _NESTED:
         cells |= {f"{group}.{name}": value for name, value in getattr(record, group).items()}
+    cells |= {f"forgetting.{name}": change.change for name, change in forgetting(record).items()}
     return cells
 
 
@@ -71,6 +74,9 @@ def _summary(comparison: Comparison, row: Row, on_front: bool) -> dict[str, Any]
         **_estimate("score", row.score),
         **_estimate("difference", comparison.difference(row)),
         **_estimate("loss", row.loss),
+        **{
+            f"forgetting.{name}": fmean(change.change for change in changes) for name, changes in row.forgetting.items()
+        },
         "on_pareto_front": on_front,
         "peak_memory_bytes": row.peak_bytes,
         "above_baseline_bytes": row.mean(lambda r: r.memory.get("above_baseline")),

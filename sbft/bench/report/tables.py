@@ -6,12 +6,14 @@ import html
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from sbft.bench.report import formats
 from sbft.bench.report.comparison import Comparison, Row, Validation
 from sbft.bench.report.parts import names_of, parts_of_row, prediction_of_row
-from sbft.bench.report.statistics import Estimate, pareto_front
+from sbft.bench.report.statistics import Estimate, over_seeds, pareto_front
 from sbft.bench.schedule import duration
+from sbft.metrics import LOWER_IS_BETTER
 
 _WARNING = "⚠"
 
@@ -135,6 +137,7 @@ def main_table(comparison: Comparison, rows: list[Row]) -> Table:
         (score, lambda row, _: _score(row)),
         (f"difference to {comparison.suite.baseline}", lambda row, table: _difference(comparison, row, table)),
         ("loss", lambda row, _: formats.estimate(row.loss, digits=3)),
+        *_forgetting_columns(rows),
         ("peak memory, GiB", lambda row, _: formats.gibibytes(row.peak_bytes)),
         ("above the model, MiB", lambda row, _: formats.mebibytes(row.mean(lambda r: r.memory.get("above_baseline")))),
         ("evaluation peak, GiB", lambda row, _: formats.gibibytes(row.mean(lambda r: r.memory.get("evaluation_peak")))),
@@ -150,10 +153,33 @@ def main_table(comparison: Comparison, rows: list[Row]) -> Table:
     return _filled(columns, rows)
 
 
+def _forgetting_columns(rows: list[Row]) -> list[tuple[str, Callable[[Row, Table], str]]]:
+    """A column for each data set that the task watches."""
+    watched = dict.fromkeys(name for row in rows for name in row.forgetting)
+    return [(f"forgetting of {name}", partial(_forgotten, name)) for name in watched]
+
+
+def _forgotten(name: str, row: Row, table: Table) -> str:
+    changes = row.forgetting.get(name)
+    if not changes:
+        return ""
+    metric = changes[0].metric
+    change = over_seeds([one.change for one in changes])
+    is_loss = metric in LOWER_IS_BETTER
+    unit = " in nats per token" if metric == "loss" else "" if is_loss else ", in percentage points"
+    mark = table.mark(
+        f"Forgetting of {name}: {metric_name(metric)}{unit}, after training minus before; it has forgotten where this is "
+        f"{'positive' if is_loss else 'negative'}."
+    )
+    text = formats.estimate(change, digits=3, signed=True) if is_loss else formats.estimate(change, 100, signed=True)
+    return f"{text} {mark}"
+
+
 def short_table(comparison: Comparison, rows: list[Row]) -> Table:
     """The most important columns of the comparison, for a terminal."""
     whole = main_table(comparison, rows)
-    columns = [0, 1, 2, 3, whole.head.index("peak memory, GiB"), whole.head.index("ms per step")]
+    forgotten = [index for index, name in enumerate(whole.head) if name.startswith("forgetting of ")]
+    columns = [0, 1, 2, 3, *forgotten, whole.head.index("peak memory, GiB"), whole.head.index("ms per step")]
     short = Table([whole.head[i] for i in columns], footnotes=whole.footnotes)
     for row in whole.rows:
         short.rows.append([row[i] for i in columns] if len(row) == len(whole.head) else row)

@@ -120,3 +120,17 @@ def test_without_matplotlib_the_table_is_written_and_the_warning_says_how_to_ins
     report = write_report(tmp_path)
     assert names(report) == ["table.md"] and report.files[0].exists()
     assert report.warning is not None and "Type: " in report.warning
+
+
+def test_the_table_says_what_was_forgotten(tmp_path: Path) -> None:
+    before, after = {"loss": 2.0, "bits_per_byte": 0.9}, {"loss": 2.5, "bits_per_byte": 1.15}
+    watched = {"english": {"metrics_before": before, "metrics": after}}
+    save(tmp_path, "lora", record("lora", 0.9))
+    save(tmp_path, "sbft", record("sbft", 0.9, watched=watched))
+    report = write_report(tmp_path)
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in report.text.splitlines() if line[:1] == "|"
+    ]
+    assert head[-1] == "forgetting of english"
+    assert {row[0]: row[-1] for row in rows} == {"lora": "", "sbft": "+0.250 bits per byte"}
+    assert "Forgetting: the metric after training minus that before" in report.text

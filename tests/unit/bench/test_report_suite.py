@@ -640,3 +640,29 @@ def test_the_command_line_prints_the_short_table_and_where_the_rest_lies(tmp_pat
     record(one, validation_runs(one)[0]).save(alone / "run")
     refused = CliRunner().invoke(app, ["report", str(alone), "--peft-json", str(tmp_path / "out")])
     assert refused.exit_code == 2 and "is not the folder of a suite" in refused.stderr
+
+
+def test_the_report_of_a_suite_says_what_was_forgotten(tmp_path: Path) -> None:
+    one = suite(seeds=[0, 1])
+    folder = store(one, tmp_path / "suite")
+    search(one, folder, lambda run: record(one, run))
+
+    def forgetful(run: Run) -> RunRecord:
+        before, after = {"loss": 2.0, "exact_match": 0.5}, {"loss": 2.1 + 0.2 * run.seed, "exact_match": 0.4}
+        made = record(one, run)
+        made.recipe["evaluation"]["watch"] = {"sums": {"data": "sums.jsonl", "metrics": ["exact_match"]}}
+        made.watched = {name: {"metrics_before": before, "metrics": after} for name in ("english", "sums")}
+        return made
+
+    leave_tests(one, folder, lambda run: forgetful(run) if run.variant == "sbft" else record(one, run))
+    report = write_report(folder)
+    for text in (report.text, (folder / "report.md").read_text()):
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+        places = [table[0].index(f"forgetting of {name}") for name in ("english", "sums")]
+        rows = {row[0]: [row[place] for place in places] for row in table[2:4]}
+        assert rows["lora"] == ["", ""]
+        # 0.1 and 0.3 nats, whose standard error is 0.1; ten points of a hundred, twice.
+        assert [cell[: cell.rindex(" ")] for cell in rows["sbft"]] == ["+0.200 ± 0.100", "−10.0 ± 0.0"]
+        assert "it has forgotten where this is positive" in text and "it has forgotten where this is negative" in text
+    assert "forgetting of english" in (folder / "report.html").read_text()
+    assert "forgetting.english" in (folder / "summary.csv").read_text().splitlines()[0]

@@ -12,7 +12,7 @@ import yaml
 from sbft.bench.rate_choice import choose_rate
 from sbft.bench.runner import check_same
 from sbft.bench.schedule import duration, is_selected, listing, plan, predictions, time_left
-from sbft.bench.suite import Suite, load_suite, suite_names, uneven_grids
+from sbft.bench.suite import Suite, _contradictions, load_suite, suite_names, uneven_grids
 from sbft.bench.suite_runs import Run, model_folder, possible_runs, read_run, run_folder, stored_suite, validation_runs
 from sbft.errors import RecipeError
 from sbft.runs.record import RunRecord
@@ -393,3 +393,19 @@ def test_a_failed_run_may_differ_when_it_is_made_again(suite: Suite, tmp_path: P
     check_same(suite, tmp_path, retry=True)
     with pytest.raises(RecipeError, match=r"lr_scheduler_type \(there linear, now constant\).* --retry"):
         check_same(suite, tmp_path)
+
+
+def test_a_method_may_replay_and_only_test_runs_watch() -> None:
+    replay = {"data": "old.jsonl", "share": 0.05}
+    methods = {
+        **CONTENT["methods"],
+        "replay": {"method": "sbft", "set": {"data.replay": replay}, "learning_rates_from": "sbft"},
+    }
+    task = CONTENT["tasks"]["needle"]
+    watching = {**task, "evaluation": {**task["evaluation"], "watch": {"old": {"data": "old-test.jsonl"}}}}
+    suite = Suite.model_validate({**CONTENT, "methods": methods, "tasks": {"needle": watching}})
+    assert list(_contradictions(suite)) == []
+    recipes = {(run.variant, run.phase): run.whole_recipe(suite) for run in possible_runs(suite)}
+    assert recipes["replay", "test"].data.replay is not None and recipes["sbft", "test"].data.replay is None
+    assert list(recipes["sbft", "test"].evaluation.watch) == ["old"]
+    assert recipes["sbft", "validation"].evaluation.watch == {}

@@ -254,3 +254,26 @@ def test_label_accuracy_needs_labels_and_answers() -> None:
     texts = Dataset.from_list([{"text": "a"}])
     with pytest.raises(DataError, match="no right answers that label_accuracy could score"):
         evaluate(None, None, texts, metrics=[], labels="auto")  # type: ignore[arg-type]
+
+
+def test_bits_per_byte_are_all_nats_over_all_bytes_that_were_predicted() -> None:
+    model, tokenizer = tiny_model(dtype=torch.float64, seed=1), tiny_tokenizer(None)
+    texts = ["The quick brown fox", "Die Größe zählt: 0 1 2 3", "x 日本"]
+    nats, size = 0.0, 0
+    for text in texts:
+        ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+        nats -= by_hand(model, ids[:1], ids[1:])
+        # Byte-level tokens spell one byte with each of their characters; the first is given, and the last has no text.
+        size += sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids[1:-1]))
+    for options in ({}, {"batch_size": 1}):
+        measured = evaluate(
+            model, tokenizer, Dataset.from_list([{"text": text} for text in texts]), metrics=[], **options
+        )
+        assert list(measured) == ["loss", "perplexity", "bits_per_byte"]
+        assert measured["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_bits_per_byte_are_of_plain_text_alone() -> None:
+    rows = Dataset.from_list([{"prompt": "Count.", "completion": "0 1 2"}])
+    with pytest.raises(DataError, match="bits_per_byte is of plain text"):
+        evaluate(tiny_model(), tiny_tokenizer(None), rows, metrics=["bits_per_byte"])

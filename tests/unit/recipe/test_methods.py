@@ -252,6 +252,24 @@ def test_the_settings_of_an_adapter_reach_peft(train: Train, tmp_path: Path) -> 
     assert record.trainable_parameters == 2 * (4 * 64 + 64 * 4 + 64)
 
 
+def test_embeddings_are_trained_whole_beside_the_adapter_and_a_tied_head_with_them(
+    train: Train, tmp_path: Path
+) -> None:
+    tied_dir = save_tiny(tmp_path / "tied", tied=True)
+    settings = (
+        "training.max_steps=2",
+        "training.learning_rate=1e-2",
+        "lora.modules_to_save=[embed_tokens]",
+        "dtype=float32",
+    )
+    record = train("lora", "lora.target_modules=[q_proj]", "lora.rank=4", *settings, model=tied_dir)
+    assert record.trainable_parameters == 2 * (4 * 64 + 64 * 4) + 512 * 64
+    trained = load_model(str(tmp_path / "lora"), dtype=torch.float32)
+    embedding, head = trained.get_input_embeddings().weight, trained.get_output_embeddings().weight
+    untrained = load_model(str(tied_dir), dtype=torch.float32).get_input_embeddings().weight
+    assert torch.equal(embedding, head) and not torch.equal(embedding, untrained)
+
+
 def test_dora_over_four_bits_trains(train: Train) -> None:
     record = train("qlora", "lora.dora=true", "training.learning_rate=5e-3", "training.num_train_epochs=2")
     assert record.metrics["loss"] < record.metrics_before["loss"]

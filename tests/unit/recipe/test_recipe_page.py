@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from sbft.recipe import load_recipe
 from sbft.recipe.draft import read_yaml
-from sbft.recipe.schema import SECTIONS, Recipe
+from sbft.recipe.schema import INNER_SECTIONS, SECTIONS, Recipe
 from sbft.recipe.training_keys import training_types
 from sbft.training.arguments import SmallBatchArguments
 
@@ -40,7 +40,8 @@ def table(section: type[BaseModel]) -> str:
 
 def tables() -> dict[str, str]:
     """What stands between the marks of each section."""
-    return {name: table(section) for name, section in {"top": Recipe, **SECTIONS}.items()}
+    inner = {name: section for (_, name), section in INNER_SECTIONS.items()}
+    return {name: table(section) for name, section in {"top": Recipe, **SECTIONS, **inner}.items()}
 
 
 def table_of_arguments() -> str:
