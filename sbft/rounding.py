@@ -8,6 +8,7 @@ sharding and the device cannot change them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -58,6 +59,7 @@ def noise_keys(seed: int, step: int, parameters: int) -> NDArray[np.int32]:
     return np.stack((keys, keys >> np.uint64(32)), axis=1).astype(np.uint32).view(np.int32)
 
 
+@functools.lru_cache(maxsize=16)  # every parameter of a step asks for the same
 def _step_key(seed: int, step: int) -> int:
     return _mix_64(_mix_64(seed & _MASK_64) ^ (step & _MASK_64))
 

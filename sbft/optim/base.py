@@ -18,6 +18,7 @@ from sbft.optim.sharding import in_order_of, local, shard_of
 from sbft.optim.state import CLOCK, TokenClock
 from sbft.optim.update import OpenStep, Update
 from sbft.optim.vocabulary import SlicedGradient
+from sbft.optim.waiting import WaitingReleases
 
 
 class TokenOptimizer(ClockedOptimizer):
@@ -43,6 +44,7 @@ class TokenOptimizer(ClockedOptimizer):
     _nonfinite: int | Tensor
     _release: GradientRelease | None
     _handed: dict[Tensor, SlicedGradient]  # gradients in slices that wait for their update
+    _waiting: WaitingReleases
 
     def __init__(self, params: Any, defaults: dict[str, Any], seed: int) -> None:
         self.seed = int(seed)
@@ -73,6 +75,7 @@ class TokenOptimizer(ClockedOptimizer):
             raise
         self.replacements += 1
         self._needs_tokens = None
+        self._waiting.forget()
         group[CLOCK] = self._noted_clock()
         count = len(self._positions)
         for i, param in enumerate(group["params"]):
@@ -132,7 +135,8 @@ class TokenOptimizer(ClockedOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None or p in self._handed:
-                    self._update_parameter(p)
+                    self._update_parameter(p, may_wait=True)
+        self.launch_waiting()
         self._close_step()
         return loss
 
@@ -154,12 +158,14 @@ class TokenOptimizer(ClockedOptimizer):
 
     def skip_step(self) -> None:
         """Close the coming step without an update: averages, tokens and noise stay, only `skipped_steps` advances."""
+        self.launch_waiting()
         self.clock.skipped_steps += 1
         self._note_clock()
         self._begin_step()
 
     def discard_step(self) -> None:
         """Forget a step that an error left half done, so that the next may begin; released weights keep their update."""
+        self.launch_waiting()
         self._begin_step()
 
     def _close_step(self) -> None:
@@ -212,6 +218,52 @@ class TokenOptimizer(ClockedOptimizer):
         """Whether a `GradientRelease` is attached."""
         return self._release is not None and self._release.is_attached
 
+    def release_parameter(self, param: Tensor) -> None:
+        """As `update_parameter`; but on a GPU, a small update may wait for others, until `launch_waiting()`.
+
+        Gradient release calls this within backward, and `launch_waiting()` at its end.
+        """
+        with torch.no_grad():
+            self._update_parameter(param, may_wait=True)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether updates of released gradients wait for their launch."""
+        return bool(self._waiting)
+
+    @torch.no_grad()
+    def launch_waiting(self) -> None:
+        """Launch the updates that wait. Whatever reads the state or ends the step calls this."""
+        self._waiting.launch()
+
+    @property
+    def most_waiting_bytes(self) -> int | None:
+        """Limit of the gradients that wait for a common launch on a GPU, with the scratch memory of that launch.
+
+        0 launches every update at once. None, the default, is 1% of the weights' bytes, at least 4 MiB. It changes no bit of
+        the results.
+        """
+        return self._waiting.most_bytes
+
+    @most_waiting_bytes.setter
+    def most_waiting_bytes(self, limit: int | None) -> None:
+        if limit is not None and limit < 0:
+            raise ValueError(f"most_waiting_bytes must be a number of bytes of at least 0, or None, got {limit!r}")
+        self._waiting.forget()
+        self._waiting.most_bytes = limit
+
+    def state_dict(self) -> dict[str, Any]:
+        self.launch_waiting()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.launch_waiting()
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.launch_waiting()
+        return super().__getstate__()
+
     # Gradients in slices
 
     def takes_slices(self, param: Tensor) -> bool:
@@ -246,7 +298,7 @@ class TokenOptimizer(ClockedOptimizer):
         with torch.no_grad():
             self._update_parameter(param)
 
-    def _update_parameter(self, param: Tensor) -> None:
+    def _update_parameter(self, param: Tensor, may_wait: bool = False) -> None:
         self._require_tokens()
         updated, square_sums = self._open_step
         handed = self._handed.pop(param, None) if self._handed else None
@@ -278,9 +330,11 @@ class TokenOptimizer(ClockedOptimizer):
         if shard is not None:
             param, state = local(param), {name: local(value) for name, value in state.items()}
         device = param.device
-        kernels = self._kernels.get(device)
+        kernels: Any = self._kernels.get(device)
         if kernels is None:
             kernels = self._kernels[device] = backend_for(device)
+        if may_wait and handed is None and shard is None and not self._captured:
+            kernels = self._waiting.instead_of(kernels, device, self._positions)
         square_sums.append(self._update(Update(param, grad, group, state, key, shard, kernels)))
 
     def initialize_state(self, param: Tensor) -> None:
@@ -308,6 +362,7 @@ class TokenOptimizer(ClockedOptimizer):
         self._nonfinite = 0
         self._release = None
         self._handed = {}
+        self._waiting = WaitingReleases()
 
 
 def _norm(square_sums: list[float | Tensor]) -> tuple[Tensor, int | Tensor]:

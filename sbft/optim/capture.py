@@ -59,6 +59,7 @@ class CapturedUpdates:
         if self._numbers_made_for != self._optimizer.replacements:  # a group was added
             self._make_numbers()
         self.before_replay()
+        self._optimizer.launch_waiting()
         with self._optimizer.reading_numbers_from(self._numbers):
             yield
 

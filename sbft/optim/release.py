@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +18,15 @@ class ParameterUpdater(Protocol):
 
     param_groups: list[dict[str, Any]]
 
-    def update_parameter(self, param: Tensor) -> None:
-        """Update one parameter from its gradient, as a part of the open step."""
+    @property
+    def has_waiting(self) -> bool:
+        """Whether updates wait for their launch."""
+
+    def release_parameter(self, param: Tensor) -> None:
+        """Update one parameter from its gradient, as a part of the open step; the update may wait."""
+
+    def launch_waiting(self) -> None:
+        """Launch the updates that wait."""
 
 
 class GradientRelease:
@@ -29,8 +37,12 @@ class GradientRelease:
     `load_state_dict` work after attaching. Parameters in `held` are left to `step()`; they may be plain tensors even where
     several processes train.
 
+    Updates that wait for a common launch are launched at the end of backward, at the latest. After a backward that failed,
+    `step()`, `discard_step()` or `remove()` launches them.
+
     Attributes:
         is_attached: whether gradients are released; false after `remove()`.
+        around_last_launch: entered around the launch at the end of backward, for example to measure its time.
     """
 
     def __init__(self, optimizer: ParameterUpdater, held: Iterable[Tensor] = ()) -> None:
@@ -39,6 +51,7 @@ class GradientRelease:
         released = {param for group in optimizer.param_groups for param in group["params"]} - self._held
         _refuse_replicas(released)
         self.is_attached = True
+        self.around_last_launch: Callable[[], AbstractContextManager[None]] = nullcontext
         self._handles: list[RemovableHandle] = []
         for group in optimizer.param_groups:
             self.attach(group["params"])
@@ -50,13 +63,21 @@ class GradientRelease:
                 self._handles.append(param.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _on_gradient(self, param: Tensor) -> None:
+        waited = self._optimizer.has_waiting
         try:
-            self._optimizer.update_parameter(param)
+            self._optimizer.release_parameter(param)
         finally:  # even if the update failed, or the next backward would add to this gradient
             param.grad = None
+        if self._optimizer.has_waiting and not waited:
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        with self.around_last_launch():
+            self._optimizer.launch_waiting()
 
     def remove(self) -> None:
         """Take the hooks off; from the next backward on `step()` updates all parameters. May be called again."""
+        self._optimizer.launch_waiting()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

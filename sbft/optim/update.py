@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -24,7 +23,7 @@ class Update(NamedTuple):
         state: its state by name, float32, changed in place.
         key: noise key if the weight is rounded stochastically, else None.
         shard: which part of the parameter `param` is; None for a plain tensor.
-        kernels: the module whose functions update a weight on its device; see `sbft.optim.kernels`.
+        kernels: the module whose functions update a weight on its device, or what stands in for it; see `sbft.optim.kernels`.
     """
 
     param: Tensor
@@ -33,7 +32,7 @@ class Update(NamedTuple):
     state: dict[str, Tensor]
     key: Key | None
     shard: Shard | None
-    kernels: ModuleType
+    kernels: Any
 
 
 class OpenStep(NamedTuple):

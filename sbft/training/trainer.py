@@ -151,7 +151,8 @@ class SmallBatchMixin(
         if self.args.gradient_release and not optimizer.releases_gradients:
             self._hook_parameters(optimizer, self._update_begins)
             held = [*tied_and_sharded(self.model), *self._replicated()]
-            self._attached.enter_context(optimizer.release_gradients(held))
+            release = self._attached.enter_context(optimizer.release_gradients(held))
+            release.around_last_launch = self._timed_update
             self._hook_parameters(optimizer, self._update_ends)
             if self.args.cuda_graphs and self.args.device.type == "cuda":
                 self._start_graphs(optimizer, head)
@@ -163,11 +164,8 @@ class SmallBatchMixin(
         return released and alone and slices_on(self.args.sliced_vocabulary, self.args.device.type)
 
     def _update_in_backward(self, optimizer: TokenOptimizer, parameter: Tensor) -> None:
-        self._update_begins()
-        try:
+        with self._timed_update():
             optimizer.update_parameter(parameter)
-        finally:
-            self._update_ends()
 
     def _hook_parameters(self, optimizer: TokenOptimizer, hook: Any) -> None:
         for group in optimizer.param_groups:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -228,6 +229,14 @@ class TrainingStep(_Base):
 
     def _update_ends(self, parameter: Tensor | None = None) -> None:
         self._optimizer_time += time.perf_counter()
+
+    @contextmanager
+    def _timed_update(self) -> Iterator[None]:
+        self._update_begins()
+        try:
+            yield
+        finally:
+            self._update_ends()
 
     # The log
 

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,6 +35,22 @@ def backend_for(device: torch.device) -> ModuleType:
     return _cuda() if device.type == "cuda" else reference
 
 
+def waiting_updates(kernels: ModuleType, device: torch.device, most_bytes: int) -> Any | None:
+    """What lets updates by a backend wait for each other; None where launching them costs nothing.
+
+    Args:
+        kernels: what `backend_for` returned.
+        device: of the weights.
+        most_bytes: limit of what waits; see `cuda_waiting.WaitingUpdates`.
+    """
+    if kernels.__name__ != _CUDA:
+        return None
+    return importlib.import_module("sbft.optim.kernels.cuda_waiting").WaitingUpdates(device, most_bytes)
+
+
+_CUDA = "sbft.optim.kernels.cuda"
+
+
 @functools.cache
 def _cuda() -> ModuleType:
     """The Triton kernels; after one warning the reference, if Triton is not installed."""
@@ -44,4 +61,4 @@ def _cuda() -> ModuleType:
             stacklevel=2,
         )
         return reference
-    return importlib.import_module("sbft.optim.kernels.cuda")
+    return importlib.import_module(_CUDA)

@@ -41,7 +41,7 @@ _LARGEST_BLOCK = 128  # of a grid; tiles consist of whole blocks
 # Where the reference takes over
 
 
-def _covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
+def covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
     """Whether the programs can update a weight.
 
     The programs take noise for consecutive elements. Where a row is split over several ranks, every row of a rank begins at
@@ -81,7 +81,7 @@ def _keep_pace_with_full(shard: Shard | None, sums: tuple[Tensor, Tensor | None]
 # Adafactor
 
 
-@or_reference(_covers, after=_keep_pace_with_factored)
+@or_reference(covers, after=_keep_pace_with_factored)
 def adafactor_factored(
     weight: Weight,
     grad: Tensor,
@@ -101,14 +101,14 @@ def adafactor_factored(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_factored`; what it returns stays on the device."""
     g, memory = matrices(grad), opened(weight)
-    shrink = _shrink(memory, lr * weight_decay)
+    shrink = shrink_of(memory, lr * weight_decay)
     launches = factored_launches(
-        g.shape, g.stride(), _dtype(memory), g.dtype, grad.is_contiguous(), weight.device,
+        g.shape, g.stride(), dtype_of(memory), g.dtype, grad.is_contiguous(), weight.device,
         None if shard is None else (shard.offset, float(shard.count), float(shard.shape[0]) if shard.rows_split else None),
-        key is not None, relative_step, isinstance(shrink, Tensor), _grid(memory),
+        key is not None, relative_step, isinstance(shrink, Tensor), grid_of(memory),
     )  # fmt: skip
     plan = launches.plan
-    with _current(weight.device):
+    with current(weight.device):
         scratch = torch.empty(plan.scratch, dtype=torch.float32, device=weight.device)
         scalars = torch.empty(2, dtype=torch.float32, device=weight.device)
         launches.sums((g, scratch), launches.sums_numbers)
@@ -121,14 +121,14 @@ def adafactor_factored(
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
             numbers = launches.measure_numbers if measure else launches.apply_numbers
-            settings = average_weight, lr, shrink, float(clip_threshold), *_words(key), _offset(shard)
-            launches.apply((*_tensors(memory), g, mass, square_sum, scratch, results), (*numbers, *settings))
+            settings = average_weight, lr, shrink, float(clip_threshold), *words_of(key), _offset(shard)
+            launches.apply((*tensors_of(memory), g, mass, square_sum, scratch, results), (*numbers, *settings))
 
         squares = None if shard is None else scratch[plan.squares_at :][: launches.applying]
         return _measure_and_apply(apply, scalars, weight_square_sum, relative_step, squares, shard)
 
 
-@or_reference(_covers, after=_keep_pace_with_full)
+@or_reference(covers, after=_keep_pace_with_full)
 def adafactor_full(
     weight: Weight,
     grad: Tensor,
@@ -147,10 +147,10 @@ def adafactor_full(
 ) -> tuple[Tensor, Tensor | None]:
     """As `reference.adafactor_full`; what it returns stays on the device."""
     g, memory = matrices(grad), opened(weight)
-    shrink = _shrink(memory, lr * weight_decay)
+    shrink = shrink_of(memory, lr * weight_decay)
     line = _line(memory, grad, shard, cuda_elementwise.apply_full, shrink, key, RELATIVE=relative_step)
     squares_at, weight_squares_at = 16 + line.section, 16 + 2 * line.section
-    with _current(weight.device):
+    with current(weight.device):
         scratch, scalars = line.allocate(3, weight.device)
         if not line.alone:
             _sum_squares(line, g, scratch, shard)
@@ -158,9 +158,9 @@ def adafactor_full(
             line.moment((g, second_moment, mass, scratch, scalars), numbers)
 
         def apply(square_sum: Tensor, results: Tensor, measure: bool) -> None:
-            settings = average_weight, float(eps), lr, shrink, float(clip_threshold), *_words(key), _offset(shard)
+            settings = average_weight, float(eps), lr, shrink, float(clip_threshold), *words_of(key), _offset(shard)
             counts = line.programs, int(measure), squares_at, weight_squares_at, _count(weight, shard)
-            tensors = *_tensors(memory), g, second_moment, mass, square_sum, scratch, results
+            tensors = *tensors_of(memory), g, second_moment, mass, square_sum, scratch, results
             line.apply(tensors, (*line.numbers, *counts, *settings))
 
         squares = None if shard is None else scratch[squares_at:][: line.programs]
@@ -233,7 +233,7 @@ def _count(weight: Weight, shard: Shard | None) -> float:
 # AdamW and SGD
 
 
-@or_reference(_covers)
+@or_reference(covers)
 def adamw(
     weight: Weight,
     grad: Tensor,
@@ -252,22 +252,22 @@ def adamw(
 ) -> Tensor:
     """As `reference.adamw`; what it returns stays on the device."""
     g, memory, has_first = matrices(grad), opened(weight), first_moment is not None
-    shrink = _shrink(memory, lr * weight_decay)
+    shrink = shrink_of(memory, lr * weight_decay)
     line = _line(memory, grad, shard, cuda_elementwise.apply_adamw, shrink, key, FIRST_MOMENT=has_first)
-    with _current(weight.device):
+    with current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
             _sum_squares(line, g, scratch, shard)
         moments = second_moment if first_moment is None else first_moment, second_moment
-        settings = first_weight, second_weight, lr, shrink, float(eps), *_words(key), _offset(shard)
+        settings = first_weight, second_weight, lr, shrink, float(eps), *words_of(key), _offset(shard)
         line.apply(
-            (*_tensors(memory), g, *moments, first_mass, second_mass, scratch, scalars),
+            (*tensors_of(memory), g, *moments, first_mass, second_mass, scratch, scalars),
             (*line.numbers, line.programs, *settings),
         )
     return scalars[0]
 
 
-@or_reference(_covers)
+@or_reference(covers)
 def sgd(
     weight: Weight,
     grad: Tensor,
@@ -282,15 +282,15 @@ def sgd(
 ) -> Tensor:
     """As `reference.sgd`; what it returns stays on the device."""
     g, memory = matrices(grad), opened(weight)
-    shrink = _shrink(memory, lr * weight_decay)
+    shrink = shrink_of(memory, lr * weight_decay)
     line = _line(memory, grad, shard, cuda_elementwise.apply_sgd, shrink, key, MOMENTUM=momentum is not None)
-    with _current(weight.device):
+    with current(weight.device):
         scratch, scalars = line.allocate(1, weight.device)
         if not line.alone:
             _sum_squares(line, g, scratch, shard)
         average = scalars if momentum is None else momentum, scalars if mass is None else mass
-        settings = 1.0 if momentum is None else momentum_weight, lr, shrink, *_words(key), _offset(shard)
-        line.apply((*_tensors(memory), g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
+        settings = 1.0 if momentum is None else momentum_weight, lr, shrink, *words_of(key), _offset(shard)
+        line.apply((*tensors_of(memory), g, *average, scratch, scalars), (*line.numbers, line.programs, *settings))
     return scalars[0]
 
 
@@ -299,28 +299,28 @@ def _line(
 ) -> LineLaunches:
     g = matrices(grad)
     return line_launches(
-        g.shape, None if grad.is_contiguous() else g.stride(), _dtype(weight), grad.dtype, weight.device,
-        None if shard is None else shard.offset, program, _grid(weight), ("STOCHASTIC", key is not None),
+        g.shape, None if grad.is_contiguous() else g.stride(), dtype_of(weight), grad.dtype, weight.device,
+        None if shard is None else shard.offset, program, grid_of(weight), ("STOCHASTIC", key is not None),
         ("CAPTURED", isinstance(shrink, Tensor)), *kinds.items(),
     )  # fmt: skip
 
 
-def _tensors(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+def tensors_of(weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
     """What the programs take for a weight: values, or codes, their lower bits and scales; what a kind lacks is any tensor."""
     if isinstance(weight, Quantized):
         return weight.codes, weight.codes if weight.low is None else weight.low, weight.scales
     return weight, weight, weight
 
 
-def _dtype(weight: Weight) -> torch.dtype:
+def dtype_of(weight: Weight) -> torch.dtype:
     return weight.codes.dtype if isinstance(weight, Quantized) else weight.dtype
 
 
-def _grid(weight: Weight) -> GridKind:
+def grid_of(weight: Weight) -> GridKind:
     return (weight.grid.bits, weight.block, weight.grid.largest) if isinstance(weight, Quantized) else NO_GRID
 
 
-def _shrink(weight: Weight, decay: float | Tensor) -> float | Tensor:
+def shrink_of(weight: Weight, decay: float | Tensor) -> float | Tensor:
     """What the programs take for the weight's decay: the share that is left of values, or that codes lose."""
     return decay if isinstance(weight, Quantized) else 1.0 - decay
 
@@ -328,7 +328,7 @@ def _shrink(weight: Weight, decay: float | Tensor) -> float | Tensor:
 _NO_CHANGE: AbstractContextManager[Any] = nullcontext()
 
 
-def _current(device: torch.device) -> AbstractContextManager[Any]:
+def current(device: torch.device) -> AbstractContextManager[Any]:
     """Launch on this device. If it is current already, nothing is entered, because that costs as much as a launch."""
     is_current = device.index is None or device.index == torch.cuda.current_device()
     return _NO_CHANGE if is_current else torch.cuda.device(device)
@@ -338,7 +338,7 @@ def _offset(shard: Shard | None) -> int:
     return 0 if shard is None else shard.offset
 
 
-def _words(key: Key) -> tuple[int | Tensor, int | Tensor]:
+def words_of(key: Key) -> tuple[int | Tensor, int | Tensor]:
     if key is None:
         return 0, 0
     # Tensors hold them as int32 already.

@@ -29,7 +29,7 @@ class Launch:
     def __init__(
         self, program: Any, grid: tuple[int, int, int], constants: dict[str, Any], options: dict[str, Any]
     ) -> None:
-        self._program, self._grid, self._constants, self._options = program, grid, constants, options
+        self.program, self._grid, self._constants, self._options = program, grid, constants, options
         self._run: Any = None
         self._values: tuple[Any, ...] = ()  # of the constants
         self._aligned: tuple[int, ...] = ()  # tensors for whose alignment the program is specialized
@@ -46,10 +46,10 @@ class Launch:
             if not any([pointers[i] % _ALIGNMENT for i in self._aligned]):
                 self._run(*pointers, *numbers, *self._values)
                 return
-        compiled = self._program[self._grid](*tensors, *numbers, **self._constants, **self._options)
+        compiled = self.program[self._grid](*tensors, *numbers, **self._constants, **self._options)
         if self._run is not None or compiled is None:  # the interpreter compiles nothing
             return
-        parameters = self._program.params
+        parameters = self.program.params
         aligned = tuple(i for i in range(len(tensors)) if not parameters[i].do_not_specialize)
         if not any([tensors[i].data_ptr() % _ALIGNMENT for i in aligned]):
             names = [parameter.name for parameter in parameters[len(tensors) + len(numbers) :]]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sbft.optim.kernels import cuda_elementwise, cuda_programs
+from sbft.optim.kernels import cuda_elementwise, cuda_factored
 from sbft.optim.kernels.cuda_launch import Launch
 
 TILE_COLUMNS, SUM_ROWS, APPLY_ROWS = 256, 32, 16
@@ -28,7 +28,7 @@ SMALL_BYTES, LARGE_SHARE = 1 << 20, 0.01
 """Limits of the partial sums, of which the larger applies; the second is a share of the weight, beyond its rows and columns."""
 
 _SCALARS = 512  # smallest size of an allocation, in bytes
-_OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
 # Matrices
@@ -57,7 +57,7 @@ def factored_plan(stack: int, rows: int, columns: int, element_size: int) -> Fac
     """Divide a (stack, rows, columns) weight into as many groups as `MAX_PROGRAMS` and memory allow."""
     column_groups = triton.cdiv(columns, TILE_COLUMNS)
     most = max(1, MAX_PROGRAMS // (stack * column_groups))
-    block = cuda_programs.FACTOR_BLOCK.value
+    block = cuda_factored.FACTOR_BLOCK.value
     row_blocks, column_blocks = triton.cdiv(rows, block), triton.cdiv(columns, block)
     row_sums = _padded(stack * column_groups * rows)
     rest = 64 + _padded(stack * row_blocks) + 3 * _padded(max(stack * column_groups, MAX_PROGRAMS))
@@ -87,7 +87,7 @@ GridKind = tuple[int, int, int]
 NO_GRID: GridKind = (0, 0, 0)
 
 
-def _grid_constants(grid: GridKind) -> dict[str, int]:
+def grid_constants(grid: GridKind) -> dict[str, int]:
     return dict(zip(("BITS", "GRID_BLOCK", "LARGEST"), grid, strict=True))
 
 
@@ -111,7 +111,7 @@ class FactoredLaunches:
         self.plan = plan = factored_plan(*shape, weight_dtype.itemsize)
         offset, count, all_rows = (0, float(stack * rows * columns), None) if shard is None else shard
         all_rows = float(rows) if all_rows is None else all_rows
-        index = _index(shape, strides, offset)
+        index = index_type(shape, strides, offset)
         summing = (plan.column_groups, plan.row_groups, stack)
         applying = (plan.column_groups, plan.apply_groups, stack)
         self.applying = math.prod(applying)
@@ -121,19 +121,19 @@ class FactoredLaunches:
             "STOCHASTIC": stochastic, "RELATIVE": relative, "SHARDED": shard is not None, "CAPTURED": captured,
             "ALIGNED": columns % 32 == offset % 32 == 0,
         }  # fmt: skip
-        self.sums = Launch(cuda_programs.row_and_column_sums, summing, {"TILE_ROWS": SUM_ROWS, **tile}, _OPTIONS)
+        self.sums = Launch(cuda_factored.row_and_column_sums, summing, {"TILE_ROWS": SUM_ROWS, **tile}, OPTIONS)
         self.factors = Launch(
-            cuda_programs.update_factors,
+            cuda_factored.update_factors,
             (plan.row_blocks + plan.column_blocks, stack, 1),
             {"CAPTURED": captured},
-            {**_OPTIONS, "num_warps": 4},
+            {**OPTIONS, "num_warps": 4},
         )
-        self.squares = Launch(cuda_programs.update_square_sums, applying, {"TILE_ROWS": APPLY_ROWS, **tile}, _OPTIONS)
+        self.squares = Launch(cuda_factored.update_square_sums, applying, {"TILE_ROWS": APPLY_ROWS, **tile}, OPTIONS)
         self.apply = Launch(
-            cuda_programs.apply_factored,
+            cuda_factored.apply_factored,
             applying,
-            {**kinds, "TILE_ROWS": APPLY_ROWS, **tile, **_grid_constants(grid)},
-            {**_OPTIONS, "maxnreg": APPLY_REGISTERS if usual else None},
+            {**kinds, "TILE_ROWS": APPLY_ROWS, **tile, **grid_constants(grid)},
+            {**OPTIONS, "maxnreg": APPLY_REGISTERS if usual else None},
         )
         self.sums_numbers = (rows, columns, *strides, plan.tiles, plan.column_sums_at, plan.totals_at)
         self.factors_numbers = (
@@ -179,6 +179,24 @@ def factored_launches(
 # Lines
 
 
+class LinePlan(NamedTuple):
+    """How a line of elements is divided."""
+
+    alone: bool  # one program updates it in one launch
+    blocks: int  # of a program
+    programs: int
+    section: int  # numbers of scratch memory for one partial sum per program
+
+
+def line_plan(size: int, whole: bool) -> LinePlan:
+    """Divide a weight of `size` elements, or the part of one that a shard holds."""
+    blocks = triton.cdiv(size, BLOCK)
+    alone = blocks <= ALONE_BLOCKS and whole
+    of_program = blocks if alone else triton.cdiv(blocks, MAX_PROGRAMS)
+    programs = triton.cdiv(blocks, of_program)
+    return LinePlan(alone, of_program, programs, _padded(programs))
+
+
 class LineLaunches:
     """Launches that all updates of weights of one size share, each a line of elements, with the numbers that do not change.
 
@@ -202,21 +220,18 @@ class LineLaunches:
     ) -> None:
         # A contiguous gradient needs no shape: with equal arguments one compilation serves all shapes.
         size, sizes = math.prod(shape), (16, 16, 16, 16, 16) if strides is None else (*shape[1:], *strides)
-        blocks = triton.cdiv(size, BLOCK)
-        self.alone = blocks <= ALONE_BLOCKS and offset is None
-        self.blocks = blocks if self.alone else triton.cdiv(blocks, MAX_PROGRAMS)
-        self.programs = triton.cdiv(blocks, self.blocks)
-        self.section = _padded(self.programs)
-        self.numbers = (size, *sizes, self.blocks)
-        index = _index(shape, (1, 1, 1) if strides is None else strides, offset or 0)
+        plan = line_plan(size, offset is None)
+        self.alone, self.programs, self.section = plan.alone, plan.programs, plan.section
+        self.numbers = (size, *sizes, plan.blocks)
+        index = index_type(shape, (1, 1, 1) if strides is None else strides, offset or 0)
         line = {"STRIDED": strides is not None, "BLOCK": BLOCK, "INDEX": index}
         programs = (self.programs, 1, 1)
-        self.sums = Launch(cuda_elementwise.grad_square_sums, programs, line, _OPTIONS)
+        self.sums = Launch(cuda_elementwise.grad_square_sums, programs, line, OPTIONS)
         self.moment = Launch(
-            cuda_elementwise.update_full_moment, programs, {"CAPTURED": kinds["CAPTURED"], **line}, _OPTIONS
+            cuda_elementwise.update_full_moment, programs, {"CAPTURED": kinds["CAPTURED"], **line}, OPTIONS
         )
         kinds = {**kinds, "ALONE": self.alone, "ALIGNED": (offset or 0) % 32 == 0}
-        self.apply = Launch(program, programs, {**kinds, **line, **_grid_constants(grid)}, _OPTIONS)
+        self.apply = Launch(program, programs, {**kinds, **line, **grid_constants(grid)}, OPTIONS)
 
     def allocate(self, sections: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Memory for the arrivals and `sections` partial sums per program, and for two results."""
@@ -245,7 +260,7 @@ def line_launches(
 # Both
 
 
-def _index(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
+def index_type(shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Any:
     """Integer type for every offset into a weight and its gradient, with room for the masked end of the last group."""
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     return tl.int32 if max(reach, offset + math.prod(shape)) < 1 << 30 else tl.int64

@@ -275,17 +275,19 @@ def test_elementwise_updates_shared_by_programs(name: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    change(monkeypatch, _index=lambda *sizes: tl.int64)
+    change(monkeypatch, index_type=lambda *sizes: tl.int64)
     compare(UPDATES[name], (40, 70), BF16)
     compare(UPDATES[name], (40, 64), BF16, transposed)
 
 
 def test_offsets_have_64_bits_where_32_do_not_reach() -> None:
-    assert cuda_plans._index((1, 70000, 70000), (1, 70000, 1), 0) == tl.int64
-    assert cuda_plans._index((1, 8, 8), (0, 1 << 28, 1), 0) == tl.int64  # a gradient that is a view of something large
-    assert cuda_plans._index((1, 8, 8), (64, 8, 1), 0) == tl.int32
+    assert cuda_plans.index_type((1, 70000, 70000), (1, 70000, 1), 0) == tl.int64
     assert (
-        cuda_plans._index((1, 8, 8), (64, 8, 1), 1 << 30) == tl.int64
+        cuda_plans.index_type((1, 8, 8), (0, 1 << 28, 1), 0) == tl.int64
+    )  # a gradient that is a view of something large
+    assert cuda_plans.index_type((1, 8, 8), (64, 8, 1), 0) == tl.int32
+    assert (
+        cuda_plans.index_type((1, 8, 8), (64, 8, 1), 1 << 30) == tl.int64
     )  # of a shard, the noise goes by the global index
 
 

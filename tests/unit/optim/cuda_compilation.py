@@ -22,6 +22,7 @@ from sbft.grid import cuda as grid_cuda
 from sbft.grid.codes import quantize
 from sbft.grid.formats import GRIDS, INT4, INT8, INT12, Grid
 from sbft.optim.kernels import cuda
+from sbft.optim.kernels.cuda_waiting import WaitingUpdates
 from sbft.rounding import noise_key
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -116,20 +117,26 @@ DEVICES: dict[str, Any] = {**HOSTS, "lr": NUMBER, "key": (WORDS[0], WORDS[1])}
 
 
 def adafactor(
-    shape: tuple[int, ...], transposed: bool = False, step: dict[str, Any] = HOSTS, grid: Grid | None = None
+    shape: tuple[int, ...],
+    transposed: bool = False,
+    step: dict[str, Any] = HOSTS,
+    grid: Grid | None = None,
+    backend: Any = cuda,
 ) -> Callable[[], object]:
     zeros = torch.zeros(shape, dtype=BF16)
     weight: Any = zeros if grid is None else quantize(zeros, grid)
     grad = torch.zeros(shape[::-1], dtype=BF16).T if transposed else torch.zeros_like(zeros)
     state = [torch.zeros(s) for s in (shape[:-1], shape[:-2] + shape[-1:], ())]
-    function = cuda.adafactor_factored
+    function = backend.adafactor_factored
     if len(shape) == 1 or min(shape[-2:]) < 128:
-        function, state = cuda.adafactor_full, [torch.zeros(shape), torch.zeros(())]  # type: ignore[assignment]
+        function, state = backend.adafactor_full, [torch.zeros(shape), torch.zeros(())]  # type: ignore[assignment]
     settings = {"average_weight": NUMBER if step is DEVICES else 0.1, "clip_threshold": 1.0, "eps": 1e-30, **step}
     return lambda: function(weight, grad, *state, None, relative_step=True, **settings)
 
 
-def others(numel: int, step: dict[str, Any] = HOSTS, grid: Grid | None = None) -> Callable[[], object]:
+def others(
+    numel: int, step: dict[str, Any] = HOSTS, grid: Grid | None = None, backend: Any = cuda
+) -> Callable[[], object]:
     shape = (numel,) if grid is None else (numel // 1024, 1024)
     grad, mass = torch.zeros(shape, dtype=BF16), torch.zeros(())
     weight: Any = torch.zeros_like(grad) if grid is None else quantize(grad, grid)
@@ -137,14 +144,27 @@ def others(numel: int, step: dict[str, Any] = HOSTS, grid: Grid | None = None) -
     of_average = NUMBER if step is DEVICES else 0.1
     weights = {"first_weight": of_average, "second_weight": of_average, "eps": 1e-8}
     return lambda: (
-        cuda.adamw(weight, grad, *moments, mass, mass, **weights, **step),
-        cuda.sgd(weight, grad, moments[0], mass, momentum_weight=of_average, **step),
+        backend.adamw(weight, grad, *moments, mass, mass, **weights, **step),
+        backend.sgd(weight, grad, moments[0], mass, momentum_weight=of_average, **step),
     )
 
 
 def values(grid: Grid) -> Callable[[], object]:
     weight = quantize(torch.zeros((1024, 2048), dtype=BF16), grid)
     return lambda: grid_cuda.dequantize(weight)
+
+
+def together(make: Callable[..., Callable[[], object]], sizes: list[Any], **settings: Any) -> Callable[[], object]:
+    """Updates of several weights in common launches."""
+    waiting = WaitingUpdates(torch.device("cpu"), 1 << 30)
+    updates = [make(size, backend=waiting, **settings) for size in sizes]
+
+    def update() -> None:
+        for one in updates:
+            one()
+        waiting.launch()
+
+    return update
 
 
 CASES = {
@@ -167,9 +187,23 @@ ON_GRIDS = {
 }
 
 
-@pytest.mark.parametrize("case", {**CASES, **CAPTURED, **ON_GRIDS})
+MATRICES = [(576, 576), (192, 576), (2, 256, 512)]
+TOGETHER = {
+    "matrices together": (lambda: together(adafactor, MATRICES), 4),
+    "matrices of several tiles together": (lambda: together(adafactor, [(4096, 4096), (2048, 8192)]), 4),
+    "vectors together": (lambda: together(adafactor, [(576,), (4096,)]), 1),
+    "long and narrow together": (lambda: together(adafactor, [(8192, 16), (4096, 16)]), 3),
+    "AdamW and SGD together": (lambda: together(others, [1 << 20, 1 << 18]), 3),
+    "matrices on int8 together": (lambda: together(adafactor, [(512, 1024), (1024, 512)], grid=INT8), 4),
+    "matrices on int4 together": (lambda: together(adafactor, [(512, 1024), (1024, 512)], grid=INT4), 4),
+    "AdamW and SGD on int12 together": (lambda: together(others, [1 << 20, 1 << 18], grid=INT12), 3),
+}
+ALL = {**CASES, **CAPTURED, **ON_GRIDS, **TOGETHER}
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_path: Path) -> None:
-    make, launches = {**CASES, **CAPTURED, **ON_GRIDS}[case]
+    make, launches = ALL[case]
     make()()
     assert len(compiled) == launches
     for name, kernel in compiled.items():
@@ -179,14 +213,38 @@ def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_pat
             ptx = ptx.replace(".rn.ftz", ".rn")
         assert ".ftz" not in ptx and "approx" not in ptx and "div.full" not in ptx, f"{name} rounds or flushes"
         assert not spills(kernel, tmp_path), f"{name} keeps registers in memory"
-        if "grad" in kernel.src.fn.arg_names:
+        if "grad" in kernel.src.fn.arg_names or ("table" in kernel.src.fn.arg_names and name != "factors_together"):
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx), f"{name} does not load 16 bytes at once"
         if "atom." in ptx:  # a program arrives after all its threads have stored, and sees what others stored before
             arrival = r"bar\.sync[^\n]*\n(?:(?!bar\.sync|st\.global)[^\n]*\n)*[^\n]*atom\.global\.gpu\.acq_rel"
             assert re.search(arrival, ptx), f"{name} arrives without a barrier"
 
 
-UPDATES = {name: make for name, (make, _) in CASES.items()}
+ALONE_AND_TOGETHER = [
+    (functools.partial(adafactor, (576, 576)), functools.partial(together, adafactor, [(576, 576), (192, 576)])),
+    (functools.partial(adafactor, (4096, 4096)), functools.partial(together, adafactor, [(4096, 4096)])),
+    (
+        functools.partial(adafactor, (512, 1024), grid=INT8),
+        functools.partial(together, adafactor, [(512, 1024)], grid=INT8),
+    ),
+    (functools.partial(adafactor, (576,)), functools.partial(together, adafactor, [(576,), (4096,)])),
+    (functools.partial(adafactor, (8192, 16)), functools.partial(together, adafactor, [(8192, 16)])),
+    (functools.partial(others, 1 << 20), functools.partial(together, others, [1 << 20, 1 << 18])),
+]
+
+
+@pytest.mark.parametrize("pair", ALONE_AND_TOGETHER)
+def test_a_launch_of_many_adds_up_in_the_order_of_a_launch_of_one(pair: Any, compiled: dict[str, Any]) -> None:
+    """The layouts of tiles over threads are the same, and with them the order of every sum."""
+    layouts = []
+    for make in pair:
+        compiled.clear()
+        make()()
+        layouts.append([set(re.findall(r"#ttg\.\w+<[^>]*>", kernel.asm["ttgir"])) for kernel in compiled.values()])
+    assert layouts[0] == layouts[1] and all(layouts[0])
+
+
+UPDATES = {name: make for name, (make, _) in {**CASES, **TOGETHER}.items()}
 UPDATES["a gradient that is transposed"] = lambda: adafactor((256, 384), transposed=True)
 
 
@@ -197,7 +255,8 @@ def test_launches_that_repeat_pass_what_triton_passed(case: str) -> None:
     given = inspect.getclosurevars(update).nonlocals
     tensors = {name: one for name, one in given.items() if isinstance(one, Tensor)}
     for name, several in given.items():
-        tensors |= {f"{name} {i}": one for i, one in enumerate(several)} if isinstance(several, list) else {}
+        several = several if isinstance(several, list) else []
+        tensors |= {f"{name} {i}": one for i, one in enumerate(several) if isinstance(one, Tensor)}
     hopper = Hopper({one.data_ptr(): name for name, one in tensors.items()})
     driver.set_active(hopper)
     update()
