@@ -8,7 +8,8 @@ lets it take its first step unmeasured, measures some more, and drops it. An opt
 than --limit-s is skipped. One that compiles in its first step takes it beforehand in a separate process, which can be
 stopped. All run on the GPU if there is one; CUDA_VISIBLE_DEVICES= before the command keeps them on the CPU. The bound
 is the time that a plain copy, measured in the same rounds, needs for 5 times the weights' bytes: an exact Adafactor
-reads the gradient three times, and reads and writes the weight.
+reads the gradient three times, and reads and writes the weight. "One by one" launches every update on its own, as all
+were before small ones shared their launches on a GPU; on a CPU it is the same.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ def parse() -> argparse.Namespace:
 # The contenders: each builds an optimizer and returns its step
 
 
-def ours(name: str, stochastic_rounding: bool, kernels: str = "") -> Build:
+def ours(name: str, stochastic_rounding: bool, kernels: str = "", most_waiting_bytes: int | None = None) -> Build:
     def build(weights: nn.ParameterList) -> Step:
         import sbft.optim
 
         if kernels == "reference" and weights[0].is_cuda and count(weights) > SLOW_REFERENCE:
             raise RuntimeError("the reference goes block by block: minutes per step on a GPU")
         optimizer = getattr(sbft.optim, name)(weights.parameters(), lr=RATE, stochastic_rounding=stochastic_rounding)
+        optimizer.most_waiting_bytes = most_waiting_bytes
 
         def step() -> None:
             optimizer.tokens_per_step = 1024
@@ -132,10 +134,12 @@ def optimi_adam(weights: nn.ParameterList) -> Step:
 
 CONTENDERS: dict[str, Build] = {
     "sbft Adafactor, SR": ours("Adafactor", True),
+    "sbft Adafactor, SR, one by one": ours("Adafactor", True, most_waiting_bytes=0),
     "sbft Adafactor": ours("Adafactor", False),
     "sbft Adafactor, SR, reference": ours("Adafactor", True, "reference"),
     "sbft Adafactor, reference": ours("Adafactor", False, "reference"),
     "sbft AdamW, SR": ours("AdamW", True),
+    "sbft AdamW, SR, one by one": ours("AdamW", True, most_waiting_bytes=0),
     "sbft SGD, SR": ours("SGD", True),
     "transformers Adafactor": transformers_adafactor,
     "torch Adafactor": torchs("Adafactor"),

@@ -23,6 +23,7 @@ from typing import Any
 
 METHODS = {
     "sbft": "Adafactor, bf16 + stochastic rounding, released, all weights",
+    "sbft-one-by-one": "sbft, every update launched on its own",
     "sbft-graphs": "sbft, its steps launched as CUDA graphs",
     "sbft-float32": "sbft with float32 weights",
     "sbft-frozen-embeddings": "sbft, input and output embeddings frozen: the layers that LoRA trains",
@@ -131,6 +132,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = torch.randint(0, vocabulary, (steps, tokens), generator=generator)
         examples = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in rows]
         trainer = SmallBatchTrainer(model=model, args=args, train_dataset=examples)
+        if method == "sbft-one-by-one":
+            trainer.create_optimizer().most_waiting_bytes = 0
         with PeakMemory() as peak:
             trainer.train()
     seconds = trainer.step_seconds[arguments.warm_up :]

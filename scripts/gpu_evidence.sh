@@ -3,7 +3,8 @@
 #
 # - tests of the kernels, and of steps as graphs against plain ones
 # - the optimizer step on 4096x11008, and on the shapes of Llamas with 1B and 8B parameters
-# - whole training steps of both, and of SmolLM2, whose hundreds of small weights take the host longest
+# - whole training steps of both, and of SmolLM2, whose hundreds of small weights take the host longest; with updates in
+#   common launches, and one by one
 # - steps as graphs
 # - predicted against measured memory
 #
@@ -47,13 +48,13 @@ part optimizer_step_llama-1b 80 "$python" benchmarks/optimizer_step.py --model l
     --limit-s 30 --json "$out/optimizer_step_llama-1b.json"
 part optimizer_step_llama-8b 110 "$python" benchmarks/optimizer_step.py --model llama-8b --rounds 2 \
     --limit-s 30 --json "$out/optimizer_step_llama-8b.json"
-part training_step_llama-1b 95 "$python" benchmarks/training_step.py --model llama-1b \
-    --methods sbft sbft-frozen-embeddings lora adam --tokens 512 --steps 8 --repeats 1 \
+part training_step_llama-1b 115 "$python" benchmarks/training_step.py --model llama-1b \
+    --methods sbft sbft-one-by-one sbft-frozen-embeddings lora adam --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-1b.json"
-part training_step_smollm2-135m 90 "$python" benchmarks/training_step.py --model smollm2-135m \
-    --methods sbft sbft-graphs lora --tokens 64 --steps 16 --repeats 1 --json "$out/training_step_smollm2-135m.json"
-part training_step_llama-8b 85 "$python" benchmarks/training_step.py --model llama-8b \
-    --methods sbft sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
+part training_step_smollm2-135m 110 "$python" benchmarks/training_step.py --model smollm2-135m \
+    --methods sbft sbft-one-by-one sbft-graphs lora --tokens 64 --steps 16 --repeats 1 --json "$out/training_step_smollm2-135m.json"
+part training_step_llama-8b 110 "$python" benchmarks/training_step.py --model llama-8b \
+    --methods sbft sbft-one-by-one sbft-frozen-embeddings lora --tokens 512 --steps 8 --repeats 1 \
     --json "$out/training_step_llama-8b.json"
 part graphed_steps_30m 140 "$python" benchmarks/graphed_steps.py --model scratch:30m --steps 40 --json "$out/graphed_steps_30m.json"
 # Nothing else may be on the GPU: three at once fill 80 GB.
