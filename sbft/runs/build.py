@@ -69,6 +69,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     # The model is loaded in the recipe's dtype, which may be float32.
     chosen["cast_weights"] = False
     chosen["weights"] = recipe.grids
+    chosen["offload"] = recipe.model_dump()["offload"]
     # All weights take part in every step; searching for those that do not would cost time, and a warning.
     chosen["ddp_find_unused_parameters"] = False
     chosen.update({_current_name(name): value for name, value in recipe.training.items()})
