@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sbft.recipe.offload import offload_of
+from sbft.training.offload import link
 
 
 def why_arguments_refuse(args: Any) -> str | None:
@@ -40,4 +41,8 @@ def why_arguments_refuse(args: Any) -> str | None:
             f"offload={args.offload!r} asks for activations, which are the layers' inputs that checkpointing saves. Set "
             "gradient_checkpointing=True, or leave activations out."
         )
+    try:
+        link.link_to(args.device)
+    except link.OffloadError as error:
+        return str(error)
     return None

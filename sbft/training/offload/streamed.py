@@ -1,0 +1,149 @@
+"""A model whose layers are streamed: the hooks that bring each layer when forward, backward or an update reaches it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from sbft.grid.tensor import GridTensor
+from sbft.recipe.offload import Offload
+from sbft.training.offload.layers import BUFFERS, find_decoder, streamed_parameters
+from sbft.training.offload.link import Link
+from sbft.training.offload.saved import SavedWeights
+from sbft.training.offload.schedule import Schedule
+from sbft.training.offload.storage import Slot, StreamedLayer
+
+
+class StreamedModel:
+    """Keeps layers of a model in the host's memory, and brings each to the device while it is used.
+
+    Forward, in training, evaluation and generation, brings layers one by one, and so does backward, with or without gradient
+    checkpointing. Between steps all streamed weights are in the host's memory, as plain parameters.
+
+    Args:
+        model: on the CPU; all but the streamed weights is moved to the device.
+        offload: which layers.
+        link: to the device.
+        releases: whether weights are updated within backward; otherwise only what is frozen is streamed.
+
+    Raises:
+        ModelError: if the model's layers cannot be found, or none of their weights can be streamed.
+        OffloadError: if the host's memory cannot be had.
+    """
+
+    def __init__(self, model: nn.Module, offload: Offload, link: Link, *, releases: bool = True) -> None:
+        decoder = find_decoder(model)
+        parameters = streamed_parameters(model, decoder, offload, releases)
+        self.link = link
+        layers = {number: StreamedLayer(number, of_layer, link) for number, of_layer in parameters.items()}
+        self.parameters = {parameter for layer in layers.values() for parameter in layer.parameters}
+        self._move_rest(model)
+        trains = any(parameter.requires_grad for parameter in self.parameters)
+        # What is only read needs no place on its way out.
+        self.schedule = Schedule(
+            list(layers.values()), min(BUFFERS if trains else BUFFERS - 1, max(len(layers), 2)), link
+        )
+        self._saved = SavedWeights(self.schedule, functools.partial(self._need, step=-1))
+        self._open: list[contextlib.ExitStack] = []
+        self._handles: list[Any] = [
+            decoder.owner.register_forward_pre_hook(self._begin_forward),
+            decoder.owner.register_forward_hook(self._end_forward, always_call=True),
+        ]
+        for number, layer in layers.items():
+            enter = functools.partial(self._enter, layer)
+            self._handles.append(decoder.layers[number].register_forward_pre_hook(enter))
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether layers are still streamed; false after `remove`."""
+        return bool(self._handles)
+
+    def before_update(self, parameter: Tensor) -> None:
+        """A hook for a gradient that is complete: the parameter has to be on the device for its update."""
+        self.schedule.need(self.schedule.owner(parameter))
+
+    def after_update(self, parameter: Tensor) -> None:
+        """A hook for a gradient that was used: the layer of which this was the last goes back."""
+        self.schedule.note_update(parameter)  # type: ignore[arg-type]
+
+    def settle(self) -> None:
+        """Have all weights in the host's memory, with every update."""
+        self.schedule.settle()
+
+    def remove(self) -> None:
+        """Stop streaming: hooks are removed, and the weights stay in the host's memory as plain parameters."""
+        self.settle()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.link.close()
+
+    def _move_rest(self, model: nn.Module) -> None:
+        """Move to the device what is not streamed."""
+        device = self.link.device
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter not in self.parameters and parameter.device != device:
+                    moved: Any = parameter.detach().to(device)
+                    parameter.data = moved if isinstance(parameter, GridTensor) else moved.data
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.device != device:
+                        module._buffers[name] = buffer.to(device)
+
+    # Hooks
+
+    def _begin_forward(self, owner: nn.Module, args: Any) -> None:
+        if not _in_backward():
+            self.settle()
+        stack = contextlib.ExitStack()
+        if torch.is_grad_enabled():
+            stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
+        self._open.append(stack)
+
+    def _end_forward(self, owner: nn.Module, args: Any, output: Any) -> None:
+        if self._open:  # a hook of somebody else's may have failed before ours ran
+            self._open.pop().close()
+        if not torch.is_grad_enabled() and not _in_backward():
+            self.settle()
+
+    def _enter(self, layer: StreamedLayer, module: nn.Module, args: Any) -> None:
+        backward = _in_backward()
+        if torch.is_grad_enabled() and not backward and not self._open:
+            raise RuntimeError(
+                f"layer {layer.number} is offloaded, and was called outside of the forward of its model: backward would not "
+                "find its weights. Call the model, or call the layer under torch.no_grad()."
+            )
+        self._need(layer, step=-1 if backward else 1)
+
+    def _need(self, layer: StreamedLayer, step: int) -> Slot:
+        return self.schedule.need(layer, step)
+
+    def _pack(self, tensor: Tensor) -> Any:
+        packed = self._saved.pack(tensor)
+        return tensor if packed is None else packed
+
+    def _unpack(self, packed: Any) -> Tensor:
+        tensor = self._saved.unpack(packed)
+        return packed if tensor is None else tensor
+
+
+def _in_backward() -> bool:
+    """Whether this code runs within a backward, as the repeated forward of a checkpointed layer does."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextlib.contextmanager
+def streamed(model: nn.Module, offload: Offload, link: Link, *, releases: bool = True) -> Iterator[StreamedModel]:
+    """`StreamedModel` for the time of a block."""
+    made = StreamedModel(model, offload, link, releases=releases)
+    try:
+        yield made
+    finally:
+        made.remove()
