@@ -122,7 +122,8 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
     if is_scratch(recipe.model):
         assert tokenizer is not None
         seed, dtype = int(recipe.training.get("seed", 0)), DTYPES[str(recipe.dtype)]
-        fresh = scratch_model(recipe.model, tokenizer, seed=seed, dtype=dtype, device=training_device())
+        device = torch.device("cpu") if recipe.offload is not None else training_device()
+        fresh = scratch_model(recipe.model, tokenizer, seed=seed, dtype=dtype, device=device)
         return make_trainable(fresh, recipe)
     model = load_model(
         recipe.model,
@@ -130,6 +131,7 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
         trust_remote_code=recipe.trust_remote_code,
         allow_pickle=recipe.allow_pickle,
         quantization=method.quantization,
+        in_host_memory=recipe.offload is not None,
         distributed=None if recipe.distributed is None else recipe.distributed.model_dump(exclude_none=True),
     )
     return make_trainable(model, recipe)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sbft.errors import TrainingError
 from sbft.grid.tensor import GridTensor
+from sbft.native.mapped import MappedFiles
 from sbft.training.offload.link import Event, Link
 
 _ALIGNMENT = 256
@@ -90,12 +91,16 @@ class StreamedLayer:
         self._begins = [pieces[0].begin for pieces in self._pieces]
         self._host = link.host_memory(begin)
         self._at_rest: list[dict[str, Tensor]] = []
+        files = MappedFiles()
         for parameter, pieces in zip(self.parameters, self._pieces, strict=True):
             here = {piece.name: piece.in_host(self._host) for piece in pieces}
+            before = [(tensor.data_ptr(), tensor.nbytes) for tensor in _tensors(parameter).values()]
             for name, tensor in _tensors(parameter).items():
                 here[name].copy_(tensor)
             self._at_rest.append(here)
             _set(parameter, here)
+            for address, size in before:
+                files.forget(address, size)
         self.slot: Slot | None = None
         self.written: Event | None = None
         self.is_changed = False
