@@ -34,6 +34,9 @@ class Link(Protocol):
             OffloadError: if there is none.
         """
 
+    def free_host_memory(self, memory: Tensor) -> None:
+        """Give up what `host_memory` returned, and nothing copies to or from any more."""
+
     def device_memory(self, size_bytes: int) -> Tensor:
         """Memory of the device: uint8 (size_bytes,)."""
 
@@ -83,6 +86,11 @@ class CudaLink:
         self._pinned.append(memory)
         return memory
 
+    def free_host_memory(self, memory: Tensor) -> None:
+        """It is no longer pinned."""
+        self._pinned = [other for other in self._pinned if other is not memory]
+        _unpin(memory)
+
     def device_memory(self, size_bytes: int) -> Tensor:
         """From torch's caching allocator."""
         return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
@@ -125,9 +133,13 @@ class CudaLink:
         self._in.synchronize()
         self._out.synchronize()
         for memory in self._pinned:
-            if memory.numel():
-                torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            _unpin(memory)
         self._pinned.clear()
+
+
+def _unpin(memory: Tensor) -> None:
+    if memory.numel():
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def link_to(device: torch.device) -> Link:

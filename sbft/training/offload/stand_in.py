@@ -84,6 +84,10 @@ class StandIn:
         self.host_bytes += size_bytes
         return torch.empty(size_bytes, dtype=torch.uint8)
 
+    def free_host_memory(self, memory: Tensor) -> None:
+        """Count it no longer."""
+        self.host_bytes -= memory.nbytes
+
     def device_memory(self, size_bytes: int) -> Tensor:
         """Ordinary memory, poisoned until something is copied to it."""
         self.device_bytes += size_bytes

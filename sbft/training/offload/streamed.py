@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sbft.grid.tensor import GridTensor
 from sbft.recipe.offload import Offload
+from sbft.training.offload.activations import SavedInput, SavedInputs
 from sbft.training.offload.layers import BUFFERS, find_decoder, streamed_parameters
 from sbft.training.offload.link import Link
 from sbft.training.offload.saved import SavedWeights
 from sbft.training.offload.schedule import Schedule
-from sbft.training.offload.storage import Slot, StreamedLayer
+from sbft.training.offload.storage import StreamedLayer
 
 
 class StreamedModel:
@@ -49,20 +50,29 @@ class StreamedModel:
         self.schedule = Schedule(
             list(layers.values()), min(BUFFERS if trains else BUFFERS - 1, max(len(layers), 2)), link
         )
-        self._saved = SavedWeights(self.schedule, functools.partial(self._need, step=-1))
+        self._saved = SavedWeights(self.schedule, functools.partial(self.schedule.need, step=-1))
+        self._inputs = SavedInputs(link) if offload.activations else None
         self._open: list[contextlib.ExitStack] = []
+        self._within: StreamedLayer | None = None
         self._handles: list[Any] = [
             decoder.owner.register_forward_pre_hook(self._begin_forward),
             decoder.owner.register_forward_hook(self._end_forward, always_call=True),
         ]
-        for number, layer in layers.items():
-            enter = functools.partial(self._enter, layer)
-            self._handles.append(decoder.layers[number].register_forward_pre_hook(enter))
+        for number, module in enumerate(decoder.layers):
+            enter = functools.partial(self._enter, layers.get(number))
+            leave = functools.partial(self._leave, number == len(decoder.layers) - 1)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
 
     @property
     def is_attached(self) -> bool:
         """Whether layers are still streamed; false after `remove`."""
         return bool(self._handles)
+
+    @property
+    def computes(self) -> bool:
+        """Whether the layers' forward or a backward runs now."""
+        return bool(self._open) or _in_backward()
 
     def before_update(self, parameter: Tensor) -> None:
         """A hook for a gradient that is complete: the parameter has to be on the device for its update."""
@@ -100,11 +110,14 @@ class StreamedModel:
     # Hooks
 
     def _begin_forward(self, owner: nn.Module, args: Any) -> None:
+        self._within = None  # an error may have left a layer
         if not _in_backward():
             self.settle()
         stack = contextlib.ExitStack()
         if torch.is_grad_enabled():
             stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
+            if self._inputs is not None:
+                self._inputs.begin()
         self._open.append(stack)
 
     def _end_forward(self, owner: nn.Module, args: Any, output: Any) -> None:
@@ -113,25 +126,57 @@ class StreamedModel:
         if not torch.is_grad_enabled() and not _in_backward():
             self.settle()
 
-    def _enter(self, layer: StreamedLayer, module: nn.Module, args: Any) -> None:
+    def _enter(self, layer: StreamedLayer | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A layer's forward begins; within backward, where checkpointing repeats its hooks as well."""
         backward = _in_backward()
-        if torch.is_grad_enabled() and not backward and not self._open:
-            raise RuntimeError(
-                f"layer {layer.number} is offloaded, and was called outside of the forward of its model: backward would not "
-                "find its weights. Call the model, or call the layer under torch.no_grad()."
-            )
-        self._need(layer, step=-1 if backward else 1)
+        if layer is not None:
+            if torch.is_grad_enabled() and not backward and not self._open:
+                raise RuntimeError(
+                    f"layer {layer.number} is offloaded, and was called outside of the forward of its model: backward would "
+                    "not find its weights. Call the model, or call the layer under torch.no_grad()."
+                )
+            self.schedule.need(layer, -1 if backward else 1)
+        if not backward:
+            self._within = layer
+            if self._inputs is not None:
+                self._inputs.expect(_hidden_states((*args, kwargs.get("hidden_states"))))
 
-    def _need(self, layer: StreamedLayer, step: int) -> Slot:
-        return self.schedule.need(layer, step)
+    def _leave(self, is_last: bool, module: nn.Module, args: Any, output: Any) -> None:
+        if _in_backward():
+            return
+        self._within = None
+        if self._inputs is not None:
+            self._inputs.expect(None if is_last else _hidden_states(output))
 
     def _pack(self, tensor: Tensor) -> Any:
-        packed = self._saved.pack(tensor)
-        return tensor if packed is None else packed
+        weight = self._saved.pack(tensor)
+        if weight is not None:
+            return weight
+        saved: Any = None if self._inputs is None else self._inputs.pack(tensor)
+        saved = tensor if saved is None else saved
+        return saved if self._within is None else _InLayer(self._within, saved)
 
     def _unpack(self, packed: Any) -> Tensor:
-        tensor = self._saved.unpack(packed)
-        return packed if tensor is None else tensor
+        weight = self._saved.unpack(packed)
+        if weight is not None:
+            return weight
+        if isinstance(packed, _InLayer):  # of a checkpointed layer, whose forward is repeated now
+            self.schedule.need(packed.layer, -1)
+            packed = packed.saved
+        return packed.read() if isinstance(packed, SavedInput) else packed
+
+
+class _InLayer(NamedTuple):
+    """What autograd has saved during the forward of a layer."""
+
+    layer: StreamedLayer
+    saved: Tensor | SavedInput
+
+
+def _hidden_states(values: Any) -> Tensor | None:
+    """The first tensor of a layer's arguments or outputs."""
+    values = (values,) if isinstance(values, Tensor) else values
+    return next((value for value in values or () if isinstance(value, Tensor)), None)
 
 
 def _in_backward() -> bool:

@@ -50,6 +50,8 @@ def train_watched(
     on_links(patch, lambda: WatchedLink(eager=eager))
     trainer = trainer_of(folder, model, **{"offload": "layers", **arguments})
     assert trainer.streamed is not None and isinstance(trainer.streamed.link, WatchedLink)
+    streamed = trainer.streamed
+    streamed.link.computes = lambda: streamed.computes
     run_watched(trainer.streamed.link, patch, trainer.train)
     return trainer
 

@@ -26,13 +26,25 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "int4": ({"hidden": 128, "tied": True}, {"weights": "int4"}),
     "int12 and bfloat16": ({"hidden": 128}, {"weights": {"default": "int12", "*.layers.1.mlp": "bfloat16"}}),
     "batch 2": ({}, {"per_device_train_batch_size": 2, "gradient_checkpointing": True}),
-    "three of five layers": ({}, {"offload": {"layers": 3}}),
+    "three layers of five": ({}, {"offload": {"layers": 3}}),
     "every second layer checkpointed": (
         {},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
     ),
     "gpt2": ({"kind": "gpt2"}, {"sliced_vocabulary": True}),
     "gemma3 with muon": ({"kind": "gemma3"}, {"token_optimizer": "muon", "momentum": 0.9}),
+    "all layers and their inputs": (
+        {"kind": "qwen3"},
+        {"gradient_checkpointing": True, "offload": {"layers": "all", "activations": True}},
+    ),
+    "two layers, inputs of all, every second checkpointed": (
+        {},
+        {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"every_n_layers": 2},
+            "offload": {"layers": 2, "activations": True},
+        },
+    ),
     "own loss": ({}, {"logits_free_loss": False, "token_optimizer": "adamw"}),
 }
 
@@ -47,11 +59,17 @@ def test_streamed_layers_train_to_the_same_bits(case: str, tmp_path: Path, monke
     assert streamed.streamed is not None
     link: Any = streamed.streamed.link
     layers = streamed.streamed.schedule.layers
-    assert len(layers) == (3 if case.startswith("three") else 5)
+    assert len(layers) == {"three": 3, "two": 2}.get(case.split()[0], 5)
     largest = max(size_bytes(layer.parameters) for layer in layers)
-    assert link.device_bytes == BUFFERS * largest and link.host_bytes == sum(layer.size_bytes for layer in layers)
-    steps = 4
-    assert link.copied_out == steps * sum(layer.trained_part(layer.host()).nbytes for layer in layers)
+    assert link.device_bytes == min(BUFFERS, len(layers)) * largest
+    of_layers = 4 * sum(layer.trained_part(layer.host()).nbytes for layer in layers)
+    of_inputs = link.copied_out - of_layers
+    if "inputs" not in case:
+        assert of_inputs == 0 and link.host_bytes == sum(layer.size_bytes for layer in layers)
+    else:
+        tokens = int(streamed.state.log_history[-2]["tokens_seen"])
+        trials = 24  # two batches of 12 tokens, which show that the loss from the head is the model's own
+        assert of_inputs == (3 if "second" in case else 5) * (tokens + trials) * 64 * 2
 
 
 def test_copies_may_run_as_early_as_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

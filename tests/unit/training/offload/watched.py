@@ -5,7 +5,7 @@ What the arithmetic does is seen operation by operation. Compiled updates go pas
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,8 @@ class WatchedLink(StandIn):
         self.clock = 0
         self._order: list[Moment] = []  # of copies out
         self.copying = False
+        self.computes: Callable[[], bool] = lambda: False
+        """Whether the device's arithmetic runs now, and no code of the host."""
 
     def host_memory(self, size_bytes: int) -> Tensor:
         return self._watch(super().host_memory(size_bytes), False)
@@ -87,6 +89,8 @@ class WatchedLink(StandIn):
                 )
             self.clock += 1
             memory.last_use = self.clock
+        elif self.computes():
+            raise RaceError(f"{what} computes with a weight that is in the host's memory")
         elif memory.leaving:
             raise RaceError(f"{what} reads the host's memory while a layer is being written back to it")
 
@@ -103,25 +107,30 @@ class WatchedLink(StandIn):
 
     def copy_in(self, target: Tensor, source: Tensor, after: Iterable[Moment]) -> Moment:
         after = list(after)
-        there, here = self.memory_of(target), self.memory_of(source)
-        assert there is not None and here is not None
+        # A layer's input is copied to memory of its own.
+        there, here = self.memory_of(target) or _Memory(target, True), self.memory_of(source)
+        assert here is not None
         self._check_after_arithmetic(there, after, "is copied over")
         if not set(there.leaving) <= set(after):
             raise RaceError("a layer is copied over another that is still being written back")
-        if not set(here.leaving) <= set(after):
+        if here.leaving and here.leaving[-1] not in after:
             raise RaceError("a layer is brought back before it has arrived in the host's memory")
         moment = super().copy_in(target, source, after)
         there.arriving, there.is_there, there.leaving, there.last_use = moment, False, [], 0
         here.read_by.append(moment)
+        if there not in self.memories:
+            self.memories.insert(0, there)
         return moment
 
     def copy_out(self, target: Tensor, source: Tensor, after: Iterable[Moment]) -> Moment:
         after = list(after)
-        there, here = self.memory_of(source), self.memory_of(target)
-        assert there is not None and here is not None
+        there, here = self.memory_of(source) or _Memory(source, True, is_there=True), self.memory_of(target)
+        assert here is not None
         self._check_after_arithmetic(there, after, "is written back")
-        if not there.is_there or here.read_by:
+        if not there.is_there:
             raise RaceError("a layer is written back that has not arrived")
+        if not set(here.read_by) <= set(after):
+            raise RaceError("the host's memory is written to while a copy to the device may read it")
         moment = super().copy_out(target, source, after)
         self._order.append(moment)
         there.leaving.append(moment)
