@@ -25,6 +25,8 @@ def why_arguments_refuse(args: Any) -> str | None:
         "cuda_graphs=True, whose graphs hold addresses of weights": args.cuda_graphs,
         "torch_compile=True, which traces no hooks on layers": others.get("torch_compile"),
         f"fsdp={others.get('fsdp')!r}, which has weights of its own on every device": others.get("fsdp"),
+        "fp16_full_eval=True, which moves the whole model to the device": others.get("fp16_full_eval"),
+        "bf16_full_eval=True, which moves the whole model to the device": others.get("bf16_full_eval"),
         "deepspeed, which keeps weights in a form of its own": others.get("deepspeed"),
         "parallelism_config, which shards weights over devices": others.get("parallelism_config"),
     }

@@ -49,6 +49,8 @@ class Schedule:
         place = self._places[layer] + step
         if step and 0 <= place < len(self.layers):
             self._bring(self.layers[place], keep=layer)
+            self._count += 1
+            slot.last_used = self._count  # what is in use is given up last
         return slot
 
     def owner(self, parameter: Tensor) -> StreamedLayer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sbft.grid.tensor import GridTensor
 from sbft.recipe.offload import Offload
 from sbft.training.offload.activations import SavedInput, SavedInputs
+from sbft.training.offload.four_bits import streamed_products
 from sbft.training.offload.layers import BUFFERS, find_decoder, streamed_parameters
 from sbft.training.offload.link import Link
 from sbft.training.offload.saved import SavedWeights
@@ -50,10 +51,12 @@ class StreamedModel:
         self.schedule = Schedule(
             list(layers.values()), min(BUFFERS if trains else BUFFERS - 1, max(len(layers), 2)), link
         )
-        self._saved = SavedWeights(self.schedule, functools.partial(self.schedule.need, step=-1))
+        need = functools.partial(self.schedule.need, step=-1)
+        self._saved = SavedWeights(self.schedule, need)
         self._inputs = SavedInputs(link) if offload.activations else None
         self._open: list[contextlib.ExitStack] = []
         self._within: StreamedLayer | None = None
+        self._restore: list[Callable[[], object]] = []
         self._handles: list[Any] = [
             decoder.owner.register_forward_pre_hook(self._begin_forward),
             decoder.owner.register_forward_hook(self._end_forward, always_call=True),
@@ -63,6 +66,8 @@ class StreamedModel:
             leave = functools.partial(self._leave, number == len(decoder.layers) - 1)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
+            if number in layers:
+                self._restore.extend(streamed_products(module, layers[number], need))
 
     @property
     def is_attached(self) -> bool:
@@ -82,6 +87,14 @@ class StreamedModel:
         """A hook for a gradient that was used: the layer of which this was the last goes back."""
         self.schedule.note_update(parameter)  # type: ignore[arg-type]
 
+    def place_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Move the state of streamed parameters to the device; one that was loaded is where the parameters were."""
+        for parameter in self.parameters:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    state[name] = value.to(self.link.device)
+
     def settle(self) -> None:
         """Have all weights in the host's memory, with every update."""
         self.schedule.settle()
@@ -91,7 +104,10 @@ class StreamedModel:
         self.settle()
         for handle in self._handles:
             handle.remove()
+        for restore in self._restore:
+            restore()
         self._handles.clear()
+        self._restore.clear()
         self.link.close()
 
     def _move_rest(self, model: nn.Module) -> None:

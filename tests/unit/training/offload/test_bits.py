@@ -14,6 +14,7 @@ from sbft.training.offload.layers import BUFFERS
 from sbft.training.offload.link import Event
 from sbft.training.offload.schedule import Schedule
 from sbft.training.offload.storage import size_bytes
+from sbft.training.offload.streamed import StreamedModel, _InLayer
 from tests.tiny import tiny_model
 from tests.unit.training.offload.runs import assert_same, train, train_watched
 from tests.unit.training.offload.watched import RaceError, WatchedLink
@@ -146,6 +147,20 @@ def test_without_a_wait_the_stand_in_raises(
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(RaceError, match=words):
         train_watched(tmp_path, tiny_model(layers=5), monkeypatch, eager=eager, max_steps=2)
+
+
+def test_a_checkpointed_layer_is_brought_before_its_forward_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hooks do not run then."""
+    unpack = StreamedModel._unpack
+
+    def without_its_layer(self: StreamedModel, packed: Any) -> torch.Tensor:
+        return unpack(self, packed.saved if isinstance(packed, _InLayer) else packed)
+
+    monkeypatch.setattr(StreamedModel, "_unpack", without_its_layer)
+    with pytest.raises(RaceError, match="computes with a weight that is in the host's memory"):
+        train_watched(tmp_path, tiny_model(layers=5), monkeypatch, gradient_checkpointing=True)
 
 
 def test_a_layer_is_not_brought_before_it_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sbft.errors import ModelError, TrainingError
 from sbft.grid.weight import GridWeight
+from sbft.models.load import load_model
+from sbft.optim import Adafactor
 from sbft.recipe.offload import Offload
 from sbft.training.offload.link import OffloadError
 from sbft.training.offload.stand_in import StandIn
 from sbft.training.offload.streamed import StreamedModel, streamed
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 from tests.unit.training.offload.runs import assert_same, on_links, outcome, train, train_watched, trainer_of
 
 INPUTS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -50,6 +52,29 @@ def test_under_an_adapter_the_base_is_only_read(
     link: Any = trainer.streamed.link
     assert link.copied_out == 0 and link.copied_in > 0 and len(trainer.streamed.schedule.slots) == 2
     assert not any("lora" in name for name, p in trainer.model.named_parameters() if p in trainer.streamed.parameters)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_an_adapter_the_base_may_be_in_4_bits(
+    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    save_tiny(tmp_path / "base", layers=4, hidden=128)
+
+    def adapted() -> Any:
+        base = load_model(str(tmp_path / "base"), dtype=torch.bfloat16, quantization="nf4")
+        torch.manual_seed(0)
+        return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+    arguments = {"token_optimizer": None, "optim": "adamw_torch", "gradient_checkpointing": checkpointing}
+    resident = train(tmp_path, adapted(), **arguments)
+    trainer = train_watched(tmp_path, adapted(), monkeypatch, **arguments)
+    assert_same(resident, trainer)
+    assert trainer.streamed is not None
+    assert sum(p.dtype == torch.uint8 for p in trainer.streamed.parameters) == 28
+    trainer.stop_offloading()
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -230,6 +255,19 @@ def test_two_forwards_before_one_backward_give_the_gradients_of_a_resident_model
         assert one.grad is None if not one.requires_grad else torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
 
 
+def test_a_state_that_was_loaded_follows_the_updates_to_the_device() -> None:
+    model = tiny_model(layers=3)
+    optimizer = Adafactor(model.parameters(), lr=1e-3)
+    with streamed(model, Offload(), StandIn()) as made:
+        for parameter in model.parameters():
+            optimizer.state[parameter] = optimizer.new_state(parameter)
+        made.link.device = torch.device("meta")
+        made.place_state(optimizer)
+        for parameter, state in optimizer.state.items():
+            on_device = {value.device.type == "meta" for value in state.values()}
+            assert on_device == {parameter in made.parameters}
+
+
 # What is refused
 
 
@@ -271,6 +309,7 @@ def test_memory_that_cannot_be_pinned_is_said(tmp_path: Path, monkeypatch: pytes
         ({"offload": {"layers": True}}, "expected layers, or keys such as"),
         ({"gradient_release": False}, "needs gradient_release=True"),
         ({"cuda_graphs": True}, "cuda_graphs=True, whose graphs hold addresses"),
+        ({"bf16_full_eval": True, "use_cpu": True}, "moves the whole model to the device"),
         ({"torch_compile": True}, "torch_compile=True, which traces no hooks"),
         ({"offload": {"activations": True}}, "Set gradient_checkpointing=True"),
     ],
