@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
         return type(linear).forward(linear, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         from bitsandbytes.functional import dequantize_4bit
 
         ctx.need()
