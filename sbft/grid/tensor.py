@@ -92,7 +92,8 @@ class GridTensor(Tensor):
         if not isinstance(other, GridTensor) or other.shape != self.shape:
             raise TypeError(
                 f"the data of a weight on a grid can only be replaced by another such weight of shape {tuple(self.shape)}, got "
-                f"{other.dtype} of shape {tuple(other.shape)}. Use copy_ to round values to the grid; its dtype cannot be changed"
+                f"{other.dtype} of shape {tuple(other.shape)}. Use copy_ to round values to the grid; its dtype cannot be "
+                "changed"
             )
         if other.device != self.device:
             Tensor.data.__set__(self, other)  # type: ignore[attr-defined]  # the device that torch takes it to be on
