@@ -96,7 +96,10 @@ class StreamedModel:
                     state[name] = value.to(self.link.device)
 
     def settle(self) -> None:
-        """Have all weights in the host's memory, with every update."""
+        """Have all weights in the host's memory, with every update; not within a forward or a backward."""
+        while self._open:  # torch runs no hooks where Ctrl-C has ended a forward
+            self._open.pop().close()
+        self._within = None
         self.schedule.settle()
 
     def remove(self) -> None:
@@ -126,9 +129,8 @@ class StreamedModel:
     # Hooks
 
     def _begin_forward(self, owner: nn.Module, args: Any) -> None:
-        self._within = None  # an error may have left a layer
         if not _in_backward():
-            self.settle()
+            self.schedule.settle()
         stack = contextlib.ExitStack()
         if torch.is_grad_enabled():
             stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
@@ -140,7 +142,7 @@ class StreamedModel:
         if self._open:  # a hook of somebody else's may have failed before ours ran
             self._open.pop().close()
         if not torch.is_grad_enabled() and not _in_backward():
-            self.settle()
+            self.schedule.settle()
 
     def _enter(self, layer: StreamedLayer | None, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A layer's forward begins; within backward, where checkpointing repeats its hooks as well."""

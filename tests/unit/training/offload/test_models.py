@@ -210,6 +210,21 @@ def test_after_an_error_the_model_is_whole_and_as_a_resident_one_would_be(
             assert torch.equal(*(model(input_ids=INPUTS).logits for model in models))
 
 
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    on_links(monkeypatch)
+    trainer = trainer_of(tmp_path, tiny_model(layers=4), offload="layers")
+    handle = trainer.model.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    handle.remove()
+    trainer.train()
+    assert_same(train(tmp_path, tiny_model(layers=4)), trainer)
+
+
 def test_a_trainer_that_stops_offloading_leaves_a_plain_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_links(monkeypatch)
     trainer = train(tmp_path, tiny_model(layers=4), offload="layers")
