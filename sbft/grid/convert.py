@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sbft.errors import ModelError
 from sbft.grid.formats import GRIDS, NAMED, Grid, fits
 from sbft.grid.weight import GridWeight
+from sbft.native.mapped import MappedFiles
 
 DEFAULT = "default"
 KEPT = "bfloat16"
@@ -71,10 +72,13 @@ def put_on_grids(
         if pattern != DEFAULT:
             _check_pattern(pattern, shared, suited)
     put = {}
+    files = MappedFiles()
     for parameter in suited:
         name = _format_of(parameter.names, formats)
         if name != KEPT:
+            address, size_bytes = parameter.tensor.data_ptr(), parameter.tensor.nbytes
             parameter.replace(NAMED[name])
+            files.forget(address, size_bytes)
             put[parameter.names[0]] = name
     return put
 

@@ -89,12 +89,14 @@ class GridTensor(Tensor):
 
     @data.setter
     def data(self, other: Tensor) -> None:
-        if not isinstance(other, GridTensor) or other.shape != self.shape or other.device != self.device:
+        if not isinstance(other, GridTensor) or other.shape != self.shape:
             raise TypeError(
-                f"the data of a weight on a grid can only be replaced by another such weight on {self.device} of shape "
-                f"{tuple(self.shape)}, got {other.dtype} on {other.device} of shape {tuple(other.shape)}. Use copy_ to round "
-                "values to the grid; its dtype cannot be changed"
+                f"the data of a weight on a grid can only be replaced by another such weight of shape {tuple(self.shape)}, got "
+                f"{other.dtype} of shape {tuple(other.shape)}. Use copy_ to round values to the grid; its dtype cannot be "
+                "changed"
             )
+        if other.device != self.device:
+            Tensor.data.__set__(self, other)  # type: ignore[attr-defined]  # the device that torch takes it to be on
         self.quantized, self.is_transposed = other.quantized, other.is_transposed
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:

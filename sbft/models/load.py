@@ -120,6 +120,7 @@ def load_model(
     quantization: Quantization | None = None,
     allow_pickle: bool = False,
     distributed: dict[str, Any] | None = None,
+    in_host_memory: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model in one dtype. A folder with a LoRA adapter loads as its base with the adapter on it.
 
@@ -135,6 +136,8 @@ def load_model(
             with `weights_only=True`) runs only the parts of it that make tensors.
         distributed: sizes of transformers' DistributedConfig (`fsdp_size`, `tp_size`, ...): each process reads only its
             own shards of the weights.
+        in_host_memory: leave the weights where they are read, in memory that is mapped from their files, for a trainer that
+            copies them from there layer by layer; random weights are made on the CPU.
 
     Returns:
         The model on the CPU, in evaluation mode. Random weights are made on the device that they are trained on.
@@ -144,10 +147,13 @@ def load_model(
             lacks weights or has them in a pickle, or `dtype` is float16.
         MissingPackageError: if an adapter or its 4-bit base needs a package that is not installed.
     """
-    how = _How(dtype, trust_remote_code, attn_implementation, quantization, allow_pickle, distributed)
+    how = _How(dtype, trust_remote_code, attn_implementation, quantization, allow_pickle, distributed, in_host_memory)
     _refuse(model, how)
     if is_random(model):
-        return random_model(model, dtype=dtype, device=training_device(), attn_implementation=attn_implementation)
+        import torch
+
+        device = torch.device("cpu") if in_host_memory else training_device()
+        return random_model(model, dtype=dtype, device=device, attn_implementation=attn_implementation)
     folder = resolve(model)
     check_folder(model, folder)
     if not allow_pickle:
@@ -173,6 +179,7 @@ class _How:
     quantization: Quantization | None
     allow_pickle: bool
     distributed: dict[str, Any] | None
+    in_host_memory: bool
 
 
 def _refuse(model: str, how: _How) -> None:
@@ -242,7 +249,7 @@ def _load_checkpoint(model: str, folder: str, how: _How) -> PreTrainedModel:
         )
     if how.quantization is not None:
         keep_trainable(loaded)
-    if not torch.accelerator.is_available() and how.distributed is None:
+    if not torch.accelerator.is_available() and how.distributed is None and not how.in_host_memory:
         _own_weights(loaded)
     result: PreTrainedModel = loaded.eval()
     return result

@@ -52,6 +52,7 @@ def contradictions(content: dict[str, Any], name: str) -> Iterator[tuple[Key, st
     if (schedule := content.get("batch_schedule")) is not None:
         yield from _schedule_contradictions(schedule, content, method)
     yield from problems_of_pretraining(content, _DEFAULTS)
+    yield from _offloaded(content, name, method)
     if isinstance(content.get("data", {}).get("train"), str):
         whole = complete(content)
         yield from _release_contradictions(whole, name)
@@ -153,6 +154,46 @@ def _sharding(content: dict[str, Any], name: str, method: Method) -> Iterator[tu
                 ("lora", "dora"),
                 "is true together with distributed, but DoRA requires the norms of whole matrices. Leave one of them out.",
             )
+
+
+def _offloaded(content: dict[str, Any], name: str, method: Method) -> Iterator[tuple[Key, str]]:
+    value = content.get("offload")
+    if value is None:
+        return
+    optimizer, training = content.get("optimizer", {}), content.get("training", {})
+    trains_all = method.lora_defaults is None
+    if trains_all and method.optimizer not in OPTIMIZERS:
+        users = [other for other in METHODS if METHODS[other].lora_defaults or METHODS[other].optimizer in OPTIMIZERS]
+        yield (
+            ("offload",),
+            f"is given, but the optimizer of method {name} updates all weights at once, after backward. Take a method that "
+            f"updates layer by layer, or trains an adapter: {', '.join(users)}.",
+        )
+    elif trains_all and not {**method.optimizer_defaults, **optimizer}.get("gradient_release"):
+        yield (
+            ("offload",),
+            "is given, but a layer can leave the device only when its weights are updated in backward. Write "
+            "optimizer.gradient_release: true.",
+        )
+    if optimizer.get("cuda_graphs"):
+        yield (
+            ("offload",),
+            "is given with optimizer.cuda_graphs, whose graphs hold addresses of weights. Leave one out.",
+        )
+    if content.get("distributed") is not None:
+        yield ("offload",), "is given with distributed, and works in one process. Leave out one of them."
+    if training.get("torch_compile"):
+        yield (
+            ("offload",),
+            "is given with training.torch_compile, which traces no hooks on layers. Leave out one of them.",
+        )
+    checkpoints = any(training.get(f"{what}_checkpointing") for what in ("gradient", "activation"))
+    if isinstance(value, dict) and value.get("activations") and not checkpoints:
+        yield (
+            ("offload",),
+            "asks for activations, which are the layers' inputs that checkpointing saves. Write "
+            "training.gradient_checkpointing: true.",
+        )
 
 
 def _schedule_contradictions(

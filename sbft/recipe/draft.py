@@ -76,6 +76,7 @@ FLAGS: dict[str, Key] = {
     "model": ("model",),
     "method": ("method",),
     "weights": ("weights",),
+    "offload": ("offload",),
     "data": ("data", "train"),
     "eval_data": ("data", "eval"),
     "output_dir": ("output_dir",),

@@ -13,6 +13,7 @@ from sbft.errors import holds_secret
 from sbft.recipe.contradictions import contradictions, given_twice
 from sbft.recipe.draft import Draft, Key
 from sbft.recipe.methods import METHODS
+from sbft.recipe.offload import EXPECTED
 from sbft.recipe.schema import INNER_SECTIONS, SECTIONS, Recipe, fields_at
 from sbft.recipe.training_keys import RANGES, training_problem, training_types
 from sbft.recipe.wording import closest, nearest, shown
@@ -36,6 +37,7 @@ _QUOTE = "quote words such as 'yes' and 'no', which YAML takes for true and fals
 _EXPECTED: dict[Key, str] = {
     ("freeze",): "a list of patterns of parameter names, such as [embeddings] or ['model.layers.0.*']",
     ("data", "label_names"): f"a word for each value of the column, such as {{0: negative, 1: positive}}; {_QUOTE}",
+    ("offload",): EXPECTED,
     ("model",): "a hub id, a folder, builtin:NAME, or scratch:SIZE",
     ("tokenizer",): "the name or folder of a tokenizer, or bpe:2048",
     ("data", "train"): "a file, a hub id, or generated:NAME",

@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from sbft.grid.formats import on_grids
+from sbft.recipe.offload import Offload, offload_of
 from sbft.recipe.settings import Setting, settings_in
 
 WeightFormat = Literal["float32", "bfloat16", "int12", "int8", "int4", "int8/32", "int6", "int4/64"]
@@ -205,6 +206,15 @@ class BatchScheduleConfig(_made_of("batch_schedule")):  # type: ignore[misc]
     examples seen; half-lives in tokens need no change."""
 
 
+class OffloadConfig(_Section):
+    """Which layers are in the host's memory."""
+
+    layers: PositiveInt | Literal["all", "auto"] = "all"
+    """How many of the decoder's layers are streamed: a number, all, or auto for as few as fit."""
+    activations: bool = False
+    """Keep the layers' inputs that gradient checkpointing saves in the host's memory too."""
+
+
 class EvaluationConfig(_Section):
     """What is measured before and after training."""
 
@@ -258,6 +268,9 @@ class Recipe(_Section):
     weights: WeightFormat | Annotated[dict[_Word, WeightFormat], Field(min_length=1)] | None = None
     """What weights are stored in: float32, bfloat16, int12, int8 or int4; or formats by patterns of their names, such as
     {default: int4, lm_head: int8}. int8/32, int6 and int4/64 are for comparisons. Default: that of the method, or dtype."""
+    offload: Literal["layers"] | OffloadConfig | None = None
+    """Keep layers in the host's memory and stream them through the device: layers, for all of them; or {layers: N} for N of
+    them, layers: auto for as few as fit. activations: true does the same with the layers' inputs that checkpointing saves."""
     trust_remote_code: bool = False
     """Run the Python code that comes with a model."""
     allow_pickle: bool = False
@@ -267,6 +280,11 @@ class Recipe(_Section):
     def grids(self) -> str | dict[str, str] | None:
         """The formats of weights on a grid, as `sbft.grid.convert.put_on_grids` takes them; None if no weight is on one."""
         return on_grids(self.weights)
+
+    @property
+    def offloaded(self) -> Offload | None:
+        """What `offload` asks for; None if nothing is offloaded."""
+        return offload_of(self.offload.model_dump() if isinstance(self.offload, OffloadConfig) else self.offload)
 
     @property
     def largest_batch(self) -> int:

@@ -270,6 +270,12 @@ SETTINGS = (
         OPTIMIZERS, of_trainer=True, section=None,
     ),
     Setting(
+        "offload", str, None,
+        "Keep layers in the host's memory and stream them through the device: layers, for all of them; or "
+        "{layers: N, activations: true} for N of them, and the saved inputs of layers too.",
+        _ALL, of_trainer=True, section=None,
+    ),
+    Setting(
         "cast_weights", bool, None, "With stochastic rounding, cast a float32 model to bfloat16 before training.",
         of_trainer=True, section=None, default=True,
     ),

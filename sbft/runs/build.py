@@ -69,6 +69,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> SmallBatchTrainingAr
     # The model is loaded in the recipe's dtype, which may be float32.
     chosen["cast_weights"] = False
     chosen["weights"] = recipe.grids
+    chosen["offload"] = recipe.model_dump()["offload"]
     # All weights take part in every step; searching for those that do not would cost time, and a warning.
     chosen["ddp_find_unused_parameters"] = False
     chosen.update({_current_name(name): value for name, value in recipe.training.items()})
@@ -121,7 +122,8 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
     if is_scratch(recipe.model):
         assert tokenizer is not None
         seed, dtype = int(recipe.training.get("seed", 0)), DTYPES[str(recipe.dtype)]
-        fresh = scratch_model(recipe.model, tokenizer, seed=seed, dtype=dtype, device=training_device())
+        device = torch.device("cpu") if recipe.offload is not None else training_device()
+        fresh = scratch_model(recipe.model, tokenizer, seed=seed, dtype=dtype, device=device)
         return make_trainable(fresh, recipe)
     model = load_model(
         recipe.model,
@@ -129,6 +131,7 @@ def prepare_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = No
         trust_remote_code=recipe.trust_remote_code,
         allow_pickle=recipe.allow_pickle,
         quantization=method.quantization,
+        in_host_memory=recipe.offload is not None,
         distributed=None if recipe.distributed is None else recipe.distributed.model_dump(exclude_none=True),
     )
     return make_trainable(model, recipe)

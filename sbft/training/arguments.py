@@ -19,6 +19,7 @@ from sbft.grid.formats import DTYPES, on_grids
 from sbft.recipe.pretraining import PRETRAINING
 from sbft.recipe.settings import ARGUMENTS, OPTIMIZERS, RIVALS, Range, Setting
 from sbft.training.batches.batch_schedule import BatchSchedule
+from sbft.training.offload.refusals import why_arguments_refuse
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,6 +102,7 @@ class SmallBatchArguments:
     stochastic_rounding: bool = _setting("stochastic_rounding")
     rounding_seed: int | None = _setting("rounding_seed")
     weights: dict[str, str] | str | None = _setting("weights")
+    offload: dict[str, Any] | str | None = _setting("offload")
     cast_weights: bool = _setting("cast_weights")
     gradient_release: bool = _setting("gradient_release")
     cuda_graphs: bool = _setting("cuda_graphs")
@@ -123,6 +125,7 @@ class SmallBatchArguments:
             self.dataloader_pin_memory = False  # nothing to pin memory for, and torch would warn
         super().__post_init__()  # type: ignore[misc]
         self._check_checkpointing()
+        self._check_offload()
         self._refuse_settings_of_transformers()
 
     def check(self) -> None:
@@ -133,6 +136,7 @@ class SmallBatchArguments:
         """
         self._check_small_batch()
         self._check_checkpointing()
+        self._check_offload()
         self._refuse_settings_of_transformers()
 
     @classmethod
@@ -342,6 +346,12 @@ class SmallBatchArguments:
     def checkpoints_activations(self) -> bool:
         """Whether backward repeats parts of forward."""
         return any(vars(self).get(name) for name in ("activation_checkpointing", "gradient_checkpointing"))
+
+    def _check_offload(self) -> None:
+        if isinstance(self.offload, str) and self.offload.startswith("{"):
+            self.offload = json.loads(self.offload)  # from a command line, as transformers reads its dicts
+        if (reason := why_arguments_refuse(self)) is not None:
+            raise ArgumentError(reason)
 
     def _check_checkpointing(self) -> None:
         for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):

@@ -34,6 +34,7 @@ class ModelWeights(_Base):
     warn_once: Callable[[str], None]
     _may_have_foreign_optimizer: Callable[[], bool]
     _optimizer_was_passed: bool
+    _stream_layers: Callable[[nn.Module], None]
     _head: Any
     _head_made_from: Any
     _parameters_for_flos: int | None
@@ -48,14 +49,17 @@ class ModelWeights(_Base):
         return model
 
     def _check_weights(self, model: Any) -> None:
-        """Cast a float32 model to bfloat16 if its updates will be rounded stochastically, and put weights on grids.
+        """Cast a float32 model to bfloat16 if its updates will be rounded stochastically, put weights on grids, stream them.
 
         Raises:
             ModelError: if the model's weights cannot be trained.
+            OffloadError: if they are to be streamed, and this machine cannot.
         """
         self._check_dtypes(model)
         if self.args.grids is not None and model is not None:
             put_on_grids(model, self.args.grids)
+        if model is not None:
+            self._stream_layers(model)
 
     def _check_dtypes(self, model: Any) -> None:
         self._checked_model = weakref.ref(model)
@@ -175,7 +179,8 @@ class _CastInputs:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cast = {
-            name: value if self._is_target(name) else self._cast(value, "mask" in name) for name, value in kwargs.items()
+            name: value if self._is_target(name) else self._cast(value, "mask" in name)
+            for name, value in kwargs.items()
         }
         return tuple(self._cast(value) for value in args), cast
 

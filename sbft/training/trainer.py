@@ -29,6 +29,7 @@ from sbft.training.loss.sliced_vocabulary import SlicedVocabulary, most_rows, sl
 from sbft.training.loss.tied_embeddings import TiedEmbedding
 from sbft.training.model_state import shard_again
 from sbft.training.model_weights import ModelWeights, tied_and_sharded
+from sbft.training.offload.offloading import OffloadedLayers
 from sbft.training.prediction_step import PredictionStep
 from sbft.training.promotion import with_small_batch_arguments
 from sbft.training.tensor_parallel import TensorParallel
@@ -45,6 +46,7 @@ else:
 
 
 class SmallBatchMixin(
+    OffloadedLayers,
     TrainingStep,
     PredictionStep,
     LogitsFreeLoss,
@@ -149,11 +151,16 @@ class SmallBatchMixin(
                 "graph does not know. Call remove() on its handle, and the trainer attaches its own; or set cuda_graphs=False."
             )
         if self.args.gradient_release and not optimizer.releases_gradients:
+            if self.streamed is not None:
+                self.streamed.place_state(optimizer)
+                self._hook_streamed(self.streamed.before_update)
             self._hook_parameters(optimizer, self._update_begins)
             held = [*tied_and_sharded(self.model), *self._replicated()]
             release = self._attached.enter_context(optimizer.release_gradients(held))
             release.around_last_launch = self._timed_update
             self._hook_parameters(optimizer, self._update_ends)
+            if self.streamed is not None:
+                self._hook_streamed(self.streamed.after_update)
             if self.args.cuda_graphs and self.args.device.type == "cuda":
                 self._start_graphs(optimizer, head)
 

@@ -8,6 +8,10 @@ line of the record; the others come while files lie under a temporary name, that
 written, or an old one removed. After each, every folder that bears a checkpoint's name must be whole, `latest` must point
 at one, and no checkpoint that was whole before may be lost; a run that was killed, however often, must end with the same
 weights, bit by bit, and the same measurements.
+
+With --offload the killed runs stream their layers, the CPU in the role of the device, and the undisturbed one does not:
+
+    python tests/faults/kill.py --times 25 --offload --output benchmarks/results/faults/kill_offload.json
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from typing import Any
 from tiny_run import end_of, same_bits, start, train, write_recipe, write_result
 
 from sbft.training.checkpointing.checkpoints import damage, sound_checkpoint
+from sbft.training.offload import link
+from sbft.training.offload.stand_in import StandIn
 
 _POLL_S = 0.0005
 
@@ -107,8 +113,11 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=25, help="kills")
     parser.add_argument("--steps", type=int, default=16, help="of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--offload", action="store_true", help="stream the layers of the runs that are killed")
     parser.add_argument("--output", type=Path, help="JSON file")
     chosen = parser.parse_args()
+    streaming = ["--offload"] if chosen.offload else []
+    link.link_to = lambda device: StandIn()  # a run in this process's forks takes it in the place of a GPU
     chance = random.Random(chosen.seed)
     kills: list[dict[str, Any]] = []
     runs: list[bool] = []
@@ -128,7 +137,7 @@ def main() -> None:
         while True:
             out = folder / f"run-{len(runs)}"
             while True:
-                before, flags, left = newest(out), flag_for(out), temporary_names(out)
+                before, flags, left = newest(out), [*streaming, *flag_for(out)], temporary_names(out)
                 had_model = (out / "model.safetensors").exists()
                 process = start(log, lambda out=out, flags=flags: train(recipe, out, *flags))  # type: ignore[misc]
                 last = len(kills) >= chosen.times
@@ -157,6 +166,7 @@ def main() -> None:
     survived = sum(runs[kill["run"]] and kill["broken"] is None for kill in kills)
     print(f"{survived} of {len(kills)} survived, in {len(runs)} runs.")
     result = {"times": len(kills), "survived": survived, "steps": chosen.steps, "seed": chosen.seed, "runs": len(runs),
+              **({"offload": "layers"} if chosen.offload else {}),
               "took_s": round(time.monotonic() - began, 1), "kills": kills}  # fmt: skip
     write_result(chosen.output, result)
     sys.exit(survived < len(kills))

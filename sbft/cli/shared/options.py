@@ -30,6 +30,14 @@ WeightsOption = Annotated[
         "For single weights: --set weights='{default: int4, lm_head: int8}'.",
     ),
 ]
+OffloadOption = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="Keep the layers in the host's memory and stream them through the GPU. "
+        "For some of them: --set offload='{layers: 12}'.",
+    ),
+]
 OutputOption = Annotated[str | None, typer.Option(help="Folder for the model and run.json.")]
 SetOption = Annotated[
     list[str] | None,

@@ -23,6 +23,7 @@ from sbft.models.names import is_builtin, resolve
 from sbft.models.random_weights import is_random
 from sbft.models.scratch import is_scratch, scratch_config
 from sbft.planning.check.finding import Finding, Severity
+from sbft.planning.check.offload import why_not_streamed
 from sbft.runs.prepare import Prepared, evaluation_rows
 from sbft.training.batches.packing_probe import NO_PACKING, CannotTell, leak_in_words, packing_leaks_in
 from sbft.training.checkpointing.trial_save import SavingError, try_saving
@@ -225,6 +226,11 @@ def documents_mixed_up(known: Known) -> Finding | None:
     return Finding("packing-leaks", "error", f"{name} cannot be packed", leak_in_words(name), NO_PACKING)
 
 
+def layers_not_streamed(known: Known) -> Finding | None:
+    """Layers that are to be in the host's memory, and cannot be."""
+    return why_not_streamed(known.prepared.recipe, known.config)
+
+
 def unsaveable(known: Known) -> Finding | None:
     """Something in the model's files that makes it impossible to save the trained model."""
     recipe = known.prepared.recipe
@@ -272,5 +278,5 @@ def _ids(examples: Dataset) -> Iterator[np.ndarray]:
         yield table["input_ids"].combine_chunks().flatten().to_numpy()
 
 
-BEFORE_LOADING: tuple[ModelCheck, ...] = (tokens_without_a_row, longer_than_positions)
+BEFORE_LOADING: tuple[ModelCheck, ...] = (tokens_without_a_row, longer_than_positions, layers_not_streamed)
 MODEL_CHECKS: tuple[ModelCheck, ...] = (*BEFORE_LOADING, documents_mixed_up, unsaveable)

@@ -63,7 +63,8 @@ class MovementWatch:
             (_bits(old) != _bits(_values_at(parameter, positions))).sum()
             for old, (parameter, positions) in zip(before, self._sampled, strict=True)
         ]
-        device = changed[0].device
+        # Not from a GPU to the host without waiting; offloaded weights are in the host's memory, beside others on a GPU.
+        device = next((count.device for count in changed if count.device.type != "cpu"), changed[0].device)
         return torch.stack([count.to(device, non_blocking=True) for count in changed]).sum()
 
 
