@@ -18,6 +18,7 @@ from sbft.recipe.settings import OPTIMIZERS
 
 if TYPE_CHECKING:
     from sbft.planning.memory.fit import Plan, Row
+    from sbft.planning.memory.offload import Speeds
 
 _HEADINGS = {
     "weights": "weights",
@@ -41,6 +42,25 @@ def plan(
     gpu_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory of the GPU: 24GiB. Default: that of this machine."),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of the GPU's host, for --offload: 64GiB. Default: that of this machine."
+        ),
+    ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What the host's link to the GPU moves per second in one direction. Default: measured, or 25GB without a GPU.",
+        ),
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="TFLOP/s of the GPU in large bfloat16 products. Default: measured, or 100 without a GPU."
+        ),
     ] = None,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of the longest example.")] = 1024,
     batch_size: Annotated[
@@ -67,8 +87,14 @@ def plan(
 
         from sbft.native.memory import available_bytes, type_of
         from sbft.planning.memory.fit import make_plan
+        from sbft.planning.memory.offload import USUAL_SPEEDS, Speeds, measured_speeds
     planned, left_out = _methods_to_plan(methods, weights)
     device = "cuda" if gpu_memory is not None else type_of()
+    speeds = measured_speeds() if gpu_memory is None and device == "cuda" else USUAL_SPEEDS
+    speeds = Speeds(
+        speeds.link_bytes_per_s if link is None else parse_bytes(link, "--link"),
+        speeds.flops if tflops is None else tflops * 1e12,
+    )
     memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     with Console(stderr=True).status("Planning") as status:
         made = make_plan(
@@ -76,6 +102,7 @@ def plan(
             sequence_length=sequence_length,
             memory_bytes=memory,
             device=device,
+            host_bytes=None if host_memory is None else parse_bytes(host_memory, "--host-memory"),
             methods=planned,
             batch_size=batch_size,
             weights=weights,
@@ -85,9 +112,9 @@ def plan(
     if as_json:
         import json
 
-        print(json.dumps(_for_machines(made), indent=1))
+        print(json.dumps(_for_machines(made, speeds), indent=1))
     else:
-        _print_for_people(made)
+        _print_for_people(made, speeds)
     if left_out:
         Console(stderr=True, highlight=False).print(left_out, markup=False, soft_wrap=True)
 
@@ -123,11 +150,22 @@ def _methods_to_plan(methods: str | None, weights: str | None) -> tuple[list[str
     return names, None
 
 
-def _print_for_people(plan: Plan) -> None:
+def _print_for_people(plan: Plan, speeds: Speeds) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from sbft.planning.memory.offload import HOST_MARGIN_BYTES
+
     console = Console(highlight=False)
+    for row in plan.rows:
+        if row.verdict == "host" and row.prediction is not None and row.prediction.streaming is not None:
+            console.print(
+                f"The host's memory is the limit: with --offload, {row.method} requires "
+                f"{_gib(row.prediction.streaming.host_bytes + HOST_MARGIN_BYTES)} GiB of it, and there are "
+                f"{_gib(plan.host_bytes)} GiB. Name another machine's with --host-memory.",
+                markup=False,
+                soft_wrap=True,
+            )
     where = "GPU" if plan.device == "cuda" else "CPU"
     console.print(
         f"{plan.model}, sequences of {plan.sequence_length} tokens, {where} with {_gib(plan.memory_bytes)} GiB. "
@@ -160,6 +198,7 @@ def _print_for_people(plan: Plan) -> None:
         markup=False,
         soft_wrap=True,
     )
+    _print_streaming(console, plan, speeds)
     lines = [row.command for row in _to_type(plan)]
     if lines:
         console.print("\nCommands that fit:", *(f"  {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
@@ -167,8 +206,49 @@ def _print_for_people(plan: Plan) -> None:
         console.print("\nNothing fits at this length.", markup=False)
 
 
+def _print_streaming(console: Any, plan: Plan, speeds: Speeds) -> None:
+    """What streaming layers takes beside the device's memory."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("method", no_wrap=True)
+    for heading in ("host", "in", "out", "s per step", "hidden from"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in plan.rows:
+        if (costs := _streaming(row, plan, speeds)) is not None:
+            moved = (_gib(costs[part]) for part in ("host_bytes", "moved_in_bytes", "moved_out_bytes"))
+            table.add_row(_label(row), *moved, f"{costs['step_s']:.2f}", f"{costs['hidden_from_tokens']} tokens")
+    if not table.row_count:
+        return
+    console.print()
+    console.print(table)
+    console.print(
+        "\n+co: with checkpointing, and with layers streamed from the host's memory (--offload). host: GiB there. in, out: GiB "
+        f"moved per step, at {speeds.link_bytes_per_s / 1e9:g} GB/s each way. s per step: of products and transfers, at "
+        f"{speeds.flops / 1e12:g} TFLOP/s. hidden from: tokens per step that take longer to compute than to transfer for.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _streaming(row: Row, plan: Plan, speeds: Speeds) -> dict[str, Any] | None:
+    """The costs of a row's streamed layers; None if it has none."""
+    made = None if row.prediction is None else row.prediction.streaming
+    if made is None:
+        return None
+    tokens = row.batch_size * plan.sequence_length
+    return {
+        "layers": made.layers,
+        "host_bytes": made.host_bytes,
+        "moved_in_bytes": made.moved_in_bytes,
+        "moved_out_bytes": made.moved_out_bytes,
+        "step_s": made.step_s(tokens, speeds, checkpointing=row.checkpointing),
+        "hidden_from_tokens": made.hidden_from_tokens(speeds),
+    }
+
+
 def _to_type(plan: Plan) -> list[Row]:
-    """For each method that fits, the variant without checkpointing if that one fits, because it is faster."""
+    """For each method that fits, the fastest variant: without checkpointing, with it, with streamed layers."""
     fastest: dict[str, Row] = {}
     for row in plan.rows:
         if row.fits:
@@ -176,17 +256,21 @@ def _to_type(plan: Plan) -> list[Row]:
     return list(fastest.values())
 
 
-def _for_machines(plan: Plan) -> dict[str, Any]:
+def _for_machines(plan: Plan, speeds: Speeds) -> dict[str, Any]:
     return {
         "model": plan.model,
         "device": plan.device,
         "memory_bytes": plan.memory_bytes,
+        "host_bytes": plan.host_bytes,
+        "link_bytes_per_s": speeds.link_bytes_per_s,
+        "flops": speeds.flops,
         "sequence_length": plan.sequence_length,
         "note": plan.note,
         "rows": [
             {
                 "method": row.method,
                 "checkpointing": row.checkpointing,
+                "offload": _streaming(row, plan, speeds),
                 "batch_size": row.batch_size,
                 "problem": row.problem,
                 "phase": None if row.prediction is None else row.prediction.phase,
@@ -203,6 +287,8 @@ def _for_machines(plan: Plan) -> dict[str, Any]:
 
 
 def _label(row: Row) -> str:
+    if row.offload:
+        return f"{row.method} +co"
     return f"{row.method} +c" if row.checkpointing else row.method
 
 

@@ -20,6 +20,7 @@ from sbft.models.scratch import is_scratch
 from sbft.planning.check.check_recipe import expected_memory, warnings_in_brief
 from sbft.planning.check.examples import answer_ends
 from sbft.planning.check.model import BEFORE_LOADING, find_in_model, refuse_errors
+from sbft.planning.memory.predict import Prediction
 from sbft.recipe import Recipe, resolve
 from sbft.recipe.methods import METHODS
 from sbft.runs.best_checkpoint import LogWhereEvaluated, held_out_examples, held_out_part
@@ -145,10 +146,26 @@ def _prepare(recipe: Recipe, arguments: SmallBatchTrainingArguments, record: Run
         say(line)
     if part == "eval" and arguments.load_best_model_at_end:
         say(f"Warning: {_BEST_BY_EVALUATION}")
+    _decide_streamed_layers(arguments, recipe, prediction, say)
     if prediction is not None:
         record.memory["predicted_peak"] = prediction.peak_bytes
         record.memory["predicted_above_baseline"] = prediction.above_model_bytes
     return prepared
+
+
+def _decide_streamed_layers(
+    arguments: SmallBatchTrainingArguments, recipe: Recipe, prediction: Prediction | None, say: Say
+) -> None:
+    """Stream as many layers as the prediction does, where the recipe leaves their number to it."""
+    offload = recipe.offloaded
+    if offload is None or offload.layers != "auto" or prediction is None:
+        return
+    if prediction.streaming is None:
+        arguments.offload = None
+        say("All layers fit on the device: none is streamed")
+        return
+    arguments.offload = {"layers": prediction.streaming.layers, "activations": offload.activations}
+    say(f"Layers streamed from the host's memory: {prediction.streaming.layers}")
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from sbft.native.sizes import gib
 from sbft.planning.check.finding import Finding
-from sbft.planning.memory.fit import SURE, does_it_fit
 from sbft.planning.memory.predict import Prediction
+from sbft.planning.memory.usable import SURE, does_it_fit
 from sbft.recipe import Recipe
 from sbft.runs.failures import training_advice
 from sbft.runs.prepare import Prepared

@@ -14,34 +14,31 @@ from sbft.data.corpus import PYTHON_SOURCES
 from sbft.errors import SbftError
 from sbft.models.load import load_config
 from sbft.models.scratch import is_scratch
+from sbft.native.memory import available_bytes
+from sbft.planning.memory.offload import HOST_MARGIN_BYTES
 from sbft.planning.memory.predict import Prediction, predict_recipe
+from sbft.planning.memory.usable import does_it_fit
 from sbft.recipe import Recipe, load_recipe, resolve
 from sbft.recipe.methods import METHODS
+from sbft.recipe.settings import OPTIMIZERS
 
-SURE = 0.95
-"""A prediction above this share of the memory is called tight: its error may exceed the rest."""
 _MULTIPLE = 16  # the collator pads to a multiple of this many tokens
 _CLOSE_ENOUGH = 0.02
 _CURVES = 12
 _DATA = "my.jsonl"
 
 
-Verdict = Literal["yes", "tight", "no"]
-
-
-def does_it_fit(needed_bytes: int, memory_bytes: int) -> Verdict:
-    """Whether a predicted need fits into the available memory; "tight" where the prediction may be too low."""
-    if needed_bytes > memory_bytes:
-        return "no"
-    return "yes" if needed_bytes <= SURE * memory_bytes else "tight"
+Verdict = Literal["yes", "tight", "no", "host"]
+"""Whether it fits; "host" where it would fit on the device but the host's memory is too small."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method, with or without checkpointing."""
+    """One method, with or without checkpointing, with or without layers in the host's memory."""
 
     method: str
     checkpointing: bool
+    offload: bool
     batch_size: int
     prediction: Prediction | None
     """None where it cannot be predicted."""
@@ -57,7 +54,7 @@ class Row:
     @property
     def fits(self) -> bool | None:
         """Whether it fits, "tight" included; None where it cannot be predicted."""
-        return None if self.verdict is None else self.verdict != "no"
+        return None if self.verdict is None else self.verdict in ("yes", "tight")
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,8 @@ class Plan:
     model: str
     device: str
     memory_bytes: int
+    host_bytes: int
+    """Memory of the host."""
     sequence_length: int
     rows: list[Row]
     note: str | None
@@ -79,19 +78,21 @@ def make_plan(
     sequence_length: int,
     memory_bytes: int,
     device: str,
+    host_bytes: int | None = None,
     methods: Iterable[str] = tuple(METHODS),
     batch_size: int | None = None,
     weights: str | None = None,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda method: None,
 ) -> Plan:
-    """Predict each method's peak, without and with gradient checkpointing.
+    """Predict each method's peak: without and with gradient checkpointing, and on a GPU with streamed layers as well.
 
     Args:
         model: as in a recipe; only its config is read.
         sequence_length: tokens of the longest example, each with a label.
         memory_bytes: memory of the device.
         device: "cpu" or "cuda", which this machine need not have.
+        host_bytes: memory of the host, for streamed layers; that of this machine when None.
         methods: names of `sbft.recipe.methods.METHODS`; methods with adapters are left out for a new model.
         batch_size: examples per forward pass; the method's own when None.
         weights: storage format of the weights; the method's own when None.
@@ -102,6 +103,7 @@ def make_plan(
         SbftError: if the model is not found, or a method cannot train weights in this format.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
+    host_bytes = available_bytes("cpu") if host_bytes is None else host_bytes
     fresh = is_scratch(model)
     data, verb = (PYTHON_SOURCES, "pretrain") if fresh else (_DATA, "train")
     if fresh:
@@ -109,21 +111,36 @@ def make_plan(
     rows = []
     for method in methods:
         say(method)
-        for checkpointing in (False, True):
+        for checkpointing, offload in _variants(method, device):
             settings = [f"data.max_length={sequence_length}"]
             settings += [f"training.per_device_train_batch_size={batch_size}"] if batch_size is not None else []
             settings += [f"weights={weights}"] if weights is not None else []
             settings += ["training.gradient_checkpointing=true"] if checkpointing else []
             settings += ["trust_remote_code=true"] if trust_remote_code else []
-            recipe = resolve(load_recipe(None, settings, model=model, data=data, method=method))
+            recipe = resolve(
+                load_recipe(
+                    None, settings, model=model, data=data, method=method, offload="layers" if offload else None
+                )
+            )
             command = " ".join(
                 [
                     f"sbft {verb} --model {model} --data {data} --method {method}",
+                    *(["--offload"] if offload else []),
                     *(f"--set {setting}" for setting in settings),
                 ]
             )
-            rows.append(_row(recipe, config, sequence_length, memory_bytes, device, checkpointing, command))
-    return Plan(model, device, memory_bytes, sequence_length, rows, _left_out(config))
+            rows.append(_row(recipe, config, sequence_length, memory_bytes, host_bytes, device, command))
+    return Plan(model, device, memory_bytes, host_bytes, sequence_length, rows, _left_out(config))
+
+
+def _variants(method: str, device: str) -> list[tuple[bool, bool]]:
+    """With or without checkpointing and streamed layers: these need a GPU, and an update within backward or an adapter."""
+    variants = [(False, False), (True, False)]
+    traits = METHODS[method]
+    releases = traits.optimizer in OPTIMIZERS and bool(traits.optimizer_defaults.get("gradient_release"))
+    if device == "cuda" and (releases or traits.lora_defaults is not None):
+        variants.append((True, True))
+    return variants
 
 
 def _left_out(config: PreTrainedConfig) -> str | None:
@@ -142,11 +159,12 @@ def _row(
     config: PreTrainedConfig,
     sequence_length: int,
     memory_bytes: int,
+    host_bytes: int,
     device: str,
-    checkpointing: bool,
     command: str,
 ) -> Row:
     size = int(recipe.training["per_device_train_batch_size"])
+    variant = bool(recipe.training.get("gradient_checkpointing")), recipe.offloaded is not None
     try:
         prediction = predict_recipe(recipe, longest=sequence_length, device=device, config=config)
         heap_ratio = prediction.heap_ratio
@@ -162,9 +180,11 @@ def _row(
         kept = sum(prediction.parts[part] for part in ("weights", "optimizer_state", "runtime"))
         longest = None if kept > memory_bytes else longest_that_fits(needed, memory_bytes, at_most, known)
     except SbftError as error:
-        return Row(recipe.method, checkpointing, size, None, str(error), None, None, command)
-    verdict = does_it_fit(prediction.needed_bytes, memory_bytes)
-    return Row(recipe.method, checkpointing, size, prediction, None, verdict, longest, command)
+        return Row(recipe.method, *variant, size, None, str(error), None, None, command)
+    verdict: Verdict = does_it_fit(prediction.needed_bytes, memory_bytes)
+    if prediction.streaming is not None and verdict != "no":
+        verdict = "host" if prediction.streaming.host_bytes + HOST_MARGIN_BYTES > host_bytes else verdict
+    return Row(recipe.method, *variant, size, prediction, None, verdict, longest, command)
 
 
 def longest_that_fits(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -11,12 +12,15 @@ from transformers import PreTrainedConfig
 from sbft.data.collate import Collator
 from sbft.errors import SbftError
 from sbft.models.load import load_config
-from sbft.native.memory import resident_bytes, type_of
+from sbft.native.memory import available_bytes, resident_bytes, type_of
 from sbft.native.onednn_products import products_bytes
+from sbft.planning.memory.offload import Streaming, decoder_layers, fewest_layers, streaming, without_inputs
 from sbft.planning.memory.skeleton import period_of_layers, shortened, skeleton
 from sbft.planning.memory.step import BACKWARD, StepShape, TracedStep, trace_step
 from sbft.planning.memory.trace import Phase
+from sbft.planning.memory.usable import SURE
 from sbft.recipe import Recipe
+from sbft.recipe.offload import Offload
 
 MEBIBYTE = 1 << 20
 # What libraries take on their first use in training, beside tensors: pages of torch's library, and threads. It was the
@@ -29,6 +33,7 @@ _HOPPER = (9, 0)
 _CUDA_CONTEXT_BYTES = 512 * MEBIBYTE
 _FEWEST_LAYERS = 2
 _periods: dict[str, int | None] = {}  # by config; a plan asks for the same one dozens of times
+_traced: dict[tuple[Any, ...], TracedStep] = {}  # of the last recipe: streaming layers changes nothing in a trace
 
 PARTS = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace", "runtime")
 
@@ -50,6 +55,8 @@ class Prediction:
     """What training adds to the loaded model."""
     heap_ratio: float | None
     """On a CPU, resident bytes of the heap per byte in use; None on CUDA, where `peak_bytes` is what torch allocates."""
+    streaming: Streaming | None = None
+    """On CUDA, the layers that are streamed from the host's memory; None if none are."""
 
     @property
     def peak_bytes(self) -> int:
@@ -73,6 +80,7 @@ def predict_recipe(
     device: torch.device | str | None = None,
     config: PreTrainedConfig | None = None,
     heap_ratio: float | None = None,
+    memory_bytes: int | None = None,
 ) -> Prediction:
     """Predict the highest memory that training will hold, at its longest batch.
 
@@ -87,6 +95,8 @@ def predict_recipe(
         device: type of device to train on, which this machine need not have; where this process would train, when None.
         config: of the model; read from where the recipe says when None.
         heap_ratio: the ratio of a prediction at another length, on a CPU; saves tracing all layers.
+        memory_bytes: of the GPU, which decides how many layers `offload: {layers: auto}` streams; that of this machine's GPU
+            when None.
 
     Raises:
         PlanError: if the model cannot be traced.
@@ -96,7 +106,12 @@ def predict_recipe(
     if config is None:
         config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     whole = kind == "cpu" and heap_ratio is None
-    step = _step(recipe, config, _shape(recipe, longest, padded, labelled), kind, _checkpoints(recipe), whole=whole)
+    shape = _shape(recipe, longest, padded, labelled)
+    step = _step(recipe, config, shape, kind, _checkpoints(recipe), whole=whole)
+    inputs_bytes = _inputs_bytes(recipe, config, shape) if kind == "cuda" else 0
+    if inputs_bytes:
+        layers = config.get_text_config().num_hidden_layers
+        step = replace(step, phases=without_inputs(step.phases, layers, inputs_bytes))
     peak = max(step.phases, key=lambda phase: step.phases[phase].total())
     parts = {name: step.phases[peak][name] for name in PARTS}
     if kind == "cuda":
@@ -112,7 +127,35 @@ def predict_recipe(
         parts["workspace"] += round(held * (heap_ratio - 1)) + _FIRST_USE_BYTES + compiled
         parts["runtime"] = resident_bytes()
     above = sum(parts.values()) - parts["weights"] - parts["runtime"]
-    return Prediction(parts, _name(peak), above, heap_ratio)
+    prediction = Prediction(parts, _name(peak), above, heap_ratio)
+    return _streamed(prediction, recipe, config, inputs_bytes, memory_bytes) if kind == "cuda" else prediction
+
+
+def _streamed(
+    prediction: Prediction, recipe: Recipe, config: PreTrainedConfig, inputs_bytes: int, memory_bytes: int | None
+) -> Prediction:
+    """The same with the layers that `offload` names in the host's memory."""
+    offload = recipe.offloaded
+    if offload is None:
+        return prediction
+    made, further = _few_layers(recipe, config)
+    layers = decoder_layers(recipe, config, further, (further - made) or 1)
+    if offload.layers == "auto":
+        most = SURE * (available_bytes("cuda") if memory_bytes is None else memory_bytes)
+        offload = Offload(fewest_layers(layers, prediction.needed_bytes, most, inputs_bytes), offload.activations)
+    if offload.layers == 0:
+        return prediction
+    made_streaming = streaming(layers, offload, inputs_bytes)
+    parts = {**prediction.parts, "weights": prediction.parts["weights"] - made_streaming.saved_bytes}
+    return replace(prediction, parts=parts, streaming=made_streaming)
+
+
+def _inputs_bytes(recipe: Recipe, config: PreTrainedConfig, shape: StepShape) -> int:
+    """Bytes of one layer's saved input, if these are in the host's memory; else 0."""
+    if recipe.offloaded is None or not recipe.offloaded.activations:
+        return 0
+    itemsize = 2 if recipe.dtype == "bfloat16" else 4
+    return int(shape.batch_size * shape.tokens * config.get_text_config().hidden_size * itemsize)
 
 
 def _step(
@@ -123,6 +166,19 @@ def _step(
     A heap is traced with all layers, because what it loses to gaps does not grow linearly with the layers.
     """
     layers = config.get_text_config().num_hidden_layers
+    recipe = recipe.model_copy(update={"offload": None})
+    key = (recipe.model_dump_json(), config.to_json_string())
+    if any(other[:2] != key for other in _traced):
+        _traced.clear()
+    case = (*key, shape, kind, checkpointing, whole)
+    if case not in _traced:
+        _traced[case] = _traced_step(recipe, config, shape, kind, checkpointing, layers, whole)
+    return _traced[case]
+
+
+def _traced_step(
+    recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, layers: int, whole: bool
+) -> TracedStep:
     short, long = (layers, layers) if whole else _few_layers(recipe, config)
     try:
         if short + long >= layers:

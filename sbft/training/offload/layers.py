@@ -42,8 +42,12 @@ def find_decoder(model: nn.Module) -> Decoder:
         for child in module.children()
         if isinstance(child, nn.ModuleList) and len(child) > 1
     ]
+    head = getattr(base, "get_output_embeddings", lambda: None)()
     embeddings = {
-        parameter for module in base.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()
+        parameter
+        for module in base.modules()
+        if isinstance(module, nn.Embedding) or module is head
+        for parameter in module.parameters()
     }
     rest = sum(parameter.numel() for parameter in base.parameters() if parameter not in embeddings)
     size, owner, layers = max(lists, key=lambda entry: entry[0], default=(0, base, nn.ModuleList()))

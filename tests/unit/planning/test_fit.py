@@ -68,16 +68,22 @@ def test_a_need_that_no_length_lowers_is_seen_at_once() -> None:
 
 def test_every_method_is_planned_without_and_with_checkpointing() -> None:
     plan = make_plan("random:tiny", sequence_length=512, memory_bytes=24 * GIB, device="cuda")
-    assert [(row.method, row.checkpointing) for row in plan.rows] == [
+    resident = [row for row in plan.rows if not row.offload]
+    assert [(row.method, row.checkpointing) for row in resident] == [
         (method, checkpointing) for method in METHODS for checkpointing in (False, True)
     ]
-    rows = {(row.method, row.checkpointing): row for row in plan.rows}
+    assert {row.method for row in plan.rows if row.offload} == {
+        name for name, method in METHODS.items()
+        if method.lora_defaults is not None or method.optimizer_defaults.get("gradient_release")
+    }  # fmt: skip
+    rows = {(row.method, row.checkpointing): row for row in resident}
     for row in plan.rows:
         assert row.prediction is not None and row.fits
         assert row.prediction.needed_bytes == sum(row.prediction.parts.values())
         # The line to type is a recipe.
         settings = [word for word in row.command.split() if "=" in word]
-        load_recipe(None, settings, model="random:tiny", data="my.jsonl", method=row.method)
+        offload = "layers" if row.offload else None
+        load_recipe(None, settings, model="random:tiny", data="my.jsonl", method=row.method, offload=offload)
 
     def needed(method: str, checkpointing: bool = False) -> int:
         prediction = rows[method, checkpointing].prediction
@@ -93,7 +99,7 @@ def test_every_method_is_planned_without_and_with_checkpointing() -> None:
 
 def test_memory_that_not_even_the_weights_fit_in_leaves_no_length() -> None:
     plan = make_plan("random:llama-8b", sequence_length=128, memory_bytes=GIB, device="cuda", methods=["sbft", "qlora"])
-    assert [(row.fits, row.longest) for row in plan.rows] == [(False, None)] * 4
+    assert [(row.fits, row.longest) for row in plan.rows] == [(False, None)] * 6
 
 
 def test_the_verb_prints_a_table_that_fits_a_terminal_and_the_lines_to_type() -> None:
