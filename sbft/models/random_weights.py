@@ -104,6 +104,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_QWEN3, "hidden_size": 4096, "num_hidden_layers": 36, "intermediate_size": 12288, "num_attention_heads": 32,
         "tie_word_embeddings": False, "rope_parameters": _rope(1e6),
     },
+    "qwen3-32b": {
+        **_QWEN3, "hidden_size": 5120, "num_hidden_layers": 64, "intermediate_size": 25600, "num_attention_heads": 64,
+        "tie_word_embeddings": False, "rope_parameters": _rope(1e6),
+    },
     "gemma3-1b": {
         "model_type": "gemma3_text", "hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912,
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262144, "sliding_window": 512,

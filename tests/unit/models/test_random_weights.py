@@ -74,6 +74,7 @@ PARAMETERS = {
     "qwen3-1.7b": qwen3_parameters(layers=28, width=2048, mlp=6144, heads=16),
     "qwen3-4b": qwen3_parameters(layers=36, width=2560, mlp=9728, heads=32),
     "qwen3-8b": qwen3_parameters(layers=36, width=4096, mlp=12288, heads=32, embeddings=2),
+    "qwen3-32b": qwen3_parameters(layers=64, width=5120, mlp=25600, heads=64, embeddings=2),
     "gemma3-1b": gemma3_parameters(layers=26, width=1152, mlp=6912, heads=4, kv=1, vocabulary=262144),
     "gemma3-4b": GEMMA3_4B,
     "gemma3-4b-vision": GEMMA3_4B + SIGLIP + 1152 * 2560 + 1152,
