@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,25 @@ def test_pretraining_is_predicted_within_a_twentieth(folder: str, variants: set[
         assert max(map(abs, row.errors)) < GOAL, row
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("folder", ["xeon-2-cores-cpu", "h100-small"])
+def test_the_table_of_the_lab_is_what_is_predicted(folder: str) -> None:
+    errors = [abs(error) for row in compare(LAB / folder, set()) for error in row.errors]
+    within = sum(error <= 0.04 for error in errors)
+    cells = [len(errors), f"{100 * statistics.median(errors):.1f} %", f"{100 * max(errors):.1f} %", within]
+    line = f"| `{folder}` | {' | '.join(map(str, cells))} |"
+    assert line in (LAB.parent / "README.md").read_text(encoding="utf-8").splitlines()
+
+
 def test_a_skeleton_of_a_fresh_model_trains_what_the_model_does() -> None:
     recipe = resolved(model="scratch:1m")
     tokenizer = tiny_tokenizer()
     real = prepare_model(recipe, tokenizer)
     found = skeleton(recipe, real.config)
     expected = {name: (parameter.shape, parameter.requires_grad) for name, parameter in real.named_parameters()}
-    assert {name: (parameter.shape, parameter.requires_grad) for name, parameter in found.named_parameters()} == expected
+    assert {
+        name: (parameter.shape, parameter.requires_grad) for name, parameter in found.named_parameters()
+    } == expected
     assert {trained for shape, trained in expected.values() if len(shape) == 1} == {False}
 
 
