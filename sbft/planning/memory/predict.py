@@ -24,8 +24,8 @@ MEBIBYTE = 1 << 20
 # median of what 65 measured runs held beyond everything else, 18 MiB (benchmarks/README.md). Code has grown since: SmolLM2-135M
 # at 64 tokens, in bfloat16, in 8 bits, untied and with LoRA, held another 11 to 15 MiB.
 _FIRST_USE_BYTES = 31 * MEBIBYTE
-# Narrow models take less, since products have smaller buffers: in pretraining with widths 96 and 192, about 18 MiB in bfloat16; in
-# float32 about 11, 12 and 15 MiB with widths 96, 128 and 192 (benchmarks/lab/README.md). No width from there to 512 was measured.
+# Narrow models take less: products have smaller buffers. In pretraining they took about 18 MiB in bfloat16, and 11, 12 and
+# 15 MiB in float32 with widths of 96, 128 and 192 (benchmarks/lab/README.md). No width from there to 512 was measured.
 _NARROW_WIDTH = 320
 _FIRST_USE_NARROW_BYTES = 18 * MEBIBYTE
 _FIRST_USE_FLOAT32_BYTES, _FIRST_USE_BYTES_PER_WIDTH = 8 * MEBIBYTE, MEBIBYTE // 32
@@ -231,7 +231,9 @@ def _first_use_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
     width = config.get_text_config().hidden_size
     if width >= _NARROW_WIDTH:
         return _FIRST_USE_BYTES
-    return _FIRST_USE_FLOAT32_BYTES + _FIRST_USE_BYTES_PER_WIDTH * width if recipe.dtype == "float32" else _FIRST_USE_NARROW_BYTES
+    if recipe.dtype != "float32":
+        return _FIRST_USE_NARROW_BYTES
+    return _FIRST_USE_FLOAT32_BYTES + _FIRST_USE_BYTES_PER_WIDTH * width
 
 
 def _cublas_bytes() -> int:
