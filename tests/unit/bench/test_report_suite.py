@@ -81,7 +81,7 @@ def test_a_finished_suite_has_everything(crowded):
     assert cells(crowded, "lora")[1:4:2] == ["0.002", "baseline"]
     assert cells(crowded, "qlora")[2].startswith("no learning rate worked; unsupported: Method qlora needs the package")
     assert "**0.002: " in text and "9e-05: failed ¹" in text
-    for said in ("Some CPU, 2 threads per run.", "torch 2.13.0", "0123abc", "Seeds 0, 1, 2", "on 100 items (eval)"):
+    for said in ("Some CPU, 2 threads per run.", "torch 2.13.0", "0123abc", "seeds 0, 1, 2", "on 100 items (eval)"):
         assert said in text
 
 
