@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.lab.predicted_memory import compare
 from sbft.models.load import load_config
+from sbft.planning.memory import predict
 from sbft.planning.memory.graphs import shape_in_graph
 from sbft.planning.memory.predict import predict_recipe
 from sbft.planning.memory.skeleton import skeleton
@@ -84,3 +85,13 @@ def test_graphs_add_a_workspace_a_batch_and_their_pool() -> None:
     workspaces = plain.parts["workspace"] // 2  # those of two threads, and next to nothing else
     assert more == pytest.approx(workspaces + 16 * 512, rel=0.02)
     assert graphed.parts["runtime"] - plain.parts["runtime"] == plain.parts["activations"] + plain.parts["logits"]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "mebibytes"),
+    [(96, "float32", 11), (96, "bfloat16", 18), (576, "float32", 31), (576, "bfloat16", 31)],
+)
+def test_only_narrow_models_take_less_on_first_use(width: int, dtype: str, mebibytes: int) -> None:
+    config = load_config("scratch:0.4m")
+    config.hidden_size = width
+    assert predict._first_use_bytes(resolved(f"dtype={dtype}"), config) == mebibytes << 20
