@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
@@ -219,21 +217,14 @@ def row(way: str, steps: dict[str, list[dict[str, float]]], all_ways: dict[str, 
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    import transformers
-
+    from benchmarks.provenance import provenance
     from sbft.native.compiling import processor
-    from sbft.runs.record import git_commit
 
     names = [line.partition(":")[2].strip() for line in processor().splitlines() if line.startswith("model name")]
     return {
-        "command": shlex.join(["python", "benchmarks/busy_machine.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": git_commit(),
+        **provenance(),
         "processor": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "python": platform.python_version(),
         "model": arguments.model,
         "tokens": arguments.tokens,
     }

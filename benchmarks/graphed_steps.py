@@ -29,10 +29,13 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit("graphed_steps.py: torch sees no CUDA device here")
+    from benchmarks.provenance import provenance
+
+    made = provenance()
     rows: list[dict[str, Any]] = []
     for method in arguments.methods:
         for graphs in (False, True):
-            rows.append(time_steps(arguments, method, graphs))
+            rows.append({**time_steps(arguments, method, graphs), **made})
             write(arguments.json, rows)
     for row in rows:
         row.update(count_kernels(arguments, row["method"], row["graphs"]))

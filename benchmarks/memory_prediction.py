@@ -198,12 +198,14 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stdout + done.stderr)[-600:]}
+    from benchmarks.provenance import provenance
+
     record = json.loads((folder / name / "run.json").read_text())
     memory = record["memory"]
     return {
         "failed": None,
         "device": record["device"],
-        "versions": record["versions"],
+        **provenance(),
         "memory_kind": record["memory_kind"],
         "peak_bytes": record["peak_memory_bytes"],
         "baseline_bytes": memory["baseline"],
@@ -249,6 +251,7 @@ def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     from sbft.planning.memory.predict import predict_recipe
     from sbft.recipe import load_recipe, resolve
     from sbft.runs.prepare import prepare
+    from sbft.runs.record import git_commit
 
     if result["failed"]:
         return {}
@@ -264,6 +267,7 @@ def predict(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     prediction = predict_recipe(recipe, **sizes, device=kind, config=config)
     predicted = prediction.above_model_bytes if kind == "cpu" else prediction.peak_bytes
     return {
+        "predicted_git_commit": git_commit(),
         "predicted_bytes": predicted,
         "error": predicted / result["measured_bytes"] - 1,
         "phase": prediction.phase,

@@ -47,7 +47,10 @@ def main() -> None:
     if arguments.probe:
         take_first_step(shapes, arguments)
         return
-    rows = benchmark(shapes, arguments)
+    from benchmarks.provenance import provenance
+
+    made = provenance()
+    rows = [{**row, **made} for row in benchmark(shapes, arguments)]
     show(rows)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +162,11 @@ def load(name: str, dtype: Any) -> Any:
 
 
 def summarise(arguments: argparse.Namespace, method: str, tokens: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    from sbft.runs.record import git_commit
+    from benchmarks.provenance import provenance
 
     row: dict[str, Any] = {"method": method, "model": arguments.model, "tokens": tokens, "steps": arguments.steps}
     row |= {"checkpointing": arguments.checkpointing, "failed": None}
-    row |= {"command": shlex.join(["python", *sys.argv]), "git_commit": git_commit()}
-    row |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    row |= provenance()
     row |= {"instructions": {name: os.environ[name] for name in INSTRUCTIONS if name in os.environ}}
     failed = [run["failed"] for run in runs if "failed" in run]
     if failed:

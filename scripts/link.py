@@ -18,12 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -328,7 +330,9 @@ def main() -> None:
 
         settings = {"model": arguments.model, "tokens": arguments.tokens, "ranks": RANKS, "seconds": arguments.seconds}
         whole = {**settings, "slowed_by": "tc tbf on both ends of a veth pair between two network namespaces",
-                 "rows": rows, "device": device_name(), "versions": versions(), "git_commit": git_commit()}  # fmt: skip
+                 "rows": rows, "device": device_name(), "versions": versions(), "git_commit": git_commit(),
+                 "command": shlex.join(["python", *sys.argv]),
+                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}  # fmt: skip
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(whole, indent=2) + "\n")
 

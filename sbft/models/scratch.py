@@ -127,7 +127,6 @@ def scratch_model(
     for name, parameter in made.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.ones_(parameter)
-            parameter.requires_grad_(False)
             continue
         drawn = torch.empty(parameter.shape)
         generator = torch.Generator().manual_seed(_seed_of(seed, name))
@@ -138,7 +137,15 @@ def scratch_model(
             drawn.uniform_(-bound, bound, generator=generator)
         with torch.no_grad():
             parameter.copy_(drawn)
+    freeze_scales(made)
     return made.eval()
+
+
+def freeze_scales(model: PreTrainedModel) -> None:
+    """Turn off the gradients of the norms' scales, as in the authors' code; the model is changed."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.requires_grad_(False)
 
 
 def counted_parameters(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> int:

@@ -25,7 +25,8 @@ class Adafactor(TokenOptimizer):
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) without momentum, its second moment held constant in tokens.
 
     The second moment, in float32, is factored over a parameter's last two dimensions if both are at least
-    `min_dim_size_to_factor` (separately for each index of the leading dimensions), else it has one number per element. The
+    `min_dim_size_to_factor` (separately for each index of the leading dimensions), else it has one number per element.
+    optax factors over the two largest dimensions instead, which differs for tensors of three and more. The
     update is scaled down until its RMS over the whole tensor is at most `clip_threshold`. With `relative_step` it is
     multiplied by the weight's RMS (at least 1e-3), so that `lr` is the relative change of a weight in one step: start near
     1e-4.

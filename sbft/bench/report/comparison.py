@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from sbft.bench.rate_choice import RateChoice, choose_rate
@@ -185,29 +184,14 @@ class Row:
         return fmean(values) if values else None
 
     @property
-    def _at_rate(self) -> list[RunRecord]:
-        """Records of runs at the row's learning rate, including validation runs, which train in the same way."""
-        searched = [made.ok for made in self.searched if made.run.learning_rate == self.choice.rate]
-        return [record for record in (*self.records, *searched) if record is not None]
-
-    @property
-    def timed(self) -> RunRecord | None:
-        """The run that step times are taken from: the one with the shortest median step at the row's learning rate.
-
-        Other load on a machine can only slow a run down.
-        """
-        timed = [record for record in self._at_rate if record.step_s.get("median") is not None]
-        return min(timed, key=lambda record: record.step_s["median"] or math.inf, default=None)
-
-    @property
     def tokens_per_s(self) -> float | None:
-        """The highest rate among runs at the row's learning rate: a run that was paused for a while has far too low a rate."""
-        rates = (record.tokens_per_s for record in self._at_rate)
-        return max((rate for rate in rates if rate is not None), default=None)
+        """The most of the test runs; of one that stood still for a while it is far too few."""
+        return max((one.tokens_per_s for one in self.records if one.tokens_per_s is not None), default=None)
 
-    def speed(self, figure: Callable[[RunRecord], float | None]) -> float | None:
-        """A quantity of the run that step times are taken from."""
-        return None if self.timed is None else figure(self.timed)
+    def median(self, figure: Callable[[RunRecord], float | None]) -> float | None:
+        """Median of a figure over the test runs that have it: other load slows single runs, so that a mean would follow it."""
+        values = [value for record in self.records if (value := figure(record)) is not None]
+        return median(values) if values else None
 
     @property
     def total_s(self) -> float | None:

@@ -88,9 +88,9 @@ def notes(comparison: Comparison) -> list[str]:
     sentences += _memory(records)
     sentences.append(
         "ms per step is the median over the steps of a run; a step is one update, which takes several batches with gradient "
-        "accumulation. ms per step and tokens/s are the best among the runs at the chosen learning rate, because other load "
-        "on the machine can only slow a run down. Total time is that of the fastest test run, from reading the data to the "
-        "last measurement."
+        "accumulation. The table has the median over the test runs, so other load while these were made slows a row. "
+        "tokens/s, and the total time from reading the data to the last measurement, are those of the fastest test run, "
+        "because a run that was paused for a while has far too low a rate."
     )
     most = _most_at_once(comparison)
     if most is not None and most > 1:
@@ -102,7 +102,11 @@ def notes(comparison: Comparison) -> list[str]:
         sentences.append("Each runner made one run at a time.")
     sentences.append(f"Machine: {formats.machines((one.record.device, one.cores) for one in made if one.record)}.")
     sentences.append(f"Versions: {', '.join(_versions(records))}.")
-    sentences.append(f"Commits: {_every(record.git_commit for record in records) or 'not run from a checkout'}.")
+    commits = {record.git_commit for record in records if record.git_commit}
+    sentences.append(
+        f"Commits: {_every(record.git_commit for record in records) or 'not run from a checkout'}."
+        + (" The runs of this table are of several commits." if len(commits) > 1 else "")
+    )
     return sentences
 
 

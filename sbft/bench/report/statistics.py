@@ -44,6 +44,38 @@ def of_share(share: float, items: int | None) -> Estimate:
     return Estimate(share, standard_error(share, items), items, "items")
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """The standard deviation between seeds that several rows have in common."""
+
+    deviation: float
+    degrees_of_freedom: int
+
+    def difference(self, first: Estimate, second: Estimate) -> Estimate:
+        """The first mean less the second, with the standard error that the pooled deviation gives it."""
+        error = self.deviation * math.sqrt(1 / first.count + 1 / second.count)
+        return Estimate(first.mean - second.mean, error, min(first.count, second.count))
+
+
+def pooled(rows: Sequence[Estimate]) -> Pooled | None:
+    """Pool the variance between seeds over rows; None where no row has two seeds.
+
+    Two seeds alone tell a deviation badly: theirs is often far too small by chance. The rows are taken to vary alike.
+    """
+    told = [row for row in rows if row.over == "seeds" and row.standard_error is not None and row.count > 1]
+    freedom = sum(row.count - 1 for row in told)
+    if not freedom:
+        return None
+    squares = sum((row.count - 1) * row.count * (row.standard_error or 0.0) ** 2 for row in told)
+    return Pooled(math.sqrt(squares / freedom), freedom)
+
+
+def with_items(value: Estimate, items: int) -> Estimate:
+    """A share over seeds that were all measured on the same items: their standard error is added to that of the seeds."""
+    error = math.hypot(value.standard_error or 0.0, standard_error(value.mean, items))
+    return Estimate(value.mean, error, value.count, value.over)
+
+
 def paired_by_seed(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
     """The mean difference over the seeds that both have. The same seed means the same data in the same order."""
     return over_seeds([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])

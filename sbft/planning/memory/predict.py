@@ -14,6 +14,7 @@ from sbft.errors import SbftError
 from sbft.models.load import load_config
 from sbft.native.memory import available_bytes, resident_bytes, type_of
 from sbft.native.onednn_products import products_bytes
+from sbft.planning.memory.graphs import as_graphs, pool_bytes_of_graphs, shape_in_graph, static_bytes
 from sbft.planning.memory.offload import Streaming, decoder_layers, fewest_layers, streaming, without_inputs
 from sbft.planning.memory.skeleton import period_of_layers, shortened, skeleton
 from sbft.planning.memory.step import BACKWARD, StepShape, TracedStep, trace_step
@@ -27,6 +28,11 @@ MEBIBYTE = 1 << 20
 # median of what 65 measured runs held beyond everything else, 18 MiB (benchmarks/README.md). Code has grown since: SmolLM2-135M
 # at 64 tokens, in bfloat16, in 8 bits, untied and with LoRA, held another 11 to 15 MiB.
 _FIRST_USE_BYTES = 31 * MEBIBYTE
+# Narrow models take less: products have smaller buffers. In pretraining they took about 18 MiB in bfloat16, and 11, 12 and
+# 15 MiB in float32 with widths of 96, 128 and 192 (benchmarks/lab/README.md). No width from there to 512 was measured.
+_NARROW_WIDTH = 320
+_FIRST_USE_NARROW_BYTES = 18 * MEBIBYTE
+_FIRST_USE_FLOAT32_BYTES, _FIRST_USE_BYTES_PER_WIDTH = 8 * MEBIBYTE, MEBIBYTE // 32
 # cuBLAS keeps a workspace for each thread that calls it: one for forward, one for backward. It is larger on Hopper.
 _CUBLAS_BYTES, _CUBLAS_BYTES_HOPPER = 8 * MEBIBYTE + MEBIBYTE // 8, 32 * MEBIBYTE
 _HOPPER = (9, 0)
@@ -107,6 +113,9 @@ def predict_recipe(
         config = load_config(recipe.model, trust_remote_code=recipe.trust_remote_code)
     whole = kind == "cpu" and heap_ratio is None
     shape = _shape(recipe, longest, padded, labelled)
+    graphed = as_graphs(recipe, kind)
+    if graphed:
+        shape = shape_in_graph(shape, whole=lengths == 1 and labelled == longest - 1 and not padded)
     step = _step(recipe, config, shape, kind, _checkpoints(recipe), whole=whole)
     inputs_bytes = _inputs_bytes(recipe, config, shape) if kind == "cuda" else 0
     if inputs_bytes:
@@ -117,6 +126,9 @@ def predict_recipe(
     if kind == "cuda":
         parts["workspace"] += 2 * _cublas_bytes()
         parts["runtime"] = _CUDA_CONTEXT_BYTES
+        if graphed:  # forward runs on the default stream too, before training
+            parts["workspace"] += _cublas_bytes() + static_bytes(shape)
+            parts["runtime"] += pool_bytes_of_graphs(step.phases[peak])
         heap_ratio = None
     else:
         held = sum(parts.values()) - parts["weights"]
@@ -124,7 +136,7 @@ def predict_recipe(
             assert step.heap_bytes is not None
             heap_ratio = max(step.heap_bytes / held, 1.0)
         compiled = products_bytes(step.products * lengths + step.head_products * label_counts)
-        parts["workspace"] += round(held * (heap_ratio - 1)) + _FIRST_USE_BYTES + compiled
+        parts["workspace"] += round(held * (heap_ratio - 1)) + _first_use_bytes(recipe, config) + compiled
         parts["runtime"] = resident_bytes()
     above = sum(parts.values()) - parts["weights"] - parts["runtime"]
     prediction = Prediction(parts, _name(peak), above, heap_ratio)
@@ -268,6 +280,15 @@ def _shape(recipe: Recipe, longest: int, padded: bool | None, labelled: int | No
 def _checkpoints(recipe: Recipe) -> bool:
     names = ("gradient_checkpointing", "activation_checkpointing")
     return any(recipe.training.get(name) for name in names)
+
+
+def _first_use_bytes(recipe: Recipe, config: PreTrainedConfig) -> int:
+    width = config.get_text_config().hidden_size
+    if width >= _NARROW_WIDTH:
+        return _FIRST_USE_BYTES
+    if recipe.dtype != "float32":
+        return _FIRST_USE_NARROW_BYTES
+    return _FIRST_USE_FLOAT32_BYTES + _FIRST_USE_BYTES_PER_WIDTH * width
 
 
 def _cublas_bytes() -> int:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sbft.grid.convert import put_on_grids
+from sbft.models.scratch import freeze_scales, is_scratch
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
 from sbft.runs.build import DTYPES, make_trainable
@@ -36,6 +37,8 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
             config, dtype=DTYPES[str(recipe.dtype)], trust_remote_code=recipe.trust_remote_code
         )
         model.tie_weights()
+        if is_scratch(recipe.model):
+            freeze_scales(model)
         if METHODS[recipe.method].quantization is not None:
             _quantize(model)
         model = make_trainable(model, recipe)

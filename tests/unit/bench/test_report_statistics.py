@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from sbft.bench.report import formats
 from sbft.bench.report.statistics import (
     Estimate,
+    Pooled,
     of_share,
     over_seeds,
     paired_by_item,
     paired_by_seed,
     pareto_front,
+    pooled,
     smoothed,
     standard_error,
+    with_items,
 )
 
 _numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
@@ -121,3 +124,19 @@ def test_figures_are_written_for_people():
 )
 def test_a_machine_is_told_with_its_cores_and_the_threads_of_a_run(runs, told):
     assert formats.machines(runs) == told
+
+
+def test_the_variance_between_seeds_is_pooled_over_rows():
+    rows = [over_seeds([1.0, 3.0]), over_seeds([5.0, 5.0]), over_seeds([2.0])]
+    found = pooled([row for row in rows if row is not None])
+    # Sums of squares 2 and 0, with one degree of freedom each; a single seed tells nothing.
+    assert found == Pooled(1.0, 2)
+    difference = found.difference(Estimate(5.0, 0.0, 2), Estimate(2.0, None, 1))
+    assert difference.mean == 3.0 and difference.standard_error == pytest.approx(math.sqrt(1 / 2 + 1))
+    assert pooled([Estimate(2.0)]) is None
+    assert pooled([Estimate(0.5, 0.1, 100, "items")]) is None
+
+
+def test_seeds_on_the_same_items_share_the_error_of_these_items():
+    found = with_items(Estimate(0.1, 0.03, 3), 225)  # sqrt(0.1 * 0.9 / 225) = 0.02
+    assert found.mean == 0.1 and found.standard_error == pytest.approx(math.hypot(0.03, 0.02))

@@ -191,3 +191,16 @@ def test_bfloat16_weights_follow_float32_weights_in_the_mean():
     # Below one a bfloat16 step is 2 ** -8; its rounding noise has a standard deviation of at most half of that per step.
     standard_error = steps**0.5 * 2**-9 / count**0.5
     assert abs(moved["sr"] - steps * lr) < 5 * standard_error
+
+
+def test_adafactor_factors_the_last_two_dimensions_where_optax_takes_the_largest_two():
+    weight = torch.nn.Parameter(start((130, 4, 140)))
+    optimizer = Adafactor([weight], lr=0.01)
+    optimizer.tokens_per_step = 1
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["second_moment"].shape == weight.shape  # 4 is below 128
+    optax = pytest.importorskip("optax")
+    jax = pytest.importorskip("jax")
+    state = optax.scale_by_factored_rms(min_dim_size_to_factor=128).init(jax.numpy.zeros((130, 4, 140)))
+    assert {state.v_row.shape, state.v_col.shape} == {(130, 4), (4, 140)}

@@ -206,11 +206,11 @@ def test_the_parts_are_all_that_is_held_at_the_peak(device: str, method: str) ->
         assert step.heap_bytes is not None and found.heap_ratio is not None and found.heap_ratio >= 1
         held = max(step.heap_bytes, traced - found.parts["weights"])
         assert (step.products, step.head_products) == (0, 0)  # adam's weights are float32
-        assert found.above_model_bytes == held + predict._FIRST_USE_BYTES
+        assert found.above_model_bytes == held + predict._first_use_bytes(recipe, config)
         again = predict_recipe(recipe, longest=64, device=device, config=config, heap_ratio=found.heap_ratio)
         assert again.above_model_bytes == found.above_model_bytes
         twice = predict_recipe(recipe, longest=64, device=device, config=config, heap_ratio=2.0)
-        assert twice.above_model_bytes == 2 * (traced - found.parts["weights"]) + predict._FIRST_USE_BYTES
+        assert twice.above_model_bytes == 2 * (traced - found.parts["weights"]) + predict._first_use_bytes(recipe, config)
         assert found.parts["runtime"] == pytest.approx(resident_bytes(), rel=0.05)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sbft.bench.report.comparison import Comparison, Row, compare
+from sbft.bench.report.statistics import Estimate, pooled
 from sbft.bench.suite_runs import stored_suite
 
 ROOT = Path(__file__).parents[3]
@@ -95,6 +96,12 @@ GPU_OPTIMIZERS = {
     "bitsandbytes AdamW8bit": "bitsandbytes AdamW8bit",
     "transformers Adafactor": "transformers Adafactor",
 }
+SMALLER_MODEL_OPTIMIZERS = {
+    name: CPU_OPTIMIZERS[name]
+    for name in (
+        "sbft Adafactor, SR", "sbft SGD, SR", "torch SGD", "torch AdamW, fused", "sbft AdamW, SR", "transformers Adafactor",
+    )
+}  # fmt: skip
 
 
 def training_steps(path: Path, tokens: int) -> Iterator[str]:
@@ -115,9 +122,12 @@ def training_steps(path: Path, tokens: int) -> Iterator[str]:
 def plans() -> Iterator[str]:
     shown = {"random:llama-8b": "Llama-3.1-8B", "random:qwen3-4b": "Qwen3-4B", "random:gemma3-4b": "Gemma-3-4B"}
     columns = [("sbft", False), ("sbft", True), ("lora", False), ("lora", True), ("qlora", True), ("adam8bit", True)]
+    runs = [run for run in read(GPU / "memory_prediction.json") if run["tokens"] == 1024]
+    measured = {(f"random:{run['shape']}", run["method"], run["checkpointing"]) for run in runs}
     for one in read(RESULTS / "predicted_memory_1024_tokens.json"):
         needed = {(part["method"], part["checkpointing"]): part["needed_bytes"] / GIB for part in one["rows"]}
-        yield row(shown[one["model"]], *(f"{needed[key]:.1f}" for key in [*columns, ("adam", False)]))
+        marks = {key: "*" * ((one["model"], *key) in measured) for key in needed}
+        yield row(shown[one["model"]], *(f"{needed[key]:.1f}{marks[key]}" for key in [*columns, ("adam", False)]))
 
 
 def exports() -> Iterator[str]:
@@ -151,6 +161,10 @@ TABLES = {
     "optimizer step on a GPU": (
         ["docs/results.md"],
         lambda: optimizer_steps(GPU / "optimizer_step_llama-8b.json", GPU_OPTIMIZERS),
+    ),
+    "optimizer step on a GPU, 1B": (
+        ["docs/results.md"],
+        lambda: optimizer_steps(GPU / "optimizer_step_llama-1b.json", SMALLER_MODEL_OPTIMIZERS),
     ),
     "training step, 64 tokens": (["docs/results.md"], lambda: training_steps(CPU / "training_step_64_tokens.json", 64)),
     "training step, 512 tokens": (
@@ -212,6 +226,37 @@ def test_the_losses_of_pretraining_are_those_of_the_lab():
     assert (f"{loss['adam', 64]:.2f}", f"{loss['adam', 256]:.2f}") == ("3.68", "4.31")
     assert f"SGD, without any state, is {loss['sgd', 64] - loss['adam', 64]:.1f} nats behind Adam at batch 64" in text
     assert f"and {loss['sgd', 1] - loss['adam', 1]:.2f} behind at batch 1" in text
+
+
+LAB_CPU = ROOT / "benchmarks" / "lab" / "results" / "xeon-2-cores-cpu"
+
+
+def difference(figure: str, worse: tuple[str, int], better: tuple[str, int], within: str = "") -> str:
+    """Of two points of the lab, with the deviation pooled over the points of that batch size whose names hold `within`."""
+    points = {
+        (one["name"], one["batch"]): Estimate(one["loss"]["mean"], one["loss"]["standard_error"], one["loss"]["count"])
+        for one in read(LAB_CPU / f"{figure}.json")
+        if one["loss"]
+    }
+    found = pooled([value for (name, batch), value in points.items() if batch == worse[1] and within in name])
+    assert found is not None
+    value = found.difference(points[worse], points[better])
+    return f"{value.mean:.3f} ± {value.standard_error:.3f} ({found.degrees_of_freedom})"
+
+
+def test_the_differences_of_the_lab_are_those_of_its_points():
+    text = " ".join(page("benchmarks/lab/README.md").split())
+    assert f"the fixed value is {difference('half-life', ('adam-beta2-fixed', 1), ('adam', 1))} worse" in text
+    assert f"At batch 4 it is {difference('half-life', ('adam-beta2-fixed', 4), ('adam', 4))} worse" in text
+    assert f"Momentum gains {difference('momentum', ('sgd', 1), ('sgd-momentum', 1))} at batch 1" in text
+    assert f"At 256 it is {difference('momentum', ('sgd-momentum', 256), ('sgd', 256))} worse" in text
+    assert f"Adam is {difference('rounding', ('adam-nearest', 1), ('adam', 1))} behind" in text
+    assert f"by {difference('batch-size', ('muon', 4), ('spectral', 4))} over Muon at batch 4" in text
+    assert f"At batch 1 it is {difference('batch-size', ('muon', 1), ('spectral', 1))} ahead" in text
+    rival, best = ("adam-doubling-beta2-of-1-to", 64), ("adam-doubling-to", 64)
+    assert f"beats beta2 of batch 1 by {difference('schedule', rival, best, within='doubling')}" in text
+    rival, best = best, ("adam-doubling-beta2-of-64-to", 64)
+    assert f"beats the half-life by {difference('schedule', rival, best, within='doubling')}" in text
 
 
 def test_what_older_and_busy_machines_cost_is_what_was_measured():

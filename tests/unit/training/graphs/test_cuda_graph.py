@@ -83,12 +83,12 @@ class Recorded:
 CAPTURED, REPLAYED = ["capture", "replay", "replayed backward"], ["replay", "replayed backward"]
 
 
-def test_a_shape_is_captured_behind_its_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_is_captured_behind_its_warm_up_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     assert [recorded.step(4) for _ in range(WARM_UP + 3)] == [["run"]] * WARM_UP + [CAPTURED, REPLAYED, REPLAYED]
 
 
-def test_once_warm_a_shape_is_captured_when_it_comes_again_and_held_beside_others(
+def test_once_warm_a_shape_is_captured_when_it_comes_again_and_held_beside_others_with_a_mock_graph(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorded = Recorded(monkeypatch)
@@ -99,7 +99,7 @@ def test_once_warm_a_shape_is_captured_when_it_comes_again_and_held_beside_other
     assert len(set(recorded.pools)) == 1
 
 
-def test_shapes_for_which_there_is_no_room_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_for_which_there_is_no_room_run_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     recorded = Recorded(monkeypatch)
     for size in (1, 2, 3):
@@ -107,7 +107,7 @@ def test_shapes_for_which_there_is_no_room_run(monkeypatch: pytest.MonkeyPatch) 
     assert [recorded.step(size) for size in (1, 2, 3, 3, 1)] == [CAPTURED, CAPTURED, ["run"], ["run"], REPLAYED]
 
 
-def test_a_step_that_an_error_left_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_an_error_left_is_not_gone_on_with_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     for _ in range(WARM_UP + 1):
         recorded.step(4)
@@ -115,7 +115,7 @@ def test_a_step_that_an_error_left_is_not_gone_on_with(monkeypatch: pytest.Monke
     assert recorded.step(4) == REPLAYED
 
 
-def test_what_no_longer_holds_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_longer_holds_is_captured_anew_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     for _ in range(WARM_UP + 2):
         recorded.step(4)
@@ -124,13 +124,13 @@ def test_what_no_longer_holds_is_captured_anew(monkeypatch: pytest.MonkeyPatch) 
     assert [recorded.step(4) for _ in range(WARM_UP)] == [["run"]] * (WARM_UP - 1) + [CAPTURED]
 
 
-def test_a_step_that_is_left_out_has_no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_left_out_has_no_backward_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = Recorded(monkeypatch)
     assert recorded.step(4, backward=False) == ["run"]
     assert recorded.steps._waiting is None
 
 
-def test_steps_that_are_left_out_warm_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_are_left_out_warm_nothing_up_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The optimizer's state is made in the first backward; made in a capture, every replay would make it anew."""
     recorded = Recorded(monkeypatch)
     for _ in range(WARM_UP + 1):
@@ -138,7 +138,7 @@ def test_steps_that_are_left_out_warm_nothing_up(monkeypatch: pytest.MonkeyPatch
     assert [recorded.step(4) for _ in range(WARM_UP + 1)] == [["run"]] * WARM_UP + [CAPTURED]
 
 
-def test_a_model_that_cannot_be_captured_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_captured_is_named_as_such_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 

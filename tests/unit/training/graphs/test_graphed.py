@@ -191,7 +191,7 @@ HEAVY_BALL: dict[str, Any] = {"token_optimizer": "sgd", "momentum_half_life": 10
     [(ADAFACTOR, 1e-4), (ADAMW, 1e-3), (HEAVY_BALL, 1e-5), ({**HEAVY_BALL, "per_device_train_batch_size": 2}, 1e-5)],
     ids=["adafactor", "adamw", "sgd", "sgd, two at once"],
 )
-def test_questions_and_answers_are_trained_on_as_without_graphs(
+def test_questions_and_answers_are_trained_on_as_without_graphs_with_a_mock_graph(
     settings: dict[str, Any], tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SBFT_KERNELS", "reference")
