@@ -153,7 +153,6 @@ class SmallBatchMixin(
         if self.args.gradient_release and not optimizer.releases_gradients:
             if self.streamed is not None:
                 self.streamed.place_state(optimizer)
-                optimizer.most_waiting_bytes = 0  # a layer goes back as soon as its hooks say that it is updated
                 self._hook_streamed(self.streamed.before_update)
             self._hook_parameters(optimizer, self._update_begins)
             held = [*tied_and_sharded(self.model), *self._replicated()]
