@@ -153,6 +153,7 @@ class SmallBatchMixin(
         if self.args.gradient_release and not optimizer.releases_gradients:
             if self.streamed is not None:
                 self.streamed.place_state(optimizer)
+                self.streamed.schedule.launch_updates = optimizer.launch_waiting
                 self._hook_streamed(self.streamed.before_update)
             self._hook_parameters(optimizer, self._update_begins)
             held = [*tied_and_sharded(self.model), *self._replicated()]

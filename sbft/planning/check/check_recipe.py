@@ -29,7 +29,6 @@ from sbft.runs.prepare import Prepared, prepare
 
 CHECKS: tuple[Callable[[Prepared], Finding | None], ...] = (*SETTINGS_CHECKS, *PROCESSOR_CHECKS, *EXAMPLES_CHECKS)
 _NOT_SHARDED = "Memory is predicted for one process. Here each process holds its share of the weights and one whole layer."
-_NOT_STREAMED = "Memory is predicted for a model whose layers are all on the device."
 _NOT_MADE = "model-cannot-be-made"
 _EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
 
@@ -91,8 +90,6 @@ def expected_memory(
     """
     if prepared.recipe.distributed is not None:
         return None, Finding("peak-not-predicted", "note", "The peak of a sharded model is not predicted", _NOT_SHARDED)
-    if prepared.recipe.offload is not None:
-        return None, Finding("peak-not-predicted", "note", "The peak of an offloaded model is not predicted", _NOT_STREAMED)
     arguments: dict[str, Any] = row_sizes(prepared)._asdict()
     if is_scratch(prepared.recipe.model):
         arguments["config"] = scratch_config(prepared.recipe.model, prepared.tokenizer)

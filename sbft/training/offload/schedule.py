@@ -6,7 +6,7 @@ and a layer that is needed against all expectation is simply brought again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -33,6 +33,8 @@ class Schedule:
         largest = max(layer.size_bytes for layer in self.layers)
         self.slots = [Slot(link.device_memory(largest)) for _ in range(slots)]
         self._count = 0
+        self.launch_updates: Callable[[], None] = lambda: None
+        """Launches updates that wait for one another, which has to be before their layer leaves."""
 
     def need(self, layer: StreamedLayer, step: int = 0) -> Slot:
         """Have a layer on the device for what the device computes from now on.
@@ -104,6 +106,7 @@ class Schedule:
 
     def _write_back(self, layer: StreamedLayer) -> None:
         assert layer.slot is not None
+        self.launch_updates()
         source = layer.trained_part(layer.slot.memory)
         layer.written = self._link.copy_out(layer.host_of_trained(), source, [self._link.mark()])
         layer.is_changed = False

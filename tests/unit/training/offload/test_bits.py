@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sbft.optim.base import TokenOptimizer
 from sbft.recipe.offload import Offload
 from sbft.training.offload.layers import BUFFERS
 from sbft.training.offload.link import Event
@@ -161,6 +162,33 @@ def test_a_checkpointed_layer_is_brought_before_its_forward_is_repeated(
     monkeypatch.setattr(StreamedModel, "_unpack", without_its_layer)
     with pytest.raises(RaceError, match="computes with a weight that is in the host's memory"):
         train_watched(tmp_path, tiny_model(layers=5), monkeypatch, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_updates_that_wait_are_launched_before_their_layer_leaves(
+    launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU small updates wait to share a launch; here all wait until something launches them."""
+    resident = train(tmp_path, tiny_model(layers=5))
+    waiting: list[tuple[nn.Parameter, torch.Tensor | None]] = []
+
+    def launch(self: TokenOptimizer) -> None:
+        while waiting:
+            param, param.grad = waiting.pop(0)
+            self.update_parameter(param)
+            param.grad = None
+
+    monkeypatch.setattr(TokenOptimizer, "has_waiting", property(lambda self: bool(waiting)))
+    monkeypatch.setattr(TokenOptimizer, "release_parameter", lambda self, param: waiting.append((param, param.grad)))
+    monkeypatch.setattr(TokenOptimizer, "launch_waiting", launch)
+    if launched:
+        assert_same(resident, train_watched(tmp_path, tiny_model(layers=5), monkeypatch))
+        return
+    monkeypatch.setattr(
+        Schedule, "launch_updates", property(lambda self: lambda: None, lambda self, launch: None), raising=False
+    )
+    with pytest.raises(RaceError, match="an update"):
+        train_watched(tmp_path, tiny_model(layers=5), monkeypatch)
 
 
 def test_a_layer_is_not_brought_before_it_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:

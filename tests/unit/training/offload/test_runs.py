@@ -46,7 +46,7 @@ def test_a_run_ends_with_the_model_and_the_measurements_of_a_resident_one(
     on_links(monkeypatch)
     streamed = run(recipe_of(folder, "streamed", "offload=layers"))
     assert (streamed.status, streamed.metrics, streamed.tokens) == ("ok", resident.metrics, resident.tokens)
-    assert streamed.recipe["offload"] == "layers" and "predicted_peak" not in streamed.memory
+    assert streamed.recipe["offload"] == "layers"
     one, other = (load_file(folder / out / "model.safetensors") for out in ("resident", "streamed"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 

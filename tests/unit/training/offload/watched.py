@@ -184,14 +184,14 @@ class Watch(TorchDispatchMode):
 
 def updates_noted(patch: pytest.MonkeyPatch, link: WatchedLink) -> None:
     """Have the link see what compiled code updates."""
-    update = TokenOptimizer.update_parameter
+    update = TokenOptimizer._update_parameter
 
-    def noted(self: TokenOptimizer, param: Tensor) -> None:
+    def noted(self: TokenOptimizer, param: Tensor, may_wait: bool = False) -> None:
         link.touch(param, "an update")
-        update(self, param)
+        update(self, param, may_wait)
         link.touch(param, "an update")
 
-    patch.setattr(TokenOptimizer, "update_parameter", noted)
+    patch.setattr(TokenOptimizer, "_update_parameter", noted)
 
 
 def run_watched(link: WatchedLink, patch: pytest.MonkeyPatch, call: Any) -> Any:
