@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from sbft.cli.app import app
 from sbft.models.load import load_config
 from sbft.planning.memory.fit import make_plan
 from sbft.planning.memory.offload import (
+    USUAL_SPEEDS,
     Layer,
     Speeds,
     decoder_layers,
@@ -128,6 +131,21 @@ def test_llama_8b_is_planned_within_the_targets() -> None:
     for method, most in [("sbft", 5.5), ("sbft-int8", 4.0)]:
         recipe = recipe_with(*settings, method=method, model="random:llama3.1-8b")
         assert predict_recipe(recipe, longest=1024, device="cuda").needed_bytes <= most * 2**30
+
+
+@pytest.mark.long
+def test_the_pages_table_is_what_is_planned() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "offload.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(random:[^`]+)`, `([^`]+)` \| (.+) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 7
+    for model, method, cells in rows:
+        recipe = recipe_with("offload=layers", "training.gradient_checkpointing=true", method=method, model=model)
+        prediction = predict_recipe(recipe, longest=1024, device="cuda")
+        made = prediction.streaming
+        assert made is not None
+        sizes = (prediction.needed_bytes, made.host_bytes, made.moved_in_bytes, made.moved_out_bytes)
+        shown = [f"{size / 2**30:{'.2f' if size < 10 * 2**30 else '.1f'}}" for size in sizes]
+        assert cells.split(" | ") == [*shown, f"{made.hidden_from_tokens(USUAL_SPEEDS):,}"], (model, method)
 
 
 @pytest.mark.gpu
