@@ -117,7 +117,7 @@ def test_a_model_without_memory_is_converted_too() -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("int9", "the format 'int9' .* are int4, int8, int12 and bfloat16. Did you mean int"),
+        ("int9", "no format 'int9' .* expected int4, int8, int12 or bfloat16. Did you mean int"),
         ({"default": "int4", "lm_haed": "int8"}, "'lm_haed' .* matches no weight .*Did you mean lm_head"),
         ({"norm": "int8"}, "'norm' .* matches only weights that cannot be on a grid, the first model.norm.weight"),
     ],
@@ -134,7 +134,7 @@ def test_a_model_in_float32_or_on_a_grid_already_is_refused() -> None:
         put_on_grids(tiny_model("llama", dtype=torch.float32), "int8")
     model = tiny_model("llama")
     put_on_grids(model, "int8")
-    with pytest.raises(ModelError, match="is on the grid int8 already"):
+    with pytest.raises(ModelError, match="is already on the grid int8"):
         put_on_grids(model, "int8")
 
 
@@ -154,7 +154,7 @@ def test_a_sharded_model_is_refused(tmp_path: Any) -> None:
         layer = nn.Linear(64, 64, dtype=torch.bfloat16)
         mesh = init_device_mesh("cpu", (1,))
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
-        with pytest.raises(ModelError, match="spread over several processes"):
+        with pytest.raises(ModelError, match="sharded over several processes"):
             put_on_grids(layer, "int8")
     finally:
         torch.distributed.destroy_process_group()
