@@ -192,6 +192,7 @@ def test_nothing_to_resume(refused: Any, tmp_path: Path) -> None:
 # ---- what needs a process of its own -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_out_of_memory_says_what_was_largest_and_which_switch_lowers_it(tmp_path: Path) -> None:
     """A process that may not map more memory meets the real error of the real allocator."""
     model = save_tiny(tmp_path / "model", max_position_embeddings=100_000)
@@ -217,6 +218,7 @@ def test_out_of_memory_says_what_was_largest_and_which_switch_lowers_it(tmp_path
     assert record.status == "oom" and record.error is not None and record.error in said
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_a_checkpoint_to_resume_exactly(tmp_path: Path, tiny_dir: Path, data: Path) -> None:
     from safetensors.torch import load_file
 

@@ -116,10 +116,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> t
     return path, out, said_when_stopped, printed
 
 
+@pytest.mark.long
 def test_ctrl_c_says_how_to_go_on(made: tuple[Path, Path, str, str]) -> None:
     assert "Error: Stopped by Ctrl-C with 0 runs finished" in made[2] and "same command again" in made[2]
 
 
+@pytest.mark.long
 def test_a_suite_goes_on_after_ctrl_c_and_kill_and_makes_every_run_once(made: tuple[Path, Path, str, str]) -> None:
     path, out, _, printed = made
     suite = load_suite(path)
@@ -132,6 +134,7 @@ def test_a_suite_goes_on_after_ctrl_c_and_kill_and_makes_every_run_once(made: tu
     assert (out / "report.md").exists() and str(out / "report.md") in printed
 
 
+@pytest.mark.long
 def test_rates_are_chosen_on_validation_and_measured_on_the_evaluation_part(made: tuple[Path, Path, str, str]) -> None:
     path, out, _, _ = made
     suite = load_suite(path)
@@ -147,6 +150,7 @@ def test_rates_are_chosen_on_validation_and_measured_on_the_evaluation_part(made
     assert f"/lr={chosen:g}/" in best and f"sums/sbft/lr={chosen:g}/test-seed=0" in measured
 
 
+@pytest.mark.long
 def test_records_predictions_and_logs_are_kept_and_weights_are_not(made: tuple[Path, Path, str, str]) -> None:
     path, out, _, _ = made
     for one in plan(load_suite(path), out):
@@ -162,6 +166,7 @@ def test_records_predictions_and_logs_are_kept_and_weights_are_not(made: tuple[P
         assert not log_beside(folder).exists()
 
 
+@pytest.mark.long
 def test_the_second_time_nothing_is_run(made: tuple[Path, Path, str, str]) -> None:
     path, out, _, _ = made
     before = {entry: entry.stat().st_mtime_ns for entry in out.rglob("run.json")}
@@ -172,6 +177,7 @@ def test_the_second_time_nothing_is_run(made: tuple[Path, Path, str, str]) -> No
     assert listed.output.count("done  ") == 4 and "Nothing is left to run." in listed.output
 
 
+@pytest.mark.long
 def test_a_changed_suite_is_refused_and_an_enlarged_one_is_not(made: tuple[Path, Path, str, str]) -> None:
     path, out, _, _ = made
     change = ["--set", "tasks.sums.data.max_length=48"]
@@ -382,6 +388,7 @@ def test_drawing_again_reads_no_record(
         assert sorted(asked) == ["lora", "lora", "sbft", "sbft"]
 
 
+@pytest.mark.long
 def test_a_suite_of_pretraining_trains_fresh_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBFT_CACHE", str(tmp_path / "cache"))
     text, path, out = tmp_path / "code.txt", tmp_path / "code.yaml", tmp_path / "out"

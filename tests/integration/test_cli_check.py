@@ -104,7 +104,7 @@ def test_json_has_all_of_it(recipe: Path) -> None:
     assert told["run"]["steps"] == 1 and told["run"]["rows"] == 12 and told["data"]["examples"] == 12
     assert told["memory"]["predicted_peak_bytes"] > 0 and told["memory"]["available_bytes"] > 0
     (found,) = told["findings"]
-    assert (found["key"], found["severity"], found["mend"]) == (
+    assert (found["key"], found["severity"], found["fix"]) == (
         "accumulation-on-one-device",
         "warning",
         "--method adam",

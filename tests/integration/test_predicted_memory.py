@@ -19,6 +19,7 @@ GOAL = 0.10  # of the measured peak above the loaded model
 @pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="without its instructions bfloat16 takes memory of torch's own"
 )
+@pytest.mark.long
 def test_what_sbft_needs_is_predicted_to_a_tenth(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     command = [sys.executable, ROOT / "benchmarks" / "memory_prediction.py", "--only", "smollm2", "sbft", "64"]

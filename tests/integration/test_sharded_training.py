@@ -384,7 +384,7 @@ def by_accelerate_with_fsdp(command: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize(
     "launch",
     [
-        by_num_processes,
+        pytest.param(by_num_processes, marks=pytest.mark.long),
         pytest.param(by_torchrun, marks=pytest.mark.long),
         pytest.param(by_torchrun_on_two_nodes, marks=pytest.mark.long),
         pytest.param(by_accelerate_with_fsdp, marks=pytest.mark.long),

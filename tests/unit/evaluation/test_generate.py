@@ -190,7 +190,7 @@ def test_rows_without_a_right_answer_are_refused_where_answers_are_scored() -> N
 
 def test_text_has_a_loss_and_no_answers() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    assert set(evaluate(model, tokenizer, TEXTS, metrics=["perplexity"])) == {"loss", "perplexity"}
+    assert set(evaluate(model, tokenizer, TEXTS, metrics=["perplexity"])) == {"loss", "perplexity", "bits_per_byte"}
     with pytest.raises(DataError, match=r"plain text.*evaluation.metrics: \[\]"):
         evaluate(model, tokenizer, TEXTS, metrics=["exact_match"])
 

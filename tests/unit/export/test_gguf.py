@@ -80,6 +80,7 @@ def split_tokenizer(pattern: str, *, ignore_merges: bool) -> PreTrainedTokenizer
 
 
 @pytest.mark.skipif(BUILTIN is None, reason="needs the weights of the built-in model")
+@pytest.mark.long
 def test_the_built_in_model_is_the_file_that_it_comes_from(tmp_path: Path) -> None:
     assert BUILTIN is not None and BUILTIN.submodule_search_locations is not None
     (original,) = Path(BUILTIN.submodule_search_locations[0]).rglob("*.gguf")

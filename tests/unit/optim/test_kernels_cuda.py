@@ -57,5 +57,6 @@ def test_on_the_gpu(tmp_path: Path, cases: str) -> None:
     run(cases, tmp_path)
 
 
+@pytest.mark.long
 def test_compiled_for_hopper(tmp_path: Path) -> None:
     run("cuda_compilation", tmp_path)

@@ -231,6 +231,7 @@ def _replica(rank: int, port: int, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 def test_replicas_of_plain_parameters_are_refused_with_a_way_out():
     import socket
 

@@ -103,7 +103,13 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], torch.dtype, int]] = {
 """The optimizer that trains and what it is set to, what the trained weights are saved in, and the examples of a step."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+ALIKE = ("hf-adafactor", "row-adafactor", "sinkgd", "muon", "sbft-int12", "adam8bit")
+"""Methods whose parts other tests train with."""
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=[pytest.mark.long] * (method in ALIKE)) for method in METHODS]
+)
 def test_every_method_trains_and_saves_what_it_measured(
     method: str, train: Train, tiny_dir: Path, data: Path, tmp_path: Path
 ) -> None:

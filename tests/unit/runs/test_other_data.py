@@ -141,7 +141,7 @@ def test_what_is_trained_on_is_not_watched(tiny_dir: Path, tmp_path: Path) -> No
         (["data.replay.share=null"], "data.replay.share is None, expected a share"),
         (["data.replay={data: old.jsonl}"], "data.replay.share is missing: write its share of all tokens"),
         (["data.replay={share: 0.1}"], "data.replay.data is missing: write what to mix in"),
-        (["data.replay.shares=0.1"], "data.replay.shares is no key of a recipe; the nearest is share."),
+        (["data.replay.shares=0.1"], "data.replay.shares is not a key of a recipe; the nearest is share."),
         (["data.replay=old.jsonl"], "data.replay is 'old.jsonl', expected keys with values; write `replay: {data: old.jsonl"),
         (["data.train_tokens=1000"], "data.replay mixes examples, and this recipe trains on windows of one stream"),
         (["evaluation.watch.old.metrics=[exact]"], "evaluation.watch.old.metrics names 'exact', expected some of"),

@@ -48,10 +48,10 @@ def largest_gradients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     update = TokenOptimizer._update_parameter
 
-    def look(self: TokenOptimizer, param: torch.Tensor) -> None:
+    def look(self: TokenOptimizer, param: torch.Tensor, **settings: Any) -> None:
         if param.grad is not None:
             sizes.append(param.grad.numel())
-        update(self, param)
+        update(self, param, **settings)
 
     monkeypatch.setattr(TokenOptimizer, "_update_parameter", look)
     return sizes
