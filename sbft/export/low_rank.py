@@ -297,6 +297,6 @@ def _check_there_is_something(kinds: dict[str, Kind], factors: Collection[str], 
         )
     if not factors:
         raise ExportError(
-            f"{source} and {base} only differ in {', '.join(kinds)}, for which an adapter has no matrices. Leave --as-lora "
+            f"{source} and {base} differ only in {', '.join(kinds)}, for which an adapter has no matrices. Leave --as-lora "
             "out to export the whole model."
         )

@@ -526,7 +526,7 @@ def test_what_makes_no_adapter_is_said_and_leaves_nothing(run: Path, tiny_dir: P
     refused("random weights, which are in no file", base="random:tiny")
     refused("There is no folder /no/such", base="/no/such")
     norms = fine_tuned(tiny_dir, tmp_path / "norms", lambda name, weight: weight * 2 if "norm" in name else weight)
-    refused("only input_layernorm, post_attention_layernorm, norm differ", source=norms)
+    refused("differ only in input_layernorm, post_attention_layernorm, norm,", source=norms)
     broken = fine_tuned(
         tiny_dir, tmp_path / "broken", lambda name, weight: weight * torch.nan if "up" in name else weight
     )
