@@ -32,6 +32,7 @@ from tests.tiny import save_tiny
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(missing_for_sharding() is not None, reason=missing_for_sharding() or ""),
 ]
 ROOT = Path(__file__).parents[2]

@@ -71,7 +71,7 @@ def test_given_the_same_sums_adafactors_codes_are_equal(grid, key, shape):
 
 
 # SSE only; AVX2; AVX-512 without bfloat16. Each library takes some seconds to compile, so most are left for the long tests.
-SHORT = {(INT4, "x86-64"), (INT12, "haswell"), (INT8, "skylake-avx512")}
+SHORT = {(INT4, "x86-64")}
 BUILDS = [
     pytest.param(grid, instructions, marks=[] if (grid, instructions) in SHORT else pytest.mark.long)
     for grid in GRIDS.values()

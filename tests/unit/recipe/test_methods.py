@@ -206,7 +206,15 @@ def test_a_record_of_a_run_under_way_says_so(train: Train, tmp_path: Path) -> No
     assert (found[0].status, found[0].error) == ("unfinished", None)
 
 
-@pytest.mark.parametrize(("method", "tied"), [("sbft", True), ("sbft", False), ("adam", True), ("hf-adafactor", False)])
+@pytest.mark.parametrize(
+    ("method", "tied"),
+    [
+        ("sbft", True),
+        ("sbft", False),
+        pytest.param("adam", True, marks=pytest.mark.long),
+        pytest.param("hf-adafactor", False, marks=pytest.mark.long),
+    ],
+)
 def test_frozen_embeddings_keep_every_bit_while_the_rest_learns(
     method: str, tied: bool, train: Train, tmp_path: Path
 ) -> None:
