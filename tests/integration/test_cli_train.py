@@ -178,6 +178,7 @@ def test_the_help_names_every_method() -> None:
     assert all(method in shown for method in METHODS)
 
 
+@pytest.mark.long
 def test_two_processes_train_together(tiny_dir: Path, data: Path, tmp_path: Path) -> None:
     command = [
         *(

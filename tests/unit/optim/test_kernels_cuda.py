@@ -31,6 +31,7 @@ def run(cases: str, cache: Path, *options: str, **environment: str) -> None:
     assert finished.returncode == 0, finished.stdout[-10_000:]
 
 
+@pytest.mark.long
 def test_in_the_interpreter(tmp_path: Path) -> None:
     run("cuda_cases", tmp_path, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
