@@ -87,14 +87,9 @@ def plan(
 
         from sbft.native.memory import available_bytes, type_of
         from sbft.planning.memory.fit import make_plan
-        from sbft.planning.memory.offload import USUAL_SPEEDS, Speeds, measured_speeds
     planned, left_out = _methods_to_plan(methods, weights)
     device = "cuda" if gpu_memory is not None else type_of()
-    speeds = measured_speeds() if gpu_memory is None and device == "cuda" else USUAL_SPEEDS
-    speeds = Speeds(
-        speeds.link_bytes_per_s if link is None else parse_bytes(link, "--link"),
-        speeds.flops if tflops is None else tflops * 1e12,
-    )
+    speeds = _speeds(link, tflops, here=gpu_memory is None and device == "cuda")
     memory = available_bytes() if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     with Console(stderr=True).status("Planning") as status:
         made = make_plan(
@@ -117,6 +112,17 @@ def plan(
         _print_for_people(made, speeds)
     if left_out:
         Console(stderr=True, highlight=False).print(left_out, markup=False, soft_wrap=True)
+
+
+def _speeds(link: str | None, tflops: float | None, *, here: bool) -> Speeds:
+    """The speeds that the flags give; where one gives none, that of this machine's GPU if it is planned for, or the usual."""
+    from sbft.planning.memory.offload import USUAL_SPEEDS, Speeds, measured_speeds
+
+    speeds = measured_speeds() if here and None in (link, tflops) else USUAL_SPEEDS
+    return Speeds(
+        speeds.link_bytes_per_s if link is None else parse_bytes(link, "--link"),
+        speeds.flops if tflops is None else tflops * 1e12,
+    )
 
 
 def _methods_to_plan(methods: str | None, weights: str | None) -> tuple[list[str], str | None]:

@@ -15,7 +15,7 @@ from sbft.models.load import load_config
 from sbft.native.memory import available_bytes, resident_bytes, type_of
 from sbft.native.onednn_products import products_bytes
 from sbft.planning.memory.graphs import as_graphs, pool_bytes_of_graphs, shape_in_graph, static_bytes
-from sbft.planning.memory.offload import Streaming, decoder_layers, fewest_layers, streaming, without_inputs
+from sbft.planning.memory.offload import Layer, Streaming, decoder_layers, fewest_layers, streaming, without_inputs
 from sbft.planning.memory.skeleton import period_of_layers, shortened, skeleton
 from sbft.planning.memory.step import BACKWARD, StepShape, TracedStep, trace_step
 from sbft.planning.memory.trace import Phase
@@ -39,7 +39,9 @@ _HOPPER = (9, 0)
 _CUDA_CONTEXT_BYTES = 512 * MEBIBYTE
 _FEWEST_LAYERS = 2
 _periods: dict[str, int | None] = {}  # by config; a plan asks for the same one dozens of times
-_traced: dict[tuple[Any, ...], TracedStep] = {}  # of the last recipe: streaming layers changes nothing in a trace
+# Of the last recipe, whatever it streams: a plan asks for the same at several lengths, and for some with and without streaming.
+_traced: dict[tuple[Any, ...], TracedStep] = {}
+_layers: dict[tuple[str, str], list[Layer]] = {}
 
 PARTS = ("weights", "gradients", "optimizer_state", "activations", "logits", "workspace", "runtime")
 
@@ -150,8 +152,7 @@ def _streamed(
     offload = recipe.offloaded
     if offload is None:
         return prediction
-    made, further = _few_layers(recipe, config)
-    layers = decoder_layers(recipe, config, further, (further - made) or 1)
+    layers = _decoder_layers(recipe, config)
     if offload.layers == "auto":
         most = SURE * (available_bytes("cuda") if memory_bytes is None else memory_bytes)
         offload = Offload(fewest_layers(layers, prediction.needed_bytes, most, inputs_bytes), offload.activations)
@@ -160,6 +161,19 @@ def _streamed(
     made_streaming = streaming(layers, offload, inputs_bytes)
     parts = {**prediction.parts, "weights": prediction.parts["weights"] - made_streaming.saved_bytes}
     return replace(prediction, parts=parts, streaming=made_streaming)
+
+
+def _decoder_layers(recipe: Recipe, config: PreTrainedConfig) -> list[Layer]:
+    key = _without_offload(recipe).model_dump_json(), config.to_json_string()
+    if key not in _layers:
+        _layers.clear()
+        short, long = _few_layers(recipe, config)
+        _layers[key] = decoder_layers(recipe, config, long, (long - short) or 1)
+    return _layers[key]
+
+
+def _without_offload(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"offload": None})
 
 
 def _inputs_bytes(recipe: Recipe, config: PreTrainedConfig, shape: StepShape) -> int:
@@ -173,24 +187,25 @@ def _inputs_bytes(recipe: Recipe, config: PreTrainedConfig, shape: StepShape) ->
 def _step(
     recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, *, whole: bool
 ) -> TracedStep:
-    """Trace a step of the model; where its layers are alike, extrapolate from two models with fewer layers.
-
-    A heap is traced with all layers, because what it loses to gaps does not grow linearly with the layers.
-    """
-    layers = config.get_text_config().num_hidden_layers
-    recipe = recipe.model_copy(update={"offload": None})
+    """As `_trace`; the same step is traced once."""
+    recipe = _without_offload(recipe)
     key = (recipe.model_dump_json(), config.to_json_string())
     if any(other[:2] != key for other in _traced):
         _traced.clear()
     case = (*key, shape, kind, checkpointing, whole)
     if case not in _traced:
-        _traced[case] = _traced_step(recipe, config, shape, kind, checkpointing, layers, whole)
+        _traced[case] = _trace(recipe, config, shape, kind, checkpointing, whole=whole)
     return _traced[case]
 
 
-def _traced_step(
-    recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, layers: int, whole: bool
+def _trace(
+    recipe: Recipe, config: PreTrainedConfig, shape: StepShape, kind: str, checkpointing: bool, *, whole: bool
 ) -> TracedStep:
+    """Trace a step of the model; where its layers are alike, extrapolate from two models with fewer layers.
+
+    A heap is traced with all layers, because what it loses to gaps does not grow linearly with the layers.
+    """
+    layers = config.get_text_config().num_hidden_layers
     short, long = (layers, layers) if whole else _few_layers(recipe, config)
     try:
         if short + long >= layers:
