@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +60,9 @@ def parse() -> argparse.Namespace:
 
 
 def run_child(arguments: argparse.Namespace, shape: str, weights: str, tokens: int, streams: bool) -> dict[str, Any]:
-    from sbft.runs.record import git_commit
+    from benchmarks.provenance import provenance
 
-    row = {"shape": shape, "weights": weights, "tokens": tokens, "streams": streams, "failed": None}
-    row |= {"command": shlex.join(["python", *sys.argv]), "git_commit": git_commit()}
-    row |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    row = {"shape": shape, "weights": weights, "tokens": tokens, "streams": streams, "failed": None, **provenance()}
     command = [sys.executable, __file__, "--child", shape, weights, str(tokens), str(int(streams))]
     command += ["--steps", str(arguments.steps), *["--dry-run"] * arguments.dry_run]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -170,4 +166,5 @@ def shown(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     main()

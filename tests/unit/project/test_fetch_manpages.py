@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,8 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "fetch_manpages.py"
+from tests.scripts import load_script
+
 PAGE = r""".\" -*- coding: UTF-8 -*-
 .TH LS 1 "September 2022" "GNU coreutils 9.1" "Dienstprogramme für Benutzer"
 .SH BEZEICHNUNG
@@ -50,11 +50,7 @@ Die Einträge werden alphabetisch sortiert, falls weder -c noch --sort angegeben
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_manpages", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("fetch_manpages")
 
 
 @pytest.mark.parametrize("groff", [True, False], ids=["groff", "without"])
