@@ -39,8 +39,7 @@ class Borrowed(NamedTuple):
 def in_one_piece(weight: Quantized) -> Quantized:
     """The same weight, copied if it is a view without contiguous codes."""
     low = weight.low
-    whole = weight.codes.is_contiguous() and weight.scales.is_contiguous() and (low is None or low.is_contiguous())
-    if whole:
+    if weight.is_contiguous:
         return weight
     return weight.with_tensors(
         weight.codes.contiguous(), None if low is None else low.contiguous(), weight.scales.contiguous()

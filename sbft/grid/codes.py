@@ -72,6 +72,11 @@ class Quantized:
         stored = {"codes": self.codes, "scales": self.scales}
         return stored if self.low is None else {**stored, "low": self.low}
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether each of its tensors is in one piece of memory, as compiled code takes them."""
+        return all(tensor.is_contiguous() for tensor in self.tensors.values())
+
     def with_tensors(self, codes: Tensor, low: Tensor | None, scales: Tensor) -> Quantized:
         """The same grid with other tensors."""
         return replace(self, codes=codes, low=low, scales=scales)

@@ -87,7 +87,7 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.bfloat16, out: Tens
     if (
         compiled is None
         or dtype not in _DTYPES
-        or not _is_contiguous(weight)
+        or not weight.is_contiguous
         or (out is not None and not out.is_contiguous())
     ):
         return codes.dequantize(weight, dtype, out)
@@ -101,7 +101,7 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.bfloat16, out: Tens
 def dequantize_entries(weight: Quantized, index: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """See `codes.dequantize_entries`."""
     compiled = library()
-    if compiled is None or dtype not in _DTYPES or not _is_contiguous(weight):
+    if compiled is None or dtype not in _DTYPES or not weight.is_contiguous:
         return codes.dequantize_entries(weight, index, dtype)
     index = index.to(torch.int64).contiguous()
     entries, *rest = weight.shape
@@ -131,7 +131,3 @@ def quantize(values: Tensor, grid: Grid) -> Quantized:
     count = values.numel()
     compiled.sbft_quantize(planes(made), values.data_ptr(), count, values.dtype == torch.bfloat16, threads_for(count))
     return made
-
-
-def _is_contiguous(weight: Quantized) -> bool:
-    return all(tensor.is_contiguous() for tensor in weight.tensors.values())

@@ -24,8 +24,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
     """See `codes.dequantize`."""
     dtype = dtype if out is None else out.dtype
-    contiguous = all(tensor.is_contiguous() for tensor in weight.tensors.values())
-    if dtype not in _DTYPES or not contiguous or (out is not None and not out.is_contiguous()):
+    if dtype not in _DTYPES or not weight.is_contiguous or (out is not None and not out.is_contiguous()):
         return codes.dequantize(weight, dtype, out)
     values = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     count = values.numel()

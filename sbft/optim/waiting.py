@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sbft.grid.codes import Quantized
+from sbft.native.memory import stored_tensors
 from sbft.optim.kernels import waiting_updates
-from sbft.optim.kernels.blocks import stored
 
 SMALLEST_LIMIT, WEIGHTS_SHARE = 4 << 20, 0.01
 """What may wait on a device: this number of bytes, or this share of the weights if that is more. The peak rises by 1% then."""
@@ -61,10 +60,5 @@ class WaitingReleases:
 
 def limit_for(params: Iterable[Tensor], device: torch.device) -> int:
     """Bytes that may wait on a device with these weights."""
-    return max(SMALLEST_LIMIT, int(WEIGHTS_SHARE * sum(_stored_bytes(p) for p in params if p.device == device)))
-
-
-def _stored_bytes(param: Tensor) -> int:
-    memory = stored(param)
-    tensors = memory.tensors.values() if isinstance(memory, Quantized) else [memory]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    weights_bytes = sum(tensor.nbytes for p in params if p.device == device for tensor in stored_tensors(p))
+    return max(SMALLEST_LIMIT, int(WEIGHTS_SHARE * weights_bytes))

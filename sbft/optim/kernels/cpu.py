@@ -88,9 +88,8 @@ def covers(weight: Weight, grad: Tensor | SlicedGradient, shard: Shard | None) -
     """Whether the compiled code can do this update; otherwise the reference does."""
     weight = stored(weight)
     if isinstance(weight, Quantized):
-        contiguous = all(tensor.is_contiguous() for tensor in weight.tensors.values())
         whole_groups = shard is None or not shard.columns_split
-        usual = contiguous and whole_groups and weight.block <= _LARGEST_BLOCK and grad.dtype in _DTYPES
+        usual = weight.is_contiguous and whole_groups and weight.block <= _LARGEST_BLOCK and grad.dtype in _DTYPES
     else:
         usual = weight.is_contiguous() and grad.dtype == weight.dtype
     # It sums over all other ranks, not separately over those with other rows and those with other columns.

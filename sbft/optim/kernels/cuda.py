@@ -50,7 +50,7 @@ def covers(weight: Weight, grad: Tensor, shard: Shard | None) -> bool:
     """
     weight = stored(weight)
     if isinstance(weight, Quantized):
-        if weight.block > _LARGEST_BLOCK or not all(tensor.is_contiguous() for tensor in weight.tensors.values()):
+        if weight.block > _LARGEST_BLOCK or not weight.is_contiguous:
             return False
     elif not weight.is_contiguous():
         return False

@@ -15,7 +15,7 @@ from sbft.planning.memory.skeleton import shortened, skeleton
 from sbft.planning.memory.trace import Phase
 from sbft.recipe import Recipe
 from sbft.recipe.offload import Offload
-from sbft.training.offload.layers import BUFFERS, find_decoder, streamed_parameters
+from sbft.training.offload.layers import buffers_for, find_decoder, streamed_parameters
 from sbft.training.offload.storage import size_bytes
 
 HOST_MARGIN_BYTES = 2 << 30
@@ -148,9 +148,8 @@ def streaming(layers: list[Layer], offload: Offload, inputs_bytes: int = 0) -> S
     """
     chosen = [layers[number] for number in offload.streamed(len(layers))]
     trains = any(layer.trained_bytes for layer in chosen)
-    slots = min(BUFFERS if trains else BUFFERS - 1, max(len(chosen), 2))
     total = sum(layer.size_bytes for layer in chosen)
-    on_device = slots * max((layer.size_bytes for layer in chosen), default=0)
+    on_device = buffers_for(len(chosen), trains) * max((layer.size_bytes for layer in chosen), default=0)
     inputs = max(len(layers) - _INPUTS_ON_DEVICE, 0) * inputs_bytes
     return Streaming(
         layers=len(chosen),

@@ -107,6 +107,16 @@ def streamed_parameters(
     return streamed
 
 
+def buffers_for(layers: int, trains: bool) -> int:
+    """How many layers are on the device at once, of those that are streamed.
+
+    Args:
+        layers: how many are streamed.
+        trains: whether any of their weights is trained; what is only read needs no place on its way out.
+    """
+    return min(BUFFERS if trains else BUFFERS - 1, max(layers, 2))
+
+
 def streamed_bytes(streamed: dict[int, list[nn.Parameter]]) -> int:
     """Bytes of the host's memory that the layers take."""
     return sum(size_bytes(parameters) for parameters in streamed.values())

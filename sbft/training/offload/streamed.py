@@ -15,7 +15,7 @@ from sbft.grid.tensor import GridTensor
 from sbft.recipe.offload import Offload
 from sbft.training.offload.activations import SavedInput, SavedInputs
 from sbft.training.offload.four_bits import streamed_products
-from sbft.training.offload.layers import BUFFERS, find_decoder, streamed_parameters
+from sbft.training.offload.layers import buffers_for, find_decoder, streamed_parameters
 from sbft.training.offload.link import Link
 from sbft.training.offload.saved import SavedWeights
 from sbft.training.offload.schedule import Schedule
@@ -47,9 +47,8 @@ class StreamedModel:
         self.parameters = {parameter for layer in layers.values() for parameter in layer.parameters}
         self._move_rest(model)
         trains = any(parameter.requires_grad for parameter in self.parameters)
-        # What is only read needs no place on its way out.
         self.schedule = Schedule(
-            list(layers.values()), min(BUFFERS if trains else BUFFERS - 1, max(len(layers), 2)), link
+            list(layers.values()), buffers_for(len(layers), trains), link
         )
         need = functools.partial(self.schedule.need, step=-1)
         self._saved = SavedWeights(self.schedule, need)
