@@ -75,16 +75,21 @@ def parse() -> argparse.Namespace:
 # The contenders: each builds an optimizer and returns its step
 
 
-def ours(name: str, stochastic_rounding: bool, kernels: str = "", most_waiting_bytes: int | None = None) -> Build:
+def ours(
+    name: str, stochastic_rounding: bool, kernels: str = "", most_waiting_bytes: int | None = None, grid: str = ""
+) -> Build:
     def build(weights: nn.ParameterList) -> Step:
         import sbft.optim
 
         if kernels == "reference" and weights[0].is_cuda and count(weights) > SLOW_REFERENCE:
             raise RuntimeError("the reference goes block by block: minutes per step on a GPU")
-        optimizer = getattr(sbft.optim, name)(weights.parameters(), lr=RATE, stochastic_rounding=stochastic_rounding)
+        trained = on_grid(weights, grid) if grid else weights
+        optimizer = getattr(sbft.optim, name)(trained.parameters(), lr=RATE, stochastic_rounding=stochastic_rounding)
         optimizer.most_waiting_bytes = most_waiting_bytes
 
         def step() -> None:
+            for weight, given in zip(trained, weights, strict=True):
+                weight.grad = given.grad
             optimizer.tokens_per_step = 1024
             before = os.environ.pop("SBFT_KERNELS", None)
             if kernels:
@@ -97,6 +102,15 @@ def ours(name: str, stochastic_rounding: bool, kernels: str = "", most_waiting_b
         return step
 
     return build
+
+
+def on_grid(weights: nn.ParameterList, grid: str) -> nn.ParameterList:
+    """The same values on a grid; vectors stay as they are."""
+    from sbft.grid.convert import put_on_grids
+
+    copied = nn.ParameterList(weight.detach() for weight in weights)
+    put_on_grids(copied, grid)
+    return copied
 
 
 def torchs(name: str, **settings: Any) -> Build:
@@ -141,6 +155,9 @@ CONTENDERS: dict[str, Build] = {
     "sbft Adafactor": ours("Adafactor", False),
     "sbft Adafactor, SR, reference": ours("Adafactor", True, "reference"),
     "sbft Adafactor, reference": ours("Adafactor", False, "reference"),
+    "sbft Adafactor, int12": ours("Adafactor", True, grid="int12"),
+    "sbft Adafactor, int8": ours("Adafactor", True, grid="int8"),
+    "sbft Adafactor, int4": ours("Adafactor", True, grid="int4"),
     "sbft AdamW, SR": ours("AdamW", True),
     "sbft AdamW, SR, one by one": ours("AdamW", True, most_waiting_bytes=0),
     "sbft SGD, SR": ours("SGD", True),

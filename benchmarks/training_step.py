@@ -26,6 +26,7 @@ METHODS = {
     "sbft-float32": "sbft with float32 weights",
     "sbft-frozen-embeddings": "sbft, input and output embeddings frozen: the layers that LoRA trains",
     "lora": "PEFT LoRA r=16 on all linear layers, torch AdamW, the same loss without logits",
+    "qlora": "as lora, the linear layers held in 4 bits (bitsandbytes' NF4)",
     "sbft-int12": "as sbft, weights in 12 bits",
     "sbft-int8": "as sbft, weights in 8 bits",
     "sbft-int4": "as sbft, weights in 4 bits",
@@ -95,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     (method,), (tokens,) = arguments.methods, arguments.tokens
     set_seed(0)
     dtype = torch.float32 if method in ("adam", "sbft-float32") else torch.bfloat16
-    model = load(arguments.model, dtype)
+    model = load(arguments.model, dtype, "nf4" if method == "qlora" else None)
     with PeakMemory() as loaded:
         pass
     parameters = sum(p.numel() for p in model.parameters())
@@ -103,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if method == "sbft-frozen-embeddings":
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             embedding.weight.requires_grad_(False)
-    if method.startswith("lora"):
+    if "lora" in method:
         from peft import LoraConfig, get_peft_model
 
         adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -148,13 +149,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(name: str, dtype: Any) -> Any:
+def load(name: str, dtype: Any, quantization: Any) -> Any:
     import torch
 
     from sbft.models.load import load_model
     from sbft.models.random_weights import ARCHITECTURES, PREFIX
 
-    model = load_model(PREFIX + name if name in ARCHITECTURES else name, dtype=dtype)
+    model = load_model(PREFIX + name if name in ARCHITECTURES else name, dtype=dtype, quantization=quantization)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

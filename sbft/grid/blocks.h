@@ -23,6 +23,17 @@ inline S32 upper_halves(U16 first, U16 second) {
 #endif
 }
 
+// 16 of 32 numbers: the first if `half` is 0, else the last.
+inline I16 widen_half(S32 v, int half) {
+    S16 halves[2];
+    memcpy(halves, &v, sizeof v);
+#ifdef __AVX512F__
+    return (I16)_mm512_cvtepi16_epi32((__m256i)halves[half]);
+#else
+    return __builtin_convertvector(halves[half], I16);
+#endif
+}
+
 // The sum of the squares of each two neighbours.
 inline I16 pair_squares(S32 v) {
 #ifdef __AVX512BW__
@@ -53,24 +64,29 @@ inline B16 pack_halves(S32 v) {
 #endif
 }
 
-inline U16 widen_bytes(const uint8_t* from) {
-    B16 v;
+// 32 numbers from -128 to 127.
+inline S32 widen_bytes(const int8_t* from) {
+    B32 v;
     memcpy(&v, from, sizeof v);
-#ifdef __AVX512F__
-    return (U16)_mm512_cvtepu8_epi32((__m128i)v);
+#ifdef __AVX512BW__
+    return (S32)_mm512_cvtepi8_epi16((__m256i)v);
 #else
-    return __builtin_convertvector(v, U16);
+    return __builtin_convertvector(v, S32);
 #endif
 }
 
-inline I16 widen_bytes(const int8_t* from) {
-#ifdef __AVX512F__
-    return (I16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+// What `pack_halves` has packed.
+inline S32 unpack_halves(const uint8_t* from) {
+    B16 packed;
+    memcpy(&packed, from, sizeof packed);
+#ifdef __AVX512BW__
+    const __m512i twice = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256((__m128i)packed));
+    return (S32)_mm512_mask_srli_epi16(twice, 0xFFFF0000u, twice, 4) & 15;
 #else
-    typedef int8_t Signed __attribute__((vector_size(16)));
-    Signed v;
-    memcpy(&v, from, sizeof v);
-    return __builtin_convertvector(v, I16);
+    typedef uint16_t Unsigned __attribute__((vector_size(32)));
+    const Unsigned bytes = __builtin_convertvector(packed, Unsigned);
+    const Unsigned halves[2] = {bytes & 15, bytes >> 4};
+    return bits_as<S32>(halves);
 #endif
 }
 
@@ -111,20 +127,10 @@ struct Codes {
     uint8_t* low;
 
     // The 32 codes from element `at` on.
-    void load(int64_t at, I16& first, I16& second) const {
-        if (BITS == 4) {
-            const U16 both = widen_bytes((const uint8_t*)codes + at / 2);
-            first = (I16)(both & 15) - 8;
-            second = (I16)(both >> 4) - 8;
-            return;
-        }
-        first = widen_bytes(codes + at);
-        second = widen_bytes(codes + at + LANES);
-        if (BITS == 12) {
-            const U16 both = widen_bytes(low + at / 2);
-            first = first << 4 | (I16)(both & 15);
-            second = second << 4 | (I16)(both >> 4);
-        }
+    S32 load(int64_t at) const {
+        if (BITS == 4) return unpack_halves((const uint8_t*)codes + at / 2) - 8;
+        const S32 high = widen_bytes(codes + at);
+        return BITS == 12 ? high << 4 | unpack_halves(low + at / 2) : high;
     }
 
     void store(int64_t at, S32 values) const {
@@ -155,24 +161,53 @@ inline U16 noise_of_group(int64_t index, Key key) {
     return key.stochastic ? hashes(((uint64_t)index >> 5) * 16, key) : U16{} + 0x80008000u;  // 32768 rounds to nearest
 }
 
-// Rounds a block that grows. `distance` is 65536 times that of update.py, `rounded` are the new codes, some beyond the grid.
+// 65536 times the distance that update.py moves 32 codes.
+struct Distance {
+    F16 half[2];
+};
+
+// The rounded codes, some of which may be beyond the grid.
+inline S32 moved(S32 code, const Distance& distance, int64_t index, Key key) {
+    typedef uint16_t U32 __attribute__((vector_size(64)));
+    const U16 hash = noise_of_group(index, key);
+    const S32 carried = upper_halves((hash & 0xFFFFu) - (U16)to_int(distance.half[0]),
+                                     (hash >> 16) - (U16)to_int(distance.half[1]));
+    return (S32)((U32)code + (U32)carried);
+}
+
+// Adds the squares of a block's values to `total`.
 template <int BITS, int GROUPS>
-OUTLINE void grow_block(Codes<BITS> codes, uint16_t* scale, int64_t largest, int64_t at, const F16* distance,
-                        const S32* rounded, int64_t index, Key key) {
+inline void add_squares(Codes<BITS> codes, uint16_t scale, int64_t at, F16& total) {
+    I16 squares = {};
+    for (int g = 0; g < GROUPS; g++) squares += pair_squares(codes.load(at + g * GROUP));
+    const float wide = half_to_float(scale);
+    total += to_float(squares) * (wide * wide);
+}
+
+// Moves one block, which may grow: then it is rounded anew.
+template <int BITS, int GROUPS>
+inline void move_growing(Codes<BITS> codes, uint16_t* scale, int64_t largest, int64_t at, int64_t index, Key key,
+                         const Distance* distance) {
     F16 wanted[2 * GROUPS];
+    S32 rounded[GROUPS], magnitudes = {};
     float farthest = 0;
     bool bad = false;
     for (int g = 0; g < GROUPS; g++) {
-        I16 code[2];
-        codes.load(at + g * GROUP, code[0], code[1]);
+        const S32 code = codes.load(at + g * GROUP);
+        rounded[g] = moved(code, distance[g], index + g * GROUP, key);
+        magnitudes = larger_magnitude(magnitudes, rounded[g]);
         for (int i = 0; i < GROUP; i++) {
-            const float d = distance[2 * g + i / LANES][i % LANES];
+            const float d = distance[g].half[i / LANES][i % LANES];
             const bool near = std::fabs(std::nearbyint(d)) < 0x1p30f;
-            const float v = near ? (float)rounded[g][i] : (float)code[i / LANES][i % LANES] - d * 0x1p-16f;
+            const float v = near ? (float)rounded[g][i] : (float)code[i] - d * 0x1p-16f;
             wanted[2 * g + i / LANES][i % LANES] = v;
             bad |= v != v;
             farthest = std::max(farthest, std::fabs(v));
         }
+    }
+    if (!any_above(magnitudes, largest)) {
+        for (int g = 0; g < GROUPS; g++) codes.store(at + g * GROUP, rounded[g]);
+        return;
     }
     const float old = half_to_float(*scale);
     *scale = bad ? HALF_NAN : smallest_scale(farthest * old, largest);
@@ -190,51 +225,60 @@ OUTLINE void grow_block(Codes<BITS> codes, uint16_t* scale, int64_t largest, int
     }
 }
 
-// Adds the squares of a block's values to `total`.
-template <int BITS, int GROUPS>
-inline void add_squares(Codes<BITS> codes, uint16_t scale, int64_t at, F16& total) {
-    I16 squares = {};
-    for (int g = 0; g < GROUPS; g++) {
-        I16 first, second;
-        codes.load(at + g * GROUP, first, second);
-        squares += pair_squares(upper_halves((U16)first << 16, (U16)second << 16));
+// Moves blocks of which at least one grows; returns `total` plus the squares of the new values.
+template <int BITS, int GROUPS, int BLOCKS>
+OUTLINE F16 move_growing_blocks(Codes<BITS> codes, uint16_t* scales, int64_t largest, int64_t at, int64_t index, Key key,
+                                F16 total, const Distance* distance) {
+    for (int b = 0; b < BLOCKS; b++) {
+        const int64_t j = b * GROUPS * GROUP;
+        move_growing<BITS, GROUPS>(codes, scales + b, largest, at + j, index + j, key, distance + b * GROUPS);
+        add_squares<BITS, GROUPS>(codes, scales[b], at + j, total);
     }
-    const float wide = half_to_float(scale);
-    total += to_float(squares) * (wide * wide);
+    return total;
 }
 
-// Moves one block; `direction(j)` is asked once for each 16 elements. Adds the squares of the new values to `total`.
-template <int BITS, int GROUPS, class D>
-inline INLINE void move_block(Codes<BITS> codes, uint16_t* scale, int64_t largest, int64_t at, int64_t index,
-                              float step, float decay, Key key, F16& total, D direction) {
-    const float wide = half_to_float(*scale);
-    // Multiplying by 65536 changes no rounding.
-    const F16 by = splat(step / wide * 65536.0f), shrink = splat(decay * 65536.0f);
-    F16 distance[2 * GROUPS];
-    S32 rounded[GROUPS], magnitudes = {};
-    I16 squares = {};
+// Moves a few blocks; `direction(j)` is asked once for each 16 elements. Adds the squares of the new values to `total`.
+template <int BITS, int GROUPS, int BLOCKS, class D>
+inline INLINE void move_blocks(Codes<BITS> codes, uint16_t* scales, int64_t largest, int64_t at, int64_t index, float step,
+                               float decay, Key key, F16& total, D direction) {
+    constexpr int ALL = BLOCKS * GROUPS;
+    float wide[BLOCKS], by[BLOCKS];
 #pragma GCC unroll 4
-    for (int g = 0; g < GROUPS; g++) {
-        I16 code[2];
-        codes.load(at + g * GROUP, code[0], code[1]);
+    for (int b = 0; b < BLOCKS; b++) {
+        wide[b] = half_to_float(scales[b]);
+        by[b] = step / wide[b] * 65536.0f;  // multiplying by 65536 changes no rounding
+    }
+    Distance distance[ALL];
+    S32 rounded[ALL], magnitudes = {};
+#pragma GCC unroll 4
+    for (int g = 0; g < ALL; g++) {
+        const S32 code = codes.load(at + g * GROUP);
+#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
-            F16 d = direction(g * GROUP + h * LANES) * by;
-            if (decay != 0) d += to_float(code[h]) * shrink;
-            distance[2 * g + h] = d;
+            F16 d = direction(g * GROUP + h * LANES) * by[g / GROUPS];
+            if (decay != 0) d += to_float(widen_half(code, h)) * (decay * 65536.0f);
+            distance[g].half[h] = d;
         }
-        const U16 hash = noise_of_group(index + g * GROUP, key);
-        rounded[g] = upper_halves(((U16)code[0] << 16) - (U16)to_int(distance[2 * g]) + (hash & 0xFFFFu),
-                                  ((U16)code[1] << 16) - (U16)to_int(distance[2 * g + 1]) + (hash >> 16));
+        rounded[g] = moved(code, distance[g], index + g * GROUP, key);
         magnitudes = larger_magnitude(magnitudes, rounded[g]);
-        squares += pair_squares(rounded[g]);
     }
     if (__builtin_expect(any_above(magnitudes, largest), 0)) {
-        grow_block<BITS, GROUPS>(codes, scale, largest, at, distance, rounded, index, key);
-        return add_squares<BITS, GROUPS>(codes, *scale, at, total);
+        Distance copied[ALL];  // only here in memory, in registers otherwise
+#pragma GCC unroll 4
+        for (int g = 0; g < ALL; g++) copied[g] = distance[g];
+        total = move_growing_blocks<BITS, GROUPS, BLOCKS>(codes, scales, largest, at, index, key, total, copied);
+        return;
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < GROUPS; g++) codes.store(at + g * GROUP, rounded[g]);
-    total += to_float(squares) * (wide * wide);
+    for (int b = 0; b < BLOCKS; b++) {
+        I16 squares = {};
+#pragma GCC unroll 4
+        for (int g = b * GROUPS; g < (b + 1) * GROUPS; g++) {
+            codes.store(at + g * GROUP, rounded[g]);
+            squares += pair_squares(rounded[g]);
+        }
+        total += to_float(squares) * (wide[b] * wide[b]);
+    }
 }
 
 }  // namespace

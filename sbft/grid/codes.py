@@ -49,13 +49,17 @@ class Quantized:
     @property
     def shape(self) -> torch.Size:
         """Shape of the weight."""
-        columns = self.codes.shape[-1] * (2 if self.grid.bits == 4 else 1)
-        return torch.Size((*self.codes.shape[:-1], columns))
+        return torch.Size((*self.codes.shape[:-1], self._columns))
+
+    @property
+    def _columns(self) -> int:
+        stored = self.codes.shape[-1]
+        return 2 * stored if self.grid.bits == 4 else stored
 
     @property
     def block(self) -> int:
         """Elements under one scale."""
-        return self.shape[-1] // self.scales.shape[-1]
+        return self._columns // self.scales.shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +79,8 @@ class Quantized:
     @property
     def is_contiguous(self) -> bool:
         """Whether each of its tensors is in one piece of memory, as compiled code takes them."""
-        return all(tensor.is_contiguous() for tensor in self.tensors.values())
+        low = self.low
+        return self.codes.is_contiguous() and self.scales.is_contiguous() and (low is None or low.is_contiguous())
 
     def with_tensors(self, codes: Tensor, low: Tensor | None, scales: Tensor) -> Quantized:
         """The same grid with other tensors."""

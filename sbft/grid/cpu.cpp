@@ -39,9 +39,8 @@ inline void read_values(const Planes& w, int64_t at, int64_t count, T* to) {
     for (int64_t begin = 0; begin < count; begin += w.block, scale++) {
         const float wide = half_to_float(*scale);
         for (int64_t j = begin; j < begin + w.block; j += GROUP) {
-            I16 first, second;
-            codes.load(at + j, first, second);
-            store_values(to + j, to_float(first) * wide, to_float(second) * wide);
+            const S32 code = codes.load(at + j);
+            store_values(to + j, to_float(widen_half(code, 0)) * wide, to_float(widen_half(code, 1)) * wide);
         }
     }
 }

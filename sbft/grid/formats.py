@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GROUP = 32
 """Elements that are packed together; the last dimension of a weight on the grid is a multiple of it."""
@@ -23,6 +23,7 @@ class Grid:
         largest: the largest code; codes are -largest to largest. Up to 7 a code takes 4 bits, up to 127 it takes 8, up to
             2047 it takes 12.
         block: the most consecutive elements of a row that share a scale, a power of two of at least 32.
+        bits: bits that a code takes: 4, 8 or 12.
 
     Raises:
         ValueError: if `largest` or `block` is out of its domain.
@@ -31,19 +32,15 @@ class Grid:
     name: str
     largest: int
     block: int
+    bits: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.largest <= LARGEST_OF_12_BITS:
             raise ValueError(f"the largest code of a grid must be from 1 to {LARGEST_OF_12_BITS}, got {self.largest}")
         if self.block < GROUP or self.block & (self.block - 1):
             raise ValueError(f"the block of a grid must be a power of two of at least {GROUP}, got {self.block}")
-
-    @property
-    def bits(self) -> int:
-        """Bits that a code takes: 4, 8 or 12."""
-        if self.largest <= LARGEST_OF_NIBBLE:
-            return 4
-        return 8 if self.largest <= LARGEST_OF_BYTE else 12
+        bits = 4 if self.largest <= LARGEST_OF_NIBBLE else 8 if self.largest <= LARGEST_OF_BYTE else 12
+        object.__setattr__(self, "bits", bits)
 
     def block_of(self, columns: int) -> int:
         """Elements under one scale in rows of so many: the largest power of two that divides a row, at most `block`.

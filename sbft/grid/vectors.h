@@ -72,12 +72,20 @@ inline F16 load_any(const T* p, int64_t n) {
     return n >= LANES ? load(p) : load_part(p, n);
 }
 
+// The first half of a vector plus the last.
+template <class Half, class V>
+inline Half halves_added(V v) {
+    Half halves[2];
+    memcpy(halves, &v, sizeof v);
+    return halves[0] + halves[1];
+}
+
 inline float sum(F16 v) {
-    float part[LANES];
-    memcpy(part, &v, sizeof v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
+    typedef float F2 __attribute__((vector_size(8)));
+    typedef float F4 __attribute__((vector_size(16)));
+    typedef float F8 __attribute__((vector_size(32)));
+    const F2 pair = halves_added<F2>(halves_added<F4>(halves_added<F8>(v)));
+    return pair[0] + pair[1];
 }
 
 inline F16 root(F16 v) {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sbft.native.memory import stored_tensors
-from sbft.optim.kernels import waiting_updates
+from sbft.optim.kernels import can_wait, waiting_updates
 
 SMALLEST_LIMIT, WEIGHTS_SHARE = 4 << 20, 0.01
 """What may wait on a device: this number of bytes, or this share of the weights if that is more. The peak rises by 1% then."""
@@ -39,12 +39,11 @@ class WaitingReleases:
             device: of the weight.
             params: all parameters of the optimizer.
         """
+        if not can_wait(kernels):
+            return kernels
         if device not in self._by_device:
             most = limit_for(params, device) if self.most_bytes is None else self.most_bytes
-            waiting = waiting_updates(kernels, device, most)
-            if waiting is None:
-                return kernels
-            self._by_device[device] = waiting
+            self._by_device[device] = waiting_updates(device, most)
         return self._by_device[device]
 
     def launch(self) -> None:

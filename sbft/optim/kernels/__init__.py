@@ -35,16 +35,18 @@ def backend_for(device: torch.device) -> ModuleType:
     return _cuda() if device.type == "cuda" else reference
 
 
-def waiting_updates(kernels: ModuleType, device: torch.device, most_bytes: int) -> Any | None:
-    """What lets updates by a backend wait for each other; None where launching them costs nothing.
+def can_wait(kernels: ModuleType) -> bool:
+    """Whether updates by a backend (what `backend_for` returned) may wait for each other; elsewhere a launch costs nothing."""
+    return kernels.__name__ == _CUDA
+
+
+def waiting_updates(device: torch.device, most_bytes: int) -> Any:
+    """What lets updates by a backend wait for each other, if it can (`can_wait`).
 
     Args:
-        kernels: what `backend_for` returned.
         device: of the weights.
         most_bytes: limit of what waits; see `cuda_waiting.WaitingUpdates`.
     """
-    if kernels.__name__ != _CUDA:
-        return None
     return importlib.import_module("sbft.optim.kernels.cuda_waiting").WaitingUpdates(device, most_bytes)
 
 

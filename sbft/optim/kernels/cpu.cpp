@@ -180,12 +180,19 @@ struct OnGrid {
 
     template <int GROUPS, class D>
     INLINE double move_as(int64_t origin, int64_t count, int64_t index, const Motion& motion, D direction) const {
+        constexpr int BLOCKS = 4 / GROUPS;
         F16 total = {};
-        for (int64_t j = 0; j < count; j += GROUPS * GROUP)
-            move_block<BITS, GROUPS>({planes.codes, planes.low}, planes.scales + (origin + j) / (GROUPS * GROUP),
-                                     planes.largest, origin + j, index + j, motion.step, motion.decay, motion.key, total,
-                                     [=](int64_t k) INLINE { return direction(j + k, LANES); });
+        int64_t j = 0;
+        for (; j + 4 * GROUP <= count; j += 4 * GROUP) move_some<GROUPS, BLOCKS>(origin, j, index, motion, total, direction);
+        for (; j < count; j += GROUPS * GROUP) move_some<GROUPS, 1>(origin, j, index, motion, total, direction);
         return sum(total);
+    }
+
+    template <int GROUPS, int BLOCKS, class D>
+    INLINE void move_some(int64_t origin, int64_t j, int64_t index, const Motion& motion, F16& total, D direction) const {
+        move_blocks<BITS, GROUPS, BLOCKS>({planes.codes, planes.low}, planes.scales + (origin + j) / (GROUPS * GROUP),
+                                          planes.largest, origin + j, index + j, motion.step, motion.decay, motion.key, total,
+                                          [=](int64_t k) INLINE { return direction(j + k, LANES); });
     }
 };
 

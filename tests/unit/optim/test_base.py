@@ -6,11 +6,13 @@ import copy
 import io
 import math
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from sbft.grid.convert import put_on_grids
 from sbft.optim import SGD, Adafactor, AdamW, Muon, RowAdafactor, SinkGD
 
 OPTIMIZERS = [
@@ -369,3 +371,32 @@ def test_gradients_of_convolutions_may_be_channels_last():
     optimizer.tokens_per_step = 1
     optimizer.step()
     torch.testing.assert_close(weight.detach(), 1.0 - gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on_grid", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize("optimizer_class, settings", OPTIMIZERS)
+def test_the_work_for_one_parameter_does_not_grow_with_their_number(optimizer_class, settings, on_grid):
+    def calls(parameters: int) -> int:
+        model = nn.ParameterList(torch.ones(32, 32, dtype=torch.bfloat16) for _ in range(parameters))
+        if on_grid:
+            put_on_grids(model, "int8", smallest_elements=1)
+        optimizer = optimizer_class(model.parameters(), lr=1e-3, **settings)
+        counted = 0
+
+        def count(frame, event, argument):
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        for _ in range(2):  # the first step makes the state
+            optimizer.tokens_per_step = 10
+            for parameter in model:
+                parameter.grad = torch.ones(32, 32, dtype=torch.bfloat16)
+            counted = 0
+            sys.setprofile(count)
+            try:
+                optimizer.step()
+            finally:
+                sys.setprofile(None)
+        return counted
+
+    assert calls(80) < 8 * 1.2 * calls(10)
