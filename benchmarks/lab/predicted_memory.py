@@ -2,8 +2,8 @@
 
     python -m benchmarks.lab.predicted_memory benchmarks/lab/results/xeon-2-cores-cpu benchmarks/lab/results/h100-small
 
-Resident memory above the loaded model on a CPU, allocated memory on CUDA. Two things that the code of some runs held have
-been removed since. They are added to the prediction of these runs, so that it is of the code that was measured.
+Resident memory above the loaded model on a CPU, allocated memory on CUDA. What the code of some runs
+held, and no longer does, is added to the prediction of these runs, so that it is of the code that was measured.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sbft.planning.memory.graphs import shape_in_graph
 from sbft.planning.memory.predict import predict_recipe
 from sbft.recipe import Recipe, resolve
 from sbft.runs.record import RunRecord
+from sbft.training.loss import cross_entropy
 from sbft.training.loss.cross_entropy import PIECE_ELEMENTS
 
 MEBIBYTE = 1 << 20
@@ -33,6 +34,8 @@ MEBIBYTE = 1 << 20
 COPIED_LOGITS = {"7a85f19", "0cdd26f"}
 # Before commit 540abc4 a captured step made a mask of all pairs of tokens.
 MASKED_GRAPHS = {"0cdd26f", "6423102"}
+# Until commit 16c6823 a slice of the vocabulary had up to `PIECE_ELEMENTS` logits, and was held while the next was made.
+LARGE_SLICES = {"7a85f19", "5adb892", "6423102", "0cdd26f", "0eda99b"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def predicted_bytes(record: RunRecord, as_of: str | None = None) -> int:
     length = recipe.data.max_length
     assert length is not None
     masked = as_of in MASKED_GRAPHS and on_gpu and bool(recipe.optimizer.cuda_graphs)
-    with masked_graphs() if masked else nullcontext():
+    sliced = large_slices() if as_of in LARGE_SLICES else nullcontext()
+    with masked_graphs() if masked else nullcontext(), sliced:
         found = predict_recipe(
             recipe, longest=length, padded=False, labelled=length - 1, device="cuda" if on_gpu else "cpu"
         )
@@ -114,6 +118,22 @@ def masked_graphs() -> Iterator[None]:
 
     with mock.patch.object(predict, "shape_in_graph", with_mask):
         yield
+
+
+@contextmanager
+def large_slices() -> Iterator[None]:
+    limits = dict.fromkeys(("_SLICE_ELEMENTS", "_GPU_SLICE_ELEMENTS"), PIECE_ELEMENTS)
+    logits_of, held = cross_entropy._logits, []
+
+    def holding(hidden: Any, weight: Any, bias: Any, start: int, size: int, *rest: Any) -> Any:
+        made = logits_of(hidden, weight, bias, start, size, *rest)
+        held[:] = [made] if start + size < weight.shape[0] else []
+        return made
+
+    predict._traced.clear()  # steps with slices as they are now
+    with mock.patch.multiple(cross_entropy, **limits, _logits=holding):
+        yield
+    predict._traced.clear()
 
 
 def show(title: str, rows: list[Compared]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sbft.cli.shared import completion
-from sbft.cli.shared.options import TrustRemoteCodeOption, WeightsOption
+from sbft.cli.shared.options import SetOption, TrustRemoteCodeOption, WeightsOption
 from sbft.cli.shared.starting import loading_libraries
 from sbft.cli.shared.verb import verb
 from sbft.errors import RecipeError
@@ -75,6 +75,7 @@ def plan(
         ),
     ] = None,
     weights: WeightsOption = None,
+    overrides: SetOption = None,
     trust_remote_code: TrustRemoteCodeOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with sizes in bytes.")] = False,
 ) -> None:
@@ -101,6 +102,7 @@ def plan(
             methods=planned,
             batch_size=batch_size,
             weights=weights,
+            overrides=overrides or (),
             trust_remote_code=trust_remote_code,
             say=lambda method: status.update(f"Planning {method}"),
         )

@@ -14,6 +14,7 @@ from sbft.errors import DiskError, Interrupted, LostRankError, SbftError, Traini
 from sbft.native.sizes import gib
 from sbft.recipe import Recipe
 from sbft.recipe.methods import METHODS
+from sbft.recipe.settings import OPTIMIZERS
 from sbft.runs.output_folder import RECIPE_FILE, RunFolder, is_fixed
 from sbft.runs.ranks import DEFAULT_TIMEOUT_S, loss_of_a_rank
 from sbft.runs.record import RunRecord
@@ -180,6 +181,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (RuntimeError, OSError)) and any(text in str(error).lower() for text in _MESSAGES)
 
 
+def _smaller_weights(recipe: Recipe) -> str:
+    """The setting that lets a recipe's weights take less; empty if there is none."""
+    if recipe.dtype == "float32":
+        return "dtype=bfloat16"
+    trains_on_grids = recipe.lora is None and METHODS[recipe.method].optimizer in OPTIMIZERS
+    return "weights=int8" if trains_on_grids and recipe.weights in (None, "bfloat16", "int12") else ""
+
+
 def training_advice(
     recipe: Recipe, memory: dict[str, int | None], peak_bytes: int | None, batch_size: int
 ) -> Advice:
@@ -209,7 +218,7 @@ def training_advice(
     can_release = "gradient_release" in METHODS[recipe.method].settings and not accumulates and not clips
     gradients = "optimizer.gradient_release=true" if can_release else "method=sbft"
     switches = {
-        "the weights": "dtype=bfloat16" if recipe.dtype == "float32" else "",
+        "the weights": _smaller_weights(recipe),
         "the gradients": "" if recipe.optimizer.gradient_release or recipe.lora else gradients,
         "the optimizer's state": "" if recipe.method == "sbft" else "method=sbft",
         "the activations": activations,
@@ -222,6 +231,8 @@ def training_advice(
     remedy = f"--set {switch}"
     if switch == activations:
         remedy += f" ({cost})"
+    if switch == "weights=int8":
+        remedy += " (they are trained as well in 8 bits)"
     if largest == "the weights" and not switches[largest]:
         remedy += " or choose a smaller model"
     text = (

@@ -82,6 +82,7 @@ def make_plan(
     methods: Iterable[str] = tuple(METHODS),
     batch_size: int | None = None,
     weights: str | None = None,
+    overrides: Iterable[str] = (),
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda method: None,
 ) -> Plan:
@@ -96,11 +97,12 @@ def make_plan(
         methods: names of `sbft.recipe.methods.METHODS`; methods with adapters are left out for a new model.
         batch_size: examples per forward pass; the method's own when None.
         weights: storage format of the weights; the method's own when None.
+        overrides: further settings of all methods, each as "optimizer.sliced_vocabulary=true".
         trust_remote_code: run the Python code that comes with the model.
         say: called with the name of each method before it is planned.
 
     Raises:
-        SbftError: if the model is not found, or a method cannot train weights in this format.
+        SbftError: if the model is not found, or a method cannot train weights in this format, or does not take an override.
     """
     config = load_config(model, trust_remote_code=trust_remote_code)
     host_bytes = available_bytes("cpu") if host_bytes is None else host_bytes
@@ -108,7 +110,7 @@ def make_plan(
     data, verb = (PYTHON_SOURCES, "pretrain") if fresh else (_DATA, "train")
     if fresh:
         methods = [method for method in methods if METHODS[method].lora_defaults is None]
-    rows = []
+    overrides, rows = list(overrides), []
     for method in methods:
         say(method)
         for checkpointing, offload in _variants(method, device):
@@ -117,6 +119,7 @@ def make_plan(
             settings += [f"weights={weights}"] if weights is not None else []
             settings += ["training.gradient_checkpointing=true"] if checkpointing else []
             settings += ["trust_remote_code=true"] if trust_remote_code else []
+            settings += overrides
             recipe = resolve(
                 load_recipe(
                     None, settings, model=model, data=data, method=method, offload="layers" if offload else None

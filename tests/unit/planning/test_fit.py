@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sbft.cli.app import app
-from sbft.planning.memory.fit import longest_that_fits, make_plan
+from sbft.errors import RecipeError
+from sbft.planning.memory.fit import Row, longest_that_fits, make_plan
 from sbft.recipe import load_recipe
 from sbft.recipe.methods import METHODS
 
@@ -100,6 +101,20 @@ def test_every_method_is_planned_without_and_with_checkpointing() -> None:
 def test_memory_that_not_even_the_weights_fit_in_leaves_no_length() -> None:
     plan = make_plan("random:llama-8b", sequence_length=128, memory_bytes=GIB, device="cuda", methods=["sbft", "qlora"])
     assert [(row.fits, row.longest) for row in plan.rows] == [(False, None)] * 6
+
+
+def test_settings_of_all_methods_are_planned_and_typed() -> None:
+    def rows(*overrides: str) -> list[Row]:
+        arguments = {"sequence_length": 64, "memory_bytes": 24 * GIB, "device": "cuda", "methods": ["sbft", "sbft-int8"]}
+        return make_plan("random:llama-1b", **arguments, overrides=overrides).rows
+
+    for plain, same in zip(rows(), rows("optimizer.sliced_vocabulary=false", "dtype=bfloat16"), strict=True):
+        assert plain.prediction == same.prediction
+        assert same.command == f"{plain.command} --set optimizer.sliced_vocabulary=false --set dtype=bfloat16"
+    frozen = rows("freeze=[embeddings]")
+    assert all(a.prediction.needed_bytes < b.prediction.needed_bytes for a, b in zip(frozen, rows(), strict=True))
+    with pytest.raises(RecipeError, match="typo"):
+        rows("optimizer.typo=1")
 
 
 def test_the_verb_prints_a_table_that_fits_a_terminal_and_the_lines_to_type() -> None:

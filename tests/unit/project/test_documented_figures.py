@@ -125,7 +125,8 @@ def plans() -> Iterator[str]:
     runs = [run for run in read(GPU / "memory_prediction.json") if run["tokens"] == 1024]
     measured = {(f"random:{run['shape']}", run["method"], run["checkpointing"]) for run in runs}
     for one in read(RESULTS / "predicted_memory_1024_tokens.json"):
-        needed = {(part["method"], part["checkpointing"]): part["needed_bytes"] / GIB for part in one["rows"]}
+        resident = [part for part in one["rows"] if not part["offload"]]
+        needed = {(part["method"], part["checkpointing"]): part["needed_bytes"] / GIB for part in resident}
         marks = {key: "*" * ((one["model"], *key) in measured) for key in needed}
         yield row(shown[one["model"]], *(f"{needed[key]:.1f}{marks[key]}" for key in [*columns, ("adam", False)]))
 

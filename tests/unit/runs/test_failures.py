@@ -55,7 +55,9 @@ def test_what_counts_as_out_of_memory() -> None:
         (["method=adam-accum"], {"weights": 1, "gradients": 9}, "gradients", "method=sbft"),
         (["method=hf-adafactor"], {"weights": 1, "gradients": 9}, "gradients", "method=sbft"),
         (["method=adam"], {"weights": 9, "gradients": 1}, "weights", "dtype=bfloat16"),
-        ([], {"weights": 9, "gradients": 1}, "weights", "smaller model"),
+        ([], {"weights": 9, "gradients": 1}, "weights", "weights=int8"),
+        (["weights=int8"], {"weights": 9, "gradients": 1}, "weights", "smaller model"),
+        (["method=lora"], {"weights": 9, "gradients": 1}, "weights", "smaller model"),
     ],
 )
 def test_the_advice_names_the_largest_part_and_a_switch_for_it(
