@@ -1,4 +1,4 @@
-"""Tiny checkpoints and data files under the names that docs/trainer.md uses, so that its snippets run as they are printed."""
+"""Tiny checkpoints and data files under the names that docs/trainer.md uses, so that its snippets run as printed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TURNS = (
 
 
 def make(code: str, folder: Path) -> None:
-    """Makes in `folder` whatever of `CHECKPOINTS` and `DATA` a snippet names."""
+    """Creates in `folder` those of `CHECKPOINTS` and `DATA` that a snippet names."""
     with torch.random.fork_rng(devices=[]):
         for name, write in {**CHECKPOINTS, **DATA}.items():
             if f'"{name}"' in code:

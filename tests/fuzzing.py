@@ -1,4 +1,4 @@
-"""Malformed recipes and data files, drawn at random, and what `sbft check` must not do with them."""
+"""Malformed recipes and data files, drawn at random, and what `sbft check` must not do on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sbft.planning.memory.predict import PlanError
 from sbft.recipe.schema import DataConfig, EvaluationConfig, LoraConfig, OptimizerConfig, Recipe
 
 LONGEST_S = 60.0
-"""No example may take longer: it hangs."""
+"""An example that takes longer counts as one that hangs."""
 _TYPE_NAME = re.compile(r"\b[A-Z]\w*(Error|Exception)\b")
 _SECTIONS = {"data": DataConfig, "optimizer": OptimizerConfig, "lora": LoraConfig, "evaluation": EvaluationConfig}
 _TRAINING = (
@@ -158,7 +158,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 @dataclass(frozen=True)
 class Case:
-    """Files for an empty folder, `recipe.yaml` among them."""
+    """Files to write into an empty folder, `recipe.yaml` among them."""
 
     files: dict[str, bytes]
 
@@ -179,7 +179,7 @@ GOOD_DATA = {"train.jsonl": _json_lines(_rows()), "train.csv": b"prompt,completi
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Case:
-    """A good recipe with some keys set to anything; its text changed; or no recipe at all."""
+    """A valid recipe with some keys set to arbitrary values, or with its text changed; or no recipe at all."""
     kind = draw(st.integers(0, 9))
     if kind == 0:
         text = draw(
@@ -316,7 +316,7 @@ def _file(draw: st.DrawFn, suffix: str) -> bytes:
 
 @st.composite
 def _parquet(draw: st.DrawFn, rows: list[Any]) -> bytes:
-    """A table of any types, or one with some bytes changed in its footer, which says what the file holds."""
+    """A table of arbitrary types, possibly with some bytes changed in its footer, which describes the file's content."""
     kinds = [
         pa.array([1, None]), pa.array([b"\xff", b""]), pa.array([{"a": 1}, None]), pa.array([[1], []]), pa.array(["a", "b"]),
         pa.array([1.5, float("nan")]), pa.array([True, None]), pa.array([1, 2], pa.timestamp("us")), pa.array(["x", "y"]),
@@ -335,7 +335,7 @@ def _parquet(draw: st.DrawFn, rows: list[Any]) -> bytes:
 
 @st.composite
 def data_files(draw: st.DrawFn) -> Case:
-    """A good recipe, and data that is none, as training data or to measure on."""
+    """A valid recipe with malformed data, for training or for evaluation."""
     suffix = draw(st.sampled_from([".jsonl", ".jsonl", ".json", ".csv", ".parquet", ".txt"]))
     content = draw(_file(suffix))
     key = draw(st.sampled_from(["train", "train", "eval", "validation"]))
@@ -363,13 +363,13 @@ _quick_check = partial(planning.check, predict=_not_predicted)
 
 
 def complaint(case: Case, folder: Path, model: Path, *, predict: bool = False) -> str | None:
-    """Run `sbft check` on a case; what is wrong with how it ends, None where nothing is.
+    """Run `sbft check` on a case; returns what is wrong with how it ends, or None.
 
     Args:
-        case: what to write.
-        folder: an empty one, where the command runs.
+        case: files to write.
+        folder: an empty folder, where the command runs.
         model: a small checkpoint, which the recipes call MODEL.
-        predict: predict the peak of memory too, which takes longer than all else.
+        predict: predict the peak of memory too, which takes longer than everything else.
     """
     for name, content in case.files.items():
         (folder / name).write_bytes(content.replace(b"MODEL", str(model).encode()))

@@ -1,5 +1,5 @@
-"""Memory that one update takes beside its tensors, in a process of its own: a long-lived one has a heap full of gaps, whose
-pages are given back and taken again.
+"""Memory that one update takes beside its tensors. It is measured in a process of its own: a long-lived process has a heap
+full of gaps, whose pages are given back and taken again.
 
 `python -m tests.measure` prints a JSON object: bytes by backend and shape.
 """
@@ -36,13 +36,13 @@ def update_bytes(backend: str, shape: tuple[int, ...]) -> int:
     averages = [shape] if len(shape) == 1 else [shape[:1], shape[1:]]
     state = [torch.zeros(size) for size in (*averages, ())]
     run()
-    return min(allocated_bytes(run) for _ in range(3))  # what malloc adds of its own differs each time
+    return min(allocated_bytes(run) for _ in range(3))  # malloc's own overhead differs each time
 
 
 def allocated_bytes(call: Callable[[], Any]) -> int:
     """Rise of this process's resident memory during `call`.
 
-    `PeakMemory` gives memory that malloc keeps back to the system first: otherwise it would be used again unseen.
+    `PeakMemory` first makes malloc return the memory it keeps: otherwise, reuse of that memory would go unnoticed.
     """
     with PeakMemory() as memory:
         call()

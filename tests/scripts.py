@@ -1,4 +1,4 @@
-"""The scripts of scripts/ as modules, for tests of their functions."""
+"""The scripts in scripts/ as modules, for tests of their functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and a tokenizer, made on the spot: every test can have a real architecture without a download."""
+"""Tiny models and a tokenizer, made when needed: every test can have a real architecture without a download."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The same rendering, from a template that does not say which part the assistant wrote.
+# The same rendering, from a template that does not mark which part the assistant wrote.
 CHATML_WITHOUT_MARKERS = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
 _LINES = [

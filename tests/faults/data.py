@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What becomes of data of extreme sizes: rows, seconds, peak memory above the start, and whether the counts are right.
+"""Reads data of extreme sizes: rows, seconds, rise to the peak of memory, and whether the counts are right.
 
     python tests/faults/data.py --output benchmarks/results/faults/data.json
 
-Each case is a file that is written for it, read and tokenised as `sbft train` does, in a process of its own. What the
-report must say is counted while the file is written: the tokenizer gives one token a character.
+Each case writes a file, which a process of its own reads and tokenises as `sbft train` does. The counts that the report
+must give follow from the lengths of the rows: the tokenizer makes one token of each character.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not outlive a fork
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would not survive a fork
 
 MAX_LENGTH = 1_024
 LONG = 200_000
@@ -38,7 +38,7 @@ class Case:
 
 
 def cases(rows: int) -> dict[str, Case]:
-    """The files, of which the first have so many rows."""
+    """All cases; the files with many rows have `rows` of them."""
 
     def short() -> Iterator[int]:
         # Most are short, some empty, a few too long.
@@ -62,7 +62,7 @@ def cases(rows: int) -> dict[str, Case]:
 
 
 def expected(case: Case) -> dict[str, int]:
-    """What the report must say, by arithmetic."""
+    """The counts that the report must give, by arithmetic."""
     kept = [length for length in case.lengths() if length]
     return {
         "examples": len(kept),
@@ -76,11 +76,11 @@ def expected(case: Case) -> dict[str, int]:
 
 
 def write(case: Case, folder: Path) -> Path:
-    """Make the file."""
+    """Write the file of a case."""
     path = folder / case.file
     if path.exists():
         return path
-    # A row of `length` tokens has one character less: the end token is added.
+    # A row of `length` tokens has one character fewer: the end token is added.
     texts = (
         "" if not length else f"{n:x}".rjust(length - 1, "x")[-(length - 1) :]
         for n, length in enumerate(case.lengths())
@@ -157,7 +157,7 @@ def _in_a_process(path: Path, case: Case, cache: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all cases, print a line for each, write them as JSON; exit code 1 where a count is wrong."""
+    """Measure all cases, print a line for each, write them as JSON; exit code 1 if a count is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=2_000_000, help="of the files with many")
     parser.add_argument("--only", default="", help="cases whose name holds this")

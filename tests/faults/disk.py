@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Runs `sbft train` on a disk that fills up, or becomes read-only, while it saves, and resumes it when there is room again.
+"""Runs `sbft train` on a disk that fills up or becomes read-only during a save, then resumes it once there is room again.
 
     sudo python tests/faults/disk.py --output benchmarks/results/faults/disk.json
 
-The disk is a tmpfs, which only root may mount. It is made so small that room ends in the first checkpoint, the second, and
-so on, at ten sizes; then once it is mounted read-only between two writes. Each time
-the command must end with exit code 2 and a sentence that names the folder and the free space, the checkpoints that were
-whole must still be, and what resumes must end with the same weights, bit by bit, as an undisturbed run. In the end `sbft
-export` writes the trained model to a disk with room for half of it: the same sentence, and nothing left there.
+The disk is a tmpfs, which only root may mount. It has ten sizes, so small that it fills up in the first checkpoint, the
+second, and so on; and once it is remounted read-only between two writes. Each time the command must end with exit code 2
+and a sentence that names the folder and the free space. The checkpoints that were complete must still be so, and the
+resumed run must end with the same weights, bit by bit, as an undisturbed run. Finally `sbft export` writes the trained
+model to a disk with room for half of it: it must print the same sentence and leave nothing there.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ STEPS = 6
 
 
 def mount(folder: Path, *options: str) -> None:
-    """Mount a tmpfs, or mount it anew with other options."""
+    """Mount a tmpfs, or remount it with other options."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)], check=True)
 
 
 def read_only_soon(disk: Path, out: Path, process: int) -> None:
-    """Mount the disk read-only once a checkpoint lies on it; that needs a moment in which no file is open for writing."""
+    """Remount the disk read-only once it holds a checkpoint; this works only while no file is open for writing."""
     while os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if (out / "latest").exists():
             tried = subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True)
@@ -44,7 +44,7 @@ def read_only_soon(disk: Path, out: Path, process: int) -> None:
 
 
 def case(name: str, folder: Path, recipe: Path, whole: Path, size: int | None) -> dict[str, Any]:
-    """One disk: train until it refuses, make room, resume, compare."""
+    """One disk: train until a write fails, make room, resume, compare."""
     disk, log = folder / "disk", folder / "log"
     out = disk / "out"
     disk.mkdir(exist_ok=True)
@@ -69,12 +69,12 @@ def case(name: str, folder: Path, recipe: Path, whole: Path, size: int | None) -
 
 
 def tell(case: dict[str, Any]) -> None:
-    """A line on one case."""
+    """Print a line about one case."""
     print(f"{case['case']}: {'survived' if case['survived'] else 'NOT SURVIVED'}: {case['said']}", flush=True)
 
 
 def export_case(folder: Path, trained: Path) -> dict[str, Any]:
-    """Export to a disk that takes half the model, then to one that takes all."""
+    """Export to a disk with room for half the model, then to one with room for all of it."""
     disk, log = folder / "disk", folder / "log"
     to = disk / "exported"
     mount(disk, f"size={(trained / 'model.safetensors').stat().st_size // 2}")
@@ -92,7 +92,7 @@ def export_case(folder: Path, trained: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All cases; exit code 1 if one was not survived."""
+    """Run all cases; exit code 1 if one was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, default=10, help="of disks that fill up")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -106,7 +106,7 @@ def main() -> None:
         if end_of(start(folder / "log", lambda: train(recipe, whole))):
             sys.exit(f"The undisturbed run failed:\n{(folder / 'log').read_text()}")
         one = size_bytes(whole / f"checkpoint-{STEPS}")
-        # Two are kept, and a third is written beside them: from a fiftieth of one to just below three.
+        # Two checkpoints are kept while a third is written: sizes from a fiftieth of one to just below three.
         sizes = [int(one * (0.02 + 2.9 * part / max(chosen.sizes - 1, 1))) for part in range(chosen.sizes)]
         for size in [*sizes, None]:
             name = "read-only" if size is None else f"full at {size / one:.2f} checkpoints"

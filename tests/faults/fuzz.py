@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Malformed recipes and data files through `sbft check`, as many as there is time for.
+"""Runs `sbft check` on malformed recipes and data files, as many as there is time for.
 
     python tests/faults/fuzz.py --examples 2000 --seed 1
 
-Each must end with exit code 2 and a sentence, or be valid. Prints how many were survived, and each that was not; exit
-code 1 if there is one.
+Each must be valid, or end with exit code 2 and a sentence. Prints how many were survived, and each that was not; exit
+code 1 if any was not.
 """
 
 from __future__ import annotations

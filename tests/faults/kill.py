@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Kills `sbft train` with signal 9 at random moments, resumes it each time, and compares the end with an undisturbed run.
+"""Kills `sbft train` with signal 9 at random moments, resumes it each time, and compares the result with an undisturbed run.
 
     python tests/faults/kill.py --times 25 --output benchmarks/results/faults/kill.json
 
-A run saves a checkpoint in every step. Every other kill comes at any moment of a session, from reading the data to the last
-line of the record; the others come while files lie under a temporary name, that is, while a checkpoint or the model is
-written, or an old one removed. After each, every folder that bears a checkpoint's name must be whole, `latest` must point
-at one, and no checkpoint that was whole before may be lost; a run that was killed, however often, must end with the same
-weights, bit by bit, and the same measurements.
+A run saves a checkpoint at every step. Every other kill comes at any moment of a session, from reading the data to the last
+line of the record; the others come while files have a temporary name, that is, while a checkpoint or the model is written,
+or an old one removed. After each kill, every folder with a checkpoint's name must be complete, `latest` must point at one
+of them, and no checkpoint that was complete before may be lost. A run must end with the same weights, bit by bit, and the
+same measurements, however often it was killed.
 
-With --offload the killed runs stream their layers, the CPU in the role of the device, and the undisturbed one does not:
+With --offload the killed runs stream their layers, with the CPU as the device, and the undisturbed run does not:
 
     python tests/faults/kill.py --times 25 --offload --output benchmarks/results/faults/kill_offload.json
 """
@@ -37,13 +37,13 @@ _POLL_S = 0.0005
 
 
 def newest(out: Path) -> int:
-    """Step of the newest checkpoint that is sound; 0 if there is none."""
+    """Step of the newest intact checkpoint; 0 if there is none."""
     found, _ = sound_checkpoint(out)
     return 0 if found is None else int(found.name.rpartition("-")[2])
 
 
 def broken(out: Path, before: int) -> str | None:
-    """What a kill has broken in the folder of a run whose newest checkpoint was that of step `before`."""
+    """What a kill has damaged in the folder of a run whose newest checkpoint was that of step `before`."""
     for checkpoint in out.glob("checkpoint-*"):
         if reason := damage(checkpoint):
             return f"{checkpoint.name}: {reason}"
@@ -54,17 +54,17 @@ def broken(out: Path, before: int) -> str | None:
 
 
 def temporary_names(out: Path) -> dict[str, int]:
-    """What lies under temporary names, each with its inode: the same name may be another file."""
+    """Files under temporary names, each with its inode: a file of the same name may be another one."""
     return {path.name: path.stat().st_ino for path in (out / "incomplete").glob("*")}
 
 
 def moment(out: Path, before: dict[str, int], measured: bool) -> str:
-    """What the process was doing, by what it has left.
+    """What the process was doing when it was killed, judged by the files it left.
 
     Args:
         out: folder of the run.
-        before: what a former session had left under temporary names.
-        measured: whether the model lay there before.
+        before: files that an earlier session had left under temporary names.
+        measured: whether the model was already there.
     """
     left = temporary_names(out)
     if left and left == before:
@@ -81,8 +81,8 @@ def moment(out: Path, before: dict[str, int], measured: bool) -> str:
 
 
 def wait_and_kill(process: int, out: Path, delay_s: float, writes: int) -> bool:
-    """Kill the process after some seconds or, once it has written so often, in the middle of the next write; False if it
-    had ended of itself.
+    """Kill the process after `delay_s` or, unless `writes` is 0, during the write of that number; False if the process had
+    already ended by itself.
     """
     until = time.monotonic() + delay_s if not writes else float("inf")
     seen, there = 0, False
@@ -103,7 +103,7 @@ def wait_and_kill(process: int, out: Path, delay_s: float, writes: int) -> bool:
 
 
 def flag_for(out: Path) -> list[str]:
-    """How to begin: go on where there is something to go on from, else anew."""
+    """The flag to start with: resume if there is a checkpoint, else overwrite what there is."""
     return ["--resume"] if newest(out) else ["--overwrite"] if out.exists() else []
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     chosen = parser.parse_args()
     streaming = ["--offload"] if chosen.offload else []
-    link.link_to = lambda device: StandIn()  # a run in this process's forks takes it in the place of a GPU
+    link.link_to = lambda device: StandIn()  # runs in forks of this process use it in place of a GPU
     chance = random.Random(chosen.seed)
     kills: list[dict[str, Any]] = []
     runs: list[bool] = []

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""Kills one of two ranks of a sharded run with signal 9, waits for the others, resumes, and compares with an undisturbed run.
+"""Kills one of two ranks of a sharded run with signal 9, waits for the other, resumes, and compares with an undisturbed run.
 
     python tests/faults/rank.py --times 2 --steps 8 --output benchmarks/results/faults/rank.json
 
-The ranks are started by `--num-processes`, or by torchrun; rank 1 is killed, or rank 0; at a random moment after the
-checkpoint of a random step, and there is one in every step. Each time all processes must have ended within a minute, the
-output must name rank and signal, and no folder that bears a checkpoint's name may be broken. Then the run is resumed in two
-processes, which must end with the same weights, bit by bit, and the same measurements; again so after a byte was flipped in
-its newest checkpoint, which both must pass over; and, for a model in float32 without dropout, in one process, which must come
-to the same loss.
+The ranks are started by `--num-processes` or by torchrun. Rank 1 or rank 0 is killed at a random moment after the checkpoint
+of a random step; every step saves one. Each time all processes must end within a minute, the output must name rank and
+signal, and no folder with a checkpoint's name may be damaged. Then the run is resumed in two processes, which must end with
+the same weights, bit by bit, and the same measurements. It is resumed so again after a bit was flipped in its newest
+checkpoint, which both ranks must skip. A model in float32 without dropout is also resumed in one process, which must reach
+the same loss.
 
-Where torchrun does not start them, all processes are forks of this one, which has its imports behind it.
+Unless torchrun starts them, all processes are forks of this one, which has already imported everything.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from sbft.training.checkpointing.checkpoints import PREFIX, damage, newest_first
 
 RANKS = 2
 ALLOWED_S = 60
-# The sum of two ranks' gradients in float32 is not that of one; a loss that differed by more would be another training.
+# Gradients summed over two ranks in float32 are rounded differently; a larger difference in the loss is not rounding.
 LOSS_TOLERANCE = 1e-4
 _POLL_S = 0.001
 _PIDS = "pid-of-rank-"
 
 
 class Fork:
-    """What `sbft.cli.shared.launch` uses of `subprocess.Popen`, for a rank that is a fork of this process."""
+    """The part of `subprocess.Popen` that `sbft.cli.shared.launch` uses, for a rank that is a fork of this process."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             os.environ.update(environment)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's own handler is not for what it starts
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's handler is not meant for its children
             code = 1
             try:
                 code = rank(*arguments[1:])
@@ -61,7 +61,7 @@ class Fork:
                 os._exit(code)
 
     def poll(self) -> int | None:
-        """The exit code, minus the signal that ended it, None while it runs."""
+        """The exit code, or minus the signal that ended the process; None while it runs."""
         if self.returncode is None:
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             if ended:
@@ -69,7 +69,7 @@ class Fork:
         return self.returncode
 
     def wait(self, timeout: float = float("inf")) -> int:
-        """The exit code, once it has ended."""
+        """Wait until the process has ended; returns its exit code."""
         until = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > until:
@@ -79,37 +79,37 @@ class Fork:
         return self.returncode
 
     def terminate(self) -> None:
-        """SIGTERM, if it still runs."""
+        """Send SIGTERM if the process still runs."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL, if it still runs."""
+        """Send SIGKILL if the process still runs."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
 
 
 def rank(*arguments: str) -> int:
-    """One rank of `sbft train`, which leaves its process id; returns its exit code."""
+    """Run one rank of `sbft train`, which writes down its process id; returns its exit code."""
     (Path(os.environ["RANK_PIDS"]) / f"{_PIDS}{os.environ['RANK']}").write_text(str(os.getpid()))
     return command("train", *arguments)
 
 
 def by_sbft(recipe: Path, out: Path, *flags: str) -> int:
-    """`sbft train --num-processes 2`."""
+    """Run `sbft train --num-processes 2`."""
     sbft.cli.shared.launch.start_rank = Fork  # type: ignore[assignment, misc]
     return train(recipe, out, *flags, "--num-processes", str(RANKS))
 
 
 def by_torchrun(recipe: Path, out: Path, *flags: str) -> int:
-    """`torchrun --standalone --nproc-per-node 2 -m sbft train`."""
+    """Run `torchrun --standalone --nproc-per-node 2 -m sbft train`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     ranks = ["-m", "sbft", "train", str(recipe), "--output-dir", str(out), *flags]
     return subprocess.run([*torchrun, *ranks], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
 
 
 def rank_pids(folder: Path, launcher: str) -> dict[int, int]:
-    """The process id of each rank: as it has left it, or, where torchrun has started it, as its environment tells."""
+    """The process id of each rank: from the file it wrote or, under torchrun, found by its environment variables."""
     if launcher != "torchrun":
         return {number: int((folder / f"{_PIDS}{number}").read_text()) for number in range(RANKS)}
     found = {}
@@ -117,7 +117,7 @@ def rank_pids(folder: Path, launcher: str) -> dict[int, int]:
         try:
             variables = dict(one.split("=", 1) for one in (process / "environ").read_text().split("\0") if "=" in one)
         except OSError:
-            continue  # it has ended, or is another user's
+            continue  # it has ended, or belongs to another user
         if variables.get("RANK_PIDS") == str(folder) and "RANK" in variables:
             found[int(variables["RANK"])] = int(process.name)
     return found
@@ -129,7 +129,7 @@ ALONE = ("--set", f"training.per_device_train_batch_size={RANKS}")
 
 
 def runs_still(process: int) -> bool:
-    """Whether there is a process of this id."""
+    """Whether a process with this id exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -138,7 +138,7 @@ def runs_still(process: int) -> bool:
 
 
 def wait_for_checkpoint(out: Path, step: int, process: int, log: Path) -> None:
-    """Until the checkpoint of a step, or a later one, is there."""
+    """Wait until the checkpoint of a step, or a later one, has been saved."""
     while not any(int(found.name.removeprefix(PREFIX)) >= step for found in newest_first(out)):
         if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             sys.exit(f"A run ended before its checkpoint of step {step}:\n{log.read_text()}")
@@ -146,7 +146,7 @@ def wait_for_checkpoint(out: Path, step: int, process: int, log: Path) -> None:
 
 
 def flip_a_byte(checkpoint: Path, chance: random.Random) -> str:
-    """Change one bit of one file of a checkpoint; returns the file's name."""
+    """Flip one bit in one file of a checkpoint; returns the file's name."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != "complete.json"]
     file = chance.choice(files)
     content = bytearray(file.read_bytes())
@@ -156,12 +156,12 @@ def flip_a_byte(checkpoint: Path, chance: random.Random) -> str:
 
 
 def finished(log: Path, work: Callable[[], int]) -> bool:
-    """Whether a run that nobody disturbs ends well; its output lies in the log."""
+    """Do an undisturbed run, whose output goes to the log; returns whether it succeeded."""
     return end_of(start(log, work)) == 0
 
 
 def loss(out: Path) -> float:
-    """What the finished model was measured at."""
+    """The measured loss of the finished model."""
     return float(json.loads((out / "run.json").read_text())["metrics"]["loss"])
 
 
@@ -175,7 +175,7 @@ def trial(
     step_s: float,
     chance: random.Random,
 ) -> dict[str, Any]:
-    """Kill a rank once, and resume what it leaves in three ways."""
+    """Kill a rank once, and resume the run in three ways."""
     out, log = folder / "out", folder / "log"
     for old in (out, *folder.glob(f"{_PIDS}*")):
         shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
@@ -229,7 +229,7 @@ def trial(
 
 
 def named(said: str, launcher: str, killed: int) -> bool:
-    """Whether the output says which rank a signal has ended."""
+    """Whether the output says which rank was ended by a signal."""
     if launcher == "torchrun":
         return (
             re.search(rf"rank +: {killed} .*?exitcode +: -9 .*?Signal 9 \(SIGKILL\)", " ".join(said.split()))
@@ -239,7 +239,7 @@ def named(said: str, launcher: str, killed: int) -> bool:
 
 
 def main() -> None:
-    """Kill, wait, resume, compare; exit code 1 if anything did not hold."""
+    """Kill, wait, resume, compare; exit code 1 if any check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=4, help="kills of each rank under each launcher")
     parser.add_argument("--steps", type=int, default=16, help="of a run")
@@ -255,7 +255,7 @@ def main() -> None:
         log = folder / "log"
         recipes = []
         for name, kind, changes in (
-            ("bfloat16", "gpt2", {}),  # it has dropout, and its rounding is random
+            ("bfloat16", "gpt2", {}),  # has dropout and stochastic rounding
             ("float32", "qwen3", {"dtype": "float32", "optimizer": {"stochastic_rounding": False}}),
         ):
             (folder / name).mkdir()

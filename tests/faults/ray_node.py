@@ -1,11 +1,11 @@
-"""A suite on a Ray cluster of this machine: a node is killed, the runner is stopped, and the records are as without Ray.
+"""Runs a suite on a local Ray cluster, kills a node, stops the runner, and compares the records with those without Ray.
 
     pip install 'ray>=2.60'; python tests/faults/ray_node.py --output benchmarks/results/faults/ray.json
 
-The suite is made twice: without Ray; and on a cluster of two nodes of which one is killed while it trains (kill -9 of its
-raylet and its workers), until Ctrl-C during the last run, which is then made without Ray. Every run must have finished
-once, with the same bits in its weights and the same figures in its record, and what was killed or stopped must have left
-no process.
+The suite runs twice. The first time is without Ray. The second is on a cluster of two nodes, one of which is killed while it
+trains (kill -9 of its raylet and its workers); Ctrl-C stops it during the last run, which is then done without Ray. Every
+run must have finished once, with the same bits in its weights and the same figures in its record. Whatever was killed or
+stopped must have left no process behind.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SAME = ("status", "steps", "tokens", "train_loss", "metrics", "data", "saved_byt
 
 
 def write_suite(folder: Path, runs: int) -> Path:
-    """A suite of short runs, whose paths are relative to the folder."""
+    """Write a suite of short runs, whose paths are relative to the folder."""
     save_tiny(folder / "model")
     for name, rows in (("train", ROWS[:36]), ("validation", ROWS[36:40]), ("test", ROWS[40:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -63,7 +63,7 @@ def write_suite(folder: Path, runs: int) -> Path:
 
 
 class Bench:
-    """`sbft bench`, in a process of its own, in the suite's folder."""
+    """`sbft bench` in a process of its own, in the suite's folder."""
 
     def __init__(self, suite: Path, out: str, *options: str) -> None:
         self.log = suite.parent / f"{out}-{time.monotonic_ns()}.log"
@@ -76,7 +76,7 @@ class Bench:
         return self.log.read_text()
 
     def end(self, expected: int = 0) -> str:
-        """Wait for it; what it printed."""
+        """Wait until it has ended; returns what it printed."""
         code = self.process.wait(PATIENCE_S)
         if code != expected:
             sys.exit(f"sbft bench ended with exit code {code}, expected {expected}:\n{self.said()}")
@@ -84,7 +84,7 @@ class Bench:
 
 
 def wait_for(condition: Callable[[], Any], bench: Bench) -> Any:
-    """What the condition comes to, once it is true."""
+    """Wait until the condition is true; returns its value."""
     until = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         if time.monotonic() > until or bench.process.poll() is not None:
@@ -120,7 +120,7 @@ def below(ancestor: int) -> dict[int, str]:
 
 
 def training_below(ancestor: int) -> dict[int, Path]:
-    """Folders of the runs that train below a process: those whose record has been begun."""
+    """Folders of the runs that are training below a process: those that have a record."""
     found = {}
     for number, line in below(ancestor).items():
         words = line.split()
@@ -132,12 +132,12 @@ def training_below(ancestor: int) -> dict[int, Path]:
 
 
 def run_name(folder: Path) -> str:
-    """The name of a run from its folder on a worker."""
+    """The name of a run, taken from its folder on a worker."""
     return str(folder).partition("/runs/")[2]
 
 
 def differences(suite: Path, plain: Path, other: Path) -> list[str]:
-    """In what the runs of two folders differ; nothing, if they are the same."""
+    """How the runs of two folders differ; empty if they are the same."""
     found = []
     for one in plan(load_suite(suite), plain):
         here, there = plain / "runs" / one.name, other / "runs" / one.name
@@ -162,7 +162,7 @@ def differences(suite: Path, plain: Path, other: Path) -> list[str]:
 
 
 def main() -> None:
-    """Kill, stop, resume, compare; exit code 1 if anything was lost or made twice."""
+    """Kill, stop, resume, compare; exit code 1 if anything was lost or run twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="of the suite, three at least")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -188,7 +188,7 @@ def main() -> None:
                     os.kill(number, signal.SIGKILL)
             moment = time.monotonic()
             print(f"Killed a node, which trained {', '.join(killed)}, {moment - began:.0f} s.", flush=True)
-            # Nobody has killed the process that trained: it ends with its worker.
+            # The training process was not killed itself: it must end with its worker.
             wait_for(lambda: not victims.keys() & processes().keys(), on_ray)
             gone_s = time.monotonic() - moment
             wait_for(lambda: "it starts again" in on_ray.said(), on_ray)

@@ -1,6 +1,6 @@
-"""What the scripts beside this share: a run of a tiny model by the real `sbft train`, in a process that can be killed.
+"""Shared by the scripts in this folder: a run of a tiny model by the real `sbft train`, in a process that can be killed.
 
-The process is a fork of one that has its imports behind it: a start costs a quarter of a second, not eight.
+The process is a fork of one that has already imported everything: it starts in a quarter of a second, not in eight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-# Threads do not outlive a fork; and what is computed must not depend on how many there are.
+# Threads do not survive a fork, and results must not depend on how many there are.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
 
 import peft  # noqa: E402, F401, imported once, here, for all processes
@@ -32,12 +32,12 @@ ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in r
 
 
 def write_recipe(folder: Path, steps: int, kind: str = "gpt2", **changes: Any) -> Path:
-    """A tiny model, data, and a recipe that saves a checkpoint in every step and keeps two.
+    """Write a tiny model, data, and a recipe that saves a checkpoint at every step and keeps two.
 
     Args:
-        folder: where all of it goes.
-        steps: of the run.
-        kind: of the model; gpt2 has dropout.
+        folder: where everything is written.
+        steps: number of steps of the run.
+        kind: kind of model; gpt2 has dropout.
         changes: further keys of the recipe.
     """
     model = save_tiny(folder / "model", kind, hidden=256, layers=4)
@@ -62,7 +62,7 @@ def write_recipe(folder: Path, steps: int, kind: str = "gpt2", **changes: Any) -
 
 
 def start(log: Path, work: Callable[[], int]) -> int:
-    """Do some work in a process of its own; returns its id."""
+    """Do some work in a process of its own; returns the process id."""
     sys.stdout.flush()
     process = os.fork()
     if process:
@@ -80,12 +80,12 @@ def start(log: Path, work: Callable[[], int]) -> int:
 
 
 def train(recipe: Path, out: Path, *flags: str) -> int:
-    """`sbft train`; returns its exit code."""
+    """Run `sbft train`; returns its exit code."""
     return command("train", str(recipe), "--output-dir", str(out), *flags)
 
 
 def command(*arguments: str) -> int:
-    """A verb of sbft; returns its exit code."""
+    """Run a command of sbft; returns its exit code."""
     torch.set_num_threads(1)
     try:
         app([*arguments])
@@ -95,12 +95,12 @@ def command(*arguments: str) -> int:
 
 
 def end_of(process: int) -> int:
-    """The exit code of a process, once it has ended; of one that was killed, minus the signal."""
+    """Wait for a process; returns its exit code, or minus the signal if it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def same_bits(one: Path, other: Path) -> bool:
-    """Whether two runs ended with the same weights, bit by bit, and as many steps and tokens."""
+    """Whether two runs ended with the same weights, bit by bit, the same numbers of steps and tokens, and the same metrics."""
     records = [json.loads((folder / "run.json").read_text()) for folder in (one, other)]
     return same_weights(one, other) and all(
         records[0][key] == records[1][key] for key in ("status", "steps", "tokens", "metrics")
@@ -121,7 +121,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """Write what was found, with what it was found on, as JSON."""
+    """Write the result as JSON, with the device, versions and commit it was measured on."""
     if path is not None:
         whole = {**result, "device": device_name(), "versions": versions(), "git_commit": git_commit()}
         path.parent.mkdir(parents=True, exist_ok=True)
