@@ -1,6 +1,6 @@
-"""Training of tiny models over as many processes as the environment says, two or four; run by test_sharded_training.py.
+"""Trains tiny models over as many processes as the environment says, two or four; run by test_sharded_training.py.
 
-`torchrun --nproc-per-node 2 -m tests.integration.sharded_worker FOLDER` writes into FOLDER/2.pt what each case came to.
+`torchrun --nproc-per-node 2 -m tests.integration.sharded_worker FOLDER` writes the results of all cases to FOLDER/2.pt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS, BATCH = 4, 4
 
 @dataclass(frozen=True)
 class Case:
-    """One model and how it is trained; hidden size 128 makes its matrices factored ones."""
+    """One model and how it is trained; a hidden size of 128 is enough for factored second moments."""
 
     kind: str
     tied: bool
@@ -54,18 +54,18 @@ class Case:
 CASES = {
     "rows that do not divide": Case("qwen3", False, 513),
     "tied embeddings": Case("llama", True, 512),
-    # Adafactor divides a gradient by its own size, and of this model some are nothing but rounding.
+    # Not Adafactor: it divides a gradient by its size, and some gradients of this model are nothing but rounding errors.
     "a soft cap": Case("gemma3", True, 512, "sgd"),
     "gradients kept": Case("llama", False, 512, release=False),
 }
-# Refused over two processes, and over two times two.
+# Refused on two processes, and on two times two.
 UNEVEN = {"tied and uneven": Case("llama", True, 513), "tied and uneven in four": Case("llama", True, 514)}
 ADAPTER = {"an adapter": Case("qwen3", False, 512, "sgd", release=False, adapter=True)}
 EVERY = {**CASES, **UNEVEN, **ADAPTER}
 
-# Whose checkpoints are gone on from, and of whose the best becomes the model.
+# The case whose checkpoints are resumed, and the case whose best checkpoint becomes the model.
 RESUMED, CHOSEN = "rows that do not divide", "tied embeddings"
-# Both have norms of heads, of which each rank sees some.
+# Both have norms of heads, and each rank has some of the heads.
 TENSOR_PARALLEL = ["rows that do not divide", "a soft cap"]
 SPOILED_STEP = 1
 BY_FOUR: dict[str, dict[str, Any]] = {
@@ -98,21 +98,21 @@ def train(
     spoiled: bool = False,
     **others: Any,
 ) -> dict[str, Any]:
-    """What a case comes to: its weights, whole, and what the trainer has counted.
+    """Train a case; returns its full weights and what the trainer has counted.
 
     Args:
-        name: of the case.
-        folder: with the models.
-        processes: over which the model is sharded.
+        name: name of the case.
+        folder: folder with the models.
+        processes: number of processes over which the model is sharded.
         out: the output folder, in `folder`.
-        resume: a checkpoint to go on from.
-        callbacks: of the trainer.
-        losses: what the evaluations within training come to.
-        sharded: over the processes; False: each has all of it, and DistributedDataParallel adds up their gradients.
+        resume: a checkpoint to resume from.
+        callbacks: callbacks of the trainer.
+        losses: losses that the evaluations during training return.
+        sharded: shard over the processes; if False, each has the whole model, and DistributedDataParallel sums the gradients.
         tp: how many of the processes share every matrix, and have the same examples.
-        replicas: how many times the model is there, each time sharded over the others.
-        spoiled: whether the loss of a step is NaN, on the last process alone.
-        others: arguments of the trainer.
+        replicas: number of copies of the model, each sharded over its share of the processes.
+        spoiled: whether the loss of one step is NaN, on the last process alone.
+        others: further arguments of the trainer.
     """
     case = EVERY[name]
     defaults: dict[str, Any] = {
@@ -136,12 +136,12 @@ def train(
     sharding = None
     if processes > 1 and sharded:
         sizes = {"fsdp_size": processes // tp // replicas, "tp_size": tp}
-        if replicas > 1:  # older versions of transformers have none
+        if replicas > 1:  # older versions of transformers do not have it
             sizes["dp_replicate_size"] = replicas
         sharding = DistributedConfig(**sizes)
     model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32, distributed_config=sharding)
     if case.adapter:
-        torch.manual_seed(arguments.process_index)  # the trainer has to make them alike
+        torch.manual_seed(arguments.process_index)  # the trainer has to make them equal
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         model: Any = get_peft_model(model, config)
     # Lengths differ, so that the ranks have different numbers of labels.
@@ -194,7 +194,7 @@ def _pad(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def refusal(name: str, folder: Path, processes: int, **sizes: int) -> str:
-    """What is said of tied embeddings whose rows do not divide by the processes."""
+    """The error for tied embeddings whose rows do not divide by the number of processes."""
     try:
         train(name, folder, processes, **sizes)  # type: ignore[arg-type]
     except ModelError as error:
@@ -203,7 +203,7 @@ def refusal(name: str, folder: Path, processes: int, **sizes: int) -> str:
 
 
 class Hub:
-    """Stands in for the hub's client: what is uploaded lies in a folder, below one that the commit's message names."""
+    """Stands in for the hub's client: puts uploads into a folder, in a subfolder named after the commit message."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -228,7 +228,7 @@ class Hub:
 
 
 def pushed(folder: Path, processes: int) -> None:
-    """Train with a push of every checkpoint, which comes to lie in FOLDER/hub."""
+    """Train and push every checkpoint, to FOLDER/hub."""
     with patch("transformers.trainer.hf_api", lambda: Hub(folder / "hub")):
         train(
             CHOSEN, folder, processes, out="pushed", push_to_hub=True, hub_model_id="someone/model",
@@ -237,7 +237,7 @@ def pushed(folder: Path, processes: int) -> None:
 
 
 def full_at_a_push(folder: Path, processes: int) -> None:
-    """Train with a push for which there is no room, which the first process alone finds out."""
+    """Train with a push for which the disk has no room, which only the first process notices."""
     no_room = OSError(errno.ENOSPC, "No space left on device")
     try:
         with (
@@ -258,7 +258,7 @@ def full_at_a_push(folder: Path, processes: int) -> None:
 
 
 def refusal_of_release(folder: Path, processes: int) -> str:
-    """What is said of an adapter on a sharded model whose gradients are to be released."""
+    """The error for gradient release with an adapter on a sharded model."""
     try:
         train("an adapter", folder, processes, gradient_release=True)
     except ArgumentError as error:
@@ -267,7 +267,7 @@ def refusal_of_release(folder: Path, processes: int) -> str:
 
 
 def refusal_of_a_plan(folder: Path, processes: int) -> str:
-    """What is said of tensor parallelism where transformers does not know how to cut the model."""
+    """The error for tensor parallelism of a model that transformers has no plan to cut."""
     tiny_model("gpt2", hidden=128).save_pretrained(folder / f"gpt2 of {os.environ['RANK']}")
     try:
         load_model(
@@ -279,7 +279,7 @@ def refusal_of_a_plan(folder: Path, processes: int) -> str:
 
 
 def packed_on_one(folder: Path, processes: int) -> float:
-    """A loss that all processes have a part in, after the batch of one of them was found to be packed."""
+    """The loss of a step that all processes take part in, after one of them found its batch to be packed."""
     sharding = DistributedConfig(fsdp_size=processes)
     model = AutoModelForCausalLM.from_pretrained(folder / RESUMED, dtype=torch.float32, distributed_config=sharding)
     positions = torch.arange(4).repeat(2) if torch.distributed.get_rank() == 0 else torch.arange(8)
@@ -291,7 +291,7 @@ def packed_on_one(folder: Path, processes: int) -> float:
 
 
 def released_parts(processes: int) -> dict[str, bool]:
-    """Whether a step in bfloat16 has rounded each part of a parameter as it rounds the whole, by how it was cut."""
+    """By how a parameter is cut: whether a step in bfloat16 rounds each part as it rounds the whole."""
     mesh = init_device_mesh("cpu", (2, processes // 2), mesh_dim_names=("fsdp", "tp"))
     cuts: dict[str, tuple[DeviceMesh, list[Any]]] = {
         "rows": (init_device_mesh("cpu", (processes,)), [Shard(0)]),
@@ -316,8 +316,8 @@ def released_parts(processes: int) -> dict[str, bool]:
 
 
 def in_two(folder: Path) -> dict[str, Any]:
-    """What comes of every case in two processes, sharded or replicated, and of checkpoints: gone on from by as many
-    processes, and, written by one, by several; the best; a full disk.
+    """Results of every case in two processes, sharded or replicated, and of checkpoints: resumed by as many processes as
+    wrote them, or by two where one wrote them; the best one; a full disk.
     """
     processes = 2
     results = {name: train(name, folder, processes) for name in CASES}
@@ -363,8 +363,8 @@ def in_two(folder: Path) -> dict[str, Any]:
 
 
 def in_four(folder: Path) -> dict[str, Any]:
-    """What comes of a model that is sharded over two times two processes, each pair of which shares every matrix or has a
-    replica of it.
+    """Results of a model that is sharded over two times two processes: each pair shares every matrix, or has a replica of
+    the model.
     """
     results = {}
     for name, sizes in BY_FOUR.items():

@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one paragraph that names the thing and what to do, no traceback, nothing half written."""
+"""Bad input: exit code 2, one paragraph that names the problem and what to do, no traceback, nothing half written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def refused(tmp_path: Path, tiny_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs `sbft train` on good input but for the arguments given; returns the paragraph."""
+    """Runs `sbft train` on valid input except for the given arguments; returns the paragraph."""
     monkeypatch.chdir(tmp_path)
 
     def train(*arguments: str | Path, **changed: str | Path) -> str:
@@ -155,13 +155,13 @@ def test_output_folder_that_is_not_empty(refused: Any, tmp_path: Path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("precious")
     assert "exists and is not empty" in refused()
-    # --overwrite replaces what a run has made, and nothing else.
+    # --overwrite replaces the output of a run, and nothing else.
     assert "no run of sbft has made" in refused("--overwrite")
 
 
 def test_output_folder_that_cannot_be_made(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "note").write_text("a file")
-    # Found before data and model are looked at: neither exists.
+    # Noticed before data and model are read: neither exists.
     missing = {"model": "nobody/none", "data": "none.jsonl"}
     said = refused(**missing, output_dir=tmp_path / "note" / "runs" / "mine")
     assert f"{tmp_path / 'note'} is no folder" in said and "--output-dir" in said
@@ -189,12 +189,12 @@ def test_nothing_to_resume(refused: Any, tmp_path: Path) -> None:
     assert "no intact checkpoint (checkpoint-3: it was not written completely" in refused("--resume")
 
 
-# ---- what needs a process of its own -----------------------------------------------------------------------------
+# ---- tests that need a process of their own ----------------------------------------------------------------------
 
 
 @pytest.mark.long
 def test_out_of_memory_says_what_was_largest_and_which_switch_lowers_it(tmp_path: Path) -> None:
-    """A process that may not map more memory meets the real error of the real allocator."""
+    """A process that may not map more memory gets the real error of the real allocator."""
     model = save_tiny(tmp_path / "model", max_position_embeddings=100_000)
     long = write_rows(tmp_path / "long.jsonl", [{"prompt": "fox " * 30_000, "completion": "dog"}] * 2)
     code = f"""
@@ -253,10 +253,10 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume_exactly(tmp_path: Path, tiny_dir: 
     assert (one.status, one.steps, one.tokens) == ("ok", 200, other.tokens)
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 2.0])  # it is importing sbft, pydantic, torch, transformers
+@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0, 2.0])  # while it imports sbft, pydantic, torch, transformers
 def test_ctrl_c_before_training_leaves_nothing(tmp_path: Path, tiny_dir: Path, data: Path, seconds: float) -> None:
     command = ["sbft", "train", "--model", str(tiny_dir), "--data", str(data)]
-    # Python itself prints a traceback until sbft is imported, so the time counts from there.
+    # Until sbft is imported, Python itself prints a traceback, so the time is counted from there.
     code = "import sbft.cli, sys; print(flush=True); sys.argv = sys.argv[1:]; sbft.cli.main()"
     running = subprocess.Popen(
         [sys.executable, "-c", code, *command, "--output-dir", str(tmp_path / "out")],

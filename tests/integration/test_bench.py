@@ -1,4 +1,4 @@
-"""`sbft bench`: suites that really train a tiny model, stopped in every way and gone on with."""
+"""`sbft bench`: suites that really train a tiny model, stopped in every way and resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PATIENCE_S = 120
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> dict[str, Any]:
-    """A suite of four runs: sbft is searched over two rates, lora has one."""
+    """A suite of four runs: sbft searches over two rates, lora has one."""
     folder = tmp_path_factory.mktemp("data")
     for part, numbers in (("train", range(12)), ("validation", range(12, 16)), ("test", range(16, 22))):
         rows = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in numbers]
@@ -65,7 +65,7 @@ def suite_of(content: dict[str, Any], *methods: str, **changes: Any) -> Suite:
 
 
 def make(suite: Suite, folder: Path, **options: Any) -> str:
-    """Run a suite in this process; what it printed."""
+    """Run a suite in this process; returns what it printed."""
     out = io.StringIO()
     with SuiteProgress(Console(file=out, width=200), suite, folder, 1) as progress:
         run_suite(suite, folder, progress, **options)
@@ -86,7 +86,7 @@ def bench(*arguments: str | Path) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> tuple[Path, Path, str, str]:
-    """A suite that was stopped by Ctrl-C, then killed, then made to its end: its file, folder, and what was said."""
+    """A suite that was stopped by Ctrl-C, then killed, then finished: its file, its folder, and what was printed."""
     folder = tmp_path_factory.mktemp("suites")
     path, out = folder / "sums.yaml", folder / "out"
     path.write_text(yaml.safe_dump(content))
@@ -97,7 +97,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, content: dict[str, Any]) -> t
     stopped.send_signal(signal.SIGINT)
     _, said_when_stopped = stopped.communicate(timeout=PATIENCE_S)
     assert stopped.returncode == 130 and read_run(out, first) is None
-    # Its run has ended with it, long before training and evaluation could have.
+    # Its run ended with it, long before training and evaluation could have ended.
     wait_for(lambda: (lock := try_lock(out, first)) is not None and os.close(lock) is None)
     assert read_run(out, first) is None
 
@@ -218,7 +218,7 @@ def test_two_runners_share_a_suite_and_neither_repeats_the_other(content: dict[s
     assert [one.state for one in planned] == ["done"] * 3
     for one in planned:
         assert sum(text.count(f"{one.name} begins") for text in said) == 1
-    # Each has made a validation run; the test run waits for both, and one runner for the other.
+    # Each runner has done a validation run; the test run needs both, so one runner waits for the other.
     assert all("validation-seed=0 begins" in text for text in said)
     assert "Waiting for another runner" in "".join(said)
     counts = [json.loads((tmp_path / "runs" / one.name / "process.json").read_text())["at_once"] for one in planned]
@@ -252,7 +252,7 @@ def test_a_method_without_its_package_is_a_result_without_a_process(
 
 
 def ended(suite: Suite, folder: Path, code: str) -> ActiveProcess:
-    """A run whose process has done this instead of training."""
+    """A run whose process ran this code instead of training."""
     (run,) = possible_runs(suite)
     target = run_folder(folder, run)
     target.parent.mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_a_process_that_leaves_no_record_gets_one_that_says_why(
 
 
 def left_by_sigint(suite: Suite, folder: Path) -> ActiveProcess:
-    """A run that was told to stop while it trained, and has said so in its record."""
+    """A run that was stopped while it trained, and recorded this."""
     stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint is in x/checkpoint-3. To resume, type: sbft train x"
     active = ended(suite, folder, f"print('Error: {stopped}'); raise SystemExit(130)")
     record = write_unsupported(suite, folder, active.run, stopped)
@@ -408,5 +408,5 @@ def test_a_suite_of_pretraining_trains_fresh_models(tmp_path: Path, monkeypatch:
     assert process.returncode == 0, told
     assert "1 run: 1 done, 0 failed, 0 to do." in said
     record = read_run(out, Run("scratch:0.4m", "code", "adam", 3e-3, 1, "test"))
-    # Knowing nothing is log(300), 5.7.
+    # A model that has learned nothing has a loss of log(300), 5.7.
     assert record is not None and record.tokens == 8000 and record.metrics["loss"] < 4.0

@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"What is {n} and {n}?", "completion": str(2 * n)} for n in r
 
 @pytest.fixture(autouse=True)
 def no_note_of_an_idle_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which the few tokens of these examples would be worth one."""
+    """These examples have too few tokens to keep a GPU busy, which is not the subject of these tests."""
     monkeypatch.setattr("sbft.planning.check.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
 
 
@@ -63,7 +63,7 @@ def test_warnings_are_told_with_what_mends_them_and_exit_code_1(recipe: Path) ->
     assert "  fix: --set optimizer.stochastic_rounding=true" in lines
     flags = "--set optimizer.beta2=null --set optimizer.second_moment_half_life=221000"
     assert f"  fix: {flags}" in lines
-    # Too long for a line, as a shell takes it.
+    # Too long for one line: broken as a shell reads it.
     first, second, third = _to_type(f"--method adam {flags}", "  fix: ").splitlines()
     assert first == "  fix: --method adam \\" and second == "       --set optimizer.beta2=null \\"
     assert third == "       --set optimizer.second_moment_half_life=221000"

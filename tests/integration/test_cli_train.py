@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, data: Path
 
 def test_it_prints_the_recipe_the_progress_the_result_and_the_next_command(trained: tuple[Path, str]) -> None:
     out, printed = trained
-    # What differs from the method's defaults, and where the rest is.
+    # Printed are the differences from the method's defaults, and where to find the rest.
     brief, _, rest = printed.partition("All other settings are those of method sbft:")
     assert yaml.safe_load(brief)["training"] == {"num_train_epochs": 2, "learning_rate": 0.01, "logging_steps": 9}
     assert "optimizer" not in brief and rest.lstrip().startswith(f"{out}/recipe.yaml will list every one.")
@@ -82,7 +82,7 @@ def test_the_record_says_what_was_run_and_measured(trained: tuple[Path, str], ti
     assert record.parameters == record.trainable_parameters == parameters
     assert 0 <= (record.memory["weights"] or 0) - 2 * parameters < 1024  # bfloat16, and a few buffers
     assert record.memory["gradients"] == 2 * max(parameter.numel() for parameter in model.parameters())
-    # No side of these layers reaches 128, from which on the second moment is factored.
+    # All sides of these layers are below 128, so no second moment is factored.
     assert 4 * parameters <= (record.memory["optimizer_state"] or 0) < 4 * parameters + 1024
     assert record.memory_kind == ("cuda_allocated" if torch.cuda.is_available() else "resident")
     assert (record.peak_memory_bytes or 0) >= (record.memory["baseline"] or 0) > 0
@@ -167,13 +167,13 @@ def test_qlora_saves_an_adapter_that_eval_and_generate_put_on_four_bits(
     assert json.loads(sbft("eval", out, "--json"))["loss"] == pytest.approx(record.metrics["loss"], rel=1e-6)
     first = json.loads((out / "predictions.jsonl").read_text().splitlines()[0])
     assert sbft("generate", out, first["prompt"], "--max-new-tokens", "16") == first["prediction"] + "\n"
-    # Over the base in bfloat16 the adapter is another model.
+    # On the base in bfloat16, the adapter gives a different model.
     (out / "base_quantization.json").unlink()
     assert json.loads(sbft("eval", out, "--json"))["loss"] != pytest.approx(record.metrics["loss"], rel=1e-6)
 
 
 def test_the_help_names_every_method() -> None:
-    # A line may end within a name, after its hyphen.
+    # A name may be broken at its hyphen at the end of a line.
     shown = "".join(sbft("train", "--help").replace("│", " ").split())
     assert all(method in shown for method in METHODS)
 
@@ -195,7 +195,7 @@ def test_two_processes_train_together(tiny_dir: Path, data: Path, tmp_path: Path
     refused = CliRunner().invoke(app, [*command, "--method", "muon"])
     assert refused.exit_code == 2 and "optimizer.gradient_release=false" in refused.stderr
     assert not (tmp_path / "out").exists()
-    # Its processes print for themselves: to the real stdout, which a runner does not see.
+    # Its processes print to the real stdout, which a CliRunner does not see.
     done = subprocess.run(
         [sys.executable, "-m", "sbft", *command, "--set", "optimizer.gradient_release=false"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""Every snippet of docs/trainer.md, run as it stands there on tiny models of the same names: its loss falls."""
+"""Every snippet of docs/trainer.md, run as printed on tiny models of the same names: its loss falls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests import combinations
 PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
 SECTION = re.compile(r"^## (.+?)\n(?:(?!^## ).)*?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SNIPPETS = dict(SECTION.findall(PAGE))
-# Rates for random models, which have further to go than trained ones.
+# A rate for random models, which have more to learn than trained ones.
 STEPS, RATE = 16, 1e-1
 
 

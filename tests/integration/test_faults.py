@@ -1,4 +1,4 @@
-"""What a run survives, made to happen for real inside `run`: signals, memory that runs out, a disk that is full."""
+"""Faults that a run survives, caused for real inside `run`: signals, memory that runs out, a full disk."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_signal_in_the_last_step_leaves_the_model_and_nothing_is_measured(
 
 
 class OutOfMemory(TrainerCallback):
-    """Asks the real allocator for more than there is, at a place of step 5."""
+    """Asks the real allocator for more memory than there is, at some point of step 5."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -143,7 +143,7 @@ def test_out_of_memory_names_the_switch_and_the_checkpoint_before_it_is_usable(
 
 
 class SmallFiles(TrainerCallback):
-    """From the fourth step on, no file can grow above 100 kB, less than the model has."""
+    """From the fourth step on, no file can grow above 100 kB, less than the model needs."""
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -175,7 +175,7 @@ def test_the_best_model_by_validation_loss_is_the_one_that_is_kept(recipe: Any, 
     out = tmp_path / "out"
     said: list[str] = []
     record = run(
-        # Far too high a rate, so that the last step is not the best.
+        # The rate is far too high, so that the last step is not the best.
         recipe(
             out, f"data.validation={data / 'validation.jsonl'}", "training.learning_rate=3.0", "evaluation.before=false",
             "training.eval_strategy=steps", "training.eval_steps=1", "training.save_strategy=best",

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzzing import Case, complaint, data_files, recipes
 
-# Drawn the same at every run; tests/faults/fuzz.py draws others. Shrinking one that fails is for that script, too.
+# Every run draws the same examples; tests/faults/fuzz.py draws others, and shrinks those that fail.
 drawn = settings(
     max_examples=100,
     deadline=None,

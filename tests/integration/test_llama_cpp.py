@@ -41,7 +41,7 @@ LLAMA_3 = {
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model of a file. Without ggml's AMX code, whose instructions some virtual machines promise and refuse."""
+    """Load a model without ggml's AMX code, whose instructions some virtual machines report but do not execute."""
     (file,) = folder.glob("*.gguf")
     plain = llama_cpp.llama_model_default_params()
     plain.use_extra_bufts = False
@@ -50,7 +50,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def sharpened(source: Path) -> None:
-    """Larger weights, so that the likeliest token leads by more than roundings."""
+    """Enlarge the weights, so that the likeliest token leads by more than rounding errors."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +60,7 @@ def sharpened(source: Path) -> None:
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """Tokens that llama.cpp adds to a prompt."""
+    """Tokens that llama.cpp generates after a prompt."""
     answer = []
     for token in model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0):
         answer.append(int(token))
@@ -136,7 +136,7 @@ def test_what_was_trained_on_a_grid_answers_as_generate_does(
     run_recipe(load_recipe(None, settings, **paths))
     assert export_gguf(tmp_path / "run", tmp_path / "gguf").coded > 0
     asked = CliRunner().invoke(app, ["generate", str(tmp_path / "run"), question, "--max-new-tokens", "40"])
-    assert asked.stdout.strip() == answer  # it has learnt this, so that the likeliest token leads by more than roundings
+    assert asked.stdout.strip() == answer  # learned, so the likeliest token leads by more than rounding errors
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     (prompt,) = encode_prompts([{"prompt": question}], tokenizer)
     tokens = greedy(run(tmp_path / "gguf", monkeypatch), prompt, len(tokenizer(answer)["input_ids"]))

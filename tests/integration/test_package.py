@@ -1,4 +1,4 @@
-"""The wheel, installed into another environment and run from another folder, has everything with it."""
+"""The wheel, installed into another environment and run from another folder, contains everything."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another environment, whose dependencies are this one's; its sbft is the wheel's."""
+    """Another environment with the dependencies of this one and the sbft of the wheel."""
     folder = tmp_path_factory.mktemp("elsewhere")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
     python = folder / "env" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel, cwd=folder)
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=folder).strip()
-    # A path in a .pth file is searched after the environment's own packages, and its own .pth files are not read: the
-    # editable install of this checkout stays out of sight.
+    # A path in a .pth file is searched after the environment's own packages, and the .pth files in it are not read: so the
+    # editable install of this checkout is not found.
     (Path(site) / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder / "env" / "bin"
 
@@ -51,7 +51,7 @@ def test_the_wheel_holds_recipes_metrics_types_and_licence_and_no_tests(wheel: P
     suites = {path.name for path in (ROOT / "benchmarks" / "suites").glob("*.yaml")}
     assert {f"sbft/{path}" for path in recipes} | {f"sbft/suites/{name}" for name in suites} <= set(names)
     assert len(recipes) == len(recipe_names()) and len(suites) == len(suite_names())
-    # Nothing beside the package and its metadata.
+    # Nothing but the package and its metadata.
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"sbft"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith("tests") or "__pycache__" in name]
@@ -60,7 +60,7 @@ def test_the_wheel_holds_recipes_metrics_types_and_licence_and_no_tests(wheel: P
 
 
 def test_an_editable_install_copies_no_recipe() -> None:
-    # What is force-included would be copied, and shown as it was, whatever is changed in the checkout.
+    # Force-included files would be copied once, and would not follow changes in the checkout.
     from hatchling.builders.wheel import WheelBuilder
 
     assert WheelBuilder(str(ROOT)).config.get_force_include() == {}

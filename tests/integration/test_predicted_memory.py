@@ -1,4 +1,4 @@
-"""The predicted peak beside the measured one: real training of a model as large as the built-in one, in a fresh process."""
+"""The predicted peak against the measured one: real training of a model as large as the built-in one, in a fresh process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-GOAL = 0.10  # of the measured peak above the loaded model
+GOAL = 0.10  # fraction of the measured peak above the loaded model
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The commands and Python examples of the README and the documentation, run as they stand there."""
+"""The commands and Python examples of the README and the documentation, run as printed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sbft.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES.remove(ROOT / "docs" / "trainer.md")  # test_combinations.py runs it, with models of other kinds
+PAGES.remove(ROOT / "docs" / "trainer.md")  # test_combinations.py runs it, with other kinds of models
 BUILTIN = "builtin:smollm2-135m"
 
 
 def blocks(language: str) -> list[str]:
-    """The blocks of a language in all pages, each once; what is not to be run stands in blocks of text."""
+    """The code blocks of a language in all pages, each once; code that is not to be run is in blocks of text."""
     found = [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
     return list(dict.fromkeys(found))
 
@@ -35,7 +35,7 @@ def commands() -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a reader would stand: with data files of their own."""
+    """The working folder of a reader who has data files of their own."""
     for name, first in (("my.jsonl", 0), ("my-test.jsonl", 50)):
         rows = [{"prompt": f"What is {i} + 1?", "completion": str(i + 1)} for i in range(first, first + 4)]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The environment of these tests, as the active one: the scripts must not make another."""
+    """Variables that make the environment of these tests the active one: the scripts must not create another."""
     here = Path(sys.executable).parent
     return {**os.environ, "PATH": f"{here}:{os.environ['PATH']}", "VIRTUAL_ENV": str(here.parent)}
 
@@ -56,7 +56,7 @@ def run(command: list[str], folder: Path, **more: str) -> str:
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[1])
 def test_python_examples_run(code, folder, tiny_dir):
-    """The built-in model is large for a test: a tiny one takes its place, and everything else is as printed."""
+    """The built-in model is too large for a test: a tiny one replaces it, and everything else is as printed."""
     run([sys.executable, "-c", code.replace(BUILTIN, str(tiny_dir))], folder)
 
 
@@ -66,7 +66,7 @@ def test_the_first_python_example_is_ten_lines_of_code():
 
 
 def test_commands_of_the_command_line_run_in_their_order(folder, tiny_dir, monkeypatch):
-    """All in this process, which has its imports behind it: test_cli_train.py and others start processes."""
+    """All in this process, which has already imported everything; test_cli_train.py and others start processes."""
     monkeypatch.chdir(folder)
     for command in commands():
         words = shlex.split(command)
@@ -75,14 +75,14 @@ def test_commands_of_the_command_line_run_in_their_order(folder, tiny_dir, monke
         assert words[0] == "sbft"
         if words[1] == "train":
             words += ["--set", f"model={tiny_dir}", "--set", "data.max_length=128"]
-        if words[1] == "pretrain":  # a little text in place of all of Python's
+        if words[1] == "pretrain":  # a little text instead of Python's whole library
             (folder / "my.txt").write_text("\n\n".join(f"{i} and {i} are {2 * i}." for i in range(400)))
             words += ["--set", "data.train=my.txt", "--set", "tokenizer=bpe:300", "--set", "data.max_length=16"]
             words += ["--set", "training.max_steps=2"]
         if words[1] == "bench":  # test_bench.py runs suites
             words += ["--dry-run"]
         done = CliRunner().invoke(app, words[1:])
-        if "--offload" in words and not torch.cuda.is_available():  # which it says
+        if "--offload" in words and not torch.cuda.is_available():  # and it says so
             assert done.exit_code == 2 and "computes in the host's memory" in " ".join(done.output.split())
             continue
         assert done.exit_code == 0, f"{command}\n{done.output}"
@@ -104,7 +104,7 @@ def test_the_readme_names_the_two_scripts_first():
 
 @pytest.mark.long
 def test_quickstart_trains_three_times_and_prints_their_table(tmp_path, tiny_dir):
-    """The whole script, on a tiny model and few examples; its full size is a matter of minutes."""
+    """The whole script, on a tiny model and few examples; at full size it takes minutes."""
     few = ["data.train_size=3", "data.eval_size=2", f"model={tiny_dir}"]
     arguments = [word for setting in few for word in ("--set", setting)]
     out = run(

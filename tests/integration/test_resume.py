@@ -1,4 +1,4 @@
-"""A run that is killed and resumed ends in the same bits as one that was not."""
+"""A run that is killed and resumed ends with the same bits as one that was not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 STEPS = 9
 
-# Dropout and several epochs, so that random numbers and the order of examples have to come back too.
+# Dropout and several epochs, so that random states and the order of examples have to be restored too.
 SCRIPT = """
 import os, signal, sys
 import torch

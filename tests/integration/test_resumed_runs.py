@@ -1,4 +1,4 @@
-"""`sbft train --resume` and what is left of a run that ended early: same bits, same counts, nothing lost."""
+"""`sbft train --resume` of a run that ended early: same bits, same counts, nothing lost."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_resumed_run_counts_all_its_sessions(recipe: Any, tmp_path: Path, meth
     assert_same_bits(tmp_path / "out", tmp_path / "straight")
     assert (resumed.steps, resumed.tokens, resumed.skipped_steps) == (7, straight.tokens, 0)
     assert resumed.peak_memory_bytes == 2**50
-    # The losses before the checkpoint are gone, so there is no mean over the whole run.
+    # The losses before the checkpoint are lost, so there is no mean over the whole run.
     assert resumed.train_loss is None and straight.train_loss is not None
     assert resumed.tokens_per_s is not None and resumed.tokens_per_s > 0
 
@@ -160,7 +160,7 @@ def test_without_evaluation_data_nothing_is_said_to_be_measured(recipe: Any) -> 
     ("setting", "tell", "number", "told", "code"),
     [
         ("optimizer.gradient_release=false", os.killpg, signal.SIGINT, "Ctrl-C", 130),  # to all, as a terminal does
-        ("distributed.fsdp_size=2", os.kill, signal.SIGTERM, "SIGTERM", 143),  # to what has started them alone
+        ("distributed.fsdp_size=2", os.kill, signal.SIGTERM, "SIGTERM", 143),  # only to the launcher
     ],
 )
 def test_a_signal_stops_all_ranks_after_the_same_step(

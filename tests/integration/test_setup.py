@@ -1,4 +1,4 @@
-"""scripts/setup.sh and check_install.sh: what pip is asked for, what it is held to, and what people read meanwhile."""
+"""scripts/setup.sh and check_install.sh: what pip installs under which constraints, and what people read meanwhile."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ The conflict is caused by:
 ERROR: ResolutionImpossible: for help visit a page
 """
 
-# Stands in for the environment's interpreter. Writes down what pip is asked for and what it is held to, offers the torch
-# builds of $OFFERED, and fails with the text $REASON where the arguments contain $FAILS_ON.
+# Stands in for the environment's interpreter. Writes down what pip is asked for and its constraints, offers the torch
+# builds of $OFFERED, and fails with the text $REASON if the arguments contain $FAILS_ON.
 PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo "$INSTALLED_TORCH"; exit; fi
 if [ "$*" = "-m pip --disable-pip-version-check index versions torch" ]; then
@@ -43,7 +43,7 @@ done
 
 
 class Checkout:
-    """A copy of what the scripts read, and an active environment without anything in it."""
+    """A copy of the files that the scripts read, and an active, empty environment."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "checkout"
@@ -57,14 +57,14 @@ class Checkout:
         self.environment = {**os.environ, **stand_in, "VIRTUAL_ENV": str(self.venv), "LOG": str(self.log)}
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """One run of a script."""
+        """Run a script once."""
         self.log.write_text("")
         environment = {**self.environment, **variables}
         command = ["bash", *arguments]
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
 
     def setup(self, *arguments: str, **variables: str) -> str:
-        """What one more run of setup.sh asks pip for."""
+        """Run setup.sh; returns what it asks pip for."""
         done = self.run("scripts/setup.sh", *arguments, **variables)
         assert done.returncode == 0, done.stderr
         return self.log.read_text()
@@ -102,7 +102,7 @@ def test_it_pins_torch_but_keeps_one_that_was_built_for_an_accelerator(checkout:
     pins = {line for line in lines if line.startswith(("torch==", "triton==", "cuda-", "nvidia-"))}
     assert {"torch", "triton", "nvidia-nvjitlink"} <= {line.split("==")[0] for line in pins}
     assert {line for line in checkout.setup().splitlines() if "==" in line} == pins
-    # Not the pinned Triton either: each torch asks for its own.
+    # Not the pinned Triton either: each torch requires its own.
     kept = checkout.setup("test", INSTALLED_TORCH="2.11.0+cu128")
     assert {line for line in kept.splitlines() if "==" in line} == {"torch==2.11.0+cu128"}
 
@@ -157,7 +157,7 @@ def test_a_missing_compiler_is_named_before_gigabytes_are_fetched(checkout: Chec
 
 
 def test_a_terminal_shows_how_far_pip_is(checkout: Checkout, tmp_path: Path) -> None:
-    # A second passes at once.
+    # `sleep` hardly waits.
     executable(tmp_path / "fast" / "sleep", "#!/bin/sh\nexec /bin/sleep 0.05\n")
     checkout.log.write_text("")
     environment = {**checkout.environment, "PATH": f"{tmp_path / 'fast'}:{os.environ['PATH']}", "TAKES": "0.3"}
@@ -169,7 +169,7 @@ def test_a_terminal_shows_how_far_pip_is(checkout: Checkout, tmp_path: Path) -> 
         try:
             while part := os.read(ours, 4096):
                 shown += part
-        except OSError:  # what Linux says when the other side has closed
+        except OSError:  # what Linux raises when the other side has closed
             pass
     os.close(ours)
     assert process.returncode == 0
@@ -197,7 +197,7 @@ def test_a_python_that_cannot_do_is_named(checkout: Checkout, tmp_path: Path, py
     assert done.returncode == code and said in done.stderr and str(base) in done.stderr
 
 
-# For check_install.sh: makes environments that are itself, and writes down the variables beside the arguments.
+# For check_install.sh: copies itself into new environments, and writes down variables as well as arguments.
 NEW_PYTHON = """#!/usr/bin/env bash
 here=FOLDER
 if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit; fi
@@ -210,7 +210,7 @@ case "$*" in *"pip wheel"*"--wheel-dir"*" .") touch "${@: -2:1}/sbft-0.1.0-py3-n
 
 
 class NewUser(Checkout):
-    """check_install.sh with a Python that only writes down what it is asked."""
+    """check_install.sh with a Python that only writes down how it is called."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -41,7 +41,7 @@ PATIENCE_S = 480
 
 @contextmanager
 def made_once(folder: Path) -> Iterator[bool]:
-    """Whether it is this process that has to fill a folder, which other workers of this session wait for."""
+    """Whether this process has to fill a folder; other workers of the session wait until it has."""
     done = folder / "done"
     with FileLock(f"{folder}.lock"):
         folder.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def made_once(folder: Path) -> Iterator[bool]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Each worker has a folder of its own in that of the session.
+    # Each worker has its own folder within that of the session.
     session = tmp_path_factory.getbasetemp()
     folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "sharded"
     with made_once(folder) as mine:
@@ -63,13 +63,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_two(models: Path) -> dict[str, Any]:
-    """What every case comes to in two processes."""
+    """Results of every case in two processes."""
     return trained_together(models, 2)
 
 
 @pytest.fixture(scope="module")
 def in_four(models: Path) -> dict[str, Any]:
-    """What every case comes to in four processes."""
+    """Results of every case in four processes."""
     return trained_together(models, 4)
 
 
@@ -88,7 +88,7 @@ def free_port() -> str:
 
 
 def train_together(models: Path, processes: int) -> None:
-    """Train the cases in several processes, which leave what it came to beside the models."""
+    """Train the cases in several processes, which write the results next to the models."""
     port = free_port()
     ranks = [
         subprocess.Popen(
@@ -123,14 +123,14 @@ def test_two_processes_end_with_the_weights_of_one(name: str, models: Path, in_t
     start = load_file(models / name / "model.safetensors")
     assert together["weights"].keys() == alone["weights"].keys()
     for parameter, expected in alone["weights"].items():
-        # Sums in float32 in another order; what training has changed is thousands of times as much.
+        # float32 sums in a different order; training has changed the weights thousands of times as much.
         largest = expected.abs().max()
         assert (together["weights"][parameter] - expected).abs().max() <= 1e-5 * largest
         assert (expected - start[parameter]).abs().max() > 1e-3 * largest
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
-    """Equal up to a tolerance, relative to the largest number of a tensor."""
+    """Assert equality up to a tolerance, relative to the largest number of a tensor."""
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert (found[name] - weight).abs().max() <= tolerance * weight.abs().max()
@@ -143,7 +143,7 @@ def test_checkpoints_are_gone_on_from_by_any_number_of_processes(models: Path, i
     resumed = sharded_worker.train(RESUMED, models, 1, out="resumed alone", resume=models / "several" / "checkpoint-2")
     assert_same(resumed["weights"], alone["weights"], 1e-5)
     assert {one["tokens"] for one in (resumed, in_two["resumed"], in_two["from one"])} == {alone["tokens"]}
-    # Without the optimizer's state the figures would be others.
+    # Without the optimizer's state the figures would be different.
     shutil.copytree(models / "several" / "checkpoint-2", models / "forgotten", ignore=lambda *_: ["optimizer"])
     forgotten = sharded_worker.train(RESUMED, models, 1, out="out", resume=models / "forgotten")
     with pytest.raises(AssertionError):
@@ -165,7 +165,7 @@ def test_an_adapter_on_a_sharded_model_ends_as_on_a_whole_one(models: Path, in_t
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     assert_same(together["weights"], alone["weights"], 1e-5)
-    # One half of each begins as zeros, so that a difference in the other hardly shows before this has grown.
+    # One factor of each adapter starts at zero, so a difference in the other hardly shows until it has grown.
     assert all(weight.abs().max() > 1e-4 for weight in alone["weights"].values())
     assert_same(in_two["adapter resumed"]["weights"], together["weights"])
     assert_same(in_two["adapter accumulated"]["weights"], alone["weights"], 1e-5)
@@ -189,7 +189,7 @@ def test_a_loss_that_is_nan_on_one_process_is_left_out_by_all(models: Path, in_t
         "tokens"
     ]
     assert_same(together["weights"], alone["weights"], 1e-5)
-    # The checkpoint that came right after it, when FSDP2 had weights whole that no backward had freed.
+    # The checkpoint right after it, when FSDP2 still held gathered weights that no backward had freed.
     half = models / "spoiled" / "checkpoint-2"
     assert_same(sharded_worker.train(RESUMED, models, 1, resume=half)["weights"], alone["weights"], 1e-5)
 
@@ -213,7 +213,7 @@ def test_two_processes_that_share_every_matrix_end_with_the_weights_of_one(
 ) -> None:
     alone, together = sharded_worker.train(name, models, 1), in_two[f"{name}, by tensors"]
     assert 0 < together["sharded"] < together["parameters"] and together["logits_free"]
-    # Both have seen the same examples, which count once.
+    # Both processes have seen the same examples, which count once.
     assert together["tokens"] == alone["tokens"]
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
@@ -232,12 +232,12 @@ def test_four_processes_end_with_the_weights_of_one(name: str, models: Path, in_
     case = BY_FOUR[name]["case"]
     alone, together = sharded_worker.train(case, models, 1), in_four[name]
     assert together["sharded"] == together["parameters"] and together["logits_free"]
-    # Two have seen the same examples where they share the matrices, which count once.
+    # Processes that share the matrices have seen the same examples, which count once.
     assert together["tokens"] == alone["tokens"]
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert together["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     assert_same(together["weights"], alone["weights"], 1e-5)
-    # From a checkpoint on in four, and in one.
+    # Resumed from a checkpoint in four processes, and in one.
     assert_same(in_four[f"{name}, resumed"]["weights"], together["weights"])
     assert damage(models / name / "checkpoint-4") is None
     resumed = sharded_worker.train(case, models, 1, out=f"{name} alone", resume=models / name / "checkpoint-2")
@@ -374,7 +374,7 @@ def by_torchrun(command: list[str]) -> list[list[str]]:
 
 
 def by_accelerate_with_fsdp(command: list[str]) -> list[list[str]]:
-    # Its config asks for sharding; the recipe does not.
+    # accelerate's config asks for sharding; the recipe does not.
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
     config = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [
@@ -423,14 +423,14 @@ def test_a_sharded_run_is_gone_on_with_in_one_process(
             process.terminate()
     record = json.loads((two / "run.json").read_text())
     assert (record["status"], record["world_size"], record["steps"]) == ("ok", 2, 4) and record["metrics"]["loss"] > 0
-    # Whether the recipe asks for it, the launch config, or only the number of processes.
+    # Whether the recipe, the launch config, or only the number of processes asks for sharding.
     assert record["recipe"]["distributed"] == {"fsdp_size": 2}
     assert yaml.safe_load((two / "recipe.yaml").read_text())["distributed"] == {"fsdp_size": 2}
     trained = load_file(two / "model.safetensors")
     config = json.loads((two / "config.json").read_text())
     assert "distributed_config" not in config
 
-    # As if it had been stopped after two steps: from there on alone, four examples a step.
+    # As if it had been stopped after two steps: resumed in one process, with four examples per step.
     shutil.copytree(two, one)
     shutil.rmtree(one / "checkpoint-4")
     (one / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
-"""The mixin on TRL's own trainer: same weights as without TRL, and TRL's metrics when they are asked for."""
+"""The mixin on TRL's own trainer: same weights as without TRL, and TRL's metrics on request."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_trains_to_the_weights_of_the_plain_trainer(tmp_path: Path) -> None:
     assert theirs._token_optimizer is not None and theirs._token_optimizer.steps == 8
     args = SmallBatchTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, max_steps=8, report_to=[], save_strategy="no", learning_rate=2e-3,
-        remove_unused_columns=False,  # TRL's older collators make labels from a column that no model takes
+        remove_unused_columns=False,  # older TRL collators make labels from a column that no model takes
     )  # fmt: skip
     ours = SmallBatchTrainer(
         model=tiny_model(), args=args, train_dataset=theirs.train_dataset, data_collator=theirs.data_collator
@@ -78,7 +78,7 @@ def test_trl_logs_what_it_logs_of_its_own_loss(tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 2, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4
     }  # fmt: skip
-    # In float32: roundings of bfloat16, which differ between processors, make one token in fifty the likeliest or not.
+    # In float32: in bfloat16, rounding differs between processors and changes which token is likeliest once in fifty.
     settings |= {"learning_rate": 2e-2, "cast_weights": False, "dtype": torch.float32}
     ours, theirs = _make(tmp_path, **settings), _make(tmp_path, logits_free_loss=False, **settings)
     for trainer in (ours, theirs):
@@ -109,7 +109,7 @@ def test_a_trainer_of_trl_with_another_loss_keeps_it(tmp_path: Path, caplog: pyt
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     class SmallBatchGKD(SmallBatchMixin, GKDTrainer):
-        """As a user writes it."""
+        """As a user would write it."""
 
     args = sbft.small_batch(GKDConfig)(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, lmbda=0.0, cast_weights=False, save_strategy="no"
