@@ -24,7 +24,7 @@ FULL, HALF = 538_060_032, 269_030_016
 
 
 def suite(**changes: Any) -> Suite:
-    """A suite with two methods and two rates, changed as said."""
+    """A suite of two methods with three rates each, with `changes`."""
     content = {
         "summary": "Made up.",
         "models": [MODEL],
@@ -36,14 +36,14 @@ def suite(**changes: Any) -> Suite:
 
 
 def store(one: Suite, folder: Path) -> Path:
-    """Make the folder of a suite without runs."""
+    """Create the folder of a suite, without runs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "suite.yaml").write_text(one.to_yaml())
     return folder
 
 
 def record(one: Suite, run: Run, exact_match: float = 0.5, loss: float = 0.4, **changes: Any) -> RunRecord:
-    """What a run might leave on a CPU; `changes` are set in the end."""
+    """A record that a run on a CPU might write; `changes` are applied last."""
     adapter = one.method_of(run.variant) in ("lora", "qlora")
     single = adapter or one.method_of(run.variant) in ("sbft", "sgd", "hf-adafactor")
     weights = HALF if single else FULL
@@ -99,9 +99,9 @@ def record(one: Suite, run: Run, exact_match: float = 0.5, loss: float = 0.4, **
 def leave(
     folder: Path, run: Run, made: RunRecord, right: list[bool] | None = None, at_once: int = 1, cores: int | None = None
 ) -> None:
-    """Put a record where its run would have, with predictions if it is said which were right.
+    """Save a record where its run would have, with predictions if `right` says which are correct.
 
-    Runs from before the cores were written down have none.
+    Old runs have no `cores`, which were not recorded then.
     """
     place = run_folder(folder, run)
     place.mkdir(parents=True, exist_ok=True)
@@ -115,14 +115,14 @@ def leave(
 
 
 def search(one: Suite, folder: Path, result: Callable[[Run], RunRecord | None]) -> None:
-    """Leave the validation runs that have a result."""
+    """Save those validation runs that have a result."""
     for run in validation_runs(one):
         if (made := result(run)) is not None:
             leave(folder, run, made)
 
 
 def test(one: Suite, folder: Path, result: Callable[[Run], RunRecord | None]) -> None:
-    """Leave the test runs that have a result, at the rates that were chosen."""
+    """Save those test runs that have a result, at the chosen rates."""
     for run in decided_runs(one, folder):
         if (made := result(run)) is not None:
             leave(folder, run, made)
@@ -147,7 +147,7 @@ CROWD = {
 
 
 def crowd(folder: Path, *, tasks: int = 2, seeds: int = 3) -> Suite:
-    """A finished suite of many variants with long names, whose figures lie close together."""
+    """A finished suite of many variants with long names and close figures."""
     methods: dict[str, Any] = {}
     for name, (lowest, _) in CROWD.items():
         methods[name] = {"learning_rates": [float(f"{lowest * factor:.3g}") for factor in (1, 3, 10, 30)]}
@@ -188,7 +188,7 @@ def crowd(folder: Path, *, tasks: int = 2, seeds: int = 3) -> Suite:
 
 
 def decided_runs(suite: Suite, folder: Path) -> list[Run]:
-    """The test runs of every variant whose learning rate is decided."""
+    """The test runs of every variant whose learning rate has been chosen."""
     return [
         run
         for model, task in groups(suite)

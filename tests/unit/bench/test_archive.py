@@ -1,4 +1,4 @@
-"""A suite's runs in one file: the same tables as from the runs' folders, and nothing is made twice."""
+"""A suite's runs in one file: the same tables as from the runs' folders, and nothing is run twice."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from tests.unit.bench.report_cases import crowd, leave, record, store, suite
 
 
 def archive(folder):
-    """Put the runs of a suite into one file and take their folders away."""
+    """Put the runs of a suite into one file and delete their folders."""
     count = archive_runs(folder / RUNS_FOLDER, folder / ARCHIVE_FILE)
     shutil.rmtree(folder / RUNS_FOLDER)
     return count

@@ -1,4 +1,4 @@
-"""`sbft bench --ray` without Ray: what runs need, what travels, what a machine does with a run, and what is lost."""
+"""`sbft bench --ray` without Ray: what runs require, what is sent, what a machine does with a run, and lost runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SUITE: dict[str, Any] = {
 
 
 class Store:
-    """An object store: pieces by number."""
+    """An object store that numbers its pieces."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
@@ -60,7 +60,7 @@ class Store:
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where runs of this machine's cluster are made."""
+    """The folder in which this machine works on the cluster's runs."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path / f"sbft-bench-{os.getuid()}"
 
@@ -68,13 +68,13 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("nodes", "jobs", "expected", "at_once"),
     [
-        # Without GPUs: a whole machine each, of the smallest's size; a head that has no CPU for runs does not count.
+        # Without GPUs: as much as the smallest machine for each run; a head without CPUs for runs does not count.
         ([{"CPU": 8.0}, {"CPU": 8.0}, {"memory": 1.0}], None, Needs(8, 0), 2),
         ([{"CPU": 4.0}, {"CPU": 9.0}], None, Needs(4, 0), 3),
-        # More at once than machines share their CPUs; never less than one CPU.
+        # With more runs at once than machines, runs share the CPUs of a machine; never less than one CPU.
         ([{"CPU": 8.0}, {"CPU": 8.0}], 3, Needs(4, 0), 4),
         ([{"CPU": 2.0}], 16, Needs(1, 0), 2),
-        # With GPUs: one each, and its share of the CPUs.
+        # With GPUs: one for each run, and its share of the CPUs.
         ([{"CPU": 16.0, "GPU": 4.0}, {"CPU": 2.0}], None, Needs(4, 1), 4),
         ([{"CPU": 1.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}], None, Needs(1, 1), 3),
     ],
@@ -125,14 +125,14 @@ def test_files_travel_whole_and_large_ones_in_pieces(tmp_path: Path, monkeypatch
 
 
 def test_the_record_arrives_last(tmp_path: Path) -> None:
-    """Cut off anywhere before, the run counts as one that was not made."""
+    """If the transfer is cut off anywhere before, the run counts as not done."""
     source = tmp_path / "from"
     source.mkdir()
     for name in ("a", "log.txt", "run.json", "z"):
         (source / name).write_bytes(name.encode())
     store = Store()
     packed = pack(source, files_below(source), store.put)
-    lost = [transfer.Parcel("z", (7,)) if one.name == "z" else one for one in packed]  # a piece that is not there
+    lost = [transfer.Parcel("z", (7,)) if one.name == "z" else one for one in packed]  # a piece that does not exist
     run = tmp_path / "runs" / "seed=0"
     with pytest.raises(IndexError):
         unpack_run(lost, run, store.get)
@@ -162,7 +162,7 @@ def order_for(suite: Suite, **changes: Any) -> Order:
 
 
 def process_that(code: str) -> Callable[..., ActiveProcess]:
-    """In place of `start`: a process that runs this code, in which `target` is the run's folder."""
+    """Stands in for `start`: starts a process that runs this code, with the run's folder as `target`."""
 
     def start(
         suite: Suite, folder: Path, run: Run, *, lock: int, slot: int, environment: dict[str, str],
@@ -183,7 +183,7 @@ def process_that(code: str) -> Callable[..., ActiveProcess]:
 
 
 def finished(suite: Suite, output_dir: str = "/somewhere/else") -> str:
-    """Code of a process that leaves a record, and what else a run leaves."""
+    """Code of a process that writes a record and the other files of a run."""
     run = possible_runs(suite)[0]
     recipe = {**run.whole_recipe(suite).model_dump(mode="json", exclude_none=True), "output_dir": output_dir}
     record = RunRecord(
@@ -200,13 +200,13 @@ print(Path("data/train.jsonl").exists())
 
 
 class FakeCluster:
-    """Carries orders out at once, in this process, but as scripted where there is a script."""
+    """Carries out orders at once, in this process; receiving raises the given `losses` first."""
 
     def __init__(self, losses: list[Lost] | None = None, keeps: int = 0) -> None:
         self.losses, self.store, self.orders, self.cancelled = losses or [], Store(), [], 0  # type: ignore[var-annotated]
         self.needs, self.room, self.jobs = Needs(1, 0), 1, 2
         self.keeps = keeps
-        """How many deliveries come; later ones are waited for until somebody presses Ctrl-C."""
+        """How many deliveries arrive; the runner waits for later ones until somebody presses Ctrl-C."""
 
     def missing_package(self, suite: Suite, variant: str) -> None:
         return None
@@ -242,7 +242,7 @@ class FakeCluster:
 
 
 def give(cluster: FakeCluster | ThisMachine, suite: Suite, folder: Path) -> str:
-    """Run a suite on a cluster; what was printed."""
+    """Run a suite on a cluster; returns what was printed."""
     out = io.StringIO()
     prepare(suite, folder)
     with SuiteProgress(Console(file=out, width=300), suite, folder, 1) as progress:
@@ -264,7 +264,7 @@ def test_a_machine_makes_a_run_and_keeps_nothing_of_it(
     unpack_run(delivery.files, tmp_path / "mine", store.get)
     assert files_below(tmp_path / "mine") == ["predictions.jsonl", "recipe.yaml", "run.json"]
     record = RunRecord.load(tmp_path / "mine")
-    # The weights are not sent where the suite does not keep them, but they were weighed.
+    # Weights that the suite does not keep are not sent, but their size is recorded.
     assert record.saved_bytes == len(b"weights") and record.recipe["output_dir"] == "runs/mine"
     assert (tmp_path / "mine" / "recipe.yaml").read_text() == "model: model\noutput_dir: runs/mine\n"
     assert (tmp_path / "mine" / "predictions.jsonl").read_text() == "3here"
@@ -296,7 +296,7 @@ def test_relative_paths_hold_on_a_machine_that_has_the_files_and_on_one_that_has
         here.rename(tmp_path / "away")
     order = order_for(suite, inputs=inputs)
     said = set()
-    for _ in range(2):  # the second finds what the first has unpacked
+    for _ in range(2):  # the second order finds what the first has unpacked
         (log,) = make(order, store.put, store.get).files
         (text,) = log.pieces
         said.add(text.decode())
@@ -315,7 +315,7 @@ def test_a_cancelled_run_leaves_no_process_and_lets_go_of_its_lock(work: Path, m
         return started[0]
 
     def cancelled(seconds: float) -> None:
-        raise KeyboardInterrupt  # as Ray has it
+        raise KeyboardInterrupt  # as Ray does
 
     monkeypatch.setattr(worker, "start", start)
     monkeypatch.setattr("sbft.bench.ray.worker.time.sleep", cancelled)
@@ -348,7 +348,7 @@ def test_what_was_lost_is_begun_again_and_finished_once(
         assert files_below(folder / "runs" / one.name) == [
             "log.txt", "predictions.jsonl", "process.json", "recipe.yaml", "run.json",
         ]  # fmt: skip
-    # Nothing is left to do, on this cluster or on this machine.
+    # Nothing is left to do, here or on the cluster.
     assert give(cluster, suite, folder) == "" and len(cluster.orders) == 4
 
 

@@ -1,4 +1,4 @@
-"""Table and picture of the runs in a folder that is no suite's."""
+"""Table and picture of the runs in a folder that does not belong to a suite."""
 
 from __future__ import annotations
 

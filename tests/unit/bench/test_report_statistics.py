@@ -27,7 +27,7 @@ _numbers = st.floats(-1e3, 1e3, allow_subnormal=False)
 
 
 def oracle(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error as the textbook writes them."""
+    """Mean and standard error by their textbook formulas."""
     mean = math.fsum(values) / len(values)
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance) / math.sqrt(len(values))
@@ -129,7 +129,7 @@ def test_a_machine_is_told_with_its_cores_and_the_threads_of_a_run(runs, told):
 def test_the_variance_between_seeds_is_pooled_over_rows():
     rows = [over_seeds([1.0, 3.0]), over_seeds([5.0, 5.0]), over_seeds([2.0])]
     found = pooled([row for row in rows if row is not None])
-    # Sums of squares 2 and 0, with one degree of freedom each; a single seed tells nothing.
+    # Sums of squares 2 and 0, with one degree of freedom each; a single seed adds nothing.
     assert found == Pooled(1.0, 2)
     difference = found.difference(Estimate(5.0, 0.0, 2), Estimate(2.0, None, 1))
     assert difference.mean == 3.0 and difference.standard_error == pytest.approx(math.sqrt(1 / 2 + 1))

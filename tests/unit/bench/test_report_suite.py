@@ -115,7 +115,7 @@ def test_step_time_is_the_median_of_the_test_runs_and_the_rest_that_of_the_quick
     def timed(run, step_s, exact_match=0.5, **changes):
         return record(one, run, exact_match, step_s={"median": step_s}, optimizer_s={"median": step_s / 10}, **changes)
 
-    # Validation runs were quicker, at the rate that wins too; they do not count.
+    # Validation runs were quicker, also at the winning rate; they do not count.
     search(
         one,
         tmp_path,
@@ -138,7 +138,7 @@ def test_with_one_seed_the_difference_is_paired_over_the_items(tmp_path):
         made = record(one, row.tested[0].run, sum(right[row.variant]) / 4, data={"evaluation_examples": 4})
         leave(tmp_path, row.tested[0].run, made, right[row.variant])
     write_report(tmp_path)
-    # Differences 0, 0, 1, 0: a sample standard deviation of 0.5, over 2. Of one share: sqrt(3/16 / 4).
+    # Differences 0, 0, 1, 0: a sample standard deviation of 0.5, over 2. For a single share: sqrt(3/16 / 4).
     assert cells(tmp_path, "sbft")[2:4] == ["75.0 ± 21.7", "+25.0 ± 25.0 ¹"]
     assert "¹ One seed: paired over the evaluation items" in (tmp_path / "report.md").read_text()
 
@@ -219,7 +219,7 @@ def test_a_suite_can_be_reported_after_every_validation_run(done, tmp_path):
         assert cells(tmp_path, "sbft")[2] == "not run yet" and cells(tmp_path, "sbft")[1] == "0.0003"
     assert f"Made up. {done} run{'' if done == 1 else 's'} done" in report.text
     rows = [line for line in report.text.splitlines() if line.startswith("| ")]
-    # The names stand in a column of one width, however long a reason is.
+    # The column of names has one width, however long a reason is.
     assert len({line.index("|", 1) for line in rows}) == 1
 
 
@@ -262,7 +262,7 @@ def test_where_there_is_no_metric_the_loss_decides_and_less_is_better(tmp_path):
     table = main_table(comparison, comparison.rows)
     assert table.head[2:5] == ["loss", "difference to lora", "peak memory, GiB"]
     assert cells(tmp_path, "adam")[2:4] == ["0.300 ± 0.000", "−0.100 ± 0.000"]
-    # adam needs the most memory and has the least loss; sbft as much memory as lora, and more loss.
+    # adam needs the most memory and has the lowest loss; sbft needs as much memory as lora and has a higher loss.
     on_front = [row.variant for row in front(comparison.rows)]
     assert on_front[-1] == "adam" and "sbft" not in on_front[1:]
 
@@ -304,7 +304,7 @@ def test_a_row_with_a_failed_seed_is_not_on_the_front_and_says_so_wherever_it_is
     def result(run: Run) -> RunRecord:
         if run.variant == "sbft" and run.seed == 1:
             return record(one, run, status="error", error="timed out after 60 s", metrics={})
-        # The better score at less memory: alone on the front, were it not for the seed.
+        # The better score with less memory: sbft would be alone on the front if no seed had failed.
         return record(
             one, run, 0.9 if run.variant == "sbft" else 0.5, peak_memory_bytes=10**9 + (run.variant == "lora")
         )
@@ -396,12 +396,12 @@ def test_the_memory_by_part_stands_in_a_table_in_mebibytes(kind, tmp_path):
     leave_tests(one, tmp_path, lambda run: record(one, run, memory_kind=kind))
     write_report(tmp_path)
     heading, gpu = "## Peak memory by part, MiB: needle", kind == "cuda_allocated"
-    # 700 MB held before, weights, two moments and gradients of 538060032 bytes each, and 150 MB.
+    # 700 MB held before; weights, two moments and gradients of 538060032 bytes each; and 150 MB of activations.
     peak = 850_000_000 + 4 * 538_060_032
     parts = ["668", "513", "1026", "513", "143", f"{peak / 2**20:.0f}"]
     assert cells(tmp_path, "adam", heading) == ["adam", *parts, *([f"{peak / 1e9:.2f}"] if gpu else [])]
     process = "in use before" if gpu else "Python and libraries"
-    # No adapters: nothing here has them.
+    # No column for adapters: no method here has them.
     head = ["method", process, "weights", "optimizer state", "gradients", "activations and temporaries", "peak"]
     assert cells(tmp_path, "method", heading) == [*head, *(["peak, GB (10⁹ bytes)"] if gpu else [])]
     assert "<h2>Peak memory by part, MiB: needle</h2>" in (tmp_path / "report.html").read_text()
@@ -431,7 +431,7 @@ def test_the_parts_of_the_memory_add_up_to_the_peak(above, tmp_path):
 def test_memory_that_was_not_measured_has_no_parts(tmp_path):
     one = chosen(suite(), tmp_path)
     made = record(one, validation_runs(one)[0])
-    # Where the system does not let the peak be set back.
+    # On a system where the peak cannot be reset.
     made.memory["above_baseline"] = None
     assert parts_of(made, False) is None
 
@@ -446,7 +446,7 @@ def test_a_prediction_stands_beside_what_was_measured(gpu, tmp_path):
         made.peak_memory_bytes = 2000 << 20
         if gpu:
             made.memory_kind = "cuda_allocated"
-        if run.variant == "sbft":  # in truth 2000 MiB on a GPU, elsewhere 1000 above the model
+        if run.variant == "sbft":  # measured: 2000 MiB on a GPU, elsewhere 1000 MiB above the model
             made.memory |= {"predicted_peak": 1900 << 20, "predicted_above_baseline": 1100 << 20}
         return made
 
@@ -481,7 +481,7 @@ def test_every_variant_of_many_has_a_look_of_its_own():
 
 
 class Page(HTMLParser):
-    """Notes what a page loads, and that its tags are closed in their order."""
+    """Records what a page loads, and checks that its tags are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -526,7 +526,7 @@ def test_csv_has_a_row_for_every_run_and_every_variant(crowded):
     one = Suite.model_validate(yaml.safe_load((crowded / "suite.yaml").read_text()))
     with (crowded / "runs.csv").open() as lines:
         runs = list(csv.DictReader(lines))
-    # qlora has no rate to be tested at.
+    # qlora has no chosen rate, so no test runs.
     assert len(runs) == len(validation_runs(one)) + 2 * 3 * (len(CROWD) - 1)
     test_run = next(line for line in runs if line["phase"] == "test")
     assert test_run["chosen"] == "True" and int(test_run["memory.weights"]) > 0 and test_run["data.packed_into"] == ""
@@ -576,7 +576,7 @@ TRAIN_CONFIG = {
     "autocast_adapter_dtype", "generation_kwargs", "attn_implementation", "init_kv_cache_prefix",
 }  # fmt: skip
 META_INFO = {"model_info", "dataset_info", "package_info", "system_info", "pytorch_info"}
-# What their processing.py reads of the last entry.
+# The keys that their processing.py reads from the last entry.
 LAST = {"test accuracy", "train loss", "train samples", "train total tokens"}
 
 
@@ -661,7 +661,7 @@ def test_the_report_of_a_suite_says_what_was_forgotten(tmp_path: Path) -> None:
         places = [table[0].index(f"forgetting of {name}") for name in ("english", "sums")]
         rows = {row[0]: [row[place] for place in places] for row in table[2:4]}
         assert rows["lora"] == ["", ""]
-        # 0.1 and 0.3 nats, whose standard error is 0.1; ten points of a hundred, twice.
+        # 0.1 and 0.3 nats: their standard error is 0.1. Ten points of a hundred, twice.
         assert [cell[: cell.rindex(" ")] for cell in rows["sbft"]] == ["+0.200 ± 0.100", "−10.0 ± 0.0"]
         assert "it has forgotten where this is positive" in text and "it has forgotten where this is negative" in text
     assert "forgetting of english" in (folder / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Suites: how they are read and refused, which runs they have, and which learning rate is chosen."""
+"""Suites: how they are read or refused, which runs they have, and which learning rate is chosen."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def finished(suite: Suite, folder: Path, run: Run, **figures: Any) -> None:
-    """The record that a run of the suite would leave, with these figures."""
+    """Save the record that a run of the suite would write, with these figures."""
     record = RunRecord(
         method="m", model=run.model, dataset="d", seed=run.seed, learning_rate=run.learning_rate,
         recipe=run.whole_recipe(suite).model_dump(mode="json", exclude_none=True),
@@ -181,7 +181,7 @@ def test_a_recipe_is_the_tasks_with_the_variants_settings_over_it(suite: Suite) 
         "optimizer": {"stochastic_rounding": False},
         "training": {"lr_scheduler_type": "constant", "learning_rate": 1e-3, "seed": 1},
     }
-    # The suite is as it was: the next run starts from it.
+    # The suite is unchanged: the next run starts from it.
     assert suite.training == {"lr_scheduler_type": "linear"}
 
 
@@ -221,7 +221,7 @@ def test_the_best_validation_score_chooses_and_its_loss_where_scores_are_equal(s
     choice = choose_rate(suite, tmp_path, MODEL, "needle", "sbft")
     assert (choice.rate, choice.edge) == (1e-3, "highest") and "exact_match" in choice.reason
     assert [(one.learning_rate, one.score, one.loss) for one in choice.tried] == [(1e-4, 0.8, 0.5), (1e-3, 0.8, 0.4)]
-    # Another's rate, and no search of its own.
+    # It takes another method's rate, and has no search of its own.
     assert choose_rate(suite, tmp_path, MODEL, "needle", "nearest").rate == 1e-3
     runs = [one.run for one in plan(suite, tmp_path) if one.variant == "nearest"]
     assert [run and run.learning_rate for run in runs] == [1e-3, 1e-3]
@@ -265,7 +265,7 @@ def test_an_interrupted_run_is_none(suite: Suite, tmp_path: Path) -> None:
     run = validation_runs(suite)[0]
     finished(suite, tmp_path, run, status="unfinished")
     assert read_run(tmp_path, run) is None
-    # What a run leaves whose runner was killed before it could say so.
+    # The record of a stopped run whose runner was killed before it could report this.
     stopped = "Stopped by Ctrl-C after step 3 of 9; a checkpoint lies in x/checkpoint-3. To resume, type: sbft train x"
     other = validation_runs(suite)[1]
     finished(suite, tmp_path, other, status="interrupted", error=stopped)
@@ -330,9 +330,9 @@ def test_the_time_of_a_run_is_that_of_its_row_or_else_of_its_method(tmp_path: Pa
     known = predictions(planned)
     assert known[second.name] == 120.0
     assert known["needle/adam-accum/lr=?/test-seed=0"] == 40.0
-    assert known["other/sbft/lr=?/test-seed=1"] == 120.0  # no run of that row yet
+    assert known["other/sbft/lr=?/test-seed=1"] == 120.0  # that row has no run yet
     assert first.name not in known and "needle/lora/lr=0.001/test-seed=0" not in known
-    # 2 tasks x (4 validation and 8 test runs), of which 2 are done; lora and nearest have not been timed.
+    # 2 tasks x (4 validation and 8 test runs), 2 of which are done; lora and nearest have no times yet.
     assert time_left(planned, 2) == (
         f"22 runs to do, 2 at a time: about {duration((7 * 120.0 + 7 * 40.0) / 2)}, without 8 of methods that have no "
         "finished run."
