@@ -1,4 +1,4 @@
-"""Writes that are whole or not there: a reader never sees half a file, whatever ends the write."""
+"""Writes that happen completely or not at all: a reader never sees half a file, whatever ends the write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path: Path, shared: bool) -> Non
         part.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "before"
-    assert part.exists() is not shared  # nobody would replace a file with a name of its own
+    assert part.exists() is not shared  # a partial file with a unique name would never be replaced
     write_text(path, "after")
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]
 
@@ -40,7 +40,7 @@ def test_processes_that_share_a_file_write_to_paths_of_their_own(tmp_path: Path)
         assert first != second
         first.write_text("first")
         second.write_text("second")
-    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]  # which was the last to end
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]  # it ended last
 
 
 def test_a_synced_text_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def test_the_mean_over_all_noise_is_the_value_itself():
     for value in (0.1, -1.7, 1234.567, 1e-20):
         exact = torch.tensor(value).item()
         rounded = stochastic_round(torch.full((65536,), value), ALL_NOISE).double()
-        # Both neighbours are exact in float64, and so is the sum of 65,536 of them up to its last digits.
+        # Both neighbours are exact in float64, and the sum of 65,536 of them is exact but for its last digits.
         assert rounded.mean().item() == pytest.approx(exact, rel=1e-12)
 
 
@@ -82,7 +82,7 @@ def test_other_dtypes_are_refused():
 
 
 def reference_noise(key: tuple[int, int], index: int) -> int:
-    """The definition in Python integers, element by element."""
+    """The noise by its definition, in Python integers, for one element."""
     counter = 16 * (index // 32) + index % 16
     x = (counter % 2**32 + key[0]) % 2**32
     x ^= x >> 16
@@ -126,7 +126,7 @@ def test_noise_is_uniform_and_neighbours_are_independent():
     for bins in ((values >> 8).long(), (values & 255).long()):
         expected = count / 256
         chi_square = ((torch.bincount(bins, minlength=256) - expected) ** 2 / expected).sum().item()
-        assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)  # five standard deviations of 255 degrees of freedom
+        assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)  # five standard deviations, at 255 degrees of freedom
     centred = values.double() - 32767.5
     for lag in (1, 2, 15, 16, 17, 32, 576):
         correlation = (centred[lag:] * centred[:-lag]).mean().item() / (65536**2 / 12)

@@ -31,7 +31,7 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 class Opened:
-    """A pickle that, read as one, makes a file."""
+    """A pickle that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,7 +97,7 @@ def test_aliases_cannot_multiply_without_end(tmp_path: Path) -> None:
 
 @pytest.fixture
 def own_code(tiny_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A checkpoint with Python code of its own, and the file that it makes if it is run."""
+    """A checkpoint with Python code of its own, and the file that this code creates if it is run."""
     folder, made = shutil.copytree(tiny_dir, tmp_path / "own-code"), tmp_path / "made"
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -119,7 +119,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_asked_for(
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, made = own_code
-    # What came with the model is not asked by it.
+    # A recipe that came with the model cannot allow its code.
     (folder / "recipe.yaml").write_text(f"model: {folder}\ndata: {{train: a.jsonl}}\ntrust_remote_code: true\n")
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
@@ -170,7 +170,7 @@ def test_a_chat_template_is_in_a_sandbox(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pickled(tiny_dir: Path, tmp_path: Path) -> Path:
-    """The tiny checkpoint with its weights in a pickle."""
+    """The tiny checkpoint, with its weights in a pickle."""
     folder = shutil.copytree(tiny_dir, tmp_path / "pickled")
     (folder / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
@@ -184,7 +184,7 @@ def test_pickled_weights_are_refused_unless_asked_for(pickled: Path, tmp_path: P
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in tiny_model().state_dict().items())
     result = CliRunner().invoke(app, ["generate", str(pickled), "hello", "--max-new-tokens", "1"])
     assert result.exit_code == 2 and "--allow-pickle" in result.stderr
-    # Even then it makes tensors and nothing else.
+    # Even then only tensors are unpickled.
     torch.save({"weight": Opened(tmp_path / "made")}, pickled / "pytorch_model.bin")
     with pytest.raises(ModelError, match="could not be loaded"):
         load_model(str(pickled), dtype=torch.bfloat16, allow_pickle=True)
@@ -224,7 +224,7 @@ def test_a_pickled_adapter_is_refused_unless_asked_for(tiny_dir: Path, tmp_path:
 def test_a_checkpoint_is_resumed_without_unpickling(
     tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Optimizer, schedule and generators, NumPy's among them, are read by torch.load with weights_only."""
+    """Optimizer, schedule and random generators, including NumPy's, are read by torch.load with weights_only."""
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
     monkeypatch.chdir(tmp_path)
     command = ["train", "--model", str(tiny_dir), "--data", "train.jsonl", "--output-dir", "out"]
@@ -307,7 +307,7 @@ def test_a_record_cannot_have_another_folders_file_read(tmp_path: Path) -> None:
         assert SuiteRun(possible_runs(suite)[0], tmp_path / "run", record, {}).outcomes("exact_match") is None
 
 
-# ---- what is shown -------------------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def test_reports_show_markup_as_it_is_written(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_reports_show_markup_as_it_is_written(tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)<script", markdown) and r"\<script>" in markdown
     assert not re.search(r"\]\((?!\S+\.png\))", markdown) and "](http" not in markdown
 
-    # A folder of any runs.
+    # A folder of arbitrary runs.
     runs = tmp_path / "runs" / "$x$ {$" / SCRIPT.replace("/", "")
     runs.mkdir(parents=True)
     RunRecord(method="sbft", model="m", dataset="d", seed=0, status="error", error=SCRIPT).save(runs)
@@ -355,7 +355,7 @@ def test_reports_show_markup_as_it_is_written(tmp_path: Path) -> None:
 
 # ---- secrets -------------------------------------------------------------------------------------------------------
 
-# Put together here, so that no scanner of sources takes them for real ones.
+# Joined here, so that no secret scanner takes them for real ones.
 SECRETS = [
     "https://user:" + "pass-w0rd@host/data.jsonl",
     "hf_" + "abcdefghijklmnopqrstuvwxyz",
@@ -443,7 +443,7 @@ def test_dependencies_have_no_upper_bounds() -> None:
 
 
 def test_errors_of_sbft_name_no_type() -> None:
-    """A user is told what to do, not what Python calls it."""
+    """A user is told what to do, not the name of the Python exception."""
     with pytest.raises(SbftError) as caught:
         load_recipe(None, ["training.max_steps=[1]"], model="m", data="d.jsonl")
     assert "Error" not in str(caught.value)

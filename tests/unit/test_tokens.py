@@ -38,7 +38,7 @@ def test_debias_is_the_weight_of_a_running_average():
 
 
 def test_debias_keeps_its_digits_when_little_was_seen():
-    # 1 - 2 ** -x is x ln 2 for small x; computed naively the digits cancel.
+    # 1 - 2 ** -x is x ln 2 for small x; computed naively, the digits cancel.
     assert tokens.debias(1e12, 1) == pytest.approx(math.log(2) * 1e-12, rel=1e-11)
 
 

@@ -1,4 +1,4 @@
-"""The command line without training: recipes, versions, help, and how mistakes are shown."""
+"""The command line without training: recipes, versions, help, and how mistakes are reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sbft(*arguments: str) -> tuple[int, str, str]:
 
 def test_help_answers_quickly_and_names_every_verb() -> None:
     command = [sys.executable, "-m", "sbft", "--help"]
-    # Processor time, as other tests may be running on the same cores.
+    # CPU time, as other tests may be running on the same cores.
     begin = os.times()
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, check=True)

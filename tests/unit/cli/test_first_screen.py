@@ -1,4 +1,4 @@
-"""What a newcomer meets first: the help in groups, names that the shell completes, and what a bug report needs."""
+"""What a new user sees first: the help in groups, names that the shell completes, and what a bug report needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sbft.recipe import Recipe, for_pretraining, in_brief, load_recipe, recipe_n
 from sbft.recipe.methods import METHODS
 
 ROOT = Path(__file__).parents[3]
-HEAVY = {"torch", "transformers", "datasets", "numpy", "rich", "yaml"}  # typer itself takes pydantic, to read options
+HEAVY = {"torch", "transformers", "datasets", "numpy", "rich", "yaml"}  # typer itself uses pydantic, to read options
 
 
 def sbft(*arguments: str, **environment: str) -> str:
@@ -38,7 +38,7 @@ def test_the_help_has_every_verb_in_a_group_and_cuts_no_summary_off() -> None:
     lines = said.partition("Train:")[2].splitlines()
     assert [line[:-1] for line in lines if line.endswith(":")] == list(GROUPS)[1:]
     rows = [line for line in lines if line.startswith("  ")]
-    # One line each: in a second one, a summary that is too long would go on.
+    # One line for each command: a summary that is too long would continue on a second line.
     assert [row.split()[0] for row in rows] == [name for names in GROUPS.values() for name in names]
     for text in (said, sbft("recipes", "--help", COLUMNS="80")):
         assert "..." not in text.replace("[ARGS]...", "") and max(map(len, text.splitlines())) <= 80
@@ -48,7 +48,7 @@ def test_the_help_has_every_verb_in_a_group_and_cuts_no_summary_off() -> None:
 
 
 def completed(*words: str, shell: str = "bash") -> list[str]:
-    """What a shell is offered for the last of these words, as sbft's completion prints it."""
+    """The completions that sbft offers a shell for the last of these words."""
     line = {"COMP_WORDS": "\n".join(("sbft", *words)), "COMP_CWORD": str(len(words))}
     if shell != "bash":
         line = {"_TYPER_COMPLETE_ARGS": " ".join(("sbft", *words)), "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
@@ -78,7 +78,7 @@ QUICK = ["quickstart", "quickstart-lora", "quickstart-nearest"]
         (["batch-size", "m"], ["mistral-7b-full", "mistral-7b-lora", "mistral-7b-qlora", "mine/", "my.yaml"]),
         (["train", "qwen3-4b-"], ["qwen3-4b-full", "qwen3-4b-lora", "qwen3-4b-qlora"]),
         (["train", "mine/"], ["mine/deeper/", "mine/one.yml"]),
-        # The shell itself goes on into a folder that is the only one: it puts no space behind it.
+        # If a folder is the only match, the shell completes it itself, without a space after it.
         (["train", "min"], []),
         (["train", "nowhere/"], []),
         (["train", "."], [".hidden.yaml"]),
@@ -93,7 +93,7 @@ QUICK = ["quickstart", "quickstart-lora", "quickstart-nearest"]
         (["plan", "--methods", "lora,sb"], ["lora,sbft", *(f"lora,{name}" for name in ON_GRIDS)]),
         (["plan", "--methods", "sbft,sg,s"], [f"sbft,sg,{name}" for name in (*ON_GRIDS, "sgd", "sinkgd")]),
         (["b"], ["batch-size", "bench"]),
-        # What follows is for the shell, which completes files.
+        # The next word is a file, which the shell itself completes.
         (["train", "quickstart", "--data", "my"], []),
     ],
 )
@@ -102,11 +102,11 @@ def test_the_shell_completes_names_and_files(words: list[str], offered: list[str
 
 
 def test_some_shells_show_what_an_offer_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where there are no files to offer
+    monkeypatch.chdir(tmp_path)  # a folder without files to offer
     assert completed("check", "quickstart-l", shell="fish") == [
         "quickstart-lora\tThe task of quickstart with PEFT LoRA of rank 16 on every linear …"
     ]
-    # A second line would be a word to fish.
+    # fish would take a second line for another completion.
     assert len(completed("check", "", shell="fish")) == len(shipped_names("recipes"))
     assert [offer.split("\t")[0] for offer in completed("train", "--method", "", shell="fish")] == list(METHODS)
     assert '"paper-table"' in "".join(completed("bench", "paper", shell="zsh"))
@@ -124,7 +124,7 @@ def test_completion_imports_nothing_that_takes_time() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "quick\n", "")
 
 
-# Recipes in brief and in whole
+# Brief and complete recipes
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_recipe_in_brief_is_the_same_recipe(source: str, overrides: list[str])
     whole = resolve(for_pretraining(recipe) if source.startswith("pretrain") else recipe)
     brief = yaml.safe_load(in_brief(whole))
     assert resolve(Recipe.model_validate(brief)) == whole
-    # Each setting that is left is one that the method would not have made of itself.
+    # Each setting that remains is one that the method would not have chosen by itself.
     sections = {key: dict(value) for key, value in brief.items() if isinstance(value, dict)}
     del sections["data"]["train"]
     for section, values in sections.items():

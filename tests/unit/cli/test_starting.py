@@ -1,4 +1,4 @@
-"""What the command line does around its imports."""
+"""What the command line does before and after its imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Whether the last collection of the process will reach modules; what is registered first is called last.
+# Whether the last garbage collection of the process will visit modules. What is registered first is called last.
 CODE = """
 import atexit, gc, sys
 atexit.register(lambda: print("passed over" if gc.get_freeze_count() else "reached"))
@@ -20,6 +20,6 @@ assert gc.get_freeze_count() and gc.isenabled()
 
 @pytest.mark.parametrize(("modules", "said"), [(["triton._C.libtriton"], "reached"), ([], "passed over")])
 def test_triton_is_not_passed_over_at_the_end_of_the_process(modules: list[str], said: str) -> None:
-    """It would print a page about leaks; without it the collection is half a second for nothing."""
+    """Skipping the last collection saves half a second, but Triton would then print a page about leaks."""
     command = [sys.executable, "-c", CODE, *modules]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == said

@@ -1,9 +1,9 @@
-"""What is learned of chats under the templates of model families: the table of docs/chats.md.
+"""What is learned from chats with the templates of model families: the table of docs/chats.md.
 
     python -m tests.unit.data.chat_cases
 
-writes the table anew. The templates are those that come with the installed TRL, and NAME.jinja in the folder that
-SBFT_CHAT_TEMPLATES names. A family of whose template there is no copy keeps its row.
+rewrites the table. The templates are those that come with the installed TRL, and NAME.jinja in the folder that
+SBFT_CHAT_TEMPLATES names. The row of a family without a copy of its template stays as it is.
 """
 
 from __future__ import annotations
@@ -103,23 +103,23 @@ PARTS = {
     "think": ["It is cold.", "7 degrees."],
     "reasoning, call": ["I look it up.", "weather", "Oslo", "It is cold.", "7 degrees."],
 }
-"""What the assistant wrote in each, all of which is to be learned."""
+"""What the assistant wrote in each; all of it must be learned."""
 OTHERS = ["Weather in Oslo?", "And in Rome?", "Be brief.", "seven", "Tells the weather."]
-"""What nobody is to learn."""
+"""What must not be learned."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a conversation."""
+    """The result of formatting a conversation."""
 
     texts: list[list[str]]
-    """Of each example, the stretches that bear loss."""
+    """For each example, the stretches of text that bear loss."""
     refused: str | None = None
 
 
 @cache
 def template_of(name: str) -> str | None:
-    """A family's chat template; None where there is no copy at hand."""
+    """A family's chat template, or None if there is no copy of it here."""
     folders = [Path(given) for given in [os.environ.get("SBFT_CHAT_TEMPLATES")] if given]
     trl = importlib.util.find_spec("trl")
     if trl is not None and trl.submodule_search_locations:
@@ -140,7 +140,7 @@ def _smollm2() -> str | None:
 
 @cache
 def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
-    """A tiny tokenizer to which the marks of a family's template are special tokens, as to the model's own."""
+    """A tiny tokenizer in which the marks of a family's template are special tokens, as in the model's own tokenizer."""
     name = FAMILIES[family]
     template = template_of(name)
     assert template is not None
@@ -153,14 +153,14 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 
 
 def row_of(conversation: str) -> dict[str, Any]:
-    """A row of data; the tools come as JSON text."""
+    """The row of data of a conversation, with its tools as JSON text."""
     row: dict[str, Any] = {"messages": CONVERSATIONS[conversation]}
     return {**row, "tools": json.dumps(_TOOLS)} if "call" in conversation else row
 
 
 @cache
 def outcome(family: str, conversation: str) -> Outcome:
-    """Formats one conversation for a family; it is asked for as in training, or this fails."""
+    """Formats one conversation for a family; fails if the prompt at generation differs from that in training."""
     row, tokenizer = row_of(conversation), tokenizer_of(family)
     try:
         examples, _ = format_dataset(Dataset.from_list([row]), tokenizer, max_length=1 << 20)
@@ -184,12 +184,12 @@ def _stretches(example: dict[str, list[int]]) -> list[tuple[int, int]]:
 
 
 def version_of(template: str) -> str:
-    """Short hash by which a row of the table says what it was made from."""
+    """A short hash with which a row of the table names the template that it was made from."""
     return hashlib.sha256(template.encode()).hexdigest()[:8]
 
 
 def table_row(family: str) -> str:
-    """A family's line of the table."""
+    """A family's row of the table."""
     template = template_of(FAMILIES[family])
     if template is None:
         return next(line for line in DOCUMENT.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {family} |"))
@@ -204,7 +204,7 @@ def _cell(found: Outcome) -> str:
 
 
 def words(family: str) -> str:
-    """What is learned of each conversation of a family, word for word."""
+    """What is learned from each conversation of a family, word for word."""
     lines = [f"### {family}", "", "```text"]
     if template_of(FAMILIES[family]) is None:
         section = DOCUMENT.read_text(encoding="utf-8").partition("\n".join(lines))[2].partition("```")[0]
@@ -219,7 +219,7 @@ def words(family: str) -> str:
 
 
 def table() -> str:
-    """All of the table, and below it what is learned word for word."""
+    """The whole table, followed by what is learned word for word."""
     head = f"| family | template | {' | '.join(CONVERSATIONS)} |\n|---|---|{'---|' * len(CONVERSATIONS)}"
     rows = "\n".join(table_row(family) for family in FAMILIES)
     texts = "\n".join(words(family) for family in FAMILIES)

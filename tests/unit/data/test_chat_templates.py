@@ -1,4 +1,4 @@
-"""The chat templates of model families: all that the assistant wrote is learned, and docs/chats.md says so."""
+"""The chat templates of model families: everything that the assistant wrote is learned, as docs/chats.md says."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_all_that_the_assistant_wrote_is_learned_and_nothing_else(family: str) -
         pytest.skip(f"no copy of the chat template of {family} at hand")
     tokenizer = tokenizer_of(family)
     for name in CONVERSATIONS:
-        found = outcome(family, name)  # which fails where it is asked for otherwise than it was trained
+        found = outcome(family, name)  # fails if the prompt differs from that in training
         stretches = [stretch for text in found.texts for stretch in text]
         learned = "\n".join(stretches)
         if found.refused is not None:

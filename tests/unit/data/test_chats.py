@@ -1,4 +1,4 @@
-"""Chats as data sets write them: tools, reasoning, weights, ShareGPT, Alpaca; and nothing of them lost without a word."""
+"""Chats as data sets write them: tools, reasoning, weights, ShareGPT, Alpaca; nothing is dropped without a message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sbft.errors import DataError
 from tests.tiny import BOS, CHATML, CHATML_WITHOUT_MARKERS, EOS, tiny_tokenizer
 
 USER = {"role": "user", "content": "2+2?"}
-# Tools, calls and reasoning as Qwen 3 has them: reasoning stays after the last question alone.
+# Tools, calls and reasoning as in Qwen 3: reasoning is kept only after the last question.
 RICH = (
     "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
     "{% set ns = namespace(last=-1) %}"
@@ -34,7 +34,7 @@ RICH = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# Opens a thought in its prompt, and renders none (DeepSeek-R1).
+# Opens a thought in the generation prompt, and renders none in answers (DeepSeek-R1).
 OPENING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
@@ -42,7 +42,7 @@ OPENING = (
 
 
 def learned(rows: list[dict[str, Any]] | Dataset, tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[str]:
-    """What bears loss in each example."""
+    """The text that bears loss in each example."""
     data = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
     examples, _ = format_dataset(data, tokenizer, max_length=4_096, **options)
     return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in examples]
@@ -83,7 +83,7 @@ def test_keys_that_a_row_lacks_are_absent_at_every_depth(from_file: bool, tmp_pa
     ]
     texts = [tokenizer.decode(row["input_ids"]) for row in format_dataset(data, tokenizer)[0]]
     assert json.dumps([TOOLS[0]]) in texts[0] and json.dumps([TOOLS[0]]) in texts[2]
-    # What a file says is null stays null; in a table of objects it cannot be told from what is absent.
+    # A null in a file stays null; in a table of objects it cannot be distinguished from an absent key.
     assert (json.dumps([TOOLS[1]]) in texts[1]) is from_file
 
 
@@ -164,7 +164,7 @@ def test_reasoning_is_learned_and_asked_for_as_trained(key: str) -> None:
     assert learned([row], tokenizer) == [f"<think>\nhm\n</think>\n\n4{EOS}"]
     (example,), (asked,) = format_dataset(Dataset.from_list([row]), tokenizer)[0], encode_prompts([row], tokenizer)
     assert example["input_ids"][: len(asked)] == asked and tokenizer.decode(asked).endswith("assistant\n")
-    # Earlier reasoning is not in the longer text: it gets one of its own.
+    # Earlier reasoning is not in the text of the whole chat: it gets an example of its own.
     twice, report = format_dataset(Dataset.from_list([{"messages": [USER, answer] * 2}]), tokenizer)
     assert report.divided == 1 and report.examples == 2
     texts = [tokenizer.decode([label for label in each["labels"] if label != -100]) for each in twice]
@@ -182,7 +182,7 @@ def test_thinking_follows_the_data_and_can_be_set() -> None:
     assert learned([plain], tokenizer, chat_template_kwargs={"enable_thinking": True}) == [
         f"<think>\n\n</think>\n\n4{EOS}"
     ]
-    # One answer with reasoning, and all are asked so.
+    # If one answer has reasoning, all questions are asked that way.
     both = [plain, {"prompt": "2+2?", "completion": "<think>\nhm\n</think>\n\n4"}]
     assert learned(both, tokenizer) == [f"<think>\n\n</think>\n\n4{EOS}", f"<think>\nhm\n</think>\n\n4{EOS}"]
     assert all(tokenizer.decode(each).endswith("assistant\n") for each in encode_prompts(both, tokenizer))
@@ -220,7 +220,7 @@ def test_a_turn_that_the_template_drops_is_refused() -> None:
 
 
 def test_a_template_that_writes_a_turn_into_another_is_refused() -> None:
-    """Gemma 4 does, where two turns of the assistant follow each other."""
+    """Gemma 4 does this when two turns of the assistant follow each other."""
     merging = (
         "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}"
         "{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
@@ -272,7 +272,7 @@ def test_sharegpt_is_read() -> None:
     assert list(questions(Dataset.from_list([row]))) == ["2+2?"]
     with pytest.raises(DataError, match="turn of function_call holds 'no'"):
         learned([{"conversations": [{"from": "function_call", "value": "no"}]}], tokenizer)
-    # The roles are what is wrong, not the length.
+    # The problem is the roles, not the length.
     row = {"messages": [{"role": "bot", "content": "hello"}]}
     with pytest.raises(DataError, match="The roles are 'bot'; the turns to learn have the role 'assistant'") as caught:
         learned([row], tokenizer)

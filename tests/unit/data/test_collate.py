@@ -1,4 +1,4 @@
-"""Batches and packing: padding counts for nothing, and packed documents do not see one another."""
+"""Batches and packing: padding has no effect, and packed documents do not see one another."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_packed_documents_do_not_see_one_another(kind: str, attention: str) -> N
         for row in plain:
             batch = collate([row])
             alone += summed_loss(model(**{**batch, "labels": None}, use_cache=False).logits, batch["labels"])
-        # Rows of unequal length in one batch, so that padding is there, too.
+        # Rows of unequal length in one batch, so that there is padding, too.
         batch = collate(list(packed))
         assert "attention_mask" not in batch
         together = summed_loss(model(**{**batch, "labels": None}, use_cache=False).logits, batch["labels"])
     assert len(packed) > 1 and len({len(row["input_ids"]) for row in packed}) > 1
-    # Float32 arithmetic in another order: about 2**-24 relative for each of some hundred sums.
+    # float32 arithmetic in a different order: a relative error of about 2**-24 in each of some hundred sums.
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
-    with torch.no_grad():  # the control: documents that do see one another lose otherwise
+    with torch.no_grad():  # control: with documents that see one another, the loss is different
         batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
         mixed = summed_loss(model(**{**batch, "labels": None}, use_cache=False).logits, batch["labels"])
     assert abs(mixed.item() / alone.item() - 1) > 1e-4

@@ -1,4 +1,4 @@
-"""Rows to tokens: what is trained on, what is cut, and that questions are put at evaluation as in training."""
+"""Rows to tokens: what is trained on, what is cut, and that evaluation asks questions as training does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sbft.data.rendering import Rendering
 from sbft.errors import DataError
 from tests.tiny import BOS, CHATML, CHATML_WITHOUT_MARKERS, EOS, tiny_tokenizer
 
-# Renders early answers otherwise than the last one, as Qwen3 does with its thinking.
+# Renders earlier answers differently from the last one, as Qwen3 does with its thinking.
 FORGETFUL = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -27,7 +27,7 @@ PLAIN = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-# Ends conversations, too (Phi-3), and opens answers with special tokens of their own (gpt-oss).
+# Also ends conversations (Phi-3), and opens answers with special tokens (gpt-oss).
 WORDY = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}"
     "{% if message['role'] == 'assistant' %}{{ '<|im_start|>final' }}{% endif %}"
@@ -162,7 +162,7 @@ def test_conversations_are_put_token_for_token_as_in_training(template: str) -> 
     tokenizer = tiny_tokenizer(template)
     row = one({"messages": CHAT}, tokenizer)
     (asked,) = encode_prompts([{"messages": CHAT}], tokenizer)
-    trailing = next(i for i, label in enumerate(row["labels"][::-1]) if label != -100)  # what Phi-3 puts at the end
+    trailing = next(i for i, label in enumerate(row["labels"][::-1]) if label != -100)  # what Phi-3 adds at the end
     trained_to = len(row["labels"]) - trailing
     last_answer_begins = max(i for i, label in enumerate(row["labels"][:trained_to]) if label == -100) + 1
     assert asked == row["input_ids"][:last_answer_begins]

@@ -1,4 +1,4 @@
-"""Generated tasks: far seeds, no question of the evaluation in training, everything repeatable."""
+"""Generated tasks: distant seeds, no evaluation question in training, everything reproducible."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_rows_past_one_batch_go_on_without_repeating_it() -> None:
 
 
 def test_neighbouring_seeds_and_parts_share_no_stretch() -> None:
-    # Seed s + i makes question i: with near seeds nearly all of these would be shared.
+    # Seed s + i makes question i: with neighbouring seeds, nearly all questions would be shared.
     drawn = [
         {row["prompt"] for row in islice(generated.rows(SUM, part=part, seed=seed), 200)}
         for seed in (0, 1)

@@ -1,4 +1,4 @@
-"""Classes of a column as the words that a model writes, where values are missing."""
+"""The classes of a column as words that a model writes, also where values are missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Local files, splits without leaks, and the sentences that bad data ends in."""
+"""Local files, splits without leaks, and the error messages for bad data."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_validation_part_that_is_tested_on_is_refused_unless_allowed(tmp_path:
         DataError, match=r"shares 1 question \(the first: 'question 35'\) .* chosen on the data that it"
     ):
         load_splits(train=train, validation=first, eval=second)
-    # One file is refused also where the rows that are taken of it happen to differ.
+    # One file for both is refused even if different rows happen to be taken from it.
     for size in (None, 1):
         with pytest.raises(DataError, match=r"are both .*b\.jsonl.*chosen on the data that it is then tested on"):
             load_splits(train=train, validation=second, eval=second, validation_size=size, eval_size=5)
@@ -222,7 +222,7 @@ NAMES = {"0": "negative", "1": "positive"}
 
 
 def labelled(tmp_path: Path, values: list, ending: str) -> str:
-    """A file with questions and a column of labels."""
+    """Write a file with questions and a column of labels."""
     rows = [{"prompt": f"question {i}", "label": value} for i, value in enumerate(values)]
     path = tmp_path / f"labelled.{ending}"
     if ending == "jsonl":

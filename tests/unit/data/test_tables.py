@@ -1,4 +1,4 @@
-"""Tables that outgrow memory: the same rows from a file, few at a time, and nothing left behind."""
+"""Tables that outgrow memory: the same rows from a file, a few at a time, and no files left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import tiny_tokenizer
 
 @pytest.fixture
 def spilling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every table of more than a few bytes goes into a file; the folder for them."""
+    """Makes every table of more than a few bytes go to a file; returns the folder of these files."""
     monkeypatch.setattr(tables, "IN_MEMORY_BYTES", 16)
     monkeypatch.setattr(tables, "_BATCH_BYTES", 64)
     monkeypatch.setenv("SBFT_CACHE", str(tmp_path / "cache"))
@@ -73,7 +73,7 @@ ROWS = [
 def test_rows_are_the_same_in_however_many_chunks_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    """Later rows show another kind of value, another column, another key of a struct."""
+    """Later rows have a different type of value, another column, or another key of a struct."""
     monkeypatch.setattr(files, "_ROWS", at_once)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -109,7 +109,7 @@ def test_examples_and_their_counts_are_the_same_from_a_file(spilling: Path, monk
             dataset_of(pa.table({"text": texts})), tiny_tokenizer(), max_length=64, packing=packing
         )
         assert mapped.to_list() == held.to_list() and report == expected
-        # By hand: one token a word, and the end token; more than 64 are cut, empty texts left out.
+        # By hand: the tokens of a text and the end token; those beyond 64 are cut, and empty texts are left out.
         kept = [len(tiny_tokenizer()(text)["input_ids"]) + 1 for text in texts if text]
         assert report.examples == len(kept) and report.empty == len(texts) - len(kept)
         assert report.tokens == sum(min(length, 64) for length in kept)
@@ -118,7 +118,7 @@ def test_examples_and_their_counts_are_the_same_from_a_file(spilling: Path, monk
 
 
 def test_one_token_and_two_hundred_thousand(tmp_path: Path) -> None:
-    """Rows that are too long for Python's CSV reader, too; a row of one token teaches its end alone."""
+    """Also rows that are too long for Python's CSV reader. From a row of one token, only its end is learned."""
     long = "fox," * 100_000
     for name, text in {
         "a.jsonl": json.dumps({"prompt": "a", "completion": "b"})

@@ -1,4 +1,4 @@
-"""Token files: the same bytes whatever interrupts their making, and windows that are what lies in them."""
+"""Token files: the same bytes whatever interrupts their writing, and windows that match their content."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def local(texts: list[str] = TEXTS, validation: int = 30) -> LocalCorpus:
 
 
 def rows_of(first: list[int]) -> Iterator[dict[str, str]]:
-    """Rows of a stream, a shard for each item of `first`."""
+    """Rows of a stream, with one shard for each item of `first`."""
     for begin in first:
         yield from ({"text": text} for text in TEXTS[begin : begin + 200])
 
 
 def streamed() -> HubCorpus:
-    """A new process's view of a data set on the hub, in three files."""
+    """A data set of three files on the hub, as a new process sees it."""
     return HubCorpus("hub/data", IterableDataset.from_generator(rows_of, gen_kwargs={"first": [0, 200, 400]}), "text")
 
 
@@ -77,7 +77,7 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: nothing is tidied up, as far as files go."""
+    """Stands for the end of the process: no files are cleaned up."""
 
 
 @pytest.mark.parametrize("make", [local, streamed])
@@ -85,7 +85,7 @@ def test_a_process_that_ends_anywhere_is_gone_on_with_to_the_same_bytes(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write(tmp_path / "whole", make(), limit=9_000)
-    # The fsync comes behind what was written, the rename behind that: every state of the disk in between.
+    # The fsync comes after the write, and the rename after the fsync: this tries every state of the disk in between.
     for operation in count():
         calls = iter(range(operation))
 
@@ -146,7 +146,7 @@ def test_the_limit_is_reached_at_the_end_of_a_document(tmp_path: Path) -> None:
     ids = np.fromfile(files.path(TRAIN), np.uint16)
     assert len(ids) >= 5_000 and ids[-1] == END_TOKEN
     assert len(ids) - 1 - np.flatnonzero(ids[:-1] == END_TOKEN)[-1] > len(ids) - 5_000
-    # One document in 20 of the stream is for validation, the twentieth the first.
+    # One document in 20 of the stream is for validation; the first of them is the twentieth.
     held_out = np.fromfile(files.path(VALIDATION), np.uint16)
     assert bytes(held_out[: len(TEXTS[19])].astype(np.uint8)).decode() == TEXTS[19]
     assert files.documents[VALIDATION] == (files.documents[TRAIN] + files.documents[VALIDATION]) // 20
@@ -191,7 +191,7 @@ def test_windows_are_what_lies_in_the_file(tmp_path: Path) -> None:
     ids = np.arange(1000, dtype=np.uint16)
     ids.tofile(path)
     windows = TokenWindows(path, "uint16", 64)
-    assert len(windows) == 15  # and 40 tokens are left
+    assert len(windows) == 15  # with 40 tokens left over
     assert [one["input_ids"].tolist() for one in windows] == ids[:960].reshape(15, 64).tolist()  # type: ignore[attr-defined]
     spread = TokenWindows(path, "uint16", 64, most=5)
     assert [int(one["input_ids"][0]) // 64 for one in spread] == [0, 3, 6, 9, 12]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Loss at labels only, answers in their order, metrics that come with the package."""
+"""Loss at labels only, answers in order, and the metrics that come with the package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = Dataset.from_list([{"text": "the quick brown fox " * n} for n in (1, 5, 
 
 
 def plain_loss(model: Any, formatted: Dataset) -> float:
-    """The mean over all labels from all logits, one row at a time."""
+    """The mean loss over all labels, from all logits, one row at a time."""
     total, count = 0.0, 0
     for row in formatted:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
@@ -62,7 +62,7 @@ def test_logits_stay_within_their_bounds(kind: str, monkeypatch: pytest.MonkeyPa
     formatted, _ = format_dataset(TEXTS, tokenizer)
     packed, _ = format_dataset(TEXTS, tokenizer, packing=True)
     expected = plain_loss(model, formatted)
-    bound = 7 * 512 * 4  # 7 rows of logits; each text has more tokens
+    bound = 7 * 512 * 4  # 7 rows of logits: fewer than each text has tokens
     monkeypatch.setattr(likelihood, "_LOGITS_BYTES", bound)
     sizes: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: sizes.append(output.numel() * 4))
@@ -253,7 +253,7 @@ def test_labels_are_whole_words_and_the_first_counts() -> None:
 
 
 def test_metrics_load_without_network_or_home(tmp_path: Path) -> None:
-    """A fresh process, whose home is empty, whose hub is off, and whose folder is another one."""
+    """A fresh process with an empty home, without the hub, and in another folder."""
     import os
     import subprocess
     import sys

@@ -1,4 +1,4 @@
-"""`sbft eval --harness`: the flags and files without lm-evaluation-harness, and tiny local tasks with it."""
+"""`sbft eval --harness`: flags and files without lm-evaluation-harness, and tiny local tasks with it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_contradictory_flags_are_refused(tiny_dir: Path, arguments: list[str], e
 def test_a_missing_harness_says_what_to_type(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)  # what import sees of a package that is not there
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as for a package that is not installed
     with pytest.raises(MissingPackageError, match="lm-evaluation-harness 0.4.12 or later.*pip install 'lm-eval>="):
         load_tasks(["gsm8k"])
     code, _, error = sbft("eval", tiny_dir, "--harness", "gsm8k", "--output", tmp_path / "a.json")
@@ -107,7 +107,7 @@ def test_other_files_are_not_written_over(tmp_path: Path, contents: str) -> None
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of tasks, without what takes long: the thousands of other tasks, and a list of all packages."""
+    """A folder of tasks, without what is slow: thousands of other tasks, and a list of all packages."""
     manager: Any = pytest.importorskip("lm_eval.tasks.manager")
     monkeypatch.setattr(manager, "TaskManager", functools.partial(manager.TaskManager, include_defaults=False))
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
@@ -122,7 +122,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def likeliest(model: Any, tokenizer: Any, row: dict[str, Any]) -> int:
-    """The choice whose tokens are likeliest after the question, by hand."""
+    """The choice whose tokens are likeliest after the question, computed by hand."""
     prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
     scores = []
     for choice in row["choices"]:

@@ -1,4 +1,4 @@
-"""Labels by their likelihood, against log-softmax by hand; the loss of right answers is in test_generate.py."""
+"""Labels by their likelihood, against log-softmax by hand; the loss of correct answers is tested in test_generate.py."""
 
 from __future__ import annotations
 
@@ -88,11 +88,11 @@ def test_labels_take_the_place_of_a_conversations_last_answer(template: str) -> 
 
 
 def test_a_label_that_begins_another_is_not_always_the_likelier_one() -> None:
-    """A model that goes on after "no" every time: without the end token "no" would be the likelier label."""
+    """A model that always continues after "no": without the end token, "no" would be the likelier label."""
     model, tokenizer = tiny_model(dtype=torch.float32, seed=2), tiny_tokenizer(None)
     prompt, labels = "Is it?", ["no", "not sure"]
     ids = [[*tokenizer(label).input_ids, tokenizer.eos_token_id] for label in labels]
-    assert ids[1][: len(ids[0]) - 1] == ids[0][:-1]  # one begins the other, in tokens too
+    assert ids[1][: len(ids[0]) - 1] == ids[0][:-1]  # one is a prefix of the other, in tokens too
     rows = Dataset.from_list([{"prompt": prompt, "completion": "not sure"}])
     formatted, _ = format_dataset(rows, tokenizer)
     batch = {name: torch.tensor([formatted[0][name]]) for name in ("input_ids", "labels")}
@@ -216,7 +216,7 @@ def test_labels_stand_beside_generated_answers(tmp_path: Path) -> None:
     assert result["label_accuracy"] == result["exact_match"] == 1.0
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(line["prediction"], line["label"]) for line in lines] == [("yes", "yes"), ("no", "no")]
-    # The third answer is beyond the limit, and a label all the same.
+    # The third answer is beyond the limit, but is a label all the same.
     assert set(lines[0]["log_probabilities"]) == {"yes", "no", "maybe"}
 
 
@@ -263,7 +263,7 @@ def test_bits_per_byte_are_all_nats_over_all_bytes_that_were_predicted() -> None
     for text in texts:
         ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
         nats -= by_hand(model, ids[:1], ids[1:])
-        # Byte-level tokens spell one byte with each of their characters; the first is given, and the last has no text.
+        # Each character of a byte-level token stands for a byte; the first token is given, and the last has no text.
         size += sum(len(token) for token in tokenizer.convert_ids_to_tokens(ids[1:-1]))
     for options in ({}, {"batch_size": 1}):
         measured = evaluate(

@@ -1,4 +1,4 @@
-"""Exports of a model that was trained on a grid: every reader gets the values that were trained."""
+"""Exports of a model that was trained on a grid: every reader gets the trained values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIXED = {"default": "int8", "up_proj": "int4", "v_proj": "int12", "k_proj": "bfl
 
 
 def save(folder: Path, weights: str | dict[str, str], kind: str = "llama", **settings: Any) -> PreTrainedModel:
-    """A model on a grid, saved as a run saves it; hidden sizes of 192 have blocks of 64 and 128."""
+    """Save a model on a grid as a run does; a hidden size of 192 has blocks of 64 and 128."""
     model = tiny_model(kind, **{"hidden": 192, "intermediate_size": 256, **settings})
     put_on_grids(model, weights, smallest_elements=1)
     save_dense(model, folder)
@@ -42,12 +42,12 @@ def save(folder: Path, weights: str | dict[str, str], kind: str = "llama", **set
 
 
 def trained(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Code * scale, in float32, of each weight on a grid."""
+    """Code times scale, in float32, of each weight on a grid."""
     return {name: p.dequantize(torch.float32) for name, p in model.named_parameters() if isinstance(p, GridWeight)}
 
 
 def gguf_tensors(folder: Path) -> dict[str, tuple[str, Tensor, int]]:
-    """Type, values in float32 and bytes of each tensor of the file in a folder."""
+    """Type, values in float32 and size in bytes of each tensor of the GGUF file in a folder."""
     gguf = pytest.importorskip("gguf")
     (file,) = folder.glob("*.gguf")
     return {
@@ -135,7 +135,7 @@ def test_float32_has_code_times_scale(weights: Any, tmp_path: Path) -> None:
     export = export_compressed(tmp_path / "run", tmp_path / "to")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "to", dtype=torch.float32)
     with torch.no_grad():
-        loaded(tokens())  # decompresses, if loading has not
+        loaded(tokens())  # decompresses, unless loading has
     parameters, values = dict(loaded.named_parameters()), trained(model)
     coded = [name for name in values if name not in export.uncoded]
     assert len(coded) == export.coded >= 10

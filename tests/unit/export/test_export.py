@@ -1,4 +1,4 @@
-"""Models written for other tools: whole, merged, and as the adapter that the difference to their base makes."""
+"""Models written for other tools: whole, merged, and as an adapter made from the difference to their base."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Change = Callable[[str, Tensor], Tensor]
 
 
 def noise(name: str, weight: Tensor) -> Tensor:
-    """What training does to a weight: changes of all ranks, the same for a name every time."""
+    """Change a weight as training does: at full rank, and always alike for the same name."""
     generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
     return (weight.float() + 0.05 * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
 
@@ -70,12 +70,12 @@ def with_adapter(base: Path, adapter: Path, dtype: torch.dtype) -> Any:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(input_ids=torch.arange(3, 40, device=model.device)[None]).logits
-    return result.cpu()  # one in 4 bits lies on the GPU where there is one
+    return result.cpu()  # a model in 4 bits is on the GPU if there is one
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """What a run of full fine-tuning leaves behind, with what is not the model's own."""
+    """The folder of a run of full fine-tuning, with files that do not belong to the model."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     fine_tuned(tiny_dir, folder, linear_only)
     data = folder.parent / "test.jsonl"
@@ -146,7 +146,7 @@ def test_weights_too_large_for_float16_are_refused_and_nothing_is_left(run: Path
 
 
 class Watched:
-    """Counts the tensors that were read from files and are still held."""
+    """Counts the tensors that were read from files and are still in memory."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: dict[int, int] = {}
@@ -172,11 +172,11 @@ def test_several_files_of_a_size_hold_the_same_and_one_is_in_memory_at_a_time(
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert written.files == len(files) > 3
     largest = max(weight.nbytes for weight in weights_of(run).values())
-    # The former file's tensors may still be held while the next one's first is read.
+    # The tensors of one file may still be held while the first of the next file is read.
     assert watched.most_bytes <= 2 * max(50_000, largest) < sum(file.stat().st_size for file in files)
     before, after = weights_of(run), weights_of(tmp_path / "many")
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    # They are read as one checkpoint again.
+    # The files are read as one checkpoint again.
     assert export_model(tmp_path / "many", tmp_path / "one").files == 1
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(tmp_path / "one").items())
 
@@ -289,9 +289,9 @@ def test_an_adapter_is_added_to_its_base_and_rounded_once(tiny_dir: Path, tmp_pa
             factors = (adapter[f"base_model.model.{name.removesuffix('weight')}lora_{one}.weight"] for one in "BA")
             up, down = (factor.numpy() for factor in factors)
             weight = (weight.float() + torch.from_numpy(12 / 4 * up @ down)).bfloat16()
-        # Products summed in another order may fall on the other side of a rounding.
+        # Products summed in a different order may round to the neighbouring value.
         torch.testing.assert_close(merged[name], weight, rtol=2**-7, atol=1e-7)
-    # An adapter that was saved alone comes with no tokenizer: its base's goes with it.
+    # An adapter that was saved alone has no tokenizer: that of its base is written.
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == tiny_tokenizer().pad_token
 
 
@@ -368,7 +368,7 @@ def test_at_full_rank_the_adapter_on_the_base_is_the_model(kind: str, tmp_path: 
     assert adapted == set(LINEAR if kind != "gpt2" else ("c_attn", "c_proj", "c_fc"))
     for name, weight in after.items():
         if name.split(".")[-2] in adapted and name.endswith(".weight"):
-            # One rounding to bfloat16, and float32's in the decomposition of a difference of some hundredths.
+            # One rounding to bfloat16, and float32 errors in the decomposition of differences of some hundredths.
             torch.testing.assert_close(merged[name], weight, rtol=2**-8, atol=1e-5)
             assert not torch.equal(before[name], weight)
         else:
@@ -394,7 +394,7 @@ def test_the_share_kept_is_that_of_the_largest_singular_values(rank: int, tiny_d
     assert {kind.name: kind.kept for kind in made.kinds if kind.adapted} == pytest.approx(kept, rel=1e-4)
     assert made.share_kept == pytest.approx(sum(kept.values()) / sum(difference.values()), rel=1e-4)
     assert {kind.name for kind in made.kinds} == difference.keys()
-    # What it says it keeps is what PEFT adds.
+    # The share that it reports to keep is what PEFT adds.
     model = with_adapter(tiny_dir, tmp_path / "out", torch.float32)
     name = "model.layers.1.mlp.up_proj"
     added = model.base_model.model.get_submodule(name).get_delta_weight("default").double().detach().numpy()
@@ -417,7 +417,7 @@ def test_a_difference_of_low_rank_is_kept_whole_from_that_rank_on(tmp_path: Path
     shares = [extract_lora(tuned, tmp_path / str(r), r, base=str(base)).share_kept for r in (2, 3, 8)]
     assert shares[0] < 0.95 and shares[1:] == pytest.approx([1.0, 1.0], abs=1e-6)
     assert {tensor.dtype for tensor in adapter_tensors(tmp_path / "3").values()} == {torch.float32}
-    # And the model that it makes answers alike.
+    # And the resulting model gives the same logits.
     expected = logits(AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32))
     torch.testing.assert_close(
         logits(with_adapter(base, tmp_path / "3", torch.float32)), expected, rtol=1e-3, atol=1e-3
@@ -430,7 +430,7 @@ def test_few_directions_of_a_large_matrix_are_found_almost_exactly(
 ) -> None:
     monkeypatch.setattr(low_rank, "_EXACT_UP_TO", 128)
     torch.manual_seed(3)
-    slowly = torch.arange(1, 193).float() ** -0.7  # as the values of a fine-tuning's difference fall
+    slowly = torch.arange(1, 193).float() ** -0.7  # as the singular values of a fine-tuning difference fall
     left, right = (torch.linalg.qr(torch.randn(size, 192))[0] for size in (256, 320))
     matrix = (left * slowly) @ right.T + noise_level * torch.randn(256, 320)
     before = torch.random.get_rng_state()
@@ -453,7 +453,7 @@ def test_one_pair_of_tensors_is_in_memory_at_a_time(
     extract_lora(tmp_path / "many", tmp_path / "out", 4, base=str(tiny_dir))
     tensors = len(TensorFiles(tuned)._entries)
     assert watched.read == 2 * tensors
-    # A variable holds a pair until the next is read in its place.
+    # A variable holds one pair until the next has been read.
     assert watched.most <= 4 < tensors
 
 
@@ -581,7 +581,7 @@ def test_the_verb_extracts_measures_and_reports(run: Path, tiny_dir: Path, tmp_p
     assert sum(kind["share_of_difference"] for kind in report["kinds"].values()) == pytest.approx(1.0)
     assert report["adapter_bytes"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     assert report["model_bytes"] == sum(weight.nbytes for weight in load_file(run / "model.safetensors").values())
-    # What the run's record holds stands beside what the adapter was measured at: the loss of the model it is made of.
+    # The metrics of the run's record are reported beside those of the adapter: the loss of the model it was made from.
     assert report["metrics_full"] == {"loss": 1.25, "exact_match": 0.75} and report["metrics_base"] == {"loss": 6.5}
     losses = {}
     for name, folder in (("full", run), ("base", tiny_dir)):

@@ -41,7 +41,7 @@ def tensors(file: Path) -> dict[str, Tensor]:
 
 
 def gemma_like_tokenizer() -> PreTrainedTokenizerFast:
-    """BPE with byte fallback and a mark for spaces, as Gemma and Llama 2 have it."""
+    """BPE with byte fallback and a mark for spaces, as in Gemma and Llama 2."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -60,7 +60,7 @@ def gemma_like_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def split_tokenizer(pattern: str, *, ignore_merges: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that cuts text by a regular expression, as Llama 3 and Qwen do."""
+    """Byte-level BPE that splits text by a regular expression, as Llama 3 and Qwen do."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -88,7 +88,7 @@ def test_the_built_in_model_is_the_file_that_it_comes_from(tmp_path: Path) -> No
     file = tmp_path / "gguf" / "model-bfloat16.gguf"
 
     expected, written = fields(original), fields(file)
-    described = ("general.", "GGUF.", "tokenizer.ggml.add_space_prefix")  # of no effect on what the model says
+    described = ("general.", "GGUF.", "tokenizer.ggml.add_space_prefix")  # no effect on the model's output
     compared = [name for name in expected if not name.startswith(described)]
     assert len(compared) >= 17
     assert {name: written[name] for name in compared} == {name: expected[name] for name in compared}
@@ -112,7 +112,7 @@ def test_every_weight_is_there_in_the_type_asked_for(tmp_path: Path, kind: str, 
     stored = written["blk.1.ffn_down.weight"]
     if dtype == "q8_0":
         scale = down.unflatten(-1, (-1, 32)).abs().amax(-1).repeat_interleave(32, dim=-1) / 127
-        # Half a step, and 127 times what the float16 of the scale is off by.
+        # Half a step, and 127 times the error of the float16 scale.
         off = torch.maximum(scale * 2**-11, torch.tensor(2.0**-25))
         assert ((stored - down).abs() <= scale * 0.5 + 127 * off).all() and not torch.equal(stored, down)
     else:
