@@ -25,7 +25,7 @@ def pair(shape: tuple[int, ...] = (96, 64), form: str = "int8", seed: int = 0) -
 
 
 def bfloat16_model(kind: str, **settings: int) -> PreTrainedModel:
-    """A tiny model: one of `tests.tiny`, `tied` or not, or a mixture of experts with one of transformers' products."""
+    """A tiny model of `tests.tiny`, `tied` or not, or a mixture of experts with one of transformers' expert products."""
     name, _, how = kind.partition(" ")
     if name != "moe":
         return tiny_model(name, tied=True if how == "tied" else None, **settings)
@@ -46,7 +46,7 @@ def bfloat16_model(kind: str, **settings: int) -> PreTrainedModel:
 
 
 def grid_model(kind: str, form: str = "int8", smallest_elements: int = 1, **settings: int) -> PreTrainedModel:
-    """The same model, every weight that can be on a grid on it."""
+    """The same model, with every weight on a grid that can be on one."""
     model = bfloat16_model(kind, **settings)
     put_on_grids(model, form, smallest_elements=smallest_elements)
     return model
@@ -70,7 +70,7 @@ def tokens(count: int = 12, seed: int = 1) -> Tensor:
 
 
 def stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Copies of what a model's weights are stored in: codes and scales of those on a grid, by `NAME.PART`."""
+    """Copies of the tensors that store a model's weights, by `NAME.PART`: codes and scales of those on a grid."""
     return {
         f"{name}.{part}": tensor.detach().clone()
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Weights on a grid, copied and compared."""
+"""Copies and compares weights on a grid."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SHAPES = [(1, 32), (5, 96), (3, 576), (2, 3, 160), (2, 2, 3, 64), (40, 1536)]
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal values whose rows are of very different size."""
+    """Normally distributed values, with rows of very different magnitudes."""
     generator = torch.Generator().manual_seed(sum(shape))
     size = torch.randn(*shape[:-1], 1, generator=generator).mul(3).exp()
     return (torch.randn(shape, generator=generator) * size).to(dtype)
@@ -31,7 +31,7 @@ def all_positive_float16() -> np.ndarray:
 def test_the_scale_is_the_smallest_float16_that_reaches_the_largest_value(largest):
     scales = all_positive_float16()
     reach = (scales * largest).astype(np.float32)
-    assert (reach.astype(np.float64) == scales * largest).all()  # exact: the wanted scale of these is known
+    assert (reach.astype(np.float64) == scales * largest).all()  # exact, so the expected scale is known
     for values, wanted in (
         (reach, scales),
         (np.nextafter(reach, np.float32(0)), scales),
@@ -61,7 +61,7 @@ def test_every_value_is_within_half_a_step_and_none_is_clamped(grid, shape, dtyp
     stored = load_codes(weight)
     blocks = stored.unflatten(-1, (-1, weight.block))
     assert stored.abs().max() <= grid.largest
-    normal = weight.scales >= 2.0**-14  # these are at most 2^-10 above what is needed
+    normal = weight.scales >= 2.0**-14  # at most 2^-10 above the needed scale
     assert (blocks.abs().amax(dim=-1)[normal] > 0.99 * grid.largest).all()
     scale = weight.scales.double().repeat_interleave(weight.block, dim=-1)
     error = (stored * scale - values.double()).abs()

@@ -105,7 +105,7 @@ def test_no_second_model_exists(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(convert.GridWeight, "of", watched)
     put = put_on_grids(model, "int8")
-    assert made == list(range(len(shapes), len(shapes) - len(put), -1))  # each was gone when the next was made
+    assert made == list(range(len(shapes), len(shapes) - len(put), -1))  # each was freed before the next was made
 
 
 def test_a_model_without_memory_is_converted_too() -> None:

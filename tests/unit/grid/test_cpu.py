@@ -1,4 +1,4 @@
-"""The compiled code against the definition: the same bits, whatever vectors the processor has."""
+"""The compiled code against the definition: the same bits, whatever vector instructions the processor has."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether all bits are the same, but those that say which NaN it is."""
+    """Whether all bits are the same, except the payloads of NaNs."""
     bits = torch.int16 if one.dtype == torch.bfloat16 else torch.int32
     different = one.view(bits) != other.view(bits)
     return one.dtype == other.dtype and bool((one.isnan() & other.isnan())[different].all())
@@ -75,7 +75,7 @@ def test_compiled_quantizing_and_reading_give_the_same_bits(grid, shape):
 
 @pytest.mark.usefixtures("compiled")
 def test_every_product_of_a_code_and_a_scale_is_read_as_defined():
-    """All positive float16 scales; and with each all codes of 12 bits, some of them at a time."""
+    """All positive float16 scales, each with 64 random codes of 12 bits."""
     scales = torch.arange(1, 0x7C00, dtype=torch.int16).view(torch.float16)
     weight = codes.empty(Grid("int12", 2047, 32), (len(scales), 64))
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +87,7 @@ def test_every_product_of_a_code_and_a_scale_is_read_as_defined():
 
 @pytest.mark.usefixtures("compiled")
 def test_extreme_blocks_are_quantized_as_defined():
-    """Scales at float16's ends and between its subnormal numbers, and what no scale reaches."""
+    """Scales at both ends of float16 and between its subnormal numbers, and values that no scale reaches."""
     largest = [0.0, 1e-45, 1e-38, 1e-9, 7 * 2.0**-24, 1.01 * 7 * 2.0**-24, 3e-4, 65504.0 * 7, 458529.0, 1e30, torch.inf]
     values = torch.linspace(-1, 1, 32)[None] * torch.tensor(largest)[:, None]
     for grid in GRIDS.values():

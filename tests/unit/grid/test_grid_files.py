@@ -1,4 +1,4 @@
-"""Weights on a grid on the disk: exact for checkpoints, and as a plain bfloat16 model."""
+"""Weights on a grid in files: exact in checkpoints, and as a plain bfloat16 model."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_safetensors_itself_refuses_a_weight_on_a_grid(tmp_path: Path) -> None:
-    """Or it would write nothing in its place."""
+    """Otherwise it would write nothing for the weight."""
     weight = next(p for p in grid_model("llama").parameters() if isinstance(p, GridWeight))
     with pytest.raises(RuntimeError):
         save_file({"weight": weight.detach()}, tmp_path / "model.safetensors")

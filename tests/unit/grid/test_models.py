@@ -1,4 +1,4 @@
-"""Whole models with their weights on a grid train exactly as bfloat16 models of the same values, and hold one dense weight."""
+"""Whole models with weights on a grid train exactly like bfloat16 models of the same values, and hold one dense weight."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_one_weight_is_dense_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatc
     backward(model)
     largest = max(
         p.numel() // (p.shape[0] if p.ndim == 3 else 1) for p in model.parameters()
-    )  # of experts, one is dense
+    )  # one expert is dense at a time
     assert highest == 2 * largest
     buffer._kept.clear()
     assert alive == {}
@@ -117,7 +117,7 @@ def test_a_buffer_beyond_what_is_kept_is_freed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(buffer, "_kept", [])
     monkeypatch.setattr(buffer, "LARGEST_KEPT_BYTES", 20_000)
     backward(grid_model("llama"))
-    assert [one.nbytes for one in buffer._kept] == [2 * 64 * 128]  # of a layer's; that of the head is larger
+    assert [one.nbytes for one in buffer._kept] == [2 * 64 * 128]  # for a layer's weight; the head's is larger
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -1,4 +1,4 @@
-"""Operations on a weight on a grid give, bit for bit, what they give on a bfloat16 weight of the same values."""
+"""Operations on a weight on a grid return, bit for bit, the same as on a bfloat16 weight of the same values."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_inference_mode_gives_the_same() -> None:
     with torch.inference_mode():
         assert torch.equal(F.linear(x, weight, BIAS), F.linear(x, plain, BIAS))
         assert torch.equal(F.embedding(ids, weight), F.embedding(ids, plain))
-    result = F.linear(x, weight, BIAS)  # the buffer that was made there serves here too
+    result = F.linear(x, weight, BIAS)  # uses the buffer that was made there
     result.sum().backward()
     assert torch.equal(result, F.linear(x, plain, BIAS))
 

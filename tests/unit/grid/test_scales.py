@@ -1,4 +1,4 @@
-"""Scales beside a bfloat16 model: the codes that were trained follow from them, exactly."""
+"""Scales saved beside a bfloat16 model: together they give the trained codes, exactly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def every_code(grid: Grid, scales: Tensor) -> Quantized:
 def test_every_code_follows_from_its_bfloat16_value_and_scale(form: str) -> None:
     grid = Grid(form, GRIDS[form].largest, 32)
     scales = every_significand()
-    weight = every_code(grid, scales[:: 1 if grid.bits < 12 else 17])  # 4,095 codes for each scale take their time
+    weight = every_code(grid, scales[:: 1 if grid.bits < 12 else 17])  # 4,095 codes for every scale would be slow
     found = recover(dequantize(weight), grid, weight.scales, weight.low)
     assert found is not None
     assert all(torch.equal(found.tensors[name], stored) for name, stored in weight.tensors.items() if name != "scales")
@@ -69,7 +69,7 @@ def test_a_saved_model_has_its_codes_beside_it(kind: str, form: str, tmp_path: P
         found = codes.recover(name, values[name])
         assert found.block == weight.quantized.block
         assert all(torch.equal(found.tensors[part], one) for part, one in weight.quantized.tensors.items())
-    # Scales, and half a byte a weight for int12.
+    # Scales, and half a byte per weight for int12.
     stored = sum(one.nbytes for one in load_file(tmp_path / SCALES_FILE).values())
     low = sum(weight.numel() // 2 for weight in trained.values()) if form == "int12" else 0
     assert stored == low + sum(weight.scales.nbytes for weight in trained.values())

@@ -1,4 +1,4 @@
-"""Updates on a grid, proved by enumerating all noise values, and against an oracle in exact arithmetic."""
+"""Updates on a grid, proved by enumerating all noise values and compared with an oracle in exact arithmetic."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_values_on_the_grid_stay_under_every_noise(largest):
 
 @pytest.mark.parametrize("largest", LARGEST)
 def test_nothing_leaves_the_grid_and_the_outermost_values_stay_on_their_scale(largest):
-    """Towards the inside by any share; and up to the edge itself, from one step inside."""
+    """Values at the edge move inwards by a fraction of a step; a value one step inside moves to the edge."""
     inwards = 1000 / 65536
     new, scales = under_all_noise([largest, -largest, largest - 1], 2.0, [2 * inwards, -2 * inwards, -2.0], largest)
     assert (scales == 2).all()
@@ -91,7 +91,7 @@ def test_a_block_grows_as_often_as_its_largest_value_is_rounded_out_of_the_grid(
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("beyond", [1, 2, 1000, 16000, 20000.5, 3e6])
 def test_growing_is_unbiased_over_all_second_noises(largest, sign, beyond):
-    """The exact values are whole codes, so the first noise changes none; beyond 2^14 they need not be."""
+    """The exact values are whole codes, so the first noise changes none; beyond 2^14 they may have fractions."""
     scale, codes = 2.0**-8, [sign * largest, 3, -2, 0]
     direction = [-sign * beyond * scale, 0.0, 0.0, 0.0]
     new, scales = under_all_noise(codes, scale, direction, largest, second=None)
@@ -101,14 +101,14 @@ def test_growing_is_unbiased_over_all_second_noises(largest, sign, beyond):
     assert new.abs().max() <= largest
     mean = new.double().mean(dim=0) * grown
     for element, code in enumerate([sign * (largest + beyond), 3, -2, 0]):
-        # Shares come in 1/65536, and the quotient is rounded to 24 bits three times; the clamp takes back no more.
+        # Fractions are multiples of 1/65536, and the quotient is rounded to 24 bits three times; clamping adds no more.
         error = grown * (2**-17 + 3 * 2**-24 * largest)
         assert mean[element].item() == pytest.approx(code * scale, abs=error)
 
 
 @pytest.mark.parametrize("largest", LARGEST)
 def test_both_roundings_together_are_unbiased(largest):
-    """The largest value is rounded out of the grid by some noises; the mean over all pairs of noises is the exact one."""
+    """Some noise values round the largest value out of the grid; the mean over all pairs of noise values is exact."""
     share = 20000
     codes, direction = [largest, 3], [-share / 65536, 0.0]
     first, scales = under_all_noise(codes, 1.0, direction, largest)
@@ -121,7 +121,7 @@ def test_both_roundings_together_are_unbiased(largest):
 
 
 def test_a_value_that_is_on_the_grown_grid_stays_under_every_noise():
-    """From 7 to 14 steps: the scale doubles, so even codes remain on the grid, and odd ones go up half of the time."""
+    """From 7 to 14 steps: the scale doubles, so even codes stay on the grid, and odd ones are rounded up half of the time."""
     new, scales = under_all_noise([7, 4, -2, 3], 0.5, [-3.5, 0.0, 0.0, 0.0], 7, second=None)
     assert (scales == 1.0).all()
     assert (new[:, :3] == torch.tensor([7, 2, -1])).all()
@@ -174,7 +174,7 @@ def test_a_block_of_zeros_can_be_left():
 
 
 def floors(value: Fraction, noise: int, slack: Fraction) -> set[int]:
-    """What a value may be rounded to, given that its fixed point number is off by at most `slack`."""
+    """The results to which a value may be rounded if its fixed point number is off by at most `slack`."""
     return {math.floor(value + Fraction(noise, 65536) + sign * slack) for sign in (-1, 1)}
 
 
@@ -196,7 +196,7 @@ def test_new_codes_are_those_of_exact_arithmetic(grid, decay, step):
         rounded = []
         for code, move, noise in zip(codes[b].tolist(), direction[b].tolist(), first[b].tolist(), strict=True):
             distance = Fraction(move) * Fraction(step) / old + code * Fraction(decay)
-            # Half of the fixed point's last place, and float32's roundings of the distance.
+            # Half a unit in the fixed point number's last place, and the float32 roundings of the distance.
             rounded.append(floors(code - distance, noise, Fraction(1, 131072) + 4 * abs(distance) / 2**24))
         if max(abs(code) for choices in rounded for code in choices) <= largest:
             assert new == old
@@ -248,7 +248,7 @@ def test_the_noise_is_that_of_the_global_element_index(grid):
 
 
 def test_many_small_steps_arrive_where_they_should_on_average():
-    """Steps of a hundredth of the grid's: to nearest none moves; with noise the mean of 4096 elements follows."""
+    """Steps of a hundredth of a grid step: rounded to nearest, nothing moves; with noise, the mean of 4096 elements does."""
     values = torch.ones(32, 128)
     values[:, ::32] = 2.0
     steps, step = 100, 2.0 / 127 / 100

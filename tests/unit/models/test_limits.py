@@ -1,4 +1,4 @@
-"""Token ids and positions that a model does not have are refused in a sentence, before training where the data shows them."""
+"""Token ids and positions that a model lacks are refused with a clear error, before training if the data shows them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER_SIZE = len(tiny_tokenizer())
         ("opt", PositionLimit(2048, True)),
         ("mpt", PositionLimit(2048, True)),
         ("openai-gpt", PositionLimit(512, True)),
-        ("roberta", PositionLimit(510, True)),  # of its 512 rows two are padding's
+        ("roberta", PositionLimit(510, True)),  # of its 512 rows, two are for padding
         ("llama", PositionLimit(2048, False)),
         ("qwen3", PositionLimit(32768, False)),
         ("gemma3", PositionLimit(131072, False)),
@@ -58,7 +58,7 @@ def test_a_limit_is_what_the_model_itself_fails_beyond() -> None:
 
 def test_rows_are_known_of_text_models_alone() -> None:
     assert embedding_rows(GPT2Config(vocab_size=300)) == 300
-    assert embedding_rows(AutoConfig.for_model("gemma3")) is None  # ids of its images lie beyond
+    assert embedding_rows(AutoConfig.for_model("gemma3")) is None  # its image ids are beyond the vocabulary
 
 
 Rows = list[dict[str, str]]

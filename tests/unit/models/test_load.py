@@ -1,4 +1,4 @@
-"""Models by name: the built-in one, folders, adapters; and the sentences that wrong names end in."""
+"""Models by name: the built-in one, folders, adapters; and the error messages for wrong names."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_slower_of_two_conversions_yields(tmp_path: Path) -> None:
     builtin._rename(tmp_path / "first", tmp_path / "done")
     builtin._rename(tmp_path / "second", tmp_path / "done")
     assert (tmp_path / "done" / "model.safetensors").read_text() == "first"
-    (tmp_path / "done" / "model.safetensors").unlink()  # in the way, and no conversion
+    (tmp_path / "done" / "model.safetensors").unlink()  # in the way, and not a converted model
     (tmp_path / "done" / "else").touch()
     with pytest.raises(OSError):
         builtin._rename(tmp_path / "second", tmp_path / "done")
@@ -73,14 +73,14 @@ def test_the_slower_of_two_conversions_yields(tmp_path: Path) -> None:
 def test_the_built_in_model_writes_english() -> None:
     tokenizer, model = load_tokenizer(BUILTIN), load_model(BUILTIN, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert tokenizer.tokenize("a  12 b") == ["a", "ĠĠ", "1", "2", "Ġb"]  # digits apart, even after spaces
+    assert tokenizer.tokenize("a  12 b") == ["a", "ĠĠ", "1", "2", "Ġb"]  # digits are split, even after spaces
     assert tokenizer.decode(ends_of_turns(tokenizer)) == "<|im_end|>"
     question = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
-    # Language it has learnt is far likelier to it than chance, which is log(49152) = 10.8 nats a token.
+    # It gives natural language a far lower loss than chance, which is log(49152) = 10.8 nats per token.
     text = tokenizer("The sun rises in the east and sets in the west.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert model(text, labels=text).loss < 3
@@ -201,7 +201,7 @@ def test_a_hub_whose_name_does_not_resolve_is_unreachable(monkeypatch: pytest.Mo
     assert not hub.hub_reachable.__wrapped__()
     with hub.offline_if_unreachable():
         hub.hub_reachable.cache_clear()
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")  # which resolves names itself
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")  # a proxy resolves names itself
     assert hub.hub_reachable.__wrapped__()
     hub.hub_reachable.cache_clear()
 

@@ -1,4 +1,4 @@
-"""Models of random weights: the published shapes, the same weights every time, and a run on random text."""
+"""Models with random weights: the published shapes, the same weights every time, and a run on random text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def llama_parameters(*, layers: int, width: int, mlp: int, kv: int, vocabulary: int, heads: int) -> int:
-    """`kv` is the width of keys and values; `heads` is 1 where the output head is the input embedding, else 2."""
+    """`kv` is the width of keys and values; `heads` is 1 if the output head is the input embedding, else 2."""
     attention = 2 * width * width + 2 * width * kv
     return layers * (attention + 3 * width * mlp + 2 * width) + heads * vocabulary * width + width
 
@@ -32,19 +32,19 @@ GPT3_13B = 40 * (4 * 5140 * 40 * 128 + 8 * 5140**2 + 4 * 5140) + 2 * 50257 * 514
 
 
 def parameters(*, layers: int, width: int, mlp: int, heads: int, kv: int, head: int, norms: int, embeddings: int) -> int:
-    """Query and output; key and value; a gated MLP; what the norms of a layer have. Then embeddings, and the last norm."""
+    """Query and output; key and value; a gated MLP; the norms of a layer. Then embeddings, and the last norm."""
     layer = 2 * width * heads * head + 2 * width * kv * head + 3 * width * mlp + norms
     return layers * layer + embeddings + width
 
 
 def qwen3_parameters(*, layers: int, width: int, mlp: int, heads: int, embeddings: int = 1) -> int:
-    """Two norms of the width in a layer, and two of the heads."""
+    """A layer has two norms of the model's width, and two of the heads' size."""
     shape = {"layers": layers, "width": width, "mlp": mlp, "heads": heads, "kv": 8, "head": 128}
     return parameters(**shape, norms=2 * width + 2 * 128, embeddings=embeddings * 151936 * width)
 
 
 def gemma3_parameters(*, layers: int, width: int, mlp: int, heads: int, kv: int, vocabulary: int) -> int:
-    """Four norms of the width in a layer, and two of the heads."""
+    """A layer has four norms of the model's width, and two of the heads' size."""
     shape = {"layers": layers, "width": width, "mlp": mlp, "heads": heads, "kv": kv, "head": 256}
     return parameters(**shape, norms=4 * width + 2 * 256, embeddings=vocabulary * width)
 
@@ -97,14 +97,14 @@ def test_each_has_the_parameters_of_its_formula(name: str) -> None:
 def test_the_13b_model_is_the_one_of_the_paper() -> None:
     config = random_config("random:gpt3-13b")
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (5140, 40, 50257)
-    assert config.max_position_embeddings == 2048  # and rotary: no parameter has 2048 rows
+    assert config.max_position_embeddings == 2048  # rotary: no parameter has 2048 rows
     assert all(2048 not in parameter.shape for parameter in on_meta("gpt3-13b").parameters())
-    # Within 0.2% of the 12 L D^2 + 2 V D that the shape is described by. The paper has 27.58 GB for SGD, of which 1.21
-    # are not weights: both are rounded to 0.01 GB.
+    # Within 0.2% of 12 L D^2 + 2 V D, as the shape is described. The paper has 27.58 GB for SGD, of which 1.21 GB
+    # are not weights; both are rounded to 0.01 GB.
     parameters = sum(parameter.numel() for parameter in on_meta("gpt3-13b").parameters())
     assert parameters == pytest.approx(12 * 40 * 5140**2 + 2 * 50257 * 5140, rel=2e-3)
     assert 2 * parameters / 1e9 == pytest.approx(27.58 - 1.21, abs=0.01)
-    # Flash and memory-efficient attention take heads of up to 256 dimensions, multiples of 8.
+    # Flash and memory-efficient attention require heads of at most 256 dimensions, in multiples of 8.
     head = on_meta("gpt3-13b").model.layers[0].self_attn.head_dim
     assert head <= 256 and head % 8 == 0
 
@@ -124,12 +124,12 @@ def test_weights_are_made_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
         model = random_model("random:tiny", dtype=dtype, device=CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype} == set(wider)
     assert model.dtype == model.config.dtype == dtype and not model.training
-    assert model.model.rotary_emb.inv_freq.dtype == torch.float32  # rotary frequencies are no weights
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32  # rotary frequencies are not weights
 
 
 @pytest.fixture
 def small_gpt3(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The architecture of gpt3-13b in small, its heads' size too not that of its width."""
+    """A small gpt3-13b, whose heads' sizes do not add up to its width either."""
     small = {"hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 5}
     settings = {**ARCHITECTURES["gpt3-13b"], **small, "intermediate_size": 240, "head_dim": 16, "vocab_size": 300}
     monkeypatch.setitem(ARCHITECTURES, "small-gpt3", settings)
@@ -191,7 +191,7 @@ def test_random_text_fills_every_row_to_the_token() -> None:
     rows = load_source("generated:random_text", size=3, options={"length": 96})
     dataset, report = format_dataset(rows, byte_tokenizer(), max_length=96)
     assert [len(ids) for ids in dataset["input_ids"]] == [96, 96, 96] and report.truncated == 0
-    # The first token has nothing before it that could predict it.
+    # No token comes before the first one to predict it.
     assert all(labels[0] == IGNORED_LABEL and IGNORED_LABEL not in labels[1:] for labels in dataset["labels"])
     assert all(ids[-1] == byte_tokenizer().eos_token_id for ids in dataset["input_ids"])
 
@@ -261,7 +261,7 @@ def test_runs_of_the_memory_figure_in_small(
     settings = ["dtype=bfloat16", "training.gradient_checkpointing=true"]
     record = run(recipe(small_gpt3, method, tmp_path / "run", *settings))
     assert (record.status, record.steps, record.tokens) == ("ok", steps, 3 * 48)
-    assert "logits" not in caplog.text  # no warning that the loss needs those of all tokens
-    assert record.memory["weights"] >= 2 * record.parameters  # and the rotary frequencies
+    assert "logits" not in caplog.text  # no warning that the loss computes them for all tokens
+    assert record.memory["weights"] >= 2 * record.parameters  # plus the rotary frequencies
     state = record.memory["optimizer_state"]
     assert (state == 0) == (method == "sgd")

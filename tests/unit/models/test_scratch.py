@@ -1,4 +1,4 @@
-"""Fresh models: the paper's shapes and initialization, one model a seed."""
+"""New models: the paper's shapes and initialization, and one model per seed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sbft.planning.memory.fit import make_plan
 from tests.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")
-# Width, layers, vocabulary, and what the name says.
+# Width, layers, vocabulary, and the number of parameters in the name.
 SHAPES = {
     "0.4m": (96, 2, 2048, 0.4e6),
     "1m": (128, 4, 2048, 1e6),
@@ -36,7 +36,7 @@ def test_each_size_is_what_it_is_called() -> None:
     assert SHAPES.keys() == SIZES.keys()
     for name, (width, layers, vocabulary, called) in SHAPES.items():
         config = load_config(f"scratch:{name}")
-        # Embedding and blocks, as the paper counts: queries, keys, values and output, and an MLP of four times the width.
+        # The paper counts embedding and blocks: queries, keys, values and output, and an MLP of four times the width.
         assert counted_parameters(config) == vocabulary * width + layers * (4 + 2 * 4) * width**2
         assert counted_parameters(config) == pytest.approx(called, rel=0.08)
         with torch.device("meta"):
@@ -64,7 +64,7 @@ def test_the_architecture_is_the_papers() -> None:
 def test_the_weights_are_drawn_as_in_the_papers_code() -> None:
     weights = dict(fresh("3m").named_parameters())
     width, heads, size = 192, 3, 64
-    # Glorot's fans of flax's kernels: (3, heads, width, head) for queries, keys and values in one, (heads, head, width).
+    # Glorot's fans for flax's kernels: (3, heads, width, head) for queries, keys and values in one; (heads, head, width).
     fans = {"q_proj": 9 * (width + size), "v_proj": 9 * (width + size), "o_proj": 3 * (width + size)}
     fans = {f"self_attn.{name}": fan for name, fan in fans.items()} | {
         "mlp.up_proj": 5 * width,
@@ -74,7 +74,7 @@ def test_the_weights_are_drawn_as_in_the_papers_code() -> None:
     for name, fan in fans.items():
         weight = weights[f"model.layers.2.{name}.weight"]
         bound = math.sqrt(6 / fan)
-        # The largest of n uniform numbers is below (1 - 20/n) of the bound once in e^20 times.
+        # The largest of n uniform numbers is below (1 - 20/n) of the bound only once in e^20 times.
         assert bound * (1 - 20 / weight.numel()) < weight.abs().max() <= bound
         assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=6 / math.sqrt(weight.numel()))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -1,4 +1,4 @@
-"""A meta tensor is taken for one of the device that it stands for, and no other tensor is."""
+"""A meta tensor counts as one on the device that it stands for; every other tensor as one on its own device."""
 
 from __future__ import annotations
 

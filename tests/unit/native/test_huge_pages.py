@@ -1,4 +1,4 @@
-"""Huge pages are asked for where they can help, and change nothing else."""
+"""Huge pages are requested where they can help, and change nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sbft.native.huge_pages import in_huge_pages
 
 
 def _flags_of(address: int) -> list[str]:
-    """The kernel's flags of the mapping that holds an address (proc(5), smaps)."""
+    """The kernel's flags for the mapping that contains an address (proc(5), smaps)."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split(" ", 1)[0]

@@ -1,4 +1,4 @@
-"""Pages of mapped files are given back, and hold what the file holds when they are read again."""
+"""Pages of mapped files are released, and have the file's content when they are read again."""
 
 from __future__ import annotations
 

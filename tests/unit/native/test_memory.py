@@ -1,4 +1,4 @@
-"""The peak is the peak: of what was allocated within, touched and freed again, and of nothing before."""
+"""The measured peak covers what was allocated, touched and freed inside the block, and nothing from before it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_where_the_peak_cannot_be_set_back_a_note_says_so(monkeypatch: pytest.Mo
     with PeakMemory() as peak:
         pass
     assert peak.note is not None and "whole process" in peak.note
-    assert peak.peak_bytes >= 50 * MIB  # torch alone; also catches KiB taken for bytes
+    assert peak.peak_bytes >= 50 * MIB  # torch alone takes that; also catches KiB mistaken for bytes
 
 
 def test_tied_weights_count_once() -> None:

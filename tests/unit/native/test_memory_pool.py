@@ -1,4 +1,4 @@
-"""The pool of a CPU's memory: what it gives, what it keeps, and what the process holds; it cannot be undone, so in others."""
+"""The CPU memory pool: what it allocates and keeps, and what the process holds. Tested in other processes, as it stays on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not pool_available(), reason="no C++ compiler, o
 
 
 def run(code: str, **environment: str) -> str:
-    """What a process prints that has imported torch and the pool."""
+    """The output of a process that runs this code after importing torch and the pool."""
     begin = """
         import os, random, threading
         import torch
@@ -36,7 +36,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_no_two_tensors_overlap_whatever_threads_take_and_give_back() -> None:
-    """Every tensor is filled with its own number, which has to be there still when it is freed, by whichever thread."""
+    """Every tensor is filled with its own number, which must be unchanged when it is freed, by whichever thread."""
     run("""
         old = [torch.full((n,), 7.0) for n in (10, 20_000, 300_000)]
         assert use_pool() and use_pool()
@@ -78,7 +78,7 @@ def test_no_two_tensors_overlap_whatever_threads_take_and_give_back() -> None:
 
 
 def test_what_is_held_is_never_more_than_what_was_in_use() -> None:
-    """Sizes that never come again: malloc would keep gaps, and a cache would keep all of them."""
+    """Sizes that never recur: malloc would keep gaps, and a cache would keep all of them."""
     run("""
         assert use_pool()
         torch.ones(MIB).sum()  # what torch loads on its first use is none of ours

@@ -1,4 +1,4 @@
-"""The matrix products that oneDNN compiles: how many stay, what they take; a cache is made once, so in other processes."""
+"""Matrix products compiled by oneDNN: how many stay, and their memory. In other processes, as a cache is created once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ by_onednn = pytest.mark.skipif(not MULTIPLIES, reason="oneDNN does not multiply 
 
 
 def printed(code: str, **environment: str) -> int:
-    """The number that a process prints."""
+    """The number that a process with this code prints."""
     return int(output(code, **environment))
 
 
 def output(code: str, **environment: str) -> str:
-    """What a process prints, whose environment says nothing else of what is kept."""
+    """The output of a process with this code, in an environment that sets no other cache capacity."""
     given = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -42,7 +42,7 @@ def output(code: str, **environment: str) -> str:
 
 
 def risen_bytes(code: str, **environment: str) -> int:
-    """By what a process rises in four times `MOST_KEPT` products of different shapes, after as many as are kept."""
+    """By how much a process grows in four times `MOST_KEPT` products of different shapes, once the cache is full."""
     work = """
         import torch
         from sbft.native.onednn_products import keep_few_products
@@ -66,7 +66,7 @@ def risen_bytes(code: str, **environment: str) -> int:
 
 @by_onednn
 def test_of_many_products_few_are_kept_unless_the_environment_wants_more() -> None:
-    """Of products beyond `MOST_KEPT` each new one takes the place of an old one; by default they would all stay."""
+    """Beyond `MOST_KEPT`, each new product replaces an old one; by default they would all stay."""
     few = risen_bytes("keep_few_products()")
     many = risen_bytes("keep_few_products()", LRU_CACHE_CAPACITY="4096", ONEDNN_PRIMITIVE_CACHE_CAPACITY="4096")
     assert many > 0
@@ -75,7 +75,7 @@ def test_of_many_products_few_are_kept_unless_the_environment_wants_more() -> No
 
 @pytest.mark.parametrize("instructions", ["DEFAULT", "AVX512_CORE_BF16", "AVX2"])
 def test_what_a_product_takes_is_measured_for_the_instructions_there_are(instructions: str) -> None:
-    """The measured number is what further products of other shapes take, whatever oneDNN compiles them for."""
+    """The measured size is that of further products of other shapes, whatever instructions oneDNN compiles them for."""
     code = """
         import json
         import torch
@@ -114,7 +114,7 @@ def test_where_there_is_no_pool_memory_of_large_tensors_is_used_again() -> None:
             torch.ones(1 << 20, dtype=torch.uint8)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begin)
     """
-    # Mapped anew, each of them takes a fault for each of its pages; malloc does that to the first few alone.
+    # Tensors that are mapped anew fault on each of their pages; malloc must do this only to the first few.
     assert printed(textwrap.dedent(work), SBFT_MEMORY_POOL="0") < 25 * (1 << 20) // mmap.PAGESIZE
 
 
@@ -125,13 +125,13 @@ def test_no_more_are_counted_than_the_environment_lets_stay(monkeypatch: pytest.
     assert products_bytes(3) == 3 * bytes_each() and products_bytes(10_000) == MOST_KEPT * bytes_each()
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1000")
     assert products_bytes(10_000) == 1000 * bytes_each()
-    monkeypatch.setenv("LRU_CACHE_CAPACITY", "many")  # no number
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "many")  # not a number
     assert products_bytes(10_000) == 1000 * bytes_each()
 
 
 @pytest.fixture
 def unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A user's cache that is empty, and nothing measured in this process."""
+    """An empty user cache, and nothing measured yet in this process."""
     monkeypatch.setattr(compiled_products, "cache_dir", lambda: tmp_path)
     bytes_each.cache_clear()
     yield

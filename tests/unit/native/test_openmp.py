@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin: by how long they wait for a core, and never against what the user has set."""
+"""How long OpenMP's threads spin: it depends on how long they wait for a core, and never overrides the user's settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ on_libgomp = pytest.mark.skipif(
 
 
 class FakeLibgomp:
-    """Writes down how large a team it is asked for, and by which thread."""
+    """Records the size of each team it is asked for, and by which thread."""
 
     def __init__(self) -> None:
         self.teams: list[int] = []
@@ -48,8 +48,8 @@ def watching() -> bool:
 
 
 def looks(*stretches: tuple[float, float, float], seconds: float = 0.5) -> list[Look]:
-    """From the beginning on: what threads ran, what they waited, and what others ran in each stretch of time, in seconds."""
-    # What was before does not count, nor what a thread did that has ended.
+    """A look at the start and after each stretch: seconds that threads ran, that they waited, and that others ran."""
+    # Earlier times do not count, nor those of a thread that has ended.
     ran, waited, busy = 7.0, 9.0, 50.0
     found = [Look({"1": (round(ran * NS), round(waited * NS)), "ended": (NS, 90 * NS)}, busy, 0.0)]
     for number, (more_run, more_waited, others) in enumerate(stretches, 1):
@@ -67,13 +67,13 @@ def looks(*stretches: tuple[float, float, float], seconds: float = 0.5) -> list[
         (0.99, 0.002, 0.01, 2, False, False),  # two threads alone
         (0.55, 0.35, 0.45, 2, False, True),  # beside a busy process
         (0.55, 0.35, 0.45, 2, True, True),
-        (0.55, 0.01, 0.45, 2, True, True),  # they sleep instead of waiting, which is what was wanted
-        (0.55, 0.01, 0.45, 3, False, False),  # it has a core of its own
-        (0.55, 0.35, 0.01, 2, False, False),  # their own doing
-        (0.55, 0.35, 0.01, 2, True, False),  # the other process has ended; they share a core by the scheduler's choice
-        (0.8, 0.2, 0.2, 2, False, False),  # a little: it stays as it is
+        (0.55, 0.01, 0.45, 2, True, True),  # they sleep instead of waiting, as intended
+        (0.55, 0.01, 0.45, 3, False, False),  # the other process has its own core
+        (0.55, 0.35, 0.01, 2, False, False),  # they compete with each other
+        (0.55, 0.35, 0.01, 2, True, False),  # the other process has ended; the scheduler makes them share a core
+        (0.8, 0.2, 0.2, 2, False, False),  # slightly crowded: nothing changes
         (0.8, 0.2, 0.2, 2, True, True),
-        (0.01, 0.03, 0.9, 2, False, False),  # too little was done to tell
+        (0.01, 0.03, 0.9, 2, False, False),  # too little work to tell
         (0.01, 0.0, 0.0, 2, True, True),
     ],
 )
@@ -93,7 +93,7 @@ def test_the_team_that_sleeps_makes_one_thread_more_than_there_are_cores(
     with ShortSpin(library, threads):
         assert library.teams == [team]
         assert library.masters[0] is not threading.current_thread() and library.masters[0].is_alive()
-    assert not library.masters[0].is_alive()  # libgomp ends a team with its master
+    assert not library.masters[0].is_alive()  # libgomp ends a team together with its master
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the number of cores is asked of Linux")
@@ -112,12 +112,12 @@ def test_a_watch_changes_over_and_back_and_leaves_nothing_behind(monkeypatch: py
     assert not watch.crowded and not any(master.is_alive() for master in library.masters)
 
 
-# When there is a watch
+# When threads are watched
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeLibgomp:
-    """A process of two threads with libgomp, of which nothing is set."""
+    """A process of two threads with libgomp, without any of its settings."""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", openmp.SWITCH):
         monkeypatch.delenv(name, raising=False)
     library = FakeLibgomp()
@@ -246,7 +246,7 @@ def test_libgomp_spins_less_within_and_computes_the_same() -> None:
     assert done.returncode == 0, done.stderr
     found, crowded = json.loads(done.stdout)
     long, short = [spun for spun, *_ in found[0::2]], [spun for spun, *_ in found[1::2]]
-    if len(os.sched_getaffinity(0)) > 1:  # with one core two threads are too many from the start
+    if len(os.sched_getaffinity(0)) > 1:  # on one core, two threads are too many from the start
         assert max(short) < 0.5 * min(long), found
     assert len({total for _, total, _ in found}) == 1 and {threads for *_, threads in found} == {2}
-    assert crowded  # it had to share its core
+    assert crowded  # another process shared its core

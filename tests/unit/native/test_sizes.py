@@ -1,4 +1,4 @@
-"""Sizes of memory: as they are printed, and as they are typed."""
+"""Memory sizes, as printed and as typed."""
 
 from __future__ import annotations
 
