@@ -28,7 +28,7 @@ from sbft.rounding import noise_from_key, noise_key, signed_32, stochastic_round
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 KEY = noise_key(seed=11, step=5, parameter=3)
 BF16, F32 = torch.bfloat16, torch.float32
-pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy says where the hash wraps around, as it should
+pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy warns where the hash wraps around, as intended
 
 
 Shape = tuple[int, ...]
@@ -55,7 +55,7 @@ LAYOUTS: list[Callable[[Tensor], Tensor]] = [transposed, every_other_column, fir
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
-    """In the interpreter a tile costs its size; smaller ones give small tensors several."""
+    """In the interpreter, time grows with the size of a tile; with smaller tiles, small tensors have several."""
     if INTERPRETED and not request.node.name.startswith("test_plan"):
         change(monkeypatch, TILE_COLUMNS=128, SUM_ROWS=32, APPLY_ROWS=16, BLOCK=512)
     yield
@@ -63,7 +63,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
 
 
 def change(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
-    """Give names of the module other values, and forget what was made with the former ones."""
+    """Change values of the module, and forget what was made with the old ones."""
     for name, value in values.items():
         monkeypatch.setattr(cuda_plans, name, value)
     forget()
@@ -98,7 +98,7 @@ UPDATES = {"factored": FACTORED, "full": FULL, **ELEMENTWISE}
 
 
 class Run:
-    """One parameter under one update: on the backend under test, or on the reference, which stays on the CPU."""
+    """One parameter and its update: on the backend under test, or on the reference, which stays on the CPU."""
 
     def __init__(self, backend: ModuleType, update: Update, shape: Shape, dtype: torch.dtype, **changes: Any) -> None:
         self.device = DEVICE if backend is cuda else torch.device("cpu")
@@ -126,10 +126,10 @@ class Run:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Equal but for the order of sums: within one step of bfloat16, or a few of float32."""
+    """Assert equality except for the order of sums: within one step of bfloat16, or a few of float32."""
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs, rtol=2.0**-7 if ours.dtype == BF16 else 3e-6, atol=1e-7)
-    if ours.dtype == BF16:  # sums move few values across a boundary of rounding
+    if ours.dtype == BF16:  # sums make only a few values round differently
         assert (ours != theirs).sum() <= 1 + 0.01 * ours.numel()
 
 
@@ -150,7 +150,7 @@ def compare(
 
 
 def compare_bits(update: Update, shape: Shape, dtype: torch.dtype, grads: list[Tensor], **changes: Any) -> None:
-    """As `compare`, where sums are exact or have no say: every bit is equal."""
+    """Like `compare`, where sums are exact or have no influence: all bits must be equal."""
     ours, theirs = (Run(backend, update, shape, dtype, **changes) for backend in (cuda, reference))
     for grad in grads:
         theirs.known = theirs.weight.float().square().sum() if update.carries else None
@@ -191,7 +191,7 @@ def test_rounding_of_any_bits(stochastic: bool) -> None:
     bits = torch.randint(-(2**31), 2**31, (4096,), generator=generator, dtype=torch.int64).to(torch.int32)
     special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4028e38, -3.4028e38, 1e-40, 1.00390625, 1.01171875]
     values = torch.cat((torch.tensor(special), bits.view(F32)))[:4096].contiguous()
-    values[100], values[101] = torch.tensor([0x7F800001, -1], dtype=torch.int32).view(F32)  # NaN a carry would break
+    values[100], values[101] = torch.tensor([0x7F800001, -1], dtype=torch.int32).view(F32)  # NaN that a carry breaks
     noise = torch.randint(0, 65536, (4096,), generator=generator, dtype=torch.int32)
     out = torch.empty(4096, dtype=BF16, device=DEVICE)
     write_rounded[(1,)](out, values.to(DEVICE), noise.to(DEVICE), SIZE=4096, STOCHASTIC=stochastic)
@@ -253,7 +253,7 @@ ELEMENTWISE_CASES = {"full": FULL, **ELEMENTWISE}
 @pytest.mark.parametrize("shape", [(1,), (5, 7, 9), (3000,)])
 def test_elementwise_updates_have_equal_bits(name: str, shape: Shape) -> None:
     update = ELEMENTWISE_CASES[name]
-    changes = {"clip_threshold": 1e9} if update.carries else {}  # never clipped, so that no sum has a say
+    changes = {"clip_threshold": 1e9} if update.carries else {}  # never clipped, so that no sum has an influence
     for dtype in (BF16, F32):
         compare_bits(update, shape, dtype, [randn(shape, dtype, seed=seed) for seed in (1, 2)], **changes)
 
@@ -288,7 +288,7 @@ def test_offsets_have_64_bits_where_32_do_not_reach() -> None:
     assert cuda_plans.index_type((1, 8, 8), (64, 8, 1), 0) == tl.int32
     assert (
         cuda_plans.index_type((1, 8, 8), (64, 8, 1), 1 << 30) == tl.int64
-    )  # of a shard, the noise goes by the global index
+    )  # the noise of a shard depends on the global index
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -309,7 +309,7 @@ def test_numbers_on_the_device_make_the_same_update(name: str, alone: int, monke
         assert all(torch.equal(a, b) for a, b in zip(plain.tensors(), captured.tensors(), strict=True))
 
 
-# What every update promises
+# What every update guarantees
 
 
 @pytest.mark.parametrize("name", UPDATES)
@@ -317,7 +317,7 @@ def test_numbers_on_the_device_make_the_same_update(name: str, alone: int, monke
 def test_a_shard_is_updated_as_the_reference_updates_it(
     name: str, shape: Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of two ranks, whose gradients are the same: sums over both are twice those of one."""
+    """The second of two ranks with the same gradients: sums over both are twice those of one."""
     if name == "factored" and len(shape) == 1:
         pytest.skip("has no rows and columns")
     whole = torch.Size([2 * shape[0], *shape[1:]])
@@ -397,8 +397,8 @@ def test_plan_of_an_elementwise_update_needs_little_memory() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
 @pytest.mark.parametrize("name", UPDATES)
 def test_launches_that_repeat_have_the_bits_of_the_first(name: str) -> None:
-    """The second update of a kind of weight passes by Triton's look at its arguments; also with tensors that are aligned
-    otherwise than those that it was compiled for."""
+    """From the second update of a kind of weight on, Triton no longer inspects the arguments; this also holds for tensors
+    with another alignment than those it was compiled for."""
     if UPDATES[name] is FACTORED:
         shape: Shape = (40, 70)
     else:

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for a Hopper GPU on a machine that has none; `test_kernels_cuda` runs this in its own process."""
+"""The Triton kernels compiled for Hopper on a machine without such a GPU; `test_kernels_cuda` runs this in a process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 class Launched(NamedTuple):
-    """What a launch passed to the driver."""
+    """The arguments that a launch passed to the driver."""
 
     program: str
     grid: tuple[int, ...]
@@ -41,7 +41,7 @@ class Launched(NamedTuple):
     named: dict[int, str]
 
     def shown(self) -> tuple[Any, ...]:
-        """With the place of each tensor; memory that is taken for an update lies now here, now there."""
+        """The launch with names in place of addresses: the temporary memory of an update has a different address each time."""
         shown = []
         for one, kind in zip(self.arguments, self.kinds, strict=True):
             if kind.startswith("*"):
@@ -53,7 +53,7 @@ class Launched(NamedTuple):
 
 
 class Hopper:
-    """What compilation and launching ask of a driver."""
+    """The part of a driver that compilation and launching use."""
 
     def __init__(self, named: dict[int, str] | None = None) -> None:
         self.launched: list[Launched] = []
@@ -70,7 +70,7 @@ class Hopper:
         kinds = list(source.signature.values())
 
         def launch(*passed: Any) -> None:
-            # Behind the grid: the stream, the function, metadata of both, and two hooks.
+            # After the grid: the stream, the function, metadata of both, and two hooks.
             self.launched.append(Launched(source.fn.__name__, passed[:3], list(passed[9:]), kinds, self._named))
 
         return launch
@@ -113,7 +113,7 @@ def spills(kernel: Any, tmp_path: Path) -> bool:
 HOSTS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.0, "key": KEY}
 WORDS, NUMBER = torch.zeros(2, dtype=torch.int32), torch.zeros((), dtype=torch.float64)
 DEVICES: dict[str, Any] = {**HOSTS, "lr": NUMBER, "key": (WORDS[0], WORDS[1])}
-"""Numbers of a step: Python's own, and where a captured launch finds them."""
+"""Numbers of a step: as Python numbers, and in tensors, where a captured launch finds them."""
 
 
 def adafactor(
@@ -155,7 +155,7 @@ def values(grid: Grid) -> Callable[[], object]:
 
 
 def together(make: Callable[..., Callable[[], object]], sizes: list[Any], **settings: Any) -> Callable[[], object]:
-    """Updates of several weights in common launches."""
+    """Updates of several weights that share launches."""
     waiting = WaitingUpdates(torch.device("cpu"), 1 << 30)
     updates = [make(size, backend=waiting, **settings) for size in sizes]
 
@@ -209,13 +209,13 @@ def test_kernels_compile_for_hopper(case: str, compiled: dict[str, Any], tmp_pat
     for name, kernel in compiled.items():
         ptx = kernel.asm["ptx"]
         assert "fma.rn" not in ptx, f"{name} fuses multiplications into additions, which the reference does not"
-        if TRITON < (3, 6):  # its division and root take subnormal numbers for zero
+        if TRITON < (3, 6):  # its division and root flush subnormal numbers to zero
             ptx = ptx.replace(".rn.ftz", ".rn")
         assert ".ftz" not in ptx and "approx" not in ptx and "div.full" not in ptx, f"{name} rounds or flushes"
         assert not spills(kernel, tmp_path), f"{name} keeps registers in memory"
         if "grad" in kernel.src.fn.arg_names or ("table" in kernel.src.fn.arg_names and name != "factors_together"):
             assert re.search(r"ld\.global\S*\.v4\.b32", ptx), f"{name} does not load 16 bytes at once"
-        if "atom." in ptx:  # a program arrives after all its threads have stored, and sees what others stored before
+        if "atom." in ptx:  # a program arrives once all its threads have stored, and sees what others have stored
             arrival = r"bar\.sync[^\n]*\n(?:(?!bar\.sync|st\.global)[^\n]*\n)*[^\n]*atom\.global\.gpu\.acq_rel"
             assert re.search(arrival, ptx), f"{name} arrives without a barrier"
 
@@ -235,7 +235,7 @@ ALONE_AND_TOGETHER = [
 
 @pytest.mark.parametrize("pair", ALONE_AND_TOGETHER)
 def test_a_launch_of_many_adds_up_in_the_order_of_a_launch_of_one(pair: Any, compiled: dict[str, Any]) -> None:
-    """The layouts of tiles over threads are the same, and with them the order of every sum."""
+    """Tiles are laid out over threads in the same way, so every sum has the same order."""
     layouts = []
     for make in pair:
         compiled.clear()

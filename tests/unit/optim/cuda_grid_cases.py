@@ -31,12 +31,12 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 KEY = noise_key(seed=11, step=5, parameter=3)
 GRIDS_TRIED = [*GRIDS.values(), Grid("int8 per 32", 127, 32)]
 RULES = ["factored", "full", "adamw", "sgd", "sgd-momentum"]
-pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy says where the hash wraps around, as it should
+pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy warns where the hash wraps around, as intended
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter a tile costs its size; smaller ones give small tensors several."""
+    """In the interpreter, time grows with the size of a tile; with smaller tiles, small tensors have several."""
     if INTERPRETED:
         for name, value in {"TILE_COLUMNS": 128, "BLOCK": 512}.items():
             monkeypatch.setattr(cuda_plans, name, value)
@@ -79,7 +79,7 @@ def test_triton_and_reference_agree(grid: Grid, rule: str, shape: tuple[int, ...
             grad = grad.mT.contiguous().mT
         expected, got = copy_of(start), copy_of(start)
         wanted, made = (update(b, rule, w, grad, key) for b, w in ((reference, expected), (cuda, got)))
-        for name, value in wanted.items():  # sums in another order
+        for name, value in wanted.items():  # sums in a different order
             torch.testing.assert_close(made[name], value, rtol=2e-5, atol=0)
         if rule in ("factored", "full"):
             assert (load_codes(got) - load_codes(expected)).abs().max() <= grid.largest / 100 + 1
@@ -105,12 +105,12 @@ def test_given_the_same_sums_adafactors_codes_are_equal(grid: Grid, key: Any) ->
         backend.adafactor_factored(*arguments, **{**ADAFACTOR, "lr": 0.0123}, key=key)
         made.append(weight)
     assert same(*made)
-    assert not same(made[0], start) or (key is None and grid is INT4)  # 4.03 steps are 4
+    assert not same(made[0], start) or (key is None and grid is INT4)  # 4.03 steps round to 4
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 def test_extreme_directions_are_rounded_as_defined(grid: Grid) -> None:
-    """What grows a little, much, beyond fixed point, and beyond float16; and blocks of zeros."""
+    """Blocks that grow a little, a lot, beyond fixed point, and beyond float16; and blocks of zeros."""
     values = randn((64, 128), 1)
     values[::3] = 0
     grad = randn((64, 128), 2) * torch.logspace(-12, 18, 64, device=DEVICE)[:, None]
@@ -159,7 +159,7 @@ def test_rows_that_are_updated_apart_get_the_bits_of_the_whole() -> None:
 
 
 def test_numbers_in_the_devices_memory_change_no_bit() -> None:
-    """As updates that a CUDA graph replays have them."""
+    """Updates that a CUDA graph replays read them there."""
     start, grad = quantize(randn((40, 160), 1), INT8), randn((40, 160), 2)
     expected, got = copy_of(start), copy_of(start)
     cuda.sgd(expected, grad, None, None, **SGD, key=KEY)

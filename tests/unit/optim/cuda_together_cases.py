@@ -1,4 +1,4 @@
-"""Updates that share their launches against the same ones launched one by one; `test_kernels_cuda` runs this.
+"""Updates that share launches against the same ones launched one by one; `test_kernels_cuda` runs this.
 
 With `TRITON_INTERPRET=1` in the environment on CPU tensors, else on the GPU.
 """
@@ -34,12 +34,12 @@ from tests.unit.optim.updates import SGD as SGD_SETTINGS  # noqa: E402
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
 BF16, F32 = torch.bfloat16, torch.float32
-pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy says where the hash wraps around, as it should
+pytestmark = pytest.mark.filterwarnings("ignore")  # NumPy warns where the hash wraps around, as intended
 
 
 @pytest.fixture(autouse=True)
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small tiles, which give small tensors several, and the backend of GPUs on every device."""
+    """Use small tiles, so that small tensors have several, and the GPU backend on every device."""
     if INTERPRETED:
         monkeypatch.setattr(base, "backend_for", lambda device: cuda)
         for name, value in {
@@ -54,7 +54,7 @@ def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget() -> None:
-    """Forget what was made with other sizes of tiles."""
+    """Forget what was made for other tile sizes."""
     for cached in (
         cuda_plans.factored_plan, cuda_plans.factored_launches, cuda_plans.line_launches, cuda_members.launches_of,
     ):  # fmt: skip
@@ -62,7 +62,7 @@ def forget() -> None:
 
 
 class Launches:
-    """Names of the programs that were launched, and whether launches are counted."""
+    """Records the names of the programs that are launched."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.programs: list[str] = []
@@ -81,7 +81,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 class Layer(nn.Module):
-    """Weights of several shapes, between which a gradient passes."""
+    """A layer with weights of several shapes, through which gradients flow."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def test_updates_that_share_launches_have_the_bits_of_single_ones(
         launches.programs.clear()
         training.train(1, first=1)
         counts.append(len(launches.programs))
-        if training is together and name not in ("muon", "row adafactor"):  # whose matrices come in parts
+        if training is together and name not in ("muon", "row adafactor"):  # their matrices come in parts
             assert all("together" in program for program in launches.programs)
     assert_same(together, single)
     assert counts[1] < counts[0]
@@ -211,14 +211,14 @@ def test_the_order_of_release_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
-# When what waits is launched
+# When waiting updates are launched
 
 
 def test_after_backward_nothing_waits_and_no_gradient_is_alive() -> None:
     single, together = Training("adafactor", most_bytes=0), Training("adafactor")
     gradients, waited = [], []
 
-    def note(param: Tensor) -> None:  # before the hook of release, which removes the gradient
+    def note(param: Tensor) -> None:  # called before the release hook, which removes the gradient
         gradients.append(weakref.ref(param.grad))
         waited.append(together.optimizer.has_waiting)
 
@@ -370,7 +370,7 @@ SETTINGS = {"adafactor_factored": ADAFACTOR, "adafactor_full": ADAFACTOR, "adamw
 def test_updates_of_two_weights_of_other_shapes(
     stored: str, rule: str, most_programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second is a stack. With few programs the first has several tiles, and does not wait if it is a matrix on a grid."""
+    """The second is a stack. With few programs, the first has several tiles, and does not wait if it is a matrix on a grid."""
     monkeypatch.setattr(cuda_plans, "MAX_PROGRAMS", most_programs)
     forget()
     waiting = WaitingUpdates(DEVICE, 1 << 30)
@@ -412,7 +412,7 @@ SMOLLM2 = [
     *[(576,), (576, 1536), (1536, 576), (1536, 576), (576,), (576, 576), (192, 576), (192, 576), (576, 576)] * 30,
     (576,),
 ]
-"""The weights of SmolLM2-135M; a layer's in the order of a forward pass backwards."""
+"""The weights of SmolLM2-135M; those of a layer in reverse order of the forward pass."""
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="nothing is run")

@@ -253,7 +253,7 @@ def test_a_grad_scaler_is_refused():
     scaler.scale(model(torch.ones(1, 40)).sum()).backward()
     with pytest.raises(RuntimeError, match="no GradScaler"):
         scaler.step(optimizer)
-    optimizer.step()  # the refusal leaves nothing behind
+    optimizer.step()  # the refusal has no lasting effect
 
 
 def test_sparse_gradients_are_refused():
@@ -330,7 +330,7 @@ def test_weights_changed_from_outside_get_their_own_scale(replaced):
         if step == 0:
             with torch.no_grad():
                 if replaced:
-                    carried.data = carried.data * 100.0  # as model.to() and friends do: the version stays
+                    carried.data = carried.data * 100.0  # as model.to() and the like do: the version does not change
                 else:
                     carried.mul_(100.0)
                 fresh.copy_(carried)
@@ -387,7 +387,7 @@ def test_the_work_for_one_parameter_does_not_grow_with_their_number(optimizer_cl
             nonlocal counted
             counted += event in ("call", "c_call")
 
-        for _ in range(2):  # the first step makes the state
+        for _ in range(2):  # the first step creates the state
             optimizer.tokens_per_step = 10
             for parameter in model:
                 parameter.grad = torch.ones(32, 32, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Updates that read their numbers from the device, as a CUDA graph holds them: on the CPU, by the reference kernels."""
+"""Updates that read their numbers from the device, as a CUDA graph requires: on the CPU, with the reference kernels."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_numbers_on_the_device_make_the_same_updates(kind: str, dtype: torch.dty
         plain.begin(step).backward()
         plain.optimizer.step()
         loss = captured.begin(step)
-        if step == 2:  # one between, of another shape
+        if step == 2:  # a step of another shape in between
             loss.backward()
         else:
             with updates.within():
@@ -79,7 +79,7 @@ def test_numbers_on_the_device_make_the_same_updates(kind: str, dtype: torch.dty
 
 
 class Scalars(TorchDispatchMode):
-    """Notes every operation with all that is no tensor: what a capture would hold for ever."""
+    """Records every operation with its arguments that are not tensors, which a capture would freeze."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_nothing_that_changes_from_step_to_step_is_a_number_of_the_host(kind: st
 @pytest.mark.parametrize("kind", ["adamw, half-lives", "sgd", "muon"])
 def test_state_is_made_by_what_is_set_and_not_by_a_steps_tokens(kind: str) -> None:
     trained = Trained(kind, torch.float32)
-    for tokens in (10**7, 64):  # of the first nothing is left of earlier averages
+    for tokens in (10**7, 64):  # the first number is so large that nothing is left of earlier averages
         loss = trained.begin(0)
         trained.optimizer.tokens_per_step = tokens
         loss.backward()
@@ -146,7 +146,7 @@ def test_a_replayed_step_leaves_the_optimizer_as_a_step_that_ran() -> None:
     ran.begin(0).backward()
     loss = replayed.begin(0)
     with updates.within():
-        loss.backward()  # on a GPU captured here, and not run
+        loss.backward()  # on a GPU, captured here and not run
     captured = updates.after_capture()
     updates.before_replay()
     captured.after_replay()
@@ -218,7 +218,7 @@ def test_a_weight_that_was_unfrozen_since_is_updated_after_every_replay() -> Non
     updates = CapturedUpdates(optimizer)
     optimizer.tokens_per_step = 1
     with updates.within():
-        frozen.sum().backward()  # on a GPU captured here, and not run
+        frozen.sum().backward()  # on a GPU, captured here and not run
     captured = updates.after_capture()
     for expected in (0.5, 0.0, -0.5):
         optimizer.zero_grad()

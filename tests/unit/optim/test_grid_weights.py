@@ -52,18 +52,18 @@ def values_of(parameter: nn.Parameter) -> Tensor:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("shape", [(160, 192), (3, 160, 192)], ids=str)
 def test_every_optimizer_moves_a_weight_as_it_moves_a_plain_one(name, shape):
-    """int12 is finer than bfloat16; a direction of the grid's and one of float32 differ by rounding alone."""
+    """int12 is finer than bfloat16; the directions on the grid and in float32 differ only by rounding."""
     kind, settings = OPTIMIZERS[name]
     on_grid, plain = weight_on(INT12, shape), nn.Parameter(values_of(weight_on(INT12, shape)))
     start = values_of(on_grid)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of operations that would make all of the weight dense
+        warnings.simplefilter("error")  # about operations that would make the whole weight dense
         train(kind([on_grid], lr=1e-2, weight_decay=0.1, **settings), on_grid, gradients(shape))
     train(kind([plain], lr=1e-2, weight_decay=0.1, **settings), plain, [grad.float() for grad in gradients(shape)])
     moved = values_of(on_grid) - start
     error = values_of(on_grid) - values_of(plain)
-    # Four updates, each rounded to a grid of which a step is at most 0.25 / 2047, with at most half a step of noise; growth
-    # adds as much. Muon's and SinkGD's directions are rounded to bfloat16 besides.
+    # Four updates, each rounded to a grid with steps of at most 0.25 / 2047, with at most half a step of noise; growth adds
+    # as much. Muon's and SinkGD's directions are also rounded to bfloat16.
     assert error.square().mean().sqrt() < 0.25 / 2047 * 2 + 0.01 * moved.square().mean().sqrt()
     assert moved.abs().max() > 0.25 / 2047
 
@@ -96,7 +96,7 @@ def test_compiled_code_and_the_reference_train_alike(name, monkeypatch):
         train(kind([parameter], lr=1e-3, **settings), parameter, gradients((160, 192)))
         made.append(parameter.quantized)
     codes = [each.codes.int() for each in made]
-    assert ((codes[0] - codes[1]).abs() <= 1).float().mean() > 0.995  # sums in another order
+    assert ((codes[0] - codes[1]).abs() <= 1).float().mean() > 0.995  # sums in a different order
     if "SGD" in name or name == "AdamW":
         assert torch.equal(codes[0], codes[1]) and torch.equal(made[0].scales, made[1].scales)
 
@@ -161,7 +161,7 @@ def test_backward_refuses_a_weight_that_was_updated_since_forward(name, kernels,
 
 
 def test_rounding_to_nearest_can_be_asked_for():
-    """A step far below half of the grid's moves nothing."""
+    """An update far below half a grid step moves nothing."""
     for stochastic in (True, False):
         parameter = weight_on(INT4)
         start = parameter.quantized.codes.clone()

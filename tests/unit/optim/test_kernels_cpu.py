@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against the reference, their memory, their build, and the machine without a compiler."""
+"""The compiled CPU kernels against the reference, their memory, their build, and a machine without a compiler."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def update(backend, rule: str, weight: Tensor, grad: Tensor, key) -> dict[str, T
 
 
 def ordered(weight: Tensor) -> Tensor:
-    """bfloat16 as integers whose difference counts the values between."""
+    """bfloat16 values as integers whose difference is their distance in bfloat16 steps."""
     bits = weight.view(torch.int16).to(torch.int32)
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
@@ -81,7 +81,7 @@ def test_compiled_and_reference_updates_agree(shape, layout, rule):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         grad = strided(shape, layout, dtype)
         expected, got = (update(backend, rule, weight, grad, key) for backend in (reference, cpu))
-        for name in expected.keys() - {"weight"}:  # sums of up to 280,000 squares in another order
+        for name in expected.keys() - {"weight"}:  # sums of up to 280,000 squares in a different order
             torch.testing.assert_close(got[name], expected[name], rtol=2e-5, atol=0)
         if dtype == torch.float32:
             torch.testing.assert_close(got["weight"], expected["weight"], rtol=2e-6, atol=2e-6)
@@ -95,7 +95,7 @@ def test_compiled_and_reference_updates_agree(shape, layout, rule):
 @pytest.mark.parametrize("shape", [(130, 129), (513, 577), (3, 128, 200)], ids=str)
 @pytest.mark.parametrize("key", [None, KEY], ids=["nearest", "stochastic"])
 def test_given_the_same_sums_adafactors_weights_are_equal(shape, key):
-    """With squares of one every sum is a small whole number, exact in any order."""
+    """With squares of one, every sum is a small whole number, exact in any order."""
     signs = torch.where(torch.randn(shape, generator=torch.Generator().manual_seed(2)) > 0, 1.0, -1.0)
     for dtype in (torch.float32, torch.bfloat16):
         weights = []
@@ -227,7 +227,7 @@ def test_two_processes_may_build_at_once_and_a_third_builds_nothing(tmp_path):
     both = [start_process(tmp_path) for _ in range(2)]
     for process in both:
         assert finish(process)["compiled"] == "True"
-    (library,) = (tmp_path / "kernels").iterdir()  # one file, no temporary left
+    (library,) = (tmp_path / "kernels").iterdir()  # one file, and no temporary file left
     written = library.stat().st_mtime_ns
     start = time.time()
     third = finish(start_process(tmp_path))

@@ -1,6 +1,6 @@
-"""The Triton kernels: in the interpreter, on a GPU where there is one, and compiled for one where there is none.
+"""The Triton kernels: in the interpreter, on a GPU if there is one, and compiled for a GPU without having one.
 
-Each in a process of its own: Triton decides on its import whether it interprets, for all other tests of a process too.
+Each runs in a process of its own: Triton decides when it is imported whether it interprets, for all tests of a process.
 """
 
 from __future__ import annotations

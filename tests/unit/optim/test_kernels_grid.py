@@ -1,4 +1,4 @@
-"""Updates of weights on a grid: compiled against the reference, and both against what they mean for plain weights."""
+"""Updates of weights on a grid: the compiled ones against the reference, and both against updates of plain weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_compiled_and_reference_updates_agree(grid, rule, shape):
         grad = strided(shape, layout, dtype)
         expected, got = copy_of(start), copy_of(start)
         states = [update(backend, rule, w, grad, key) for backend, w in ((reference, expected), (cpu, got))]
-        for name, value in states[0].items():  # sums of up to 300,000 squares in another order
+        for name, value in states[0].items():  # sums of up to 300,000 squares in a different order
             torch.testing.assert_close(states[1][name], value, rtol=2e-5, atol=0)
         if rule in ("factored", "full"):  # the step differs in its last digits
             assert (load_codes(got) - load_codes(expected)).abs().max() <= grid.largest / 100 + 1
@@ -67,10 +67,10 @@ def test_given_the_same_sums_adafactors_codes_are_equal(grid, key, shape):
         backend.adafactor_factored(*arguments, **{**ADAFACTOR, "lr": 0.0123}, key=key)
         made.append(weight)
     assert same(*made)
-    assert not same(made[0], start) or (key is None and grid is INT4)  # 4.03 steps are 4
+    assert not same(made[0], start) or (key is None and grid is INT4)  # 4.03 steps round to 4
 
 
-# SSE only; AVX2; AVX-512 without bfloat16. Each library takes some seconds to compile, so most are left for the long tests.
+# SSE only; AVX2; AVX-512 without bfloat16. Each library takes some seconds to compile, so most are left to the long tests.
 SHORT = {(INT4, "x86-64")}
 BUILDS = [
     pytest.param(grid, instructions, marks=[] if (grid, instructions) in SHORT else pytest.mark.long)
@@ -91,7 +91,7 @@ def test_other_processors_give_the_same_bits(grid, instructions, monkeypatch):
     if instructions == "skylake-avx512" and "avx512bw" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX-512")
     values = torch.randn(130, 160, generator=torch.Generator().manual_seed(1))
-    values[3] *= 1e-9  # blocks that are left by more than fixed point numbers hold
+    values[3] *= 1e-9  # blocks that overflow by more than fixed point numbers can represent
     start, grad = quantize(values, grid), strided((130, 160), "contiguous", torch.float32)
     grad[7, 5] = 1e30
     made = []
@@ -111,7 +111,7 @@ def test_other_processors_give_the_same_bits(grid, instructions, monkeypatch):
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 def test_extreme_directions_are_rounded_as_defined(grid):
-    """Directions of all sizes, infinities aside: what grows a little, much, beyond fixed point, and beyond float16."""
+    """Finite directions of all sizes: blocks that grow a little, a lot, beyond fixed point, and beyond float16."""
     values = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
     values[::3] = 0
     sizes = torch.logspace(-12, 18, 64)[:, None]
@@ -151,9 +151,9 @@ def test_the_mean_over_keys_is_the_update_of_plain_float32(grid, rule):
         total += dequantize(weight, torch.float32)
     step = start.scales.float().repeat_interleave(128, dim=1) * 1.02  # some blocks grow a little
     difference = (total / 64 - plain) / step
-    # Each mean of 64 has a standard error of at most 1/16 of a step (1/11 where the block grows, too); six of them.
+    # Each mean of 64 has a standard error of at most 1/16 of a step (1/11 if the block also grows); six standard errors.
     assert difference.abs().max() < 6 / 11
-    assert difference.mean().abs() < 6 / 11 / 128  # of 16,384
+    assert difference.mean().abs() < 6 / 11 / 128  # the mean of 16,384
 
 
 @pytest.mark.parametrize("shape", [(513, 576), (3, 130, 192)], ids=str)

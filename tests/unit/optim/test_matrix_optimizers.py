@@ -56,12 +56,12 @@ def test_muon_with_a_fixed_momentum_is_torchs(shape: tuple[int, int], adjust: st
         weight.grad = gradient.clone()
         theirs.step()
     ours, _ = run(Muon, shape, **settings)
-    # The directions, of bfloat16, are the same bits; what remains is float32 rounding of weights below one.
+    # The directions, in bfloat16, have the same bits; what remains is float32 rounding of weights below one.
     torch.testing.assert_close(ours, weight.detach(), rtol=0, atol=STEPS * 2**-24)
 
 
 def orthogonalized_float64(matrix: np.ndarray) -> np.ndarray:
-    """By its singular values, on which every iteration acts as the same polynomial."""
+    """Computed from the singular values: every iteration applies the same polynomial to them."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s = s / np.linalg.norm(matrix)
     for _ in range(5):
@@ -90,7 +90,7 @@ def test_muon_measures_its_momentum_in_tokens(shape: tuple[int, ...], half_life:
     momentum = {"momentum": 0.0} if half_life is None else {"momentum_half_life": half_life}
     ours, optimizer = run(Muon, shape, lr=1e-2, weight_decay=0.2, newton_schulz_dtype="float32", **momentum)
     expected = muon_float64(shape, half_life, 1e-2, 0.2)
-    # Of a singular value, five iterations multiply rounding errors by at most 3.4445 ** 5.
+    # Five iterations multiply the rounding error of a singular value by at most 3.4445 ** 5.
     error = STEPS * 1e-2 * 0.2 * math.sqrt(64) * 2**-24 * 3.4445**5
     np.testing.assert_allclose(ours.double().numpy(), expected, rtol=0, atol=error)
     (state,) = optimizer.state.values()
@@ -100,7 +100,7 @@ def test_muon_measures_its_momentum_in_tokens(shape: tuple[int, ...], half_life:
 def test_singular_values_end_near_one() -> None:
     matrix = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalized(matrix))
-    assert values.min() > 0.68 and values.max() < 1.14  # the polynomial's least and greatest near one
+    assert values.min() > 0.68 and values.max() < 1.14  # the polynomial's minimum and maximum near one
     assert torch.linalg.svdvals(matrix).max() > 2 * torch.linalg.svdvals(matrix).min()
     assert not orthogonalized(torch.zeros(5, 3)).any()
 
@@ -109,7 +109,7 @@ def test_singular_values_end_near_one() -> None:
 
 
 def balanced_float64(matrix: np.ndarray, iterations: int) -> np.ndarray:
-    """Algorithm 3 of arXiv 2502.06742; rows and columns of zeros stay."""
+    """Algorithm 3 of arXiv 2502.06742; rows and columns of zeros remain zero."""
     rows, columns = matrix.shape
     for _ in range(iterations):
         norm = np.linalg.norm(matrix, axis=1, keepdims=True)
@@ -146,14 +146,14 @@ def test_rows_and_columns_of_very_unlike_size_are_balanced(tiny: float, iteratio
     matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
     matrix[3] *= tiny
     matrix[:, 5] *= tiny
-    matrix[3, 5] = tiny  # tiny * tiny is none of float32
+    matrix[3, 5] = tiny  # tiny * tiny underflows in float32
     expected = balanced_float64(matrix.double().numpy(), iterations)
     np.testing.assert_allclose(sinkgd.balanced_(matrix, iterations).double().numpy(), expected, **FLOAT32)
 
 
 def test_factors_that_grow_in_every_iteration_stay_within_float32() -> None:
     matrix = torch.randn(150, 128, generator=torch.Generator().manual_seed(0))
-    matrix[:120, 1:] = 0.0  # rows with one element: their column's squared factor falls to a hundredth, again and again
+    matrix[:120, 1:] = 0.0  # rows with one element: each iteration divides their column's squared factor by a hundred
     expected = balanced_float64(matrix.double().numpy(), 40)
     assert np.isfinite(expected).all()
     np.testing.assert_allclose(sinkgd.balanced_(matrix, 40).double().numpy(), expected, **FLOAT32)
@@ -170,7 +170,7 @@ def test_balanced_rows_and_columns_have_one_size_and_empty_ones_stay_empty(scale
     moved = -weight.detach()
     assert not moved[4].any() and not moved[:, 7].any()
     kept = moved[[i for i in range(30) if i != 4]][:, [i for i in range(20) if i != 7]]
-    # Columns come last; that rows agree with them shows that the iteration has converged.
+    # Columns are scaled last; if the rows' norms are right too, the iteration has converged.
     torch.testing.assert_close(kept.norm(dim=0), torch.full((19,), 30**0.5))
     torch.testing.assert_close(kept.norm(dim=1), torch.full((29,), (19 * 30 / 29) ** 0.5), rtol=1e-4, atol=0)
 
@@ -206,7 +206,7 @@ def test_the_rest_is_updated_by_sbfts_own(kind: type[TokenOptimizer], rest: str)
 
 @pytest.mark.parametrize("kind", [Muon, SinkGD, RowAdafactor])
 def test_bfloat16_weights_follow_float32_weights_in_the_mean(kind: type[TokenOptimizer]) -> None:
-    """With a gradient of ones, and rates at which the directions of both dtypes are the same numbers."""
+    """With a gradient of ones, and rates at which the directions are the same numbers in both dtypes."""
     steps, shape, moved = 40, (32, 256), {}
     lr = {Muon: 2e-3, SinkGD: 2**-15, RowAdafactor: 2**-15}[kind]
     settings: dict[str, Any] = {"relative_step": False} if kind is RowAdafactor else {}
@@ -220,7 +220,7 @@ def test_bfloat16_weights_follow_float32_weights_in_the_mean(kind: type[TokenOpt
             optimizer.step()
         moved[name] = 1.0 - weight.detach().double().mean().item()
     assert moved["nearest"] == 0.0 < moved["float32"]
-    # As for the other optimizers: noise of at most half a bfloat16 step below one, in every step.
+    # As for the other optimizers: every step has noise of at most half a bfloat16 step below one.
     standard_error = steps**0.5 * 2**-9 / math.prod(shape) ** 0.5
     assert moved["float32"] > 5 * standard_error
     assert abs(moved["sr"] - moved["float32"]) < 5 * standard_error
@@ -229,7 +229,7 @@ def test_bfloat16_weights_follow_float32_weights_in_the_mean(kind: type[TokenOpt
 def test_a_stack_is_rounded_with_the_noise_of_its_elements() -> None:
     shape, lr = (3, 16, 24), 1e-3
     before = start(shape).bfloat16()
-    signs = torch.randn(shape, generator=torch.Generator().manual_seed(1)).sign()  # balanced as they are
+    signs = torch.randn(shape, generator=torch.Generator().manual_seed(1)).sign()  # already balanced
     other, weight = nn.Parameter(torch.ones(1)), nn.Parameter(before.clone())
     optimizer = SinkGD([other, weight], lr=lr, seed=7)
     weight.grad, optimizer.tokens_per_step = signs.bfloat16(), 1

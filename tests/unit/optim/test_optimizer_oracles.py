@@ -11,7 +11,7 @@ from sbft.optim import SGD, Adafactor, AdamW
 
 STEPS = 50
 SHAPES = [(1,), (300,), (64, 48), (128, 128), (150, 257), (127, 400), (3, 130, 140)]
-# float32 rounding of 50 steps: each adds a relative error of a few units in the last place to the update.
+# float32 rounding over 50 steps: each adds a relative error of a few units in the last place to the update.
 FLOAT32 = {"rtol": 2e-5, "atol": 1e-6}
 
 
@@ -66,7 +66,7 @@ def test_adafactor_with_the_power_schedule_agrees_with_optax(shape, smallest, re
 
 
 def adafactor_float64(shape, tokens, half_life, lr, weight_decay=0.0) -> np.ndarray:
-    """Adafactor from the formulas: averages over tokens with bias correction, whole-tensor clipping and scale."""
+    """Adafactor from its formulas: averages over tokens with bias correction, whole-tensor clipping and scale."""
     weight = start(shape).double().numpy()
     factored = len(shape) >= 2 and min(shape[-2:]) >= 128
     row = column = full = 0.0
@@ -107,7 +107,7 @@ def test_adafactor_with_huge_gradients_leaves_rows_without_gradient_as_they_are(
     monkeypatch.setenv("SBFT_KERNELS", kernels)
     weight = torch.nn.Parameter(start((150, 130)))
     gradient = torch.randn(150, 130, generator=torch.Generator().manual_seed(0)) * size
-    gradient[7:] = 0.0  # as of an embedding
+    gradient[7:] = 0.0  # as in an embedding
     optimizer = Adafactor([weight], lr=0.01)
     optimizer.tokens_per_step, weight.grad = 40, gradient.clone()
     optimizer.step()
@@ -173,7 +173,7 @@ def test_sgd_averages_the_gradient_over_tokens():
 
 
 def test_bfloat16_weights_follow_float32_weights_in_the_mean():
-    """With tiny steps nearest rounding stands still; stochastic rounding moves as far as float32 on average."""
+    """With tiny steps, rounding to nearest stands still; stochastic rounding moves as far as float32 on average."""
     steps, lr, count = 200, 1e-5, 128 * 256
     gradient = torch.ones(128, 256)
     moved = {}
@@ -188,7 +188,7 @@ def test_bfloat16_weights_follow_float32_weights_in_the_mean():
         moved[name] = 1.0 - weight.detach().double().mean().item()
     assert moved["float32"] == pytest.approx(steps * lr, rel=1e-2)
     assert moved["nearest"] == 0.0
-    # Below one a bfloat16 step is 2 ** -8; its rounding noise has a standard deviation of at most half of that per step.
+    # Below one, a bfloat16 step is 2 ** -8; its rounding noise has a standard deviation of at most half of that per update.
     standard_error = steps**0.5 * 2**-9 / count**0.5
     assert abs(moved["sr"] - steps * lr) < 5 * standard_error
 

@@ -1,5 +1,5 @@
-"""The optimizers alone, in loops that know nothing of sbft: a bare one, accelerate, transformers' Trainer, Lightning; and
-torch's own functions for the state of distributed training."""
+"""The optimizers alone, in loops that do not know sbft: a bare one, accelerate, transformers' Trainer, Lightning; and
+torch's own functions for the state in distributed training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIMIZERS = [
     pytest.param(SinkGD, {}, id="sinkgd"),
     pytest.param(RowAdafactor, {}, id="row-adafactor"),
 ]
-# Padding aside 5 + 3, and 7.
+# Without padding, 5 + 3 tokens, and 7.
 BATCHES: list[dict[str, Tensor]] = [
     {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.tensor([[1] * 5 + [0], [1] * 3 + [0] * 3])},
     {"input_ids": torch.arange(7).reshape(1, 7)},
@@ -63,7 +63,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-# What needs no count
+# Optimizers that need no count
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def assert_same(a: nn.Module, b: nn.Module) -> None:
         lambda model: AdamW(model.parameters(), beta2=0.99),
         lambda model: Adafactor(model.parameters(), beta2=0.99),
         lambda model: Adafactor(model.parameters(), schedule="power"),
-        lambda model: Muon([model[0].weight, model[2].weight]),  # AdamW, which has a half-life, has nothing to do
+        lambda model: Muon([model[0].weight, model[2].weight]),  # AdamW, which has a half-life, has no parameters
         lambda model: SinkGD([model[0].weight, model[2].weight]),
     ],
 )
@@ -103,10 +103,10 @@ def test_whether_a_count_is_needed_follows_the_groups():
     optimizer.add_param_group({"params": list(model[2].parameters()), "second_moment_half_life": 10.0})
     with pytest.raises(RuntimeError, match="count_tokens"):
         optimizer.step()
-    assert Muon(matrix_groups(model)).needs_tokens  # its biases
+    assert Muon(matrix_groups(model)).needs_tokens  # for its biases
 
 
-# Counting what a model is given
+# Counting a model's inputs
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_whether_a_count_is_needed_follows_the_groups():
         ({"a_input_ids": torch.ones(2, 5), "a_attention_mask": torch.ones(2, 5).tril(), "b_input_ids": torch.ones(4)}, 7, True),
         ({"prompt_ids": torch.ones(2, 3), "prompt_mask": torch.eye(2, 3), "completion_ids": torch.ones(2, 4)}, 10, True),
         ({"pixel_values": torch.ones(3, 2, 4, 4), "labels": torch.ones(3)}, 3, False),
-        ({"input_values": torch.ones(2, 400), "attention_mask": torch.ones(2, 400)}, 2, False),  # of sound
+        ({"input_values": torch.ones(2, 400), "attention_mask": torch.ones(2, 400)}, 2, False),  # sound
         ({"scale": torch.tensor(1.0), "images": [torch.ones(3, 4, 4)] * 5}, 5, False),
         ([{"prompt": "a"}, {"prompt": "b"}], 2, False),
         ([torch.ones(4, 3), torch.ones(4)], 4, False),
@@ -146,7 +146,7 @@ def test_tokens_are_counted_as_the_model_is_called_and_add_up_until_the_step():
         model.eval()(**BATCHES[0])
         assert optimizer.tokens_per_step == 8 + 7
         optimizer.step()
-        model.train()(BATCHES[1]["input_ids"])  # by position
+        model.train()(BATCHES[1]["input_ids"])  # as a positional argument
         assert optimizer.tokens_per_step == 7
         with pytest.raises(RuntimeError, match="counted already"):
             optimizer.count_tokens(model)
@@ -211,7 +211,7 @@ def test_accelerate_accumulates_and_counts():
     from accelerate import Accelerator
     from accelerate.state import GradientState
 
-    GradientState._reset_state()  # it is one for the process, and a trainer of another test may have left it
+    GradientState._reset_state()  # one per process, and a trainer of another test may have changed it
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = llama()
     optimizer = Adafactor(model.parameters())
@@ -340,7 +340,7 @@ def test_torchs_checkpoints_of_a_state_resume_to_the_same_bits(optimizer_class, 
         train(other, resumed, 1)
     clock = copy.copy(resumed.clock)
     weights, states = get_state_dict(other, resumed, options=options)
-    assert resumed.clock == clock  # what makes the state is no step
+    assert resumed.clock == clock  # creating the state is not a step
     dcp.load({"model": weights, "optimizer": states}, checkpoint_id=tmp_path, no_dist=True)
     set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=states, options=options)
     assert (resumed.steps, resumed.tokens_seen, resumed.seed) == (3, optimizer.tokens_seen, 3)

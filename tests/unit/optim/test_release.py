@@ -1,4 +1,4 @@
-"""Gradient release: the same weights as without it, in the memory of two gradients."""
+"""Gradient release: the same weights as without it, with memory for two gradients."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_at_most_two_of_the_largest_gradients_are_alive_at_once():
         nonlocal peak
         peak = max(peak, sum(p.grad.numel() * p.grad.element_size() for p in params if p.grad is not None))
 
-    for p in params:  # before the release hooks, so each sees its own gradient still there
+    for p in params:  # before the release hooks, so that each still sees its own gradient
         p.register_post_accumulate_grad_hook(alive_bytes)
     optimizer = Adafactor(model.parameters())
     with optimizer.release_gradients():
@@ -77,7 +77,7 @@ def test_at_most_two_of_the_largest_gradients_are_alive_at_once():
     assert 0 < peak <= 2 * largest
     assert all(p.grad is None for p in params)
     peak = 0
-    train(model, optimizer, 1)  # without release all are alive: the measurement can tell the difference
+    train(model, optimizer, 1)  # without release all are alive, so the measurement can tell the difference
     assert peak > 2 * largest
 
 
@@ -124,7 +124,7 @@ def test_removing_restores_everything_and_may_be_repeated():
     assert all(p.grad is not None for p in model.parameters())
     assert_same_weights(before, model)
     assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
-    optimizer.release_gradients().remove()  # may be attached again
+    optimizer.release_gradients().remove()  # can be attached again
 
 
 def test_attaching_twice_is_refused():
@@ -156,7 +156,7 @@ def test_a_step_that_failed_half_way_can_be_discarded():
 
 def test_the_gradient_of_an_update_that_failed_is_not_added_to_the_next():
     weight = nn.Parameter(torch.zeros(4))
-    optimizer = SGD([weight], lr=1.0, momentum_half_life=1e-3)  # that of the last gradient alone
+    optimizer = SGD([weight], lr=1.0, momentum_half_life=1e-3)  # momentum of the last gradient only
     with optimizer.release_gradients():
         with pytest.raises(RuntimeError, match="tokens_per_step"):
             weight.sum().backward()
@@ -187,7 +187,7 @@ def test_rates_and_states_changed_after_attaching_are_used():
     other = Adafactor(released.parameters(), lr=1.0)
     with other.release_gradients():
         released.load_state_dict(saved[0])
-        other.load_state_dict(saved[1])  # makes new group dictionaries: the hooks must see them
+        other.load_state_dict(saved[1])  # creates new group dictionaries, which the hooks must use
         train(released, other, 2, first=3)
     assert_same_weights(plain, released)
 

@@ -1,4 +1,4 @@
-"""Updates of parameters that are sharded over several ranks, against the update of the whole."""
+"""Updates of parameters that are sharded over several ranks, against the update of the whole parameter."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ KEY = noise_key(1, 2, 3)
 BACKENDS = {"reference": reference, "cpu": cpu}
 ADAFACTOR = {"average_weight": 0.3, "relative_step": True, "clip_threshold": 1.0, "eps": 1e-30}
 COMMON = {"lr": 1e-2, "weight_decay": 0.1}
-# Rows that do not divide by the ranks, fewer rows than ranks (where factored), stacks of matrices, and lines.
+# Rows that do not divide by the ranks, fewer rows than ranks (if factored), stacks of matrices, and vectors.
 SHAPES = [(130, 129), (513, 200), (128, 300), (3, 128, 130), (70_001,), (5,), (3, 4, 5)]
 
 
 class Ranks:
-    """As many ranks as threads, which meet to add tensors up."""
+    """Ranks as threads, which meet to add up tensors."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -53,7 +53,7 @@ class Ranks:
         return add
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """What `work(rank)` gives on every rank."""
+        """The results of `work(rank)` on all ranks."""
         results: list[Any] = [None] * self.count
 
         def one(rank: int) -> None:
@@ -75,7 +75,7 @@ class Ranks:
 
 
 def update(kernels: Any, rule: str, weight: Tensor, grad: Tensor, shard: Shard | None, whole: torch.Size) -> Tensor:
-    """The sum of the squared gradient after two updates of `weight`, in place."""
+    """Update `weight` twice, in place; returns the sum of the squared gradient."""
     settings: dict[str, Any] = {**COMMON, "key": KEY, "shard": shard}
     mass, total = torch.zeros(()), torch.zeros(())
     factored = rule == "adafactor" and len(whole) > 1 and min(whole[-2:]) >= 128
@@ -99,7 +99,7 @@ def update(kernels: Any, rule: str, weight: Tensor, grad: Tensor, shard: Shard |
 
 
 def pieces(size: int, ranks: int) -> list[slice]:
-    """As torch cuts: equal chunks, the last ones shorter or empty."""
+    """Slices as torch cuts them: equal chunks, the last ones shorter or empty."""
     each = -(-size // ranks)
     return [slice(min(rank * each, size), min((rank + 1) * each, size)) for rank in range(ranks)]
 
@@ -107,7 +107,7 @@ def pieces(size: int, ranks: int) -> list[slice]:
 def on_ranks(
     kernels: list[Any], rule: str, weight: Tensor, grad: Tensor, columns: int = 1
 ) -> tuple[Tensor, list[Tensor], int]:
-    """The weight after its updates, the sums on all ranks, and the messages; `columns` ranks share each row."""
+    """The weight after its updates, the sums on all ranks, and the number of messages; `columns` ranks share each row."""
     ranks, rows = Ranks(len(kernels)), len(kernels) // columns
     row_groups, column_groups = [Ranks(columns) for _ in range(rows)], [Ranks(rows) for _ in range(columns)]
     cuts = [
@@ -153,10 +153,10 @@ def test_ranks_together_make_the_update_of_the_whole(
         assert all(torch.equal(one, totals[0]) for one in totals)
         torch.testing.assert_close(totals[0], total, rtol=1e-5, atol=0)
         if rule == "adafactor" and dtype == torch.float32:
-            # Sums in another order: some float32 steps of the update, which is a hundredth of the weight.
+            # Sums in a different order: a few float32 steps of the update, which is a hundredth of the weight.
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
         elif rule == "adafactor":
-            # Rounded up or down by the same noise, but where a number lies that close to the border.
+            # Rounded up or down by the same noise, except for numbers very close to the threshold.
             different = found != expected
             assert different.float().mean() < 1e-3
             torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
@@ -180,10 +180,10 @@ def test_backends_may_be_mixed_for_one_that_has_no_rows_uses_the_reference() -> 
     update(cpu, "adafactor", whole, grad, None, weight.shape)
     found, _, messages = on_ranks([cpu, reference], "adafactor", weight, grad)
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-7)
-    assert messages == 2 * 3  # in each update: column sums, row means, and the sums that make the step
+    assert messages == 2 * 3  # in each update: column sums, row means, and the sums for the step
     whole_rows, _, messages = on_ranks([cpu, reference], "adafactor", weight, grad, columns=2)
     torch.testing.assert_close(whole_rows, whole, rtol=1e-6, atol=1e-7)
-    assert messages == 2 * 2  # of all the rows a rank has the mean itself
+    assert messages == 2 * 2  # each rank computes the mean over all rows itself
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any() -> None:
@@ -209,7 +209,7 @@ def test_an_error_between_ranks_is_raised_and_not_lost_in_compiled_code() -> Non
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    """A process group of this process alone: its shards are whole, and everything else is as with more."""
+    """A process group of this process alone: each shard is the whole tensor, and everything else is as with more processes."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -320,7 +320,7 @@ def test_optimizers_of_whole_matrices_refuse_sharded_ones(kind: type[TokenOptimi
 
 
 def test_a_tensor_is_cut_by_the_dimensions_of_the_mesh_along_which_its_parts_differ() -> None:
-    """In a process of its own, which torch lets pretend to be the first of four."""
+    """In a process of its own, which pretends, with torch's fake backend, to be the first of four."""
     work = """
         import torch
         from torch.distributed.device_mesh import init_device_mesh

@@ -1,4 +1,4 @@
-"""An update from slices of a gradient is that from the whole gradient."""
+"""An update from slices of a gradient equals that from the whole gradient."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def values_of(weight: Tensor) -> Tensor:
 
 
 def make_gradient(source: str, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, SlicedGradient]:
-    """The whole, as the backward of loss and embedding makes it, and the same in slices. Some tokens come several times."""
+    """The whole gradient, as the backward of loss and embedding makes it, and the same in slices. Some tokens are repeated."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -93,16 +93,16 @@ def test_sgd_moves_weights_by_the_same_bits(format_name: str, source: str) -> No
     step(optimizers[0], plain, whole)
     step(optimizers[1], sliced, slices)
     assert torch.equal(values_of(plain), values_of(sliced)) and not torch.equal(start, values_of(plain))
-    # Squares are added in another order: half a million of them, 16 at a time, in float32.
+    # Squares are added in a different order: half a million of them, 16 at a time, in float32.
     assert optimizers[1].grad_norm.item() == pytest.approx(optimizers[0].grad_norm.item(), rel=2e-6)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_adafactor_follows_the_formulas_in_float64(source: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """arXiv 1804.04235, algorithm 4, with eps on every element, that of rows without gradient too."""
+    """arXiv 1804.04235, algorithm 4, with eps on every element, also in rows without gradient."""
     monkeypatch.setenv("SBFT_KERNELS", "" if backend == "compiled" else "reference")
-    weight, lr, eps = make_weight("float32"), 1e-2, 1e-3  # an eps that shows
+    weight, lr, eps = make_weight("float32"), 1e-2, 1e-3  # an eps large enough to matter
     optimizer = Adafactor([weight], lr=lr, beta2=0.75, eps=eps, clip_threshold=0.5)
     value, row, column, mass = values_of(weight).double(), torch.zeros(VOCABULARY), torch.zeros(WIDTH), 0.0
     row, column = row.double(), column.double()

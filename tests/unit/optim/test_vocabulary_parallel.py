@@ -1,4 +1,4 @@
-"""Cross entropy of a head whose vocabulary lies on several ranks, against the same in float64 with all logits."""
+"""Cross entropy of a head whose vocabulary is split over several ranks, against float64 with all logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_ranks_together_have_the_loss_and_the_gradients_of_the_whole_head(
     bias = torch.randn(1001, generator=generator) if biased else None
     # The first and the last token of each rank, among others.
     labels = torch.tensor([0, 333, 334, 667, 668, 1000, 5])
-    labels[6] = F.linear(hidden, weight, bias)[6].argmax()  # which is right
+    labels[6] = F.linear(hidden, weight, bias)[6].argmax()  # a correct prediction
     statistics = [TokenStatistics() for _ in range(3)]
     whole = [one.double().requires_grad_() for one in (hidden, weight, *([bias] if bias is not None else []))]
     logits = F.linear(whole[0], whole[1], whole[2] if biased else None) * scale

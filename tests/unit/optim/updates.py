@@ -1,4 +1,4 @@
-"""One update of each kind, from a state that is not zero, by any module of kernels."""
+"""One update of each kind, from a state that is not zero, with any module of kernels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def update(backend: Any, rule: str, weight: Any, grad: Tensor, key: Any, **chang
     Args:
         backend: a module of kernels.
         rule: factored, full, adamw, adamw-no-momentum, sgd or sgd-momentum.
-        weight: what is updated; its state is made on the gradient's device.
+        weight: the weight to update; its state is created on the gradient's device.
         grad: its gradient.
-        key: of the noise, or None.
+        key: key of the noise, or None.
         **changed: settings other than those above.
 
     Returns:
