@@ -1,4 +1,4 @@
-"""`sbft batch-size`: which size is recommended, how it is measured, what is advised, and that memory may run out."""
+"""`sbft batch-size`: which size is recommended, how it is measured, which settings are advised, and running out of memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def timed(size: int, tokens_per_s: float = 1.0, peak: int = 0, baseline: int = 0
 def machine(
     speeds: list[float], *, memory_from: int | None = None, peaks: Callable[[int], int] = lambda size: 0
 ) -> Any:
-    """What runs a size on a machine of these speeds at 1, 2, 4, ..., the last for all larger ones."""
+    """A function that runs a size on a machine with these speeds at 1, 2, 4, ...; the last holds for all larger sizes."""
 
     def run(size: int) -> Timed | None:
         run.sizes.append(size)  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def machine(
 def test_the_smallest_size_at_95_percent_of_the_best_is_chosen() -> None:
     run = machine([100, 190, 330, 460, 490, 500])
     curve = search(run, share=0.95)
-    # 8 has 92 % of the best, 16 has 98 %; from 16 on, two doublings bring less than 1 / 0.95.
+    # 8 reaches 92 % of the best, 16 reaches 98 %; from 16 on, two doublings gain less than 1 / 0.95.
     assert curve.smallest_at(0.95).batch_size == 16 and curve.best().batch_size == 32
     assert curve.smallest_at(0.9).batch_size == 8 and curve.smallest_at(1.0).batch_size == 32
     assert run.sizes == [1, 2, 4, 8, 16, 32, 64] and curve.ending.reason == "no gain"
@@ -109,14 +109,14 @@ def test_no_size_is_chosen_that_did_not_run(
 def test_a_size_that_will_not_fit_is_not_run() -> None:
     run = machine([2.0**n for n in range(9)], peaks=lambda size: GIB + size * GIB)
     curve = search(run, share=0.95, limit_bytes=10 * GIB)
-    # 8 takes 9 GiB, 16 would take 17. (Of size 1, no part is known to be fixed: 2 is taken for twice as much.)
+    # 8 takes 9 GiB, 16 would take 17. (After size 1 alone, no part is known to be fixed: 2 is expected to take twice as much.)
     assert run.sizes == [1, 2, 4, 8]
     assert (curve.ending.reason, curve.ending.batch_size, curve.ending.needed_bytes) == ("would not fit", 16, 17 * GIB)
 
 
 def test_the_second_size_is_foreseen_from_what_grows_with_the_batch() -> None:
     first = timed(1, peak=10 * GIB, baseline=2 * GIB, fixed=6 * GIB)
-    assert expected_peak_bytes([first], 2) == 12 * GIB  # two GiB of activations again
+    assert expected_peak_bytes([first], 2) == 12 * GIB  # two more GiB of activations
     assert expected_peak_bytes([], 1) == 0
 
 
@@ -126,7 +126,7 @@ def test_a_size_that_found_memory_already_there_does_not_hide_the_rise() -> None
 
 
 def test_a_size_above_the_limit_is_not_used_even_though_it_ran() -> None:
-    # Foreseen at 5 GiB, it takes 20.
+    # Size 4 is predicted to take 5 GiB, but takes 20.
     peaks = {1: 2 * GIB, 2: 3 * GIB, 4: 20 * GIB}
     curve = search(machine([1, 2, 4], peaks=peaks.__getitem__), share=0.95, limit_bytes=6 * GIB)
     assert [one.batch_size for one in curve.timed] == [1, 2]
@@ -149,7 +149,7 @@ def test_operations_of_training_are_those_that_torch_counts(kind: str) -> None:
     ids = torch.arange(3, 51)[None]
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids).loss.backward()
-    # Of the loss on all tokens, torch makes logits of the last one too.
+    # For the loss on all tokens, torch also computes the logits of the last one.
     counted = training_flops(model, tokens=48, labels=48)
     assert counted is not None and counted == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
@@ -189,7 +189,7 @@ def test_the_base_of_an_adapter_counts_as_frozen() -> None:
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("Tesla T4", "bfloat16", None),
         ("Tesla T4", "float32", 8.1),
-        # What the figure is not for.
+        # GPUs to which the figure does not apply.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
         ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "bfloat16", None),
@@ -206,7 +206,7 @@ def test_tf32_has_half_the_peak_of_bfloat16() -> None:
     assert peak_flops("Tesla T4", "float32", tf32=True) == pytest.approx(8.1e12)
 
 
-# What is advised
+# Advice
 
 
 def given_recipe(*overrides: str, model: str = "m", data: str = "d") -> Recipe:
@@ -224,7 +224,7 @@ def test_the_learning_rate_grows_threefold_from_1_to_512_and_is_called_a_first_g
 def test_the_half_life_stays_and_beta2_is_told() -> None:
     settings = batch_settings(given_recipe("optimizer.second_moment_half_life=1000"), 4, 125.0)
     assert not any("optimizer" in key for key in settings.overrides)
-    # 4 examples of 125 tokens are half a half-life: the root of one half.
+    # 4 examples of 125 tokens are half a half-life: a decay of the root of one half.
     assert any("1,000 tokens" in note and "0.7071" in note and "500 tokens" in note for note in settings.notes)
 
 
@@ -288,7 +288,7 @@ def test_steps_are_timed_with_state_in_place_and_leave_the_model_as_it_was(metho
     assert one_example is not None and four.flops_per_step == pytest.approx(4 * one_example)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(p.numel() for p in trained)
-    # Adam's two moments and the gradients, in float32; of sbft's factored state little, and no gradients.
+    # Adam's two moments and the gradients, in float32; sbft has a small factored state, and no gradients.
     assert four.fixed_bytes >= 12 * weights if method != "sbft" else 0 < four.fixed_bytes < weights
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in trained)
@@ -390,7 +390,7 @@ def test_the_table_says_what_did_not_run_and_fits_80_columns() -> None:
     assert max(map(len, lines)) <= 80 and "…" not in out.getvalue()
     last = next(line for line in lines if line.strip().startswith("8 "))
     assert "not run" in last and "~28.00" in last
-    # 100 tokens in 5 ms, 1.25e12 operations: 2.5e14 a second of 7.565e14.
+    # 100 tokens in 5 ms, 1.25e12 operations: 2.5e14 per second of 7.565e14.
     assert "250.0  33.0 %" in out.getvalue()
     told = " ".join(out.getvalue().split())
     assert "Batch size 4 is the fastest that ran" in told and "26.00 GiB is the limit. A larger one may" in told

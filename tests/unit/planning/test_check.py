@@ -1,4 +1,4 @@
-"""What is said of a run before it begins: each sign of one that goes wrong, and the like of it that is none."""
+"""Warnings before a run begins: every sign of a run that goes wrong is found, and similar settings are not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
     for row in ROWS
 ]
-# Says that the token which ends an answer is not the assistant's.
+# Marks the token that ends an answer as not written by the assistant.
 END_LEFT_OUT = CHATML.replace(
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
     "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
@@ -55,7 +55,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @dataclass
 class Predicted:
-    """A prediction; `asked` is what it was made for."""
+    """A prediction; `asked` has the arguments it was made with."""
 
     peak_bytes: int = GIB
     parts: dict[str, int] = field(default_factory=lambda: {"weights": GIB // 4, "activations": 3 * GIB // 4})
@@ -72,13 +72,13 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(autouse=True)
 def no_note_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of an idle GPU, for which these examples have few tokens."""
+    """These examples have too few tokens to keep a GPU busy, which is not the subject of these tests."""
     monkeypatch.setattr("sbft.planning.check.settings.COMPUTE_BOUND_GPU_TOKENS", 0)
 
 
 @pytest.fixture
 def make(tiny_dir: Path, tmp_path: Path) -> Make:
-    """A resolved recipe of tiny things, with the overrides given."""
+    """Makes resolved recipes with a tiny model, tiny data and the given overrides."""
 
     def recipe(*overrides: str, rows: list[dict[str, Any]] = ROWS, model: Path = tiny_dir) -> Recipe:
         data = write_rows(tmp_path / "train.jsonl", rows)
@@ -98,7 +98,7 @@ def the(recipe: Recipe, key: str) -> Finding:
 
 
 def as_overrides(fix: str) -> list[str]:
-    """What the flags of `sbft train` in a line come to."""
+    """The overrides that stand for a line of `sbft train` flags."""
     flags = iter(shlex.split(fix))
     return [next(flags) if flag == "--set" else f"{flag.removeprefix('--')}={next(flags)}" for flag in flags]
 
@@ -142,7 +142,7 @@ SIGNS: list[tuple[str, list[str], list[str]]] = [
     ("warmup-longer-than-run", [LINEAR, "training.warmup_steps=5", "training.max_steps=4"], [LINEAR]),
     ("warmup-without-effect", ["training.warmup_steps=2"], [LINEAR, "training.warmup_steps=2"]),
 ]
-"""A sign, settings that bear it, and settings that come near and do not."""
+"""A sign, settings that show it, and similar settings that do not."""
 
 
 @pytest.mark.parametrize(("key", "found", "silent"), SIGNS)
@@ -155,12 +155,12 @@ def test_a_sign_is_found_its_like_is_not_and_what_is_to_be_typed_takes_it_away(
     assert finding.fix is not None and finding.fix.startswith("--")
     mended = keys(make(*found, *as_overrides(finding.fix)))
     assert key not in mended
-    # Nothing is mended by what would be found wanting next.
+    # A fix must not lead to other warnings.
     assert mended & {one for one, _, _ in SIGNS} <= keys(make(*found))
 
 
 def test_a_short_half_life_is_short_in_tokens_too(make: Make) -> None:
-    # 13.5 steps of 0.95: 27,000 tokens of these rows, 13,500 of rows half as long.
+    # At 0.95 the half-life is 13.5 steps: 27,000 tokens of these rows, 13,500 of rows half as long.
     rows = [{"text": f"{n} " + "the dog sleeps on and " * 400} for n in range(4)]
     settings = ("data.chat_template=false", "optimizer.beta2=0.95")
     assert "beta2-not-scaled" not in keys(make(*settings, "data.max_length=2000", rows=rows))
@@ -302,7 +302,7 @@ def test_questions_of_the_evaluation_in_training(make: Make, tmp_path: Path) -> 
     found = the(make(f"data.eval={shared}", "data.allow_overlap=true"), "evaluation-in-training")
     assert found.title == "3 of 4 evaluation questions are in the training data"
     assert "evaluation-in-training" not in keys(make(f"data.eval={other}", "data.allow_overlap=true"))
-    # What is not allowed is refused where the data is read.
+    # Overlap that is not allowed is refused when the data is read.
     assert found.fix == "--set data.allow_overlap=false"
     with pytest.raises(DataError, match="shares 3 questions"):
         check(make(f"data.eval={shared}"), Predicted())
@@ -328,9 +328,9 @@ def test_answers_whose_end_is_masked(packing: str, make: Make, tmp_path: Path) -
     found = the(make(packed, model=folder, rows=CHATS), "end-not-learned")
     assert found.title == "The end of the answer is not learned in 24 examples of 24"
     assert "is also the pad token" in found.why and "endgeneration" in str(found.fix)
-    # Of prompts and completions, sbft itself cuts the answer out.
+    # In prompts and completions, sbft itself finds the answer.
     assert "end-not-learned" not in keys(make(packed, model=folder))
-    # Pad and end are one token here too, and every answer ends in it, with a label.
+    # Pad and end are the same token here too, but every answer ends in it, with a label.
     whole = folder_with(tmp_path, with_pad_equal_to_eos(CHATML), "whole")
     assert "end-not-learned" not in keys(make(packed, model=whole, rows=CHATS))
 
@@ -360,7 +360,7 @@ def test_padding_that_came_with_the_data(packing: str, make: Make, tmp_path: Pat
     found = the(make(packed, rows=padded), "padding-trained")
     assert found.title == "Padding is learned in 4 examples of 24" and PAD in found.why
     assert "padding-trained" not in keys(make(packed, rows=[completed(row, PAD) for row in ROWS]))
-    # Behind the end that the data brought comes the one that is put behind every answer.
+    # The end token in the data is followed by the one that is added to every answer.
     folder = folder_with(tmp_path, with_pad_equal_to_eos(CHATML))
     assert "padding-trained" not in keys(make(packed, model=folder, rows=[completed(row, EOS) for row in ROWS]))
     found = the(make(packed, model=folder, rows=[completed(row, 2 * EOS) for row in ROWS]), "padding-trained")
@@ -405,7 +405,7 @@ def test_a_begin_token_that_the_configuration_asks_for_in_vain(make: Make, tmp_p
     assert "begin-token-missing" not in keys(make(model=folder))
 
 
-# How long it is
+# The length of the run
 
 
 def trainer_of(prepared: Prepared) -> SmallBatchTrainer:
@@ -449,7 +449,7 @@ def test_the_length_is_what_a_run_then_comes_to(
     length, trainer = run_length(prepared), trainer_of(prepared)
     trainer.train()
     assert (trainer.state.global_step, length.steps, length.rows, length.exact) == (steps, steps, rows, exact)
-    # Within an epoch, the order decides which rows are seen; they are nearly of one length.
+    # Within an epoch, the order decides which rows are seen; all have nearly the same length.
     assert trainer.tokens_seen == (length.tokens if exact else pytest.approx(length.tokens, rel=0.03))
 
 
@@ -575,7 +575,7 @@ def test_a_model_that_cannot_be_traced_is_a_note_and_one_that_cannot_be_made_an_
     assert check(make(), failing(ModelError("It has no layer of that name."))).exit_code == 2
 
 
-# The whole
+# The whole check
 
 
 def test_every_problem_is_told_at_once(make: Make, tmp_path: Path) -> None:
@@ -607,11 +607,11 @@ def test_training_is_told_of_warnings_in_a_line_each(make: Make, monkeypatch: py
     lines = warnings_in_brief(prepared, of_memory)
     assert prediction is not None and prediction.peak_bytes == GIB
     assert all(line.startswith("Warning: ") and "\n" not in line for line in lines)
-    # What the run says of its data anyway, and what is harmless, is left out.
+    # Left out: what the run itself says about its data, and what is harmless.
     assert [line.split()[1] for line in lines] == ["bfloat16", "It"]
     assert "--set optimizer.stochastic_rounding=true" in lines[0] and "will not fit" in lines[1]
     _, of_model = expected_memory(prepared, failing(ModelError("It has no layer of that name.")))
-    # The run ends with it by itself.
+    # The run itself ends with this error, so it gets no line.
     assert of_model is not None and "It has no layer of that name." in of_model.why
     assert len(warnings_in_brief(prepared, of_model)) == 1
 

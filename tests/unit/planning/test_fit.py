@@ -1,4 +1,4 @@
-"""What fits: the search for the longest sequence, and the verb `sbft plan`."""
+"""What fits into memory: the search for the longest sequence, and the command `sbft plan`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_longest_sequence_was_tried_fits_and_is_close_to_the_limit(
     assert found == at_most or needed(round(found + step + 17)) > memory or found + step + 17 > at_most
     assert len(tried) < 60
     if other == (0, 0) and first < at_most:
-        assert len(tried) <= 10  # a parabola is known by three lengths
+        assert len(tried) <= 10  # three lengths determine a parabola
 
 
 def test_a_length_beyond_the_models_own_is_never_the_answer() -> None:
@@ -81,7 +81,7 @@ def test_every_method_is_planned_without_and_with_checkpointing() -> None:
     for row in plan.rows:
         assert row.prediction is not None and row.fits
         assert row.prediction.needed_bytes == sum(row.prediction.parts.values())
-        # The line to type is a recipe.
+        # The suggested command is a valid recipe.
         settings = [word for word in row.command.split() if "=" in word]
         offload = "layers" if row.offload else None
         load_recipe(None, settings, model="random:tiny", data="my.jsonl", method=row.method, offload=offload)
@@ -94,7 +94,7 @@ def test_every_method_is_planned_without_and_with_checkpointing() -> None:
     assert needed("sgd") < needed("sbft") < needed("hf-adafactor") < needed("adam")
     assert needed("qlora") < needed("lora")
     assert needed("sbft", True) < needed("sbft")
-    # float32 weights and two moments of every parameter, and no more than gradients and activations beside them.
+    # float32 weights and two moments for every parameter; gradients and activations come on top.
     assert needed("adam") > 12 * 543_520
 
 

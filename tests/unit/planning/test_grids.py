@@ -1,4 +1,4 @@
-"""Weights on grids, before a run begins: the memory that is predicted, and the noise that is warned of."""
+"""Weights on grids, before a run begins: the predicted memory, and the warnings about noise."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def test_the_buffer_of_values_is_kept_on_a_cpu_and_freed_after_each_product_on_a
         shape = StepShape(1, 16, 15, False)
         plain = trace_step(resolved(), llama(), shape, device, checkpointing=False).phases[FORWARD]
         grid = trace_step(resolved("weights=int8"), llama(), shape, device, checkpointing=False).phases[FORWARD]
-        # On a GPU the buffer is freed after the last product, before the results of the last layer's end are there.
+        # On a GPU the buffer is freed after the last product, before the last results of the last layer exist.
         results = 0 if device == "cpu" else 5 * 16 * HIDDEN * 2
         assert plain["activations"] - results <= grid["activations"] <= plain["activations"], device
-        in_use = plain["workspace"] if device == "cpu" else 0  # at the peak of either
+        in_use = plain["workspace"] if device == "cpu" else 0  # at the peaks of both
         assert grid["workspace"] - in_use >= largest, device
     weight = GridWeight.empty((HIDDEN, HIDDEN), GRIDS["int8"], "meta")
     for device, buffers in (("cpu", 1), ("cuda", 0)):
@@ -98,7 +98,7 @@ def test_layers_on_grids_of_their_own_are_traced_one_by_one() -> None:
 # Noise
 
 
-# Steps as long as the spacing add less noise than s^2 / 4, which is the most that a step can.
+# A step adds noise of at most s^2 / 4; steps as long as the spacing add less.
 @pytest.mark.parametrize(
     ("name", "rate", "over"), [("int4", 1e-3, 1.35), ("int8", 1e-3, 1.35), ("int12", 1e-4, 1.35), ("int12", 1e-3, 2.0)]
 )
@@ -107,7 +107,7 @@ def test_the_noise_of_a_grid_is_what_its_rounding_adds(name: str, rate: float, o
     torch.manual_seed(0)
     weight = quantize(torch.randn(64, 1024), grid)
     began = dequantize(weight, torch.float32)
-    # Steps that take each other back in pairs: what is left is noise.
+    # Steps cancel in pairs: what is left is noise.
     for step in range(steps):
         direction = torch.randn(64, 1024, generator=torch.Generator().manual_seed(step // 2))
         apply_(weight, direction if step % 2 else -direction, step=rate, decay=0.0, key=(1, step))
@@ -164,11 +164,11 @@ def test_rounding_to_nearest_on_a_grid_is_an_error_where_it_loses_every_step(tmp
         *["error"] * 3,
         "warning",
     ]
-    assert severity("weights=int12", "training.learning_rate=1e-3") == "warning"  # over half the spacing of 12 bits
+    assert severity("weights=int12", "training.learning_rate=1e-3") == "warning"  # over half the 12-bit spacing
 
 
 def test_the_limits_are_twice_what_was_measured() -> None:
     step = spacing(GRIDS["int4"], 32)
-    measured = Travel((0.5e-4,), 400)  # the mean of a linear schedule
+    measured = Travel((0.5e-4,), 400)  # the mean rate of a linear schedule
     assert measured.noise(step) / measured.distance == pytest.approx(MOST_NOISE_BESIDE_DISTANCE / 2, rel=0.05)
     assert 0.9 * MOST_NOISE < measured.times(3).noise(step) < MOST_NOISE

@@ -1,4 +1,4 @@
-"""What streaming layers costs: bytes against the model's own, counts against enumeration, times against hand arithmetic."""
+"""The cost of streaming layers: bytes against the model's own, counts against enumeration, times against hand arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is predicted from a config alone is what the whole model weighs and holds, for any number of its layers."""
+"""Predictions from a config alone match the size and memory of the whole model, for any number of layers."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_skeleton_in_4_bits_weighs_what_bitsandbytes_makes_of_the_model(tmp_pa
     folder = str(save_tiny(tmp_path, hidden=512, layers=2, tied=False))
     recipe = resolved("qlora", model=folder)
     real, found = prepare_model(recipe), skeleton(recipe, load_config(folder))
-    # bitsandbytes keeps its tables of values, of a few hundred numbers each, for every layer.
+    # bitsandbytes keeps its tables of values, a few hundred numbers each, for every layer.
     assert model_bytes(found) == pytest.approx(model_bytes(real) + scales_bytes(real), rel=0.01)
     assert _counts(found)[1] == _counts(real)[1]
 
@@ -134,7 +134,7 @@ def test_a_shortened_config_is_that_of_the_first_layers() -> None:
 
 
 def _by_end(phase: Phase, phases: Any, layers: int) -> Counter[str]:
-    """What the whole model holds in a phase whose layer may be counted from the last."""
+    """What the whole model holds in a phase; a negative layer is counted from the last."""
     name, layer = phase
     held: Counter[str] = phases[name, layer if layer is None or layer >= 0 else layers + layer]
     return held
@@ -168,7 +168,7 @@ def test_a_step_of_few_layers_tells_that_of_all_exactly(
     for phase, held in told.items():
         assert +held == +_by_end(phase, whole, layers), phase
     assert {name for name, _ in told} == {name for name, _ in whole}
-    # The layers between the ends hold no more than these.
+    # The layers in between hold no more than these.
     assert max(held.total() for held in told.values()) == max(held.total() for held in whole.values())
 
 
@@ -196,7 +196,7 @@ def test_the_parts_are_all_that_is_held_at_the_peak(device: str, method: str) ->
     step = predict._step(recipe, config, StepShape(1, 64, 63, False), device, False, whole=device == "cpu")
     traced = max(phase.total() for phase in step.phases.values())
     model = model_bytes(skeleton(recipe, config))
-    assert found.parts["weights"] == pytest.approx(model, rel=0.02)  # each tensor in whole blocks
+    assert found.parts["weights"] == pytest.approx(model, rel=0.02)  # each tensor is rounded up to whole blocks
     assert found.above_model_bytes == found.needed_bytes - found.parts["weights"] - found.parts["runtime"]
     if device == "cuda":
         assert found.heap_ratio is None and found.peak_bytes == found.needed_bytes - found.parts["runtime"]
@@ -229,7 +229,7 @@ def test_a_cpu_keeps_compiled_products_of_some_lengths() -> None:
 
 
 def test_a_longer_sequence_never_needs_less() -> None:
-    # Padding takes a mask, so that 63 tokens may need more than 64.
+    # Padding requires a mask, so 63 tokens may need more than 64.
     for method, lengths in (("sbft", range(16, 1100, 512)), ("hf-adafactor", range(17, 1100, 512))):
         needed = [predict_recipe(resolved(method), longest=n, device="cuda").needed_bytes for n in lengths]
         assert needed == sorted(needed) and needed[0] < needed[-1]
@@ -246,7 +246,7 @@ def test_releasing_gradients_never_needs_more_than_holding_them(method: str, con
         return predict_recipe(recipe, longest=16, labelled=labelled, device="cuda", config=config).needed_bytes
 
     assert needed(True, 15) <= needed(False, 15)
-    assert needed(True, 1) < needed(False, 1)  # the peak lies in backward, not in the loss
+    assert needed(True, 1) < needed(False, 1)  # the peak is in backward, not in the loss
 
 
 def test_fewer_labels_and_recomputed_activations_need_less() -> None:
@@ -280,7 +280,7 @@ def test_70_billion_weights_are_predicted_at_once_and_without_them() -> None:
     if peak.note is None:
         assert peak.peak_bytes - peak.baseline_bytes < 300 * MIB
     assert seconds < 10
-    # By hand: a layer's four projections (64 heads and 8 of 128), three products of the MLP, two norms; two tables.
+    # By hand: four projections per layer (64 heads and 8, of 128), three matrices of the MLP, two norms; two embeddings.
     layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
     weights = 80 * layer + 2 * 128256 * 8192 + 8192
     assert weights == 70_553_706_496
@@ -316,7 +316,7 @@ def test_a_builtin_config_needs_no_weights(monkeypatch: pytest.MonkeyPatch, tmp_
     assert config.max_position_embeddings == 8192 and config.tie_word_embeddings
     with pytest.raises(ModelError, match="no built-in model"):
         load_config("builtin:smollm")
-    # Once converted, the checkpoint's own counts.
+    # Once the model is converted, the config of its checkpoint is used.
     folder = tmp_path / "models" / "smollm2-135m-v1"
     llama(7).save_pretrained(folder)
     (folder / "model.safetensors").touch()
@@ -345,7 +345,7 @@ def test_what_is_no_causal_model_or_no_folder_has_no_config(tmp_path: Path) -> N
         load_config(str(tmp_path))
 
 
-# What there is
+# Available memory
 
 
 def test_what_is_available_is_between_what_is_held_and_what_the_machine_has(
@@ -358,7 +358,7 @@ def test_what_is_available_is_between_what_is_held_and_what_the_machine_has(
     monkeypatch.setattr(sbft.native.memory, "_MEMORY", memory)
     monkeypatch.setattr(sbft.native.memory, "_CONTAINER_LIMITS", (unlimited, limit))
     held = resident_bytes()
-    assert held > 50 * MIB  # torch alone
+    assert held > 50 * MIB  # torch alone takes that
     assert available_bytes("cpu") == pytest.approx(held + 4 * MIB, abs=2 * MIB)
     limit.write_text(f"{3 * MIB}\n")
     assert available_bytes("cpu") == 3 * MIB

@@ -1,4 +1,4 @@
-"""What is predicted for runs of the lab is what their committed records measured."""
+"""Predictions for runs of the lab match the measurements in their committed records."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_graphs_add_a_workspace_a_batch_and_their_pool() -> None:
         for graphs in ("false", "true")
     )
     more = graphed.peak_bytes - plain.peak_bytes
-    workspaces = plain.parts["workspace"] // 2  # those of two threads, and next to nothing else
+    workspaces = plain.parts["workspace"] // 2  # almost only those of two threads
     assert more == pytest.approx(workspaces + 16 * 512, rel=0.02)
     assert graphed.parts["runtime"] - plain.parts["runtime"] == plain.parts["activations"] + plain.parts["logits"]
 

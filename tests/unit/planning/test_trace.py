@@ -1,4 +1,4 @@
-"""What the planner finds on the meta device is what real code holds: storages, the heap under them, a step, its states."""
+"""The planner's trace on the meta device matches real code: storages, the heap under them, a step, optimizer states."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_what_is_replayed_is_traced_as_if_it_ran_again(device: str) -> None:
 
     assert traced(replays=True) == traced(replays=False)
     assert len(runs) == 1 + 3
-    assert traced(replays=True) == traced(replays=False)  # recorded by a trace that is gone
+    assert traced(replays=True) == traced(replays=False)  # recorded by a trace that no longer exists
     assert len(runs) == 1 + 3 + 3
 
 
@@ -108,12 +108,12 @@ def test_views_and_updates_in_place_are_no_new_storage() -> None:
         a = torch.empty(64, 16)
         view, transposed, same = a[:3], a.T, a.detach()
         a.add_(1).mul_(2)
-        transposed.contiguous()  # a copy, gone at once
+        transposed.contiguous()  # a copy, freed at once
         parts = a.split(16)
     assert trace.peaks() == {FIRST: {"workspace": 2 * 4 * KIB}}
     assert trace.count == 2 and trace.events == 3
     del a, transposed, same, parts
-    assert trace.events == 3  # a view keeps all of it
+    assert trace.events == 3  # a view keeps the whole storage
     del view
     assert trace.events == 4
 
@@ -138,13 +138,13 @@ def test_labels_hold_for_all_of_a_storages_life_and_the_last_word_counts() -> No
         a = torch.empty(256)
         before = trace.count
         b, c = torch.empty(512), torch.empty(1024)
-        trace.label([a[:1]], "weights")  # by a view of it
+        trace.label([a[:1]], "weights")  # through a view of it
         trace.label([c], "logits")
         trace.label([c], "gradients")
         trace.label_unknown("activations", since=before)
         trace.phase = SECOND
         d = torch.empty(2048)
-        trace.label_born_in(FIRST, "wrong")  # all of these have labels
+        trace.label_born_in(FIRST, "wrong")  # all of these already have labels
         trace.label_born_in(SECOND, "late")
     assert trace.peaks()[FIRST] == {"weights": 1 * KIB, "activations": 2 * KIB, "gradients": 4 * KIB}
     assert trace.peaks()[SECOND] == {"weights": 1 * KIB, "activations": 2 * KIB, "gradients": 4 * KIB, "late": 8 * KIB}
@@ -170,9 +170,9 @@ def test_products_of_bfloat16_are_counted_once_for_each_shape() -> None:
             torch.empty(rows, 16, **half) @ weight.T
         trace.phase = SECOND
         torch.mm(torch.empty(8, 32, **half), weight, out=torch.empty(8, 16, **half))
-        nn.functional.linear(torch.empty(4, 16, **half), weight, torch.empty(32, **half))  # the shapes of the first
+        nn.functional.linear(torch.empty(4, 16, **half), weight, torch.empty(32, **half))  # the first one's shapes
         torch.empty(3, 4, 16, **half) @ torch.empty(3, 16, 4, **half)
-        torch.empty(4, 16) @ torch.empty(16, 4)  # float32 goes another way
+        torch.empty(4, 16) @ torch.empty(16, 4)  # float32 takes another path
         torch.empty(0, 16, **half) @ weight.T
     assert list(trace.products.values()) == ["first", "first", "second", "second"]
 
@@ -239,9 +239,9 @@ def test_backward_is_traced_with_the_operations_that_no_python_calls() -> None:
         loss = (torch.empty(8, 64) @ weight).exp().sum()
         trace.phase = SECOND
         loss.backward()
-    # Kept: the input and the exponential, of 8 x 64 floats each; in between, the product that it is made of.
+    # Kept: the input and the exponential, 8 x 64 floats each; in between, also the product inside the exponential.
     assert trace.peaks()[FIRST] == {"weights": 16 * KIB, "workspace": 3 * 2 * KIB}
-    # The input, the exponential, the loss and its gradient of one; then the exponential's gradient, and the weight's.
+    # The input, the exponential, the loss and its gradient, which is one; then the gradients of exponential and weight.
     assert weight.grad is not None
     assert trace.peaks()[SECOND] == {"weights": 16 * KIB, "workspace": 2 * 2 * KIB + 2 * 64 + 16 * KIB}
 
@@ -250,7 +250,7 @@ def test_backward_is_traced_with_the_operations_that_no_python_calls() -> None:
 
 
 Operations = list[tuple[int, int]]
-"""Each takes so many bytes under a number, or with 0 gives back what was taken under it."""
+"""A number and bytes: each operation allocates so many bytes under the number or, with 0 bytes, frees them."""
 
 
 @st.composite
@@ -281,7 +281,7 @@ def play(heap: Heap, chosen: Operations) -> dict[int, int]:
 
 
 def check_places(heap: Heap, in_use: dict[int, int]) -> None:
-    """What is taken is as large as asked for, and overlaps neither with anything taken nor with what is free."""
+    """Check that every allocation is as large as requested, and overlaps neither another one nor free memory."""
     assert heap._chunks.keys() == in_use.keys()
     assert all(heap._chunks[number][1] >= size for number, size in in_use.items())
     taken = [(start, start + size) for start, size in heap._chunks.values() if start >= 0]
@@ -310,7 +310,7 @@ def test_when_all_is_freed_it_keeps_no_more_than_is_not_worth_giving_back(
     order.shuffle(left)
     for number in left:
         heap.free(number)
-    # All is one free piece at the top again, of which glibc keeps less than twice the largest mapped request.
+    # Everything is one free piece at the top again; glibc keeps less of it than twice the largest mapped request.
     assert heap._top == 0 and not heap._free_from and not heap._chunks
     largest = max(size for _, size in chosen)
     assert heap.resident_bytes <= max(256 * KIB, 2 * (largest + 8 * KIB))
@@ -339,9 +339,9 @@ def test_a_pool_holds_the_most_that_was_in_use_beside_the_small_ones_of_a_heap()
     for number, size in ((10, 64 * KIB), (11, MIB + 1), (12, 3 * MIB)):
         both.allocate(number, size)
     both.free(12)
-    both.allocate(13, 2 * MIB)  # in the place of what was freed
+    both.allocate(13, 2 * MIB)  # in the place that was freed
     both.free(2)
-    both.free(99)  # never taken
+    both.free(99)  # never allocated
     assert both.peak_bytes == small.peak_bytes + 64 * KIB + MIB + 4 * KIB + 3 * MIB
     both.allocate(14, 2 * MIB)
     assert both.peak_bytes == small.peak_bytes + 64 * KIB + MIB + 4 * KIB + 4 * MIB
@@ -380,7 +380,7 @@ _MALLOC = textwrap.dedent(
 )
 def test_the_heap_holds_what_glibcs_malloc_holds() -> None:
     generator = random.Random(5)
-    # The first raises the threshold above which requests are mapped, in both; one of the others stays above it.
+    # The first request raises the threshold above which requests are mapped, in both; one other is still above it.
     chosen: Operations = [(0, 8 * MIB), (0, 0), (1, 20 * MIB)]
     live: list[int] = []
     for number in range(2, 60):
@@ -389,7 +389,7 @@ def test_the_heap_holds_what_glibcs_malloc_holds() -> None:
         if len(live) > 6:
             chosen.append((live.pop(generator.randrange(len(live))), 0))
     chosen += [(number, 0) for number in [1, *live]]
-    # Without its caches of small pieces: else those beside aligned requests stay taken, some of them, as Python goes.
+    # Without glibc's caches of small pieces: otherwise some pieces beside aligned requests would happen to stay in use.
     tunables = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
     done = subprocess.run(
@@ -407,7 +407,7 @@ def test_the_heap_holds_what_glibcs_malloc_holds() -> None:
             heap.allocate(number, size)
         else:
             heap.free(number)
-        # The end of the heap is asked for with a pad of 128 KiB, and Python's own heap ended in what was left of one.
+        # The heap grows with a pad of 128 KiB, and Python's own heap ended somewhere within one.
         assert abs(real - held[0] - heap.resident_bytes) <= 2 * 132 * KIB, (number, size)
 
 
@@ -415,13 +415,13 @@ def test_the_heap_holds_what_glibcs_malloc_holds() -> None:
 
 
 class Holding(TorchDispatchMode):
-    """All storages of real tensors, by weak references to them, looked through where they may be the most so far."""
+    """Holds weak references to all storages of real tensors, and counts them whenever there may be a new peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
         self.peak_bytes = 0
-        self._at_most_bytes = 0  # with what is gone since it was last looked through
+        self._at_most_bytes = 0  # includes what was freed since the last count
         self._held: dict[int, tuple[StorageWeakRef, int, int]] = {}  # by address: reference, bytes, number
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -489,7 +489,7 @@ class MeasuredTrainer(SmallBatchTrainer):
 
 
 def train(recipe: Recipe, config: PreTrainedConfig, tokens: int, folder: Path) -> MeasuredTrainer:
-    """Two steps in this process; the second is measured."""
+    """Train two steps in this process; the second is measured."""
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[str(recipe.dtype)])
     model = make_trainable(model, recipe)
     ids = [[3 + i % 50 for i in range(tokens)]] * 8
@@ -517,7 +517,7 @@ def train(recipe: Recipe, config: PreTrainedConfig, tokens: int, folder: Path) -
         ("lora", True, True, 300),
         ("hf-adafactor", False, False, 64),
         ("muon", False, False, 64),
-        # With slices of the gradients of embeddings and head, as by default (up to 16 labels), and where asked for.
+        # With sliced gradients of embeddings and head, by default (up to 16 labels) and on request.
         ("sbft", True, False, 16),
         ("sbft", False, True, 16),
         ("sgd", False, False, 16),
@@ -550,20 +550,20 @@ def test_a_traced_step_holds_what_the_trainer_holds(
     shape = StepShape(batch_size=1, tokens=length, labelled=tokens - 1, padded=length > tokens)
     traced = trace_step(recipe, config, shape, "cpu", checkpointing=checkpointing)
 
-    scalars = 1 * KIB  # the trainer's own: running loss, its finiteness, the number of labels; 64 bytes each
+    scalars = 1 * KIB  # the trainer's own: running loss, whether it is finite, number of labels; 64 bytes each
     assert traced.phases[LOSS]["activations"] == pytest.approx(trainer.activation_bytes, abs=scalars)
     batch = 3 * 8 * length  # ids, mask and labels, int64
-    # Beside what is traced the trainer holds the positions at which it looks for weights that change, and as it begins
-    # the last batches and the next. The trace has one batch in each pass; the trainer all of a step, and the next.
+    # Besides what is traced, the trainer holds the positions at which it watches weights for changes and, when it begins,
+    # the last batches and the next. The trace has one batch in each pass; the trainer has all of a step, and the next.
     assert trainer.beside_bytes <= 8 * 512 * 8 + (accumulation + 1) * batch + scalars
     peak = max(phase.total() for phase in traced.phases.values())
     expected = trainer.holding.peak_bytes - trainer.beside_bytes
     assert peak == pytest.approx(expected, abs=2 * batch + scalars)
-    # A state that is made as it is needed is whole at the end of the first step.
+    # A state that is created on demand is complete at the end of the first step.
     assert max(phase["optimizer_state"] for phase in traced.phases.values()) == trainer.state_bytes
 
 
-# What optimizers keep
+# The state of optimizers
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -586,7 +586,7 @@ def test_a_traced_optimizer_keeps_what_the_real_one_does(tmp_path: Path, method:
     shape = StepShape(batch_size=1, tokens=16, labelled=15, padded=False)
     traced = trace_step(recipe, config, shape, "cpu", checkpointing=False)
     found = max(phase["optimizer_state"] for phase in traced.phases.values())
-    # Each storage of the trace is rounded up to 64 bytes. bitsandbytes' two tables of 256 floats are no parameter's.
+    # Each storage of the trace is rounded up to 64 bytes. bitsandbytes' two tables of 256 floats belong to no parameter.
     tables = 2 * KIB if METHODS[method].optimizer == "bitsandbytes_adamw8bit" else 0
     tensors = [v for state in trainer.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     rounding = storages_in_blocks(tensors) - optimizer_state_bytes(trainer.optimizer)

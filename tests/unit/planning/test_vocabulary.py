@@ -1,4 +1,4 @@
-"""What the planner says of gradients that come in slices of the vocabulary (on a CPU: test_trace.py)."""
+"""The planner's figures for gradients that come in slices of the vocabulary (on a CPU: test_trace.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def resolved(method: str, *overrides: str, model: str = "random:tiny") -> Recipe
 
 
 def of_loss(setting: str, labels: int = TOKENS - 1) -> int:
-    """Bytes of gradients in the backward of the loss on a GPU."""
+    """Bytes of gradients in the backward pass of the loss on a GPU."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8,
         num_key_value_heads=8, tie_word_embeddings=False,

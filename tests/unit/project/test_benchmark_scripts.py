@@ -18,7 +18,7 @@ from benchmarks import optimizer_step as optimizer_step_script
 from benchmarks.shapes import parameter_shapes
 from tests.tiny import save_tiny, tiny_model
 
-# They time real processes; what they measure with is tested beside the parts of sbft.
+# They time real processes; the tools they measure with are tested with the parts of sbft.
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[3]
@@ -61,11 +61,11 @@ def test_optimizer_step_writes_a_row_for_every_optimizer(tmp_path: Path) -> None
     assert rows[1]["backend"] == "reference"
     assert [row["skipped"] for row in rows[:3]] == [None] * 3
     if not torch.cuda.is_available():
-        assert rows[3]["skipped"]  # asks for a GPU, or is not installed
+        assert rows[3]["skipped"]  # requires a GPU, or is not installed
 
 
 def test_who_needs_too_long_for_the_first_step_is_skipped_by_name(tmp_path: Path) -> None:
-    # torchao compiles in its first step, and takes it in a process of its own; SGD takes it here.
+    # torchao compiles in its first step, and takes that in a process of its own; SGD takes it in this one.
     optimizers = ["torch SGD"] + ["torchao AdamW8bit"] * (importlib.util.find_spec("torchao") is not None)
     finished = optimizer_step(
         tmp_path, "--model", "64x64", "--rounds", 1, "--steps", 1, "--limit-s", 1e-6, "--optimizers", *optimizers
@@ -84,7 +84,7 @@ def test_a_probe_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert optimizer_step_script.probe("torch SGD", arguments) is None
     if not torch.cuda.is_available():
         why = optimizer_step_script.probe("lomo-optim AdaLomo", arguments)
-        assert why is not None and "Error: " in why  # asks for a GPU, or is not installed
+        assert why is not None and "Error: " in why  # requires a GPU, or is not installed
     monkeypatch.setattr(sys, "executable", "false")
     assert optimizer_step_script.probe("torch SGD", arguments) == "exit code 1"
 

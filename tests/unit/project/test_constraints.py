@@ -22,7 +22,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def required_by_sbft() -> list[Requirement]:
-    """What pyproject.toml asks for with all its extras, read as text: Python 3.10 has no tomllib."""
+    """The requirements in pyproject.toml with all its extras, read as text: Python 3.10 has no tomllib."""
     text = (ROOT / "pyproject.toml").read_text()
     needed = text.split("\ndependencies = [\n")[1].split("\n]")[0]
     optional = text.split("\n[project.optional-dependencies]\n")[1].split("\n[")[0]
@@ -36,7 +36,7 @@ def test_the_pins_admit_what_the_pinned_packages_require() -> None:
     for distribution in importlib.metadata.distributions():
         name = canonicalize_name(distribution.metadata["Name"])
         if held.get(name) != distribution.version.split("+")[0]:
-            continue  # not what is pinned: its requirements say nothing about the pins
+            continue  # not the pinned version: its requirements say nothing about the pins
         for line in distribution.requires or []:
             requirement = Requirement(line)
             pin = held.get(canonicalize_name(requirement.name))
@@ -51,7 +51,7 @@ def test_the_pins_admit_what_the_pinned_packages_require() -> None:
 def test_both_files_hold_every_package_that_sbft_asks_for() -> None:
     held, oldest = pins("constraints.txt"), pins("constraints-oldest.txt")
     elsewhere = {"lm-eval", "ray"}  # extras that setup.sh does not install
-    unbounded = {"pandas-stubs", "types-pyyaml"}  # they check types alone
+    unbounded = {"pandas-stubs", "types-pyyaml"}  # only for type checking
     for requirement in required_by_sbft():
         name = canonicalize_name(requirement.name)
         if name in elsewhere:
@@ -68,6 +68,6 @@ def test_the_oldest_are_the_lower_bounds(name: str) -> None:
         for requirement in required_by_sbft()
         if canonicalize_name(requirement.name) == name
     ]
-    # 2.9 and 2.9.0 are one version.
+    # 2.9 and 2.9.0 are the same version.
     exactly = Requirement(f"{name}=={pins('constraints-oldest.txt')[name]}").specifier
     assert bounds and all(exactly.contains(bound) for bound in bounds), f"pyproject.toml: {bounds}"

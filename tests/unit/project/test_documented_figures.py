@@ -1,4 +1,4 @@
-"""Every figure of the README and the documentation is the one in the committed record it was taken from."""
+"""Every figure in the README and the documentation matches the committed record it was taken from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def row(*cells: str) -> str:
 
 
 def share(estimate: Any, signed: bool = False) -> str:
-    """A share and its standard error in points, with a typographic minus."""
+    """A share and its standard error in percentage points, with a typographic minus."""
     sign = "+" if signed else ""
     return f"{100 * estimate.mean:{sign}.1f} ± {100 * estimate.standard_error:.1f}".replace("-", "−")
 
@@ -144,7 +144,7 @@ def exports() -> Iterator[str]:
 
 
 def shown(point: dict[str, Any]) -> float:
-    """The loss of a figure's point: of its seeds, or of the search where no seed is done."""
+    """The loss at a point of a figure: from its seeds, or from the search if no seed is done."""
     return point["loss"]["mean"] if point["loss"] else point["validation"][str(point["rate"])]
 
 
@@ -233,7 +233,7 @@ LAB_CPU = ROOT / "benchmarks" / "lab" / "results" / "xeon-2-cores-cpu"
 
 
 def difference(figure: str, worse: tuple[str, int], better: tuple[str, int], within: str = "") -> str:
-    """Of two points of the lab, with the deviation pooled over the points of that batch size whose names hold `within`."""
+    """The difference of two points of the lab; its error pools the points of that batch size with `within` in their names."""
     points = {
         (one["name"], one["batch"]): Estimate(one["loss"]["mean"], one["loss"]["standard_error"], one["loss"]["count"])
         for one in read(LAB_CPU / f"{figure}.json")

@@ -1,4 +1,4 @@
-"""Manual pages as text: what the markup says stays, the markup goes, and no page or passage is in two parts."""
+"""Manual pages as text: the content stays, the markup is removed, and no page or passage is in two parts of the data."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_no_page_and_no_passage_is_in_two_parts(script: ModuleType, tmp_path: Pa
     sizes = script.write_parts(pages, tmp_path, 40)
     rows = {part: [json.loads(line) for line in (tmp_path / f"{part}.jsonl").open()] for part in script.PARTS}
     texts = [row["text"] for part in rows.values() for row in part]
-    assert len(texts) == len(set(texts)) == 201  # the notice once, in the test part
+    assert len(texts) == len(set(texts)) == 201  # the notice occurs once, in the test part
     assert rows["test"][1]["text"] == "COPYRIGHT\nThis is free software."
     names = [{row["page"] for row in part} for part in rows.values()]
     assert sum(map(len, names)) == len(set.union(*names)) == 200 and all(names)

@@ -1,4 +1,4 @@
-"""The house itself: imports run downward, no circle, no overfull folder or file; and former names of modules still work."""
+"""The structure of the package: imports run downward, no cycles, no overfull folder or file; old module names still work."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ FLOORS = [
     ["sbft.cli"],
     ["sbft", "sbft.__main__"],
 ]
-"""From the ground up. A room imports from its own floor's rooms not at all, and from those above never."""
+"""From the ground up. A room imports neither from the other rooms of its floor nor from the floors above."""
 
 
 def imports_of(name: str) -> set[str]:
-    """Modules of sbft that a module imports, within functions and for types too."""
+    """Modules of sbft that a module imports, also within functions and for types."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def imports_of(name: str) -> set[str]:
 
 
 def floor_and_room(name: str) -> tuple[int, str]:
-    """The floor of a module, and the longest name of a room there that it is in."""
+    """The floor of a module, and its room: the longest matching name."""
     rooms = [(number, room) for number, rooms in enumerate(FLOORS) for room in rooms]
     within = [(number, room) for number, room in rooms if name == room or (room != "sbft" and name.startswith(f"{room}."))]
     return max(within, key=lambda entry: len(entry[1]))
@@ -62,7 +62,7 @@ def arrows_up() -> Iterator[str]:
         floor, room = floor_and_room(name)
         for other in imports_of(name):
             other_floor, other_room = floor_and_room(other)
-            if other_room != room and other_floor >= floor and other != "sbft":  # whose own floor is its lazy names
+            if other_room != room and other_floor >= floor and other != "sbft":  # `sbft` itself only has lazy names
                 yield f"{name} -> {other}"
 
 
@@ -71,7 +71,7 @@ def test_imports_run_downward() -> None:
 
 
 def test_no_circle() -> None:
-    """A package's `__init__` is left out: it may import what it is made of."""
+    """A package's `__init__` is left out: it may import its own modules."""
     packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
     TopologicalSorter({name: imports_of(name) - packages for name in MODULES.keys() - packages}).prepare()
 

@@ -1,4 +1,4 @@
-"""The suites of the paper's experiments: valid, searched alike, and of one mind about what they share."""
+"""The suites of the paper's experiments: valid, searched alike, and consistent in what they share."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def test_tables_and_figures_of_finished_of_failed_and_of_missing_runs(tmp_path: 
     figures.draw(tmp_path, tmp_path / "out")
     tables = (tmp_path / "out" / "tables.md").read_text()
     row = next(line for line in tables.splitlines() if line.startswith("| sgd |"))
-    # The grid at batch size 1 begins at 1e-1, a decade and a half away; the figures are of seeds 1 and 2.
+    # The grid at batch size 1 begins at 1e-1, a decade and a half away; the figures are those of seeds 1 and 2.
     assert row.startswith("| sgd | 4.538 ± 0.005 (0.1, lowest of its grid) |")
     adam = next(line for line in tables.splitlines() if line.startswith("| adam |"))
     assert adam.endswith("| failed |") and " 3.010 (1 of 2 seeds) (0.003, lowest" in adam
     momentum = next(line for line in tables.splitlines() if line.startswith("| sgd-momentum |"))
     assert momentum.startswith("| sgd-momentum | 5.000 (of the search) (0.3, lowest of its grid) |")
     fixed = next(line for line in tables.splitlines() if line.startswith("| adam-beta2-fixed |"))
-    assert fixed.split("|")[3] == adam.split("|")[3]  # at batch size 8 the two are the same
-    # 1.4826 * 0.015 / sqrt(1.5): so far lies the mean of seeds 1 and 2 from seed 0.
+    assert fixed.split("|")[3] == adam.split("|")[3]  # at batch size 8, the two are the same
+    # 1.4826 * 0.015 / sqrt(1.5): 0.015 is the distance from seed 0 to the mean of seeds 1 and 2.
     assert "varies by 0.018 (standard deviation" in tables.splitlines()[0]
     drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
     assert drawn == {"batch-size", "robustness", "rounding", "half-life", "momentum"}

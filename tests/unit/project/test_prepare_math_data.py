@@ -1,4 +1,4 @@
-"""The data of the suites from the hub: what is held out is never trained on, as it stands or rewritten."""
+"""The suites' data from the hub: held-out questions are never trained on, neither verbatim nor rewritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every committed record of a benchmark says which code made it, or is named among those that do not."""
+"""Every committed benchmark record says which code produced it, or is listed among those that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of weight formats in benchmarks/README.md is that of its records."""
+"""The table of weight formats in benchmarks/README.md matches its records."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The gallery of recipes: each is what its name says, and its head is what `sbft plan` predicts.
+"""The gallery of recipes: each does what its name says, and its head has the predictions of `sbft plan`.
 
-Predicting all of them takes minutes, so here the peak of one recipe per model and two whole recipes are predicted anew.
+Predicting all of them takes minutes, so only the peak of one recipe per model and two whole recipes are predicted here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PEAKS = [name for name in gallery.names() if name.endswith("-full")] + ["mistral
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The heads are predicted for the largest workspace of cuBLAS; a GPU in this machine would tell its own."""
+    """The heads are predicted for cuBLAS's largest workspace; a GPU in this machine would report its own size."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
@@ -40,7 +40,7 @@ def test_a_recipe_is_what_its_name_says(name: str) -> None:
 
 
 def billions(shape: str) -> float:
-    """Weights of a model, as its name has them."""
+    """Billions of weights of a model, according to its name."""
     if shape == "phi4-mini":
         return 3.8
     size = shape.rpartition("-")[2]
@@ -56,7 +56,7 @@ def test_a_head_says_the_same_everywhere(name: str) -> None:
     assert float(fit.peak) == peaks[0 if gallery.checkpoints(recipe) else 1]
     fitting = [0 if tokens is None else tokens for tokens in fit.longest]
     assert len(fitting) == len(gallery.MEMORY_GIB) and fitting == sorted(fitting)
-    # The recipe's own length fits where a sequence as long does.
+    # The recipe fits exactly where a sequence of its length fits.
     for size, tokens in zip(gallery.MEMORY_GIB, fitting, strict=True):
         assert (tokens >= recipe.data.max_length) == (float(fit.peak) <= size)
 
@@ -93,7 +93,7 @@ def test_a_head_is_what_the_plan_says() -> None:
     longest = next(row.longest for row in resident if row.checkpointing is own)
     written = fit.longest[gallery.MEMORY_GIB.index(8)]
     assert longest is not None and written is not None
-    # Each is at most 16 tokens or 2 % below what would still fit.
+    # Each length is at most 16 tokens or 2 % below what would still fit.
     assert abs(longest - written) <= max(16, 0.02 * max(longest, written))
 
 

@@ -1,4 +1,4 @@
-"""Every method trains for real on a tiny model, and each is what it says it is."""
+"""Every method really trains a tiny model, and is what its name says."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ EXPECTED: dict[str, tuple[str, dict[str, Any], torch.dtype, int]] = {
     "lora": ("torch.AdamW", {"betas": (0.9, 0.999), "fused": True}, torch.float32, 1),
     "qlora": ("torch.AdamW", {"betas": (0.9, 0.999), "fused": True}, torch.float32, 1),
 }
-"""The optimizer that trains and what it is set to, what the trained weights are saved in, and the examples of a step."""
+"""The optimizer and its settings, the dtype in which the trained weights are saved, and the examples per step."""
 
 
 ALIKE = ("hf-adafactor", "row-adafactor", "sinkgd", "muon", "sbft-int12", "adam8bit")
-"""Methods whose parts other tests train with."""
+"""Methods whose parts are also trained by other tests."""
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,11 @@ def test_every_method_trains_and_saves_what_it_measured(
     method: str, train: Train, tiny_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     optimizer, settings, dtype, examples = EXPECTED[method]
-    # Rates at which a few steps show on a tiny model of random weights.
+    # Rates at which a few steps have an effect on a tiny model with random weights.
     rates = {"sgd": 0.1, "sbft": 1e-2, "row-adafactor": 1e-2, "sinkgd": 1e-3, "lora": 1e-2, "qlora": 1e-2}
     rate = rates.get("sbft" if method.startswith("sbft-") else method, 5e-3)
     seen = Optimizers()
-    # Measured before training too: nothing that this leaves behind may keep the model from learning.
+    # The model is also evaluated before training, which must not keep it from learning.
     record = train(method, f"training.learning_rate={rate}", "training.num_train_epochs=3", callbacks=[seen])
     assert (record.status, record.error, seen.name) == ("ok", None, optimizer)
     assert {key: seen.group[key] for key in settings} == settings
@@ -171,7 +171,7 @@ def test_accumulating_and_batching_see_the_same_and_learn_the_same(train: Train,
     )
     assert one.tokens == other.tokens == 2 * (one.data["tokens"] or 0) and one.steps == other.steps == 6
     assert [entry["tokens"] for entry in one.history] == [entry["tokens"] for entry in other.history]
-    # The same sums in another order; Adam's division by a small root lets a rounding grow by some orders of magnitude.
+    # The same sums in a different order; Adam's division by a small root enlarges rounding errors by orders of magnitude.
     assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-3)
 
 
@@ -308,8 +308,8 @@ def test_four_bits_weigh_a_quarter_and_leave_the_rest_as_it_was(in_four_bits: An
     record = train("qlora", "training.max_steps=1")
     held = sum(layer.in_features * layer.out_features for layer in layers.values())
     adapter, rest = 4 * record.trainable_parameters, 2 * sum(parameter.numel() for parameter in others)
-    # Half a byte for a weight and a byte for each block of 64, the scales of the scales and the tables aside: rotary
-    # frequencies, 16 + 256 values of 4 bytes for each of 14 layers.
+    # Half a byte per weight and a byte per block of 64. On top come rotary frequencies and, for each of 14 layers, the
+    # scales of the scales and tables of 16 + 256 values of 4 bytes.
     least = held // 2 + held // 64 + adapter + rest
     assert least < (record.memory["weights"] or 0) < least + 14 * 4 * (16 + 256 + 16) + 1024
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what the method fills in, and that every problem is found at once."""
+"""Recipes: what is read, what the method fills in, and that all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_method_resolves_and_a_saved_recipe_resolves_to_itself(method: str
     recipe = given(f"method={method}")
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert resolve(recipe) == recipe
-    # What the method does not understand stays unset, so that nothing unknown reaches its optimizer.
+    # Settings that the method does not have stay unset, so that nothing unknown reaches its optimizer.
     set_keys = {key for key, value in recipe.optimizer.model_dump().items() if value is not None}
     assert set_keys <= METHODS[method].settings
 
@@ -339,7 +339,7 @@ def test_a_recipe_that_ships_resolves_and_begins_with_the_command_that_runs_it(n
     verb = "pretrain" if is_pretraining(recipe.model_dump()) else "train"
     assert command.startswith(f"# sbft {verb} {name}") and description.startswith("# ")
     resolve(recipe)
-    # Comments apart, it holds nothing but keys: no YAML that only our loader reads.
+    # Apart from comments it has only keys: no YAML that only our loader can read.
     assert isinstance(yaml.safe_load(recipe_text(name)), dict)
 
 

@@ -1,8 +1,8 @@
-"""docs/recipes.md and docs/reference.md: their tables are those of the schema and of the settings; examples are recipes.
+"""docs/recipes.md and docs/reference.md: their tables match the schema and the settings; examples are valid recipes.
 
     python -m tests.unit.recipe.test_recipe_page
 
-writes the tables anew.
+rewrites the tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REFERENCE = PAGE.with_name("reference.md")
 
 
 def table(section: type[BaseModel]) -> str:
-    """Of one section: its keys that are no sections themselves, their defaults and what they mean."""
+    """The table of a section: its keys that are not sections themselves, with defaults and meanings."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for name, field in section.model_fields.items():
         if section is Recipe and (name in SECTIONS or name == "training"):
@@ -39,13 +39,13 @@ def table(section: type[BaseModel]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """What stands between the marks of each section."""
+    """The text between the marks of each section."""
     inner = {name: section for (_, name), section in INNER_SECTIONS.items()}
     return {name: table(section) for name, section in {"top": Recipe, **SECTIONS, **inner}.items()}
 
 
 def table_of_arguments() -> str:
-    """The fields of SmallBatchArguments, their defaults and what they mean."""
+    """The fields of SmallBatchArguments, with defaults and meanings."""
     lines = ["| argument | default | meaning |", "|---|---|---|"]
     for field in fields(SmallBatchArguments):
         lines.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help'].rstrip('.')} |")
@@ -61,7 +61,7 @@ def with_tables(text: str, rows_by_name: dict[str, str]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Both pages as they should be."""
+    """Both pages with up-to-date tables."""
     tables_of_page = {PAGE: tables(), REFERENCE: {"arguments": table_of_arguments()}}
     return {page: with_tables(page.read_text(encoding="utf-8"), rows) for page, rows in tables_of_page.items()}
 

@@ -1,4 +1,4 @@
-"""The table of settings: whoever has a setting has it from there, and the optimizers agree with it."""
+"""The table of settings: everything that has a setting takes it from there, and the optimizers agree with it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_names_of_transformers_are_names_of_transformers() -> None:
 
 
 def test_rivals_have_one_domain_of_optimizers() -> None:
-    """Where one of a pair means something, the other does, except in transformers' optimizers, which count no tokens."""
+    """An optimizer has both settings of a pair or neither, except for transformers' optimizers, which count no tokens."""
     for section, first, second in RIVALS:
         settings = settings_in(section)
         assert settings[first].token_optimizers == settings[second].token_optimizers
@@ -96,7 +96,7 @@ def test_the_trainer_trains_by_default_as_method_sbft_does() -> None:
 def test_an_optimizer_takes_the_settings_that_the_table_says_it_understands(name: str) -> None:
     takes = set(inspect.signature(TOKEN_OPTIMIZERS[name]).parameters) - {"params", "lr"}
     if name == "row_adafactor":
-        takes -= {"min_dim_size_to_factor"}  # Adafactor's, inherited; the rows of every matrix are summed
+        takes -= {"min_dim_size_to_factor"}  # inherited from Adafactor; the rows of every matrix are summed
     settings = settings_in("optimizer")
     assert takes == {key for key in OPTIMIZER_KEYS[name] if settings[key].is_keyword}
 
@@ -110,7 +110,7 @@ def edges(setting: Setting) -> Iterator[tuple[Any, bool]]:
     if isinstance(setting.domain, tuple):
         yield from ((word, True) for word in setting.domain)
         yield "other", False
-    elif isinstance(setting.domain, Range) and setting.name != "seed":  # of which an optimizer takes any integer
+    elif isinstance(setting.domain, Range) and setting.name != "seed":  # for it, an optimizer accepts any integer
         numbers = [-1.0, 0.0, 0.5, 1.0, 2.0, math.inf, math.nan]
         for number in numbers if setting.type is float else [-1, 0, 1, 2]:
             yield number, setting.domain.holds(number)

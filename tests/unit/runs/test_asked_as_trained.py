@@ -1,4 +1,4 @@
-"""A run keeps how its model was asked, so that whoever asks it later asks as in training."""
+"""A run records how its model was prompted, so that it is prompted later as in training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_run_folder_keeps_how_the_model_was_asked(rows: list[dict[str, Any]]
     prepared = prepare(recipe_of(tmp_path, rows))
     saved = prepared.recipe.to_yaml()
     assert yaml.safe_load(saved)["data"]["chat_template_kwargs"] == {"enable_thinking": thinks}
-    # It may be resumed by the recipe as it was typed, and not by one that says the opposite.
+    # It can be resumed with the recipe as it was typed, but not with one that says the opposite.
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(saved)
     check_same_recipe(tmp_path / "run", recipe_of(tmp_path, rows))

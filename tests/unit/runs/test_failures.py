@@ -79,7 +79,7 @@ def test_the_advice_for_an_evaluation_is_about_the_evaluation() -> None:
     assert "evaluation.before" not in after and "batch_size=" not in after and "data.max_length=" in after
 
 
-# A rank that says when it got a signal, and ends when it is done with what it was doing.
+# A rank that waits for SIGINT as often as asked, then finishes its work and ends; SIGTERM ends it at once.
 RANK = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(99))
@@ -95,7 +95,7 @@ sys.exit(130)
 @pytest.mark.parametrize(("signals", "code"), [(1, 130), (2, 99)])
 def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(signals: int, code: int) -> None:
     command = [sys.executable, "-c", RANK, "1"]
-    # The first ends at once, as a rank that writes nothing does; the other still saves.
+    # The first ends at once, like a rank that writes nothing; the other is still saving.
     ranks = [
         subprocess.Popen([*command, str(rest)], stdout=subprocess.PIPE) for rest in (0.0, 1.0 if signals == 1 else 60)
     ]
@@ -112,7 +112,7 @@ def test_ranks_that_stop_on_ctrl_c_are_waited_for_and_ended_on_a_second_one(sign
             os.kill(os.getpid(), signal.SIGINT)
 
     presses = threading.Thread(target=ctrl_c)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # the workers of pytest-xdist ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore it
     presses.start()
     try:
         if signals == 1:
@@ -179,7 +179,7 @@ def test_a_disk_that_takes_not_even_the_record_does_not_hide_what_happened(
 
 
 def test_a_folder_with_another_file_in_it_is_never_taken_for_a_failed_run(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: mine")  # a recipe that somebody wrote there by hand
+    (tmp_path / "recipe.yaml").write_text("model: mine")  # a recipe that somebody put there by hand
     with pytest.raises(TrainingError, match="not empty"):
         check_output_folder(tmp_path, resume=False, overwrite=False)
     RunRecord(method="sbft", model="m", dataset="d", seed=0, status="error").save(tmp_path)

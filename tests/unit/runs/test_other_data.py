@@ -1,4 +1,4 @@
-"""What is replayed so that a model forgets less, and what is watched to see it."""
+"""Data that is replayed so that a model forgets less, and data that is watched to measure forgetting."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def replaying(folder: Path, kind: str, share: float = 0.2) -> list[str]:
 
 
 def documents(prepared: Prepared) -> list[tuple[int, ...]]:
-    """The token ids of each example; those of a packed row apart."""
+    """The token ids of each example, with packed rows split into their documents."""
     found = []
     for row in prepared.examples:
         positions = row.get("position_ids", [0])
@@ -83,7 +83,7 @@ def test_a_share_of_the_tokens_is_of_the_old_kind(
     assert sorted(ids for ids in documents(mixed) if ids not in of_old) == sorted(documents(alone))
     assert (report.replay_examples, report.replay_tokens) == (len(drawn), sum(map(len, drawn)))
     assert report.tokens == alone.report.tokens + report.replay_tokens == sum(map(len, documents(mixed)))
-    # As near as whole examples come: within half of the longest.
+    # As close as whole examples allow: within half of the longest.
     assert abs(report.replay_tokens - 0.25 * alone.report.tokens) <= old.report.longest / 2
     learned = sum(label != -100 for row in mixed.examples for label in row["labels"])
     assert learned == report.completion_tokens
@@ -99,7 +99,7 @@ def test_they_are_at_the_same_places_every_time_and_elsewhere_with_another_seed(
     kept = set(own)
     assert [ids for ids in first if ids in kept] == own  # in their order
     places = [place for place, ids in enumerate(first) if ids not in kept]
-    assert places[0] < len(first) / 2 < places[-1]  # and the others among them, not behind them
+    assert places[0] < len(first) / 2 < places[-1]  # with the others between them, not after them
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_as_many_are_drawn_as_come_nearest(lengths: list[int], wanted: float, co
     drawn = draw(np.array(lengths), wanted, np.random.default_rng(0))
     assert len(drawn) == count
     times = np.bincount(drawn, minlength=len(lengths))
-    assert times.max() - times.min() <= 1  # none again before all others
+    assert times.max() - times.min() <= 1  # none is repeated before all others were drawn
 
 
 def test_nothing_that_is_held_out_or_watched_is_replayed(tiny_dir: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_nothing_that_is_held_out_or_watched_is_replayed(tiny_dir: Path, tmp_pat
     mixed = documents(prepare(recipe_of(tmp_path, tiny_dir, TEXTS, *overrides)))
     in_order = documents(prepare(recipe_of(tmp_path, tiny_dir, OLD_TEXTS)))
     assert not set(mixed) & set(in_order[:20])
-    assert set(in_order[20:]) <= set(mixed)  # a share so large takes all, some of them twice
+    assert set(in_order[20:]) <= set(mixed)  # so large a share takes all of them, some twice
     every = write(tmp_path / "held.jsonl", OLD_TEXTS)
     with pytest.raises(DataError, match=r"data\.replay, .*old\.jsonl, are also in the evaluation"):
         prepare(recipe_of(tmp_path, tiny_dir, TEXTS, f"data.eval={every}", *replaying(tmp_path, "text")))

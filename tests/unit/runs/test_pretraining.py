@@ -69,7 +69,7 @@ def make(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def validation_loss(folder: str, files: Any, windows: int) -> float:
-    """The mean loss per token in float64, of windows spread evenly."""
+    """The mean loss per token in float64, over evenly spread windows."""
     model = load_model(folder, dtype=torch.float32).double()
     ids = np.fromfile(files.path(VALIDATION), np.uint16).astype(np.int64)
     whole = len(ids) // LENGTH
@@ -86,7 +86,7 @@ def test_a_run_from_the_text_to_the_record(make: Make) -> None:
     record = run(recipe)
     files = read_token_files(next(p for p in (Path(recipe.data.train).parent / "tokens").iterdir()))
     assert files.tokens[VALIDATION] >= LENGTH * 6  # more windows than are measured
-    assert (record.status, record.steps, record.tokens) == ("ok", 8, 8 * 4 * LENGTH)  # of the 1,000 tokens, rounded up
+    assert (record.status, record.steps, record.tokens) == ("ok", 8, 8 * 4 * LENGTH)  # of 1,000 tokens, rounded up
     assert record.data["examples"] == files.tokens[TRAIN] // LENGTH and record.data["evaluation_examples"] == 5
     assert record.evaluated_on == "validation" and record.second_moment_half_life == 10_000_000
     assert record.step_s["median"] and record.tokens_per_s and record.metrics_before == {}
@@ -98,13 +98,13 @@ def test_a_run_from_the_text_to_the_record(make: Make) -> None:
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer("return x")["input_ids"]) == "return x"
     assert "pretrained on" in (Path(folder) / "README.md").read_text()
-    # The cosine ends at zero, behind 5% of warm-up: one step of 8.
+    # The cosine ends at zero, after 5% of warm-up: one step of 8.
     assert recipe.training["lr_scheduler_type"] == "cosine" and recipe.training["warmup_steps"] == 0.05
     assert RunRecord.load(folder).recipe["data"]["train_tokens"] == 1000
 
 
 class Stop(TrainerCallback):
-    """Ends the run behind a step, as an error would."""
+    """Ends the run after a step, as an error would."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:

@@ -48,7 +48,7 @@ HANGS = "trap '' TERM; while :; do sleep 0.1; done"
         ((HANGS, "exit 3"), 3, r"Process 1 of 2 failed \(exit code 3\)\.$"),
         ((LOST, "exit 3"), 3, r"Process 1 of 2 failed \(exit code 3\)\.$"),
         ((LOST, LEAVES.format(1, 3)), 3, "Process 1 of 2 failed: reason 1$"),
-        ((f"sleep 0.4; {LEAVES.format(0, 2)}", LEAVES.format(0, 2)), 2, "$"),  # rank 0 has said the same
+        ((f"sleep 0.4; {LEAVES.format(0, 2)}", LEAVES.format(0, 2)), 2, "$"),  # rank 0 has reported the same
         (("sleep 0.4; exit 130", "exit 130"), 130, "$"),  # both were told to stop
         (("exit 2", "exit 2"), 2, "$"),
     ],
@@ -78,7 +78,7 @@ def test_a_rank_leaves_its_error_for_what_started_it(tmp_path: Path, monkeypatch
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / f"{rank}.json"))
         with pytest.raises(typer.Exit), shown_as_a_paragraph(False):
             raise DataError("no rows") if rank == 0 else LostRankError("lost")
-    # As torchrun reads it, which would take one that lost another for the cause.
+    # As torchrun reads it; torchrun could take a rank that has lost another for the cause.
     assert (
         ProcessFailure(0, 1, 2, str(tmp_path / "0.json")).message == "no rows" == rank_errors.left(tmp_path / "0.json")
     )
@@ -93,12 +93,12 @@ def test_errors_are_told_once_on_each_machine(monkeypatch: pytest.MonkeyPatch) -
         assert launch.is_silent_in_errors() == silent
 
 
-# What they say to one another
+# Communication between ranks
 
 
 @contextmanager
 def two_ranks(other: Callable[[], None], timeout_s: float, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """This process as rank 0, and a fork of it as rank 1, which is killed in the end."""
+    """Makes this process rank 0, and a fork of it rank 1, which is killed at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -197,7 +197,7 @@ def given(*overrides: str) -> Recipe:
 
 
 def accelerate(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """The environment of a process that `accelerate launch --num_processes 2` has started, and more of it."""
+    """Sets the environment of a process that `accelerate launch --num_processes 2` has started, and further variables."""
     usual = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0"}
     for name, value in {**usual, **variables}.items():
         monkeypatch.setenv(name, value)
@@ -229,7 +229,7 @@ def test_the_launch_configs_fsdp_becomes_the_recipes(monkeypatch: pytest.MonkeyP
 def test_a_model_whose_gradients_are_released_is_sharded_over_the_processes_that_were_started(
     by_accelerate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun has it
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
     if by_accelerate:
         accelerate(monkeypatch)
     recipe, said = as_launched(given())
@@ -241,7 +241,7 @@ def test_a_model_whose_gradients_are_released_is_sharded_over_the_processes_that
 def test_how_many_processes_a_recipe_is_spread_over_is_its_own_word() -> None:
     assert over_processes(given(), 1) == (given(), None)
     assert over_processes(given(), 4)[0] == given("distributed.fsdp_size=4")
-    # Replicas average their gradients; what is spread already is left, also where the number is another.
+    # Replicas average their gradients; recipes that are already distributed are left alone, even if the number differs.
     for overrides in (
         ["optimizer.gradient_release=false"], ["method=lora"], ["method=adam"],
         ["distributed.fsdp_size=2"], ["distributed.tp_size=4"],
@@ -318,6 +318,6 @@ def test_replicas_and_accelerates_plugin_are_refused_with_the_way_to_shard(
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(ArgumentError, match="update each replica .* FSDP2 .* distributed.fsdp_size"):
         trainer._check_arguments()
-    trainer.is_fsdp_enabled = True  # what accelerate's plugin makes of it, on GPUs alone
+    trainer.is_fsdp_enabled = True  # as accelerate's plugin sets it, only on GPUs
     with pytest.raises(ArgumentError, match=r"plugin .* too late for adafactor .* distributed.fsdp_size"):
         trainer._check_arguments()

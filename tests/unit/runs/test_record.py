@@ -11,7 +11,7 @@ import pytest
 from sbft.runs.card import card
 from sbft.runs.record import RunRecord, git_commit, quantiles, versions
 
-# The keys that a suite reads, as the design gives them.
+# The keys that a suite reads, as specified in the design.
 KEYS = {
     "schema", "status", "error", "method", "seed", "model", "dataset", "device", "dtype", "parameters",
     "trainable_parameters", "per_device_batch_size", "gradient_accumulation_steps", "world_size", "steps", "tokens",
