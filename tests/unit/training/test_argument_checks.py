@@ -1,4 +1,4 @@
-"""Arguments of any class, passed optimizers, searches and checkpoints of other trainers work or are refused."""
+"""Arguments of any class, passed optimizers, searches, and checkpoints of other trainers: they work or are refused."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_no_arguments_are_taken_for_the_defaults(tmp_path, caplog, monkeypatch):
 
 @dataclass
 class OwnArguments(TrainingArguments):
-    """A class of someone's own."""
+    """A user's own class."""
 
     beta: float = 0.1
     warmup_steps: float = 5
 
 
 class DerivedArguments(small_batch(OwnArguments)):  # type: ignore[misc]
-    """Of the class that was made of it."""
+    """Derived from the class that was made from it."""
 
 
 def test_the_class_for_a_trainers_arguments(tmp_path):
@@ -239,13 +239,13 @@ def test_training_begins_anew_where_no_model_was_left(tmp_path):
         trainer.args.learning_rate = rate
         trainer.train()
         losses.append(trainer.evaluate()["eval_loss"])
-        trainer.model_wrapped = trainer.model = None  # as a search leaves it between two trials
+        trainer.model_wrapped = trainer.model = None  # as a search leaves them between two trials
     assert losses[1] < losses[0] == losses[2]
 
 
 def test_a_trial_is_refused_what_arguments_are_refused(tmp_path):
     trainer = _searching(tmp_path)
-    trainer.hp_search_backend = HPSearchBackend.WANDB  # whose trials are dictionaries
+    trainer.hp_search_backend = HPSearchBackend.WANDB  # its trials are dictionaries
     with pytest.raises(ArgumentError, match="gradient_accumulation_steps=2"):
         trainer.train(trial={"gradient_accumulation_steps": 2})
 

@@ -1,4 +1,4 @@
-"""Generation configs that can be saved, and that end where training taught the model to end."""
+"""Generation configs that can be saved, and that stop where training taught the model to stop."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_ends_are_added_and_none_is_taken_away(known: Any, ends: list[int], expe
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_model_ends_at_its_tokenizers_end_and_at_that_of_a_turn(adapter: bool) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer(CHATML_WITHOUT_MARKERS)
-    tokenizer.eos_token = "<|bos|>"  # as a base model's; turns end with <|im_end|>
+    tokenizer.eos_token = "<|bos|>"  # as for a base model; turns end with <|im_end|>
     model.generation_config = GenerationConfig(eos_token_id=9)
     adapted: Any = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")) if adapter else model
     settle_generation(adapted, tokenizer, ends=[11])

@@ -60,7 +60,7 @@ def test_a_resumed_run_ends_in_the_same_codes(tmp_path: Path, form: Any) -> None
     train(tmp_path / "whole", whole, weights=form)
     first = tiny_model("llama", hidden=128, tied=False)
     train(tmp_path / "parts", first, weights=form, max_steps=5, save_strategy="steps", save_steps=5)
-    resumed = tiny_model("llama", hidden=128, tied=False, seed=9)  # whose own weights do not matter
+    resumed = tiny_model("llama", hidden=128, tied=False, seed=9)  # its own weights do not matter
     train(tmp_path / "parts", resumed, resume=True, weights=form)
     expected, got = stored(whole), stored(resumed)
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)

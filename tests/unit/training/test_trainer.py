@@ -1,4 +1,4 @@
-"""The trainer trains as its parts say: what it tells the optimizer, what it skips, what it refuses, what it leaves."""
+"""The trainer uses its parts as intended: what it tells the optimizer, what it skips, refuses and leaves behind."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_smaller_batch_is_tried_where_memory_ends_within_backward(tmp_path: Pa
     trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(memory_ends)
     trainer.train()
     assert trainer._train_batch_size < 4 and trainer.state.global_step == 3
-    assert trainer._token_optimizer.steps == 4  # the first, of the former try, has changed the weights
+    assert trainer._token_optimizer.steps == 4  # the first one, of the failed attempt, has changed the weights
     assert len(trainer.step_seconds) == len(trainer.optimizer_seconds) == 3
 
 
@@ -215,7 +215,7 @@ def test_gradients_alive_at_once_stay_within_the_two_largest_parameters(tmp_path
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            for p in parameters:  # after the trainer's own hooks are on, so that these see what is left
+            for p in parameters:  # after the trainer's own hooks, so that these see what is left
                 p.register_hook(self.look)
 
         def look(self, grad: torch.Tensor) -> torch.Tensor:
@@ -374,7 +374,7 @@ def test_evaluation_makes_no_logits_and_finds_the_same_loss(tmp_path: Path) -> N
     handle = model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     loss = found.evaluate(rows())["eval_loss"]
     handle.remove()
-    # Some tokens: the one trial of the head.
+    # A few tokens: the only trial of the head.
     assert sum(shape.numel() for shape in shapes) <= 18 * 512 and shapes[-1].numel() == 0
     plain = make(tmp_path, model, logits_free_loss=False).evaluate(rows())["eval_loss"]
     assert loss == pytest.approx(plain, rel=1e-2)

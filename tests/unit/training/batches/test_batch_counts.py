@@ -1,4 +1,4 @@
-"""What the host knows of batches and losses: the same as the device would say."""
+"""What the host knows about batches and losses: the same as the device would report."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_other_batches_are_left_as_they_are() -> None:
 def test_a_finite_loss_is_the_loss_and_answers_without_the_device() -> None:
     loss = FiniteLoss.of((torch.tensor(2.5, requires_grad=True) * 1).double())
     assert not loss.requires_grad and loss.dtype == torch.float64 and loss.device == torch.device("cpu")
-    meta = FiniteLoss.of(torch.zeros((), device="meta"))  # a device that cannot be asked
+    meta = FiniteLoss.of(torch.zeros((), device="meta"))  # a device whose values cannot be read
     assert not (torch.isnan(meta) or torch.isinf(meta))
     total = torch.tensor(1.0)
     total += loss
@@ -136,7 +136,7 @@ def logged(trainer: SmallBatchTrainer) -> list[float]:
 
 
 class SecondIsNotFinite(SmallBatchTrainer):
-    """Notes what is made of each loss for the loop."""
+    """Finds the loss of the second step not to be finite."""
 
     def _all_finite(self, loss: Tensor) -> bool:
         bad = self.state.global_step == 1 and not self.skipped_steps
@@ -153,14 +153,14 @@ def test_only_a_loss_that_was_found_finite_says_so(tmp_path: Path, monkeypatch: 
 
 
 class WithAnotherTerm(SmallBatchTrainer):
-    """Adds to the loss what is NaN in the second step, behind the check."""
+    """Adds a term to the loss that is NaN in the second step, after the check."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         return super().compute_loss(*args, **kwargs) + (float("nan") if self.state.global_step == 1 else 0.0)
 
 
 class Prints(SmallBatchTrainer):
-    """Does with the loss what code around a training step does."""
+    """Uses the loss as code around a training step does."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -175,7 +175,7 @@ def test_losses_of_a_trainer_of_ones_own_are_plain_tensors(tmp_path: Path) -> No
 
 
 class CutsBatches(SmallBatchTrainer):
-    """Alters batches behind the collator, which is its own still."""
+    """Changes batches after the collator, which is still sbft's own."""
 
     def get_train_dataloader(self) -> Any:
         assert isinstance(self.data_collator, Collator)
@@ -195,4 +195,4 @@ def test_tokens_are_those_of_the_batch_that_is_trained_on(tmp_path: Path) -> Non
     assert [[batch.counts for batch in some] for some in batches] == [[Counts(3, False, True)] * 2, [None] * 2]
     trainers[1].get_batch_samples(iter(batches[1]), 2, args.device)
     assert trainers[1]._step_tokens == 4
-    assert not trainers[0].accelerator.non_blocking  # only where it is known to be safe: CUDA, from pinned memory
+    assert not trainers[0].accelerator.non_blocking  # only where this is known to be safe: CUDA, from pinned memory

@@ -1,4 +1,4 @@
-"""A batch that doubles: its sizes, what is in it, the learning rate, and a run that is cut off and goes on."""
+"""A batch that doubles: its sizes, its content, the learning rate, and a run that is interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_learning_rate_goes_by_examples(tmp_path: Path, kind: str, warmup: f
         )
     plain = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     usual = get_scheduler(kind, plain, settings.get_warmup_steps(8), 8)
-    # A batch that does not grow has the usual schedule; one that does, that of single examples.
+    # A batch that does not grow has the usual schedule; one that grows has that of single examples.
     assert rates["four"][:8] == pytest.approx(rates_of(plain, usual)[:8])
     seen = SCHEDULE.seen(len(SIZES))
     assert rates["doubling"][: len(SIZES)] == [rates["one"][examples] for examples in seen[:-1]]

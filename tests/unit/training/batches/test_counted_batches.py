@@ -1,4 +1,4 @@
-"""Batches of other kinds than token ids: pixels, sound, embeddings; and inputs in the dtype that weights were cast to."""
+"""Batches of other things than token ids: pixels, sound, embeddings; and inputs in the dtype that weights were cast to."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def wav2vec2() -> nn.Module:
 
 
 class Bare(nn.Module):
-    """No transformers model."""
+    """A model that is not from transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def test_labels_and_counts_keep_their_precision():
 
     model = Model()
     cast_inputs(model, torch.bfloat16, ["start_values"])
-    cast_inputs(model, torch.bfloat16)  # once is enough
+    cast_inputs(model, torch.bfloat16)  # one hook is enough
     assert len(model._forward_pre_hooks) == 1
     kept = {"labels": torch.rand(2, 3), "future_values": torch.rand(2, 3), "start_values": torch.rand(2, 3)}
     kept |= {"num_items_in_batch": torch.tensor(257.0), "weights": torch.rand(3), "input_ids": torch.ones(2, 3).long()}
@@ -168,7 +168,7 @@ def test_a_mask_of_lowest_numbers_is_not_made_infinite():
     cast_inputs(model, torch.bfloat16)
     model(attention_mask=torch.full((1, 1, 2, 2), torch.finfo(torch.float32).min), pixel_values=torch.tensor([[torch.inf]]))
     assert seen["attention_mask"].dtype == torch.bfloat16
-    # A row of nothing else: every position counts alike, as in float32.
+    # In a row of masked positions alone, all count equally, as in float32.
     assert seen["attention_mask"].softmax(-1).eq(0.5).all()
     assert seen["pixel_values"].isinf().all()
 

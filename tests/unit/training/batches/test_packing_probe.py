@@ -1,4 +1,4 @@
-"""Packing is for models that keep the documents of a row apart, which each is asked by itself."""
+"""Packing is for models that keep the documents of a row apart; each model is probed for this."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tiny_mamba() -> PreTrainedModel:
 
 
 def change_of_second_document(model: PreTrainedModel) -> float:
-    """How far its logits move when the first document is another, of a row as `Collator` packs it."""
+    """How far the second document's logits move when the first one changes, in a row as `Collator` packs it."""
     second, found = list(range(20, 34)), []
     for first in (list(range(3, 13)), list(range(40, 50))):
         row = {"input_ids": first + second, "labels": [-100] * 24, "position_ids": [*range(10), *range(14)]}
@@ -139,7 +139,7 @@ def test_a_recipe_packs_for_a_model_that_keeps_documents_apart(made: Callable[[s
 
 
 class Masking:
-    """Packed batches with a mask of padding, which keeps transformers from looking at the positions."""
+    """Packed batches with a padding mask, which keeps transformers from looking at the positions."""
 
     def __init__(self) -> None:
         self.collate = DataCollatorWithFlattening()
@@ -181,7 +181,7 @@ def test_positions_that_a_trainer_takes_out_are_said(tmp_path: Path, caplog: pyt
 
 
 def test_the_miniature_of_a_composite_model_has_its_language_model(tmp_path: Path) -> None:
-    """One that is asked by its own path, too: an outer config's cache setting does not reach the inner one."""
+    """Also if the language model is probed alone: an outer config's cache setting does not reach the inner one."""
     from sbft.models.miniature import miniatures
 
     model = next(miniatures(AutoConfig.for_model("gemma3")))

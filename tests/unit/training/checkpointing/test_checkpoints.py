@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is as it was written, wherever a write or a removal was cut off."""
+"""Which checkpoint a run resumes from: the newest intact one, wherever a write or a removal was cut off."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = {"model.safetensors": bytes(range(256)) * 400, "optimizer.pt": b"state",
 
 
 def write(folder: Path, step: int) -> Path:
-    """The files of a checkpoint under its temporary name."""
+    """Write the files of a checkpoint under its temporary name."""
     written = folder / "incomplete" / f"checkpoint-{step}"
     for name, content in FILES.items():
         (written / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,11 +107,11 @@ def test_rotation_keeps_what_the_trainers_own_keeps(tmp_path: Path, limit: int |
 
 
 class Killed(BaseException):
-    """Nothing after it runs, as after kill -9: none of the functions here cleans up."""
+    """Nothing runs after it, as after kill -9: none of the functions here cleans up."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-    """Lets so many changes of the disk pass, and ends at the next."""
+    """Lets `last` changes of the disk pass, and raises `Killed` at the next."""
     passed = [0]
 
     def counting(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,7 +150,7 @@ def test_killed_between_any_two_changes_of_the_disk_a_sound_one_is_left_and_late
         found, damaged = sound_checkpoint(folder)
         assert found is not None and not damaged
         assert damage((folder / "latest").resolve()) is None
-        # The next start removes what was left, and the same step can be written.
+        # The next start removes what was left over, and the same step can be written.
         go_back_to(found, damaged)
         assert {path.name for path in folder.iterdir()} - {"checkpoint-2", "checkpoint-4", "latest"} == set()
         if not survived:

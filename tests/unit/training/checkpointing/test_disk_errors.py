@@ -1,4 +1,4 @@
-"""Which errors of libraries mean that the disk refused."""
+"""Which library errors mean that writing to the disk failed."""
 
 from __future__ import annotations
 

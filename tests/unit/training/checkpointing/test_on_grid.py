@@ -1,4 +1,4 @@
-"""A trainer's checkpoints of weights on a grid: bit-exact resumption, the best model, and a plain model at the end."""
+"""A trainer's checkpoints of weights on a grid: bit-exact resuming, the best model, and a plain model at the end."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_resumed_run_ends_in_the_same_bits(optimizer: str, form: str, tmp_path
 
 
 def test_the_best_model_is_read_exactly_and_saved_as_bfloat16(tmp_path: Path) -> None:
-    # The loss as it falls: the larger, the better, so that the first checkpoint is the best.
+    # The loss falls, but larger counts as better, so that the first checkpoint is the best.
     best = trainer(tmp_path, 4, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
     best.train()
     assert str(best.state.best_model_checkpoint).endswith("checkpoint-2")

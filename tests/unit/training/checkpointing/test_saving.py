@@ -1,4 +1,4 @@
-"""What a trainer leaves on the disk: checkpoints that are whole, the best among them, and the last good one when it is full."""
+"""What a trainer leaves on the disk: complete checkpoints, the best among them, and the last good one on a full disk."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_resuming_passes_over_a_flipped_byte_and_ends_in_the_same_bits(
     said = next(record.getMessage() for record in caplog.records if "skipped" in record.getMessage())
     for part in ("checkpoint-6: model.safetensors", "checkpoint-4: optimizer.pt", f"from {tmp_path / 'checkpoint-2'}"):
         assert part in said
-    # What was damaged is made again.
+    # Damaged checkpoints are written again.
     assert all(damage(tmp_path / f"checkpoint-{step}") is None for step in (2, 4, 6))
 
 
@@ -101,7 +101,7 @@ def test_the_best_is_kept_and_becomes_the_model_and_the_newest_stays_to_resume_f
     assert (tmp_path / "latest").resolve().name == "checkpoint-6"
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     assert_same(trainer.model, load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
-    # What was noted in the checkpoint while it bore another name is its own.
+    # The checkpoint names itself as the best, although it had another name when this was written.
     resumed = losses(3.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_same(resumed.model, weights(trainer.model))
@@ -111,7 +111,7 @@ def test_the_best_is_kept_and_becomes_the_model_and_the_newest_stays_to_resume_f
 
 
 class SmallFiles(TrainerCallback):
-    """From a step on, no file of this process can grow above some bytes: writes fail half-way, as on a full disk."""
+    """After a step, no file of this process can grow above some bytes: writes fail half-way, as on a full disk."""
 
     def __init__(self, step: int, file_bytes: int) -> None:
         self.step, self.file_bytes = step, file_bytes
@@ -125,7 +125,7 @@ class SmallFiles(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
 
-# The model is cut off, and then the optimizer's state, which torch writes.
+# In one case the model is cut off, in the other the optimizer's state, which torch writes.
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt"])
 def test_a_write_that_is_cut_off_is_said_and_leaves_the_checkpoint_before_it(tmp_path: Path, part: str) -> None:
     straight = saving_trainer(tmp_path / "straight")

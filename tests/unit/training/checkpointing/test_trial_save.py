@@ -1,4 +1,4 @@
-"""A training is never lost to what is saved beside its weights: what fails is found before, or the weights are kept."""
+"""Files saved beside the weights never cost a training: their errors are found beforehand, or the weights are kept."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def damage_config(model: Any, tokenizer: Any) -> None:
 
 
 def damage_generation(model: Any, tokenizer: Any) -> None:
-    model.generation_config.temperature = 0.3  # without do_sample, as code in the middle of a training may set it
+    model.generation_config.temperature = 0.3  # without do_sample, as code may set it during training
 
 
 def share_weights(model: Any, tokenizer: Any) -> None:
@@ -91,7 +91,7 @@ def test_what_cannot_be_saved_is_found_before_the_first_step(
     with pytest.raises(SavingError, match=named):
         trainer.train()
     assert trainer.state.global_step == 0 and not list(tmp_path.iterdir())
-    # Who wants no checkpoint may train, and is told.
+    # Without checkpoints, training is allowed, with a warning.
     trainer = make(tmp_path, model, tokenizer)
     trainer.train()
     assert trainer.state.global_step == 3 and "save_model() will fail" in caplog.text
@@ -218,7 +218,7 @@ def test_a_run_repairs_what_vicuna_ships_with_one_warning(
     assert len(said) == 1 and "do_sample: true is added" in said[0]
     saved = GenerationConfig.from_pretrained(tmp_path / "out")
     assert (saved.do_sample, saved.temperature, saved.top_p) == (True, 0.9, 0.6)
-    assert saved.eos_token_id in (1, [1])  # by the version of transformers
+    assert saved.eos_token_id in (1, [1])  # depends on the version of transformers
     AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
 
 

@@ -95,7 +95,7 @@ def test_once_warm_a_shape_is_captured_when_it_comes_again_and_held_beside_other
     assert [recorded.step(size) for size in (4, 8, 3)] == [["run"]] * 3
     assert [recorded.step(size) for size in (8, 16, 4, 16)] == [CAPTURED, ["run"], CAPTURED, CAPTURED]
     assert [recorded.step(size) for size in (4, 8, 16)] == [REPLAYED] * 3
-    assert recorded.step(4, all_labelled=True) == ["run"]  # as good as another shape
+    assert recorded.step(4, all_labelled=True) == ["run"]  # counts as another shape
     assert len(set(recorded.pools)) == 1
 
 
@@ -111,7 +111,7 @@ def test_a_step_that_an_error_left_is_not_gone_on_with_with_a_mock_graph(monkeyp
     recorded = Recorded(monkeypatch)
     for _ in range(WARM_UP + 1):
         recorded.step(4)
-    recorded.steps.forward({"input_ids": torch.zeros(8), "num_items": None})  # and no backward
+    recorded.steps.forward({"input_ids": torch.zeros(8), "num_items": None})  # without a backward
     assert recorded.step(4) == REPLAYED
 
 
@@ -131,7 +131,7 @@ def test_a_step_that_is_left_out_has_no_backward_with_a_mock_graph(monkeypatch: 
 
 
 def test_steps_that_are_left_out_warm_nothing_up_with_a_mock_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The optimizer's state is made in the first backward; made in a capture, every replay would make it anew."""
+    """The first backward creates the optimizer's state; if a capture did, every replay would create it again."""
     recorded = Recorded(monkeypatch)
     for _ in range(WARM_UP + 1):
         assert recorded.step(4, backward=False) == ["run"]
@@ -239,7 +239,7 @@ def trained(
     callbacks: list[TrainerCallback] | None = None,
     **settings: Any,
 ) -> SmallBatchTrainer:
-    """A tiny model after a few windows of one length, with plain attention, whose sums have one order."""
+    """The trainer of a tiny model after a few windows of equal length, with plain attention, which sums in a fixed order."""
     torch.manual_seed(0)
     model = tiny_model().to("cuda", dtype)
     generator = np.random.default_rng(0)
@@ -328,7 +328,7 @@ def test_bfloat16_steps_come_close_to_plain_ones(tmp_path: Path) -> None:
 
 
 class Waits(TrainerCallback):
-    """Has torch warn of every wait for the device from one step on until another ends."""
+    """Makes torch warn about every wait for the device from the start of one step to the end of another."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -341,7 +341,7 @@ class Waits(TrainerCallback):
 @gpu
 @needs_gpu
 def test_a_replayed_step_waits_for_its_loss_alone(tmp_path: Path) -> None:
-    """What else waited would wait for the backward before it too. The watch reads losses in every eighth step."""
+    """Any other wait would also wait for the backward before it. The watch reads losses at every eighth step."""
     first, steps = 9, 16
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Batches as graphs take them, and a training on them: with steps that run where a GPU would replay them."""
+"""Batches in the form that graphs require, and training on them, with steps that run where a GPU would replay them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_lengths_are_few_and_little_longer() -> None:
     assert len({padded for length, padded in lengths.items() if length > 128}) == 4 * 5
     assert len({padded for length, padded in lengths.items() if length <= 2048}) == 24 < cuda_graph.MOST_GRAPHS
     assert padded_length(1000, 1010) == 1010 and padded_length(1000, 2048) == 1024
-    assert padded_length(1000, 900) == 1024  # positions may be taken for a bound that they are not
+    assert padded_length(1000, 900) == 1024  # the stated number of positions need not be a bound
 
 
 IDS = torch.tensor([[5, 6, 7], [5, 6, 0]])
@@ -46,7 +46,7 @@ PARTLY = torch.tensor([[-100, 6, 7], [-100, 6, -100]])
 
 @pytest.fixture
 def given(tmp_path: Path) -> Callable[[dict[str, Any]], dict[str, Any] | str]:
-    """What graphs are given of a batch, or why they are not."""
+    """The inputs that graphs get from a batch, or the reason why they get none."""
     args = SmallBatchTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = SmallBatchTrainer(model=tiny_model(), args=args)
     trainer._is_causal, trainer._most_positions = True, 4096
@@ -108,7 +108,7 @@ def test_a_model_whose_tokens_see_what_is_behind_them_is_found_out(kind: str) ->
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.20"), reason="these versions make that mask in another way")
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma3"])
 def test_what_is_captured_has_the_bits_of_what_runs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers makes another mask while a stream is captured, with which gradients in bfloat16 are rounded otherwise."""
+    """transformers makes another mask while a stream is captured, which rounds gradients in bfloat16 differently."""
     model = tiny_model(kind)
     head = find_head(model)
     ids = torch.randint(3, 500, (1, 48), generator=torch.Generator().manual_seed(0))
@@ -124,12 +124,12 @@ def test_what_is_captured_has_the_bits_of_what_runs(kind: str, monkeypatch: pyte
     plain = gradients()
     monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
     if kind in ("llama", "qwen3"):
-        assert not are_same(plain, gradients())  # or the context is needed no longer
+        assert not are_same(plain, gradients())  # otherwise the context is no longer needed
     assert are_same(plain, gradients(one_example_a_row))
 
 
 class Again:
-    """Runs a step where a graph would replay it, on the batch that a graph would have."""
+    """Runs a step where a graph would replay it, on the batch that the graph would have."""
 
     pool = None
 
@@ -148,7 +148,7 @@ class Again:
 
 
 class OnGraphs(SmallBatchTrainer):
-    """Launches graphs on a CPU."""
+    """Uses graphs on a CPU."""
 
     def _attach(self) -> None:
         super()._attach()
@@ -185,7 +185,7 @@ ADAMW: dict[str, Any] = {
 HEAVY_BALL: dict[str, Any] = {"token_optimizer": "sgd", "momentum_half_life": 100, "learning_rate": 0.3}
 
 
-# Adafactor and AdamW make a whole step of a gradient that is nothing but rounding, as that of a key's bias.
+# Adafactor and AdamW take a full step even for a gradient that is only rounding errors, like that of a key's bias.
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [(ADAFACTOR, 1e-4), (ADAMW, 1e-3), (HEAVY_BALL, 1e-5), ({**HEAVY_BALL, "per_device_train_batch_size": 2}, 1e-5)],
@@ -202,7 +202,7 @@ def test_questions_and_answers_are_trained_on_as_without_graphs_with_a_mock_grap
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    # The reference writes weights in place, which Triton's programs do unseen.
+    # The reference changes weights in place, which torch notices, unlike changes by Triton programs.
     monkeypatch.setattr("sbft.optim.capture.CapturedUpdates.circumstances", lambda updates: None)
     ours = trained(tmp_path, OnGraphs, **settings)
     assert len(captured) > 1 and len({one.shapes["input_ids"] for one in captured}) == len(captured)

@@ -1,4 +1,4 @@
-"""The logits-free loss is the plain loss: single calls against float64, real architectures against themselves."""
+"""The logits-free loss equals the plain loss: single calls against float64, real architectures against themselves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_loss_and_gradients_match_float64(
     )
     (3 * loss).backward()
     expected = _oracle(scale, softcap, 7.0, call)
-    # bfloat16: the logits are rounded once (8 bits), and so is their gradient; norms, as errors are independent.
+    # bfloat16: the logits are rounded once (8 bits), and so is their gradient; norms, because errors are independent.
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert loss.dtype == torch.float32
     assert abs(loss.item() - expected[0].item()) <= tolerance * abs(expected[0].item())

@@ -1,4 +1,4 @@
-"""The loss without logits of a head on a grid: as of a bfloat16 head, which is never dense as a whole."""
+"""The loss without logits for a head on a grid: as for a bfloat16 head, and the head is never dense as a whole."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_models_head_is_found_and_gives_its_loss(kind: str) -> None:
     for one in (model, plain):
         head = find_head(one)
         ids = tokens()
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         with TiedEmbedding(one, head) as tied:
             loss = head.loss(one, {"input_ids": ids, "labels": ids}, weight=tied.head_weight())
             loss.backward()

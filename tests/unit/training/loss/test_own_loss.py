@@ -1,4 +1,4 @@
-"""The loss without logits stands for no other: where a model's or a trainer's own loss is another one, that is trained."""
+"""The loss without logits replaces no other: if a model's or a trainer's own loss is different, that one is trained."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ LLAMA = type(tiny_model())
 
 
 class WithAuxiliary(LLAMA):  # type: ignore[misc,valid-type]
-    """Adds a term of a second head, `how` it does."""
+    """Adds a loss term from a second head: always, only in training, or of zero, as `how` says."""
 
     how = "always"
 
@@ -79,7 +79,7 @@ class WithAuxiliary(LLAMA):  # type: ignore[misc,valid-type]
 
 
 class OfInputs(LLAMA):  # type: ignore[misc,valid-type]
-    """Shows its labels to its layers."""
+    """Feeds its labels to its layers."""
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         seen = input_ids if labels is None else input_ids.where(labels == -100, labels)
@@ -109,7 +109,7 @@ class MeanOfRows(LLAMA):  # type: ignore[misc,valid-type]
 
 
 class WithAFactor(LLAMA):  # type: ignore[misc,valid-type]
-    """A factor on the logits that its config knows, and that is trained."""
+    """Has a factor on the logits that is in its config, and that is trained."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -126,7 +126,7 @@ class WithAFactor(LLAMA):  # type: ignore[misc,valid-type]
 
 
 class Weighted(LLAMA):  # type: ignore[misc,valid-type]
-    """Takes weights of tokens."""
+    """Accepts weights for tokens."""
 
     def forward(self, *args: Any, labels: Any = None, token_weights: Any = None, **kwargs: Any) -> Any:
         out = super().forward(*args, labels=labels, **kwargs)
@@ -285,11 +285,11 @@ def test_a_loss_that_was_put_into_the_trainer_itself_is_kept(tmp_path: Path, mon
 
 @dataclass
 class Seq2SeqArguments(SmallBatchArguments, Seq2SeqTrainingArguments):
-    """As a user writes it."""
+    """As a user would write it."""
 
 
 class SmallBatchSeq2Seq(SmallBatchMixin, Seq2SeqTrainer):
-    """Likewise."""
+    """As a user would write it, too."""
 
 
 @pytest.mark.parametrize("kind", ["BART", "T5"])
@@ -396,7 +396,7 @@ def test_a_small_part_of_a_batch_is_tried(named: str) -> None:
     if named == "labels":
         check_batch(model, find_head(model), given, with_num_items=False)
     else:
-        with pytest.raises(UnknownHead, match="returns no loss"):  # llama's own needs labels beside them
+        with pytest.raises(UnknownHead, match="returns no loss"):  # llama's own loss also needs labels
             check_batch(model, find_head(model), given, with_num_items=False)
     handle.remove()
     assert max(shape.numel() for shape in seen) == 12
@@ -457,7 +457,7 @@ def test_under_autocast_the_loss_and_its_gradient_are_the_models(tmp_path: Path)
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
         losses.append([trainer.evaluate([ROW])["eval_loss"]])
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
-    assert losses[1] == pytest.approx(losses[3], rel=1e-3)  # another kernel of attention, in bfloat16
+    assert losses[1] == pytest.approx(losses[3], rel=1e-3)  # another attention kernel, in bfloat16
 
 
 # Adapters

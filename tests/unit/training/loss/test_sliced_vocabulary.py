@@ -1,4 +1,4 @@
-"""Training without a gradient of the vocabulary's size ends in the bits of training with one."""
+"""Training without a gradient of the vocabulary's size gives the same bits as training with one."""
 
 from __future__ import annotations
 
@@ -241,6 +241,6 @@ def test_the_product_is_the_gradient_of_the_head(pieces: str, settings: dict[str
     (product,) = received
     torch.testing.assert_close(product.left @ product.right, expected, rtol=1e-5, atol=1e-7)
     received.clear()
-    twice = torch.cat((hidden.detach(), hidden.detach()[:1]))  # factors that are not much smaller than the gradient
+    twice = torch.cat((hidden.detach(), hidden.detach()[:1]))  # factors hardly smaller than the gradient
     linear_cross_entropy(twice, weight, torch.cat((labels, labels[:1])), receiver=receiver, **more).backward()
     assert not received and weight.grad is not None

@@ -1,4 +1,4 @@
-"""Short trainings, resident and with streamed layers, and what they end with."""
+"""Short trainings, with resident and with streamed layers, and their results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trainer_of(folder: Path, model: PreTrainedModel | nn.Module, **arguments: An
 
 
 def on_links(patch: pytest.MonkeyPatch, make: Any = StandIn) -> None:
-    """Let offloading take stand-ins for the device in place of refusing a CPU."""
+    """Make offloading use stand-ins for the device instead of refusing a CPU."""
     patch.setattr("sbft.training.offload.link.link_to", lambda device: make())
 
 
@@ -46,7 +46,7 @@ def train(folder: Path, model: Any, resume: bool | None = None, **arguments: Any
 def train_watched(
     folder: Path, model: Any, patch: pytest.MonkeyPatch, *, eager: bool = False, **arguments: Any
 ) -> SmallBatchTrainer:
-    """Train with streamed layers, every access to their memory checked."""
+    """Train with streamed layers, checking every access to their memory."""
     on_links(patch, lambda: WatchedLink(eager=eager))
     trainer = trainer_of(folder, model, **{"offload": "layers", **arguments})
     assert trainer.streamed is not None and isinstance(trainer.streamed.link, WatchedLink)
@@ -57,7 +57,7 @@ def train_watched(
 
 
 def outcome(trainer: SmallBatchTrainer) -> dict[str, Any]:
-    """All bits that a training ends with: weights or codes, optimizer state, losses."""
+    """The complete result of a training: weights or codes, optimizer state, losses."""
     optimizer: Any = trainer.optimizer
     optimizer = getattr(optimizer, "optimizer", optimizer)
     state = optimizer.state_dict()["state"]

@@ -1,4 +1,4 @@
-"""Streamed layers train to the same bits as resident ones, and no access to memory is left to chance."""
+"""Streamed layers train to the same bits as resident ones, and no order of memory accesses is left to chance."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_streamed_layers_train_to_the_same_bits(case: str, tmp_path: Path, monke
         assert of_inputs == 0 and link.host_bytes == sum(layer.size_bytes for layer in layers)
     else:
         tokens = int(streamed.state.log_history[-2]["tokens_seen"])
-        trials = 24  # two batches of 12 tokens, which show that the loss from the head is the model's own
+        trials = 24  # two batches of 12 tokens, which check that the head's loss is the model's own
         assert of_inputs == (3 if "second" in case else 5) * (tokens + trials) * 64 * 2
 
 
@@ -80,12 +80,12 @@ def test_copies_may_run_as_early_as_they_can(tmp_path: Path, monkeypatch: pytest
 
 
 def test_each_layer_comes_twice_in_a_step_and_goes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for those that are still there when backward begins."""
+    """Except for layers that are still there when backward begins."""
     trainer = train_watched(tmp_path, tiny_model(layers=8), monkeypatch, gradient_checkpointing=True, max_steps=1)
     assert trainer.streamed is not None
     link: Any = trainer.streamed.link
     size = trainer.streamed.schedule.layers[0].size_bytes
-    trials = 3  # that look for the head, and a look at attention, are forwards too
+    trials = 3  # the search for the head and a look at attention run forwards, too
     before = link.copied_in
     with torch.no_grad():
         trainer.model(input_ids=torch.tensor([[1, 2, 3]]))
@@ -93,11 +93,11 @@ def test_each_layer_comes_twice_in_a_step_and_goes_once(tmp_path: Path, monkeypa
     assert before >= (2 * 8 - BUFFERS) * size and before <= (2 * 8 - BUFFERS + (trials + 1) * 8) * size
 
 
-# Without a wait
+# Without one of the waits
 
 
 def without_mark(self: WatchedLink) -> Event:
-    return type(self).__mro__[1].mark(self)  # that of a stand-in, which knows no time
+    return type(self).__mro__[1].mark(self)  # the stand-in's own, which does not track time
 
 
 def released_early(self: WatchedLink, memory: torch.Tensor) -> Event:
@@ -153,7 +153,7 @@ def test_without_a_wait_the_stand_in_raises(
 def test_a_checkpointed_layer_is_brought_before_its_forward_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its hooks do not run then."""
+    """The layer's hooks do not run when its forward is repeated."""
     unpack = StreamedModel._unpack
 
     def without_its_layer(self: StreamedModel, packed: Any) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_a_checkpointed_layer_is_brought_before_its_forward_is_repeated(
 def test_updates_that_wait_are_launched_before_their_layer_leaves(
     launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU small updates wait to share a launch; here all wait until something launches them."""
+    """On a GPU, small updates wait to share a launch; here, all wait until something launches them."""
     resident = train(tmp_path, tiny_model(layers=5))
     waiting: list[tuple[nn.Parameter, torch.Tensor | None]] = []
 
@@ -192,7 +192,7 @@ def test_updates_that_wait_are_launched_before_their_layer_leaves(
 
 
 def test_a_layer_is_not_brought_before_it_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a step no layer comes back after its update, unless something unforeseen needs it."""
+    """Within a step no layer comes back after its update, unless something unexpected needs it."""
 
     def run() -> None:
         link = WatchedLink()

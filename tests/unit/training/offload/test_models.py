@@ -1,4 +1,4 @@
-"""What a streamed model can do beside training: adapters, evaluation, generation, checkpoints; and what goes wrong in it."""
+"""What a streamed model can do besides training: adapters, evaluation, generation, checkpoints; and how it fails."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_frozen_weights_are_streamed_and_not_written_back(
 
 
 def in_another_order(model: Any, order: list[int]) -> Any:
-    """Let the decoder, which asks for a slice of them, call its layers in this order."""
+    """Make the decoder, which takes a slice of its layers, call them in this order."""
     layers = model.model.layers
 
     class Order(type(layers)):  # type: ignore[misc]
@@ -172,7 +172,7 @@ def test_a_saved_model_has_the_weights_and_costs_no_second_copy(
 
 
 class Fails(TrainerCallback):
-    """Layer 1 raises in step 2, in forward or in backward."""
+    """Makes layer 1 raise in step 2, in forward or in backward."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -257,7 +257,7 @@ def test_weights_on_a_grid_are_moved_as_codes() -> None:
 
 
 def test_two_forwards_before_one_backward_give_the_gradients_of_a_resident_model() -> None:
-    """As in preference optimization; and nothing is released here, so that only frozen weights are streamed."""
+    """As in preference optimization. No gradient is released here, so that only frozen weights are streamed."""
     models = [tiny_model(layers=4, dtype=torch.float32) for _ in range(2)]
     for model in models:
         for name, parameter in model.named_parameters():

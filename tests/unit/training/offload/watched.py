@@ -1,6 +1,6 @@
-"""A link that raises where a GPU would compute with bytes that are not there yet, or no longer: all waits are checked.
+"""A link that raises if a GPU would compute with bytes that are not there yet, or no longer: it checks all waits.
 
-What the arithmetic does is seen operation by operation. Compiled updates go past torch, and are noted by `updates_noted`.
+Arithmetic is observed operation by operation. Compiled updates bypass torch, and are noted by `updates_noted`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class _Memory:
     tensor: Tensor
     is_device: bool
     last_use: int = 0
-    """By the arithmetic, on its clock."""
+    """When the arithmetic last used it, on its clock."""
     arriving: Moment | None = None
     is_there: bool = False
     leaving: list[Moment] = field(default_factory=list)
-    """Copies out of it, or into it if it is the host's, that nobody on the other side has waited for."""
+    """Copies out of it, or into it if it is host memory, that the other side has not waited for."""
     read_by: list[Moment] = field(default_factory=list)
-    """Of the host's: copies to the device that the arithmetic has not waited for."""
+    """For host memory: copies to the device that the arithmetic has not waited for."""
 
     def holds(self, address: int) -> bool:
         return self.tensor.data_ptr() <= address < self.tensor.data_ptr() + self.tensor.nbytes
@@ -57,7 +57,7 @@ class WatchedLink(StandIn):
         self._order: list[Moment] = []  # of copies out
         self.copying = False
         self.computes: Callable[[], bool] = lambda: False
-        """Whether the device's arithmetic runs now, and no code of the host."""
+        """Whether the device's arithmetic is running now, and not code of the host."""
 
     def host_memory(self, size_bytes: int) -> Tensor:
         return self._watch(super().host_memory(size_bytes), False)
@@ -74,7 +74,7 @@ class WatchedLink(StandIn):
         return next((memory for memory in self.memories if memory.holds(address)), None)
 
     def touch(self, tensor: Tensor, what: str) -> None:
-        """The arithmetic, or code of the host, accesses a tensor."""
+        """Check an access to a tensor by the arithmetic or by code of the host."""
         if isinstance(tensor, GridTensor):
             for part in tensor.quantized.tensors.values():
                 self.touch(part, what)
@@ -168,7 +168,7 @@ class WatchedLink(StandIn):
 
 
 class Watch(TorchDispatchMode):
-    """Notes what every operation of torch reads or writes."""
+    """Tells the link what every operation of torch reads or writes."""
 
     def __init__(self, link: WatchedLink) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Watch(TorchDispatchMode):
 
 
 def updates_noted(patch: pytest.MonkeyPatch, link: WatchedLink) -> None:
-    """Have the link see what compiled code updates."""
+    """Tell the link what compiled code updates."""
     update = TokenOptimizer._update_parameter
 
     def noted(self: TokenOptimizer, param: Tensor, may_wait: bool = False) -> None:
@@ -195,7 +195,7 @@ def updates_noted(patch: pytest.MonkeyPatch, link: WatchedLink) -> None:
 
 
 def run_watched(link: WatchedLink, patch: pytest.MonkeyPatch, call: Any) -> Any:
-    """Call something under the watch."""
+    """Make a call while every access is watched."""
     updates_noted(patch, link)
     with Watch(link), torch.autograd.set_multithreading_enabled(False):
         return call()

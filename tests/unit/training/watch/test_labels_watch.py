@@ -1,4 +1,4 @@
-"""Steps with nothing to learn from are counted, and said once."""
+"""Steps with nothing to learn from are counted, and reported once."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ TOKENS = 50
 
 
 def first_jump(losses: Any, guess: float | None = None, tokens: int = TOKENS) -> tuple[int, Jump] | None:
-    """Step at which a jump is found, looking every 8 steps as in training, and the jump."""
+    """The step at which a jump is found, and the jump, looking every 8 steps as in training."""
     watch = LossWatch(guess)
     for step, loss in enumerate(losses, start=1):
         watch.add(step, float(loss), tokens)
@@ -40,7 +40,7 @@ def first_jump(losses: Any, guess: float | None = None, tokens: int = TOKENS) ->
 
 
 def short_answers(random: np.random.Generator, steps: int, large: float) -> np.ndarray:
-    """Most answers known, a share of them not at all: the losses of a model late in fine-tuning at batch size 1."""
+    """Losses of a model late in fine-tuning at batch size 1: it knows most answers well, and a share of them not at all."""
     known = 0.02 * np.exp(random.normal(0, 1, steps))
     return np.where(random.random(steps) < large, np.abs(random.normal(3, 1, steps)), known)
 
@@ -137,7 +137,7 @@ def test_what_is_sampled_is_trainable_and_no_embedding() -> None:
     assert int(watch.after_step() or 0) == 0
     assert watch.bfloat16 and watch.elements > 0
     embeddings = nn.Embedding(300, 8)
-    assert MovementWatch(embeddings).elements == 512  # there is nothing else
+    assert MovementWatch(embeddings).elements == 512  # the model has nothing else
     frozen = MovementWatch(model.requires_grad_(False))
     frozen.before_step()
     assert frozen.elements == 0 and frozen.after_step() is None
@@ -167,7 +167,7 @@ def test_sampling_compares_values_on_a_grid(name: str) -> None:
     watch.before_step()
     assert int(watch.after_step() or 0) == 0
     watch.before_step()
-    weight.scales.mul_(2)  # the codes stay
+    weight.scales.mul_(2)  # the codes do not change
     assert int(watch.after_step() or 0) == 512
 
 
@@ -200,7 +200,7 @@ def test_nearest_rounding_at_a_small_rate_gives_one_warning_with_the_line_to_wri
 ) -> None:
     settings: dict[str, Any] = {"learning_rate": 3e-5, "gradient_release": release}
     make(tmp_path, **settings).train()
-    assert warnings_of(caplog) == []  # rounded stochastically
+    assert warnings_of(caplog) == []  # with stochastic rounding
     make(tmp_path, **settings, stochastic_rounding=False).train()
     (warning,) = warnings_of(caplog)
     assert "a step changes 0.00%" in warning and "optimizer: {stochastic_rounding: true}" in warning
@@ -272,7 +272,7 @@ def test_weights_that_stop_once_the_loss_has_fallen_are_no_stall(
 
 
 def _drive(trainer: SmallBatchTrainer, losses: list[float], moves: int) -> None:
-    """Have a watch of its own look at steps with these losses, of which the first `moves` change every weight."""
+    """Let a new watch see steps with these losses; the first `moves` of them change every weight."""
     watch = TrainingWatch()
     given: Any = {"optimizer": trainer.optimizer, "model": trainer.model}
     trainer.state.log_history = []
