@@ -18,9 +18,16 @@ Key = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does: PyYAML itself reads 1e-4 as text."""
+    """Reads numbers, and yes, no, on and off, as YAML 1.2 does: PyYAML itself reads 1e-4 as text, and save_strategy: no as
+    false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
 )

@@ -138,5 +138,5 @@ def _mismatch(hint: Any, value: Any) -> str | None:
         TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
     except ValidationError as error:
         reasons = dict.fromkeys(detail["msg"].removeprefix("Input should be ") for detail in error.errors())
-        return " or ".join(reasons)
+        return " or ".join(reasons).replace("a valid boolean", "true or false")
     return None

@@ -73,6 +73,48 @@ def test_a_resumed_run_counts_all_its_sessions(recipe: Any, tmp_path: Path, meth
     assert resumed.tokens_per_s is not None and resumed.tokens_per_s > 0
 
 
+@pytest.fixture
+def replay(data: Path) -> list[str]:
+    """Settings that mix older data in."""
+    rows = [{"prompt": f"Name animal {n}.", "completion": "dog " * (1 + n % 3)} for n in range(12)]
+    (data / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"data.replay.data={data / 'old.jsonl'}", "data.replay.share=0.3"]
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_resumed_run_replays_the_same_examples(recipe: Any, tmp_path: Path, replay: list[str], packing: str) -> None:
+    settings = [*replay, f"data.packing={packing}", "data.max_length=48"]
+    with pytest.raises(ZeroDivisionError):
+        run(recipe("out", *settings), callbacks=[Break()])
+    resumed, straight = run(recipe("out", *settings), resume=True), run(recipe("straight", *settings))
+    assert_same_bits(tmp_path / "out", tmp_path / "straight")
+    assert resumed.tokens == straight.tokens and resumed.data["replay_examples"] > 0
+    run(recipe("without", *settings[2:]))
+    with pytest.raises(AssertionError):  # of the same steps, some were on replayed examples
+        assert_same_bits(tmp_path / "out", tmp_path / "without")
+
+
+@pytest.mark.long
+def test_two_processes_share_what_is_replayed(recipe: Any, tmp_path: Path, tiny_dir: Path, data: Path, replay: list[str]) -> None:
+    """Replicated with the gradients averaged, two processes see each example of an epoch once, replayed ones included."""
+    epoch = ["training.max_steps=-1", "training.num_train_epochs=1", "training.save_strategy='no'", *replay]
+    alone = run(recipe("alone", *epoch))
+    started = subprocess.run(
+        [
+            *(sys.executable, "-m", "sbft", "train", "--model", str(tiny_dir), "--data", str(data / "train.jsonl")),
+            *("--output-dir", str(tmp_path / "both"), "--num-processes", "2"),
+            *(part for setting in [*epoch, "optimizer.gradient_release=false"] for part in ("--set", setting)),
+        ],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    both = RunRecord.load(tmp_path / "both")
+    assert both.world_size == 2 and both.data == alone.data
+    # An odd number of examples is filled up with one that is seen twice.
+    assert 0 <= both.tokens - alone.tokens <= alone.data["longest"]
+    assert both.steps == -(-alone.steps // 2)
+
+
 def test_resuming_at_the_last_step_trains_none(recipe: Any, tmp_path: Path) -> None:
     mine = recipe("out", "training.save_steps=7")
     before = run(mine)

@@ -146,6 +146,19 @@ def test_yaml_numbers_with_an_exponent_are_numbers(text: str) -> None:
     assert read_yaml(text) == float(text)
 
 
+def test_only_true_and_false_are_booleans() -> None:
+    assert read_yaml("[true, False, TRUE, yes, No, on, off, y]") == [True, False, True, "yes", "No", "on", "off", "y"]
+    recipe = load_recipe(
+        None,
+        ["training.save_strategy=no", "data.packing=yes", "evaluation.labels=[yes, no]"],
+        model="builtin:smollm2-135m", data="my.jsonl", method="sbft",
+    )  # fmt: skip
+    assert recipe.training["save_strategy"] == "no" and recipe.data.packing is True
+    assert recipe.evaluation.labels == ["yes", "no"]
+    with pytest.raises(RecipeError, match="gradient_checkpointing is 'yes', expected true or false"):
+        load_recipe(None, ["training.gradient_checkpointing=yes"], model="builtin:smollm2-135m", data="my.jsonl")
+
+
 @pytest.mark.parametrize("text", ["e4", "1e", "v1e-4", "1e-4x"])
 def test_text_that_only_looks_like_a_number_stays_text(text: str) -> None:
     assert read_yaml(text) == text
@@ -215,13 +228,13 @@ def test_a_learning_rate_that_is_negative_or_not_finite_is_refused(value: str) -
         ("training=5", "write `training: {learning_rate: 1.0e-4}`"),
         ("freeze=embeddings", "is 'embeddings', expected a list of patterns"),
         ("freeze=['', x]", "is '', expected a list of patterns"),
-        ("evaluation.labels=[yes, no]", "is True, expected auto, or a list of two or more different words"),
+        ("evaluation.labels=[true, false]", "is True, expected auto, or a list of two or more different words"),
         ("evaluation.labels=[good]", "is ['good'], expected auto"),
         ("evaluation.labels=[good, good]", "two or more different words"),
         ("evaluation.labels=[good, ' ']", "is ' ', expected auto"),
         ("evaluation.labels=every", "is 'every', expected auto"),
         ("data.label_names={}", "is {}, expected a word for each value"),
-        ("data.label_names={0: no, 1: ja}", "is False, expected a word for each value"),
+        ("data.label_names={0: false, 1: ja}", "is False, expected a word for each value"),
     ],
 )
 def test_a_value_that_cannot_train_is_one_of_the_problems(override: str, said: str) -> None:
