@@ -95,7 +95,9 @@ def test_a_resumed_run_replays_the_same_examples(recipe: Any, tmp_path: Path, re
 
 
 @pytest.mark.long
-def test_two_processes_share_what_is_replayed(recipe: Any, tmp_path: Path, tiny_dir: Path, data: Path, replay: list[str]) -> None:
+def test_two_processes_share_what_is_replayed(
+    recipe: Any, tmp_path: Path, tiny_dir: Path, data: Path, replay: list[str]
+) -> None:
     """Replicated with the gradients averaged, two processes see each example of an epoch once, replayed ones included."""
     epoch = ["training.max_steps=-1", "training.num_train_epochs=1", "training.save_strategy='no'", *replay]
     alone = run(recipe("alone", *epoch))
