@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sbft.grid.formats import DTYPES
+from sbft.grid.formats import DTYPES, on_grids
 from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import has_budget
-from sbft.recipe.settings import RIVALS
+from sbft.recipe.settings import OPTIMIZERS, RIVALS
 
 EXCLUSIVE = (*RIVALS, ("training", "max_steps", "num_train_epochs"))
 """A section and two of its keys that set the same thing. Giving one drops the default of the other."""
@@ -32,8 +32,13 @@ def complete(content: dict[str, Any]) -> dict[str, Any]:
         merged[section] = {**whole[section], **values}
     if merged.get("weights") is None and method.weights is not None:
         merged["weights"] = method.weights
+    weights = merged.get("weights")
     if merged.get("dtype") is None:
-        merged["dtype"] = merged["weights"] if merged.get("weights") in DTYPES else method.dtype
+        # Weights on a grid compute in bfloat16, whatever the method.
+        merged["dtype"] = weights if weights in DTYPES else "bfloat16" if on_grids(weights) else method.dtype
+    if on_grids(weights) and method.optimizer in OPTIMIZERS:
+        given = (content.get("optimizer") or {}).get("stochastic_rounding")
+        merged["optimizer"]["stochastic_rounding"] = True if given is None else given  # rounded to nearest, they do not train
     if merged["dtype"] == "float32" and "stochastic_rounding" in merged["optimizer"]:
         merged["optimizer"]["stochastic_rounding"] = False  # float32 weights are not rounded
     if merged["optimizer"].get("schedule") == "power":

@@ -18,21 +18,16 @@ Key = tuple[str, ...]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers, and yes, no, on and off, as YAML 1.2 does: PyYAML itself reads 1e-4 as text, and save_strategy: no as
-    false."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """Reads numbers as YAML 1.2 does: PyYAML itself reads 1e-4 as text."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 
+_STRATEGIES = ("eval_strategy", "logging_strategy", "save_strategy")
+"""Keys of TrainingArguments that may be `no`."""
 _MOST_NODES = 100_000
 """Limit on the keys and values of a text, each counted as often as an alias repeats it."""
 _DEEPEST = 50
@@ -253,6 +248,13 @@ class Draft:
             self._set(key, value, f"--set {path.strip()}")
             if value not in (None, -1):
                 self._drop_rival(key)
+
+    def read_no_as_a_word(self) -> None:
+        """Where `no` is a value of a strategy, YAML's false, which it reads an unquoted no as, becomes that word."""
+        training = self.content.get("training")
+        for name in _STRATEGIES:
+            if isinstance(training, dict) and training.get(name) is False:
+                training[name] = "no"
 
     def _drop_rival(self, key: Key) -> None:
         """Remove the rival of a setting: an override of max_steps replaces the file's number of epochs."""

@@ -35,6 +35,7 @@ def load_recipe(source: str | Path | None = None, overrides: list[str] | None = 
     draft = Draft.read(source) if source is not None else Draft({}, name="recipe")
     draft.apply_flags(flags)
     draft.apply_overrides(overrides or [])
+    draft.read_no_as_a_word()
     _refuse(draft)
     return Recipe.model_validate(draft.content)
 

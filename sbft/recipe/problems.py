@@ -33,7 +33,7 @@ _EXAMPLES = {
 
 _OF_LABELS = "label_accuracy"
 _LARGEST, _SMALLEST = 2**63 - 1, -(2**63)
-_QUOTE = "quote the words 'true' and 'false', which are not text in YAML"
+_QUOTE = "quote words such as 'yes' and 'no', which YAML takes for true and false"
 _EXPECTED: dict[Key, str] = {
     ("freeze",): "a list of patterns of parameter names, such as [embeddings] or ['model.layers.0.*']",
     ("data", "label_names"): f"a word for each value of the column, such as {{0: negative, 1: positive}}; {_QUOTE}",

@@ -184,8 +184,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def _smaller_weights(recipe: Recipe) -> str:
     """The setting that lets a recipe's weights take less; empty if there is none."""
     if recipe.dtype == "float32":
-        return "dtype=bfloat16"
-    trains_on_grids = recipe.lora is None and METHODS[recipe.method].optimizer in OPTIMIZERS
+        return "weights=bfloat16" if recipe.weights == "float32" else "dtype=bfloat16"
+    alone = recipe.lora is None and recipe.distributed is None
+    trains_on_grids = alone and METHODS[recipe.method].optimizer in OPTIMIZERS
     return "weights=int8" if trains_on_grids and recipe.weights in (None, "bfloat16", "int12") else ""
 
 
@@ -232,7 +233,7 @@ def training_advice(
     if switch == activations:
         remedy += f" ({cost})"
     if switch == "weights=int8":
-        remedy += " (they are trained as well in 8 bits)"
+        remedy += " (half the memory of bfloat16)"
     if largest == "the weights" and not switches[largest]:
         remedy += " or choose a smaller model"
     text = (

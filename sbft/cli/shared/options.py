@@ -27,7 +27,7 @@ WeightsOption = Annotated[
     typer.Option(
         metavar="FORMAT",
         help="Storage format of weights: float32, bfloat16, int12, int8 or int4. Default: the method's. "
-        "For single weights: --set weights='{default: int4, lm_head: int8}'.",
+        "A recipe can name single weights: weights: {default: int4, lm_head: int8}.",
     ),
 ]
 OffloadOption = Annotated[

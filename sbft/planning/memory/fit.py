@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 from transformers import PreTrainedConfig
 
 from sbft.data.corpus import PYTHON_SOURCES
-from sbft.errors import SbftError
+from sbft.errors import RecipeError, SbftError
 from sbft.models.load import load_config
 from sbft.models.scratch import is_scratch
 from sbft.native.memory import available_bytes
@@ -26,6 +27,9 @@ _MULTIPLE = 16  # the collator pads to a multiple of this many tokens
 _CLOSE_ENOUGH = 0.02
 _CURVES = 12
 _DATA = "my.jsonl"
+_PLANNED = (
+    "model", "method", "data", "offload", "weights", "training.gradient_checkpointing", "training.per_device_train_batch_size",
+)  # fmt: skip
 
 
 Verdict = Literal["yes", "tight", "no", "host"]
@@ -102,15 +106,18 @@ def make_plan(
         say: called with the name of each method before it is planned.
 
     Raises:
-        SbftError: if the model is not found, or a method cannot train weights in this format, or does not take an override.
+        SbftError: if the model is not found, or a method cannot train weights in this format, or does not take an override, or
+            an override is one that the plan decides itself.
     """
+    overrides = list(overrides)
+    _refuse_planned(overrides)
     config = load_config(model, trust_remote_code=trust_remote_code)
     host_bytes = available_bytes("cpu") if host_bytes is None else host_bytes
     fresh = is_scratch(model)
     data, verb = (PYTHON_SOURCES, "pretrain") if fresh else (_DATA, "train")
     if fresh:
         methods = [method for method in methods if METHODS[method].lora_defaults is None]
-    overrides, rows = list(overrides), []
+    rows = []
     for method in methods:
         say(method)
         for checkpointing, offload in _variants(method, device):
@@ -129,11 +136,21 @@ def make_plan(
                 [
                     f"sbft {verb} --model {model} --data {data} --method {method}",
                     *(["--offload"] if offload else []),
-                    *(f"--set {setting}" for setting in settings),
+                    *(f"--set {shlex.quote(setting)}" for setting in settings),
                 ]
             )
             rows.append(_row(recipe, config, sequence_length, memory_bytes, host_bytes, device, command))
     return Plan(model, device, memory_bytes, host_bytes, sequence_length, rows, _left_out(config))
+
+
+def _refuse_planned(overrides: list[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in _PLANNED or key.startswith(("data.", "offload.")):
+            raise RecipeError(
+                f"--set {key} cannot be planned with: a plan decides on data, checkpointing and streamed layers itself. Model, "
+                "methods, length, batch size and weights have flags; sbft check plans for a whole recipe."
+            )
 
 
 def _variants(method: str, device: str) -> list[tuple[bool, bool]]:

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head without its logits, of which no more than `PIECE_ELEMENTS` exist at once.
+"""Cross entropy of a linear head that makes its logits in pieces of a limited size.
 
 If the logits of all rows fit into one piece (fine-tuning on completions), they are made once, and their gradient is kept in the
 head's own dtype. Otherwise the vocabulary is cut into slices: forward keeps one number per row, and backward makes each slice
@@ -93,7 +93,7 @@ def linear_cross_entropy(
         softcap: a logit `x` becomes `softcap * tanh(x / softcap)`.
         counted: (rows,) bool, if not all rows count. The logits of the others are made too, so that the host need not wait to
             learn how many there are. Their labels are ignored.
-        piece_elements: most float32 logits that exist at once. If there are more in all, fewer are made at a time.
+        piece_elements: most logits that are made in one piece. If there are more, the vocabulary is cut into smaller slices.
         weight_elements: most elements of `weight` that one product reads; None: a few MiB of one on a grid, else all.
         part: which rows of the vocabulary `weight` and `bias` are, if it is sharded. `hidden` and `labels` are the same on all
             ranks.

@@ -113,8 +113,12 @@ def test_settings_of_all_methods_are_planned_and_typed() -> None:
         assert same.command == f"{plain.command} --set optimizer.sliced_vocabulary=false --set dtype=bfloat16"
     frozen = rows("freeze=[embeddings]")
     assert all(a.prediction.needed_bytes < b.prediction.needed_bytes for a, b in zip(frozen, rows(), strict=True))
+    assert rows("freeze=['* *', embeddings]")[0].command.endswith("""--set 'freeze=['"'"'* *'"'"', embeddings]'""")
     with pytest.raises(RecipeError, match="typo"):
         rows("optimizer.typo=1")
+    for planned in ("data.max_length=2048", "method=lora", "offload=layers", "training.gradient_checkpointing=true"):
+        with pytest.raises(RecipeError, match="cannot be planned with"):
+            rows(planned)
 
 
 def test_the_verb_prints_a_table_that_fits_a_terminal_and_the_lines_to_type() -> None:

@@ -13,7 +13,7 @@ from sbft.recipe.draft import read_yaml
 from sbft.recipe.methods import METHODS
 from sbft.recipe.pretraining import is_pretraining
 from sbft.recipe.schema import OptimizerConfig
-from sbft.recipe.settings import OPTIMIZER_KEYS
+from sbft.recipe.settings import OPTIMIZER_KEYS, OPTIMIZERS
 from sbft.tokens import FINE_TUNING_HALF_LIFE
 
 MINIMAL = {"model": "some-model", "data": {"train": "my.jsonl"}}
@@ -146,17 +146,22 @@ def test_yaml_numbers_with_an_exponent_are_numbers(text: str) -> None:
     assert read_yaml(text) == float(text)
 
 
-def test_only_true_and_false_are_booleans() -> None:
-    assert read_yaml("[true, False, TRUE, yes, No, on, off, y]") == [True, False, True, "yes", "No", "on", "off", "y"]
-    recipe = load_recipe(
-        None,
-        ["training.save_strategy=no", "data.packing=yes", "evaluation.labels=[yes, no]"],
-        model="builtin:smollm2-135m", data="my.jsonl", method="sbft",
-    )  # fmt: skip
-    assert recipe.training["save_strategy"] == "no" and recipe.data.packing is True
-    assert recipe.evaluation.labels == ["yes", "no"]
-    with pytest.raises(RecipeError, match="gradient_checkpointing is 'yes', expected true or false"):
-        load_recipe(None, ["training.gradient_checkpointing=yes"], model="builtin:smollm2-135m", data="my.jsonl")
+def test_an_unquoted_no_is_a_strategy(tmp_path: Path) -> None:
+    path = write(tmp_path, "training: {save_strategy: no, eval_strategy: 'no'}\nmodel: m\ndata: {train: a.jsonl}\n")
+    recipe = load_recipe(path, ["training.logging_strategy=no"])
+    assert [recipe.training[f"{name}_strategy"] for name in ("save", "eval", "logging")] == ["no"] * 3
+    with pytest.raises(RecipeError, match="save_strategy is True, expected one of no, steps"):
+        load_recipe(path, ["training.save_strategy=yes"])
+    with pytest.raises(RecipeError, match="expected true or false"):
+        load_recipe(path, ["training.gradient_checkpointing='yes'"])
+
+
+def test_weights_on_a_grid_make_every_method_compute_in_bfloat16() -> None:
+    for name, method in METHODS.items():
+        if method.lora_defaults is None and method.optimizer in OPTIMIZERS:
+            recipe = given(f"method={name}", "weights=int8")
+            assert recipe.dtype == "bfloat16" and recipe.optimizer.stochastic_rounding
+            assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 @pytest.mark.parametrize("text", ["e4", "1e", "v1e-4", "1e-4x"])
@@ -228,13 +233,13 @@ def test_a_learning_rate_that_is_negative_or_not_finite_is_refused(value: str) -
         ("training=5", "write `training: {learning_rate: 1.0e-4}`"),
         ("freeze=embeddings", "is 'embeddings', expected a list of patterns"),
         ("freeze=['', x]", "is '', expected a list of patterns"),
-        ("evaluation.labels=[true, false]", "is True, expected auto, or a list of two or more different words"),
+        ("evaluation.labels=[yes, no]", "is True, expected auto, or a list of two or more different words"),
         ("evaluation.labels=[good]", "is ['good'], expected auto"),
         ("evaluation.labels=[good, good]", "two or more different words"),
         ("evaluation.labels=[good, ' ']", "is ' ', expected auto"),
         ("evaluation.labels=every", "is 'every', expected auto"),
         ("data.label_names={}", "is {}, expected a word for each value"),
-        ("data.label_names={0: false, 1: ja}", "is False, expected a word for each value"),
+        ("data.label_names={0: no, 1: ja}", "is False, expected a word for each value"),
     ],
 )
 def test_a_value_that_cannot_train_is_one_of_the_problems(override: str, said: str) -> None:
