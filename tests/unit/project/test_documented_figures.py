@@ -69,6 +69,21 @@ def ablations() -> Iterator[str]:
         yield row(f"`{one.variant}`", f"{one.choice.rate:g}", share(one.score), f"{above:.0f}")
 
 
+def german() -> Iterator[str]:
+    lines = (EPYC / "languages" / "runs.jsonl").read_text().splitlines()
+    runs = {run["run"]: run["record"] for run in map(json.loads, lines)}
+    for name in sorted({name.rpartition("/")[0] for name in runs}, reverse=True):
+        validation, test = runs[f"{name}/validation-seed=0"], runs.get(f"{name}/test-seed=0")
+        cells = [f"`{name.split('/')[1]}`", f"{validation['learning_rate']:g}", f"{validation['metrics']['bits_per_byte']:.3f}"]
+        if test is None:
+            yield row(*cells, "-", "-", f"{validation['peak_memory_bytes'] / GIB:.2f}")
+            continue
+        english = test["watched"]["english"]
+        change = english["metrics"]["bits_per_byte"] - english["metrics_before"]["bits_per_byte"]
+        figures = [f"{test['metrics']['bits_per_byte']:.3f}", f"{change:+.3f}"]
+        yield row(*cells, *figures, f"{test['peak_memory_bytes'] / GIB:.2f}")
+
+
 def optimizer_steps(path: Path, names: dict[str, str]) -> Iterator[str]:
     measured = {one["optimizer"]: one for one in read(path)}
     for name, shown in names.items():
@@ -155,6 +170,7 @@ def errors(path: Path) -> list[float]:
 TABLES = {
     "the paper's table": (["README.md", "docs/results.md"], paper_table),
     "ablations": (["docs/results.md"], ablations),
+    "a new language": (["docs/results.md"], german),
     "optimizer step on a CPU": (
         ["docs/results.md"],
         lambda: optimizer_steps(CPU / "optimizer_step_smollm2-135m.json", CPU_OPTIMIZERS),
