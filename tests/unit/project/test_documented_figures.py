@@ -195,6 +195,11 @@ TABLES = {
 }
 
 
+def test_the_sentence_on_the_untrained_model_is_that_of_its_record():
+    untrained = read(EPYC / "languages" / "untrained_german.json")["bits_per_byte"]
+    assert f"The untrained model needs {untrained:.3f} on the test pages." in page("docs/results.md")
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_the_rows_of_a_table_are_those_of_its_record(name):
     pages, rows = TABLES[name]

@@ -13,7 +13,8 @@ METHODS = {
     "bfloat16": "sbft",
     "int12": "sbft-int12",
     "int8": "sbft-int8",
-    "int4": "sbft-int4",
+    "int4": "sbft-int4/lr=0.001",
+    "int4, rate 3e-4": "sbft-int4/lr=0.0003",
     "int4, embeddings in int8": "int4-embeddings-int8",
     "int4, batch 4": "int4-batch-4",
     "QLoRA": "qlora",
@@ -31,8 +32,9 @@ def page(name: str) -> list[str]:
 
 
 def of(runs: dict[str, dict[str, Any]], method: str, kind: str) -> list[dict[str, Any]]:
-    """Records of a method's runs, in the order of seeds or rates."""
-    names = [name for name in runs if name.startswith(f"needle/{method}/") and f"/{kind}-seed=" in name]
+    """Records of a method's runs, in the order of seeds or rates; with METHOD/lr=RATE, tests at that rate alone."""
+    prefix = method if kind == "test" else method.partition("/")[0]
+    names = [name for name in runs if name.startswith(f"needle/{prefix}/") and f"/{kind}-seed=" in name]
     return [runs[name] for name in sorted(names, key=lambda name: (runs[name]["seed"], runs[name]["learning_rate"]))]
 
 
