@@ -36,9 +36,9 @@ def complete(content: dict[str, Any]) -> dict[str, Any]:
     if merged.get("dtype") is None:
         # Weights on a grid compute in bfloat16, whatever the method.
         merged["dtype"] = weights if weights in DTYPES else "bfloat16" if on_grids(weights) else method.dtype
-    if on_grids(weights) and method.optimizer in OPTIMIZERS:
-        given = (content.get("optimizer") or {}).get("stochastic_rounding")
-        merged["optimizer"]["stochastic_rounding"] = True if given is None else given  # rounded to nearest, they do not train
+    unset = (content.get("optimizer") or {}).get("stochastic_rounding") is None
+    if unset and on_grids(weights) and method.optimizer in OPTIMIZERS:
+        merged["optimizer"]["stochastic_rounding"] = True  # rounded to nearest, weights on a grid do not train
     if merged["dtype"] == "float32" and "stochastic_rounding" in merged["optimizer"]:
         merged["optimizer"]["stochastic_rounding"] = False  # float32 weights are not rounded
     if merged["optimizer"].get("schedule") == "power":

@@ -252,9 +252,8 @@ class Draft:
     def read_no_as_a_word(self) -> None:
         """Where `no` is a value of a strategy, YAML's false, which it reads an unquoted no as, becomes that word."""
         training = self.content.get("training")
-        for name in _STRATEGIES:
-            if isinstance(training, dict) and training.get(name) is False:
-                training[name] = "no"
+        if isinstance(training, dict):
+            training.update({name: "no" for name in _STRATEGIES if training.get(name) is False})
 
     def _drop_rival(self, key: Key) -> None:
         """Remove the rival of a setting: an override of max_steps replaces the file's number of epochs."""
